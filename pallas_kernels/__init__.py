@@ -1,0 +1,20 @@
+"""Kernels of SeerAttention: arrays in, arrays out. Imports JAX alone, and runs without the rest of seer-jax.
+
+Letters: B batch, T query tokens, S key tokens, H query heads, K key/value heads, G = H/K, D head dim, b block size in tokens,
+Tb = ceil(T/b), Sb = ceil(S/b), N width of the block lists.
+"""
+
+from pallas_kernels.block_ground_truth.api import AttentionWithScores, attention_with_block_scores
+from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.gate_selection.api import select_blocks
+from pallas_kernels.sparse_decode.api import sparse_decode_attention
+
+__all__ = [
+    "AttentionWithScores",
+    "BlockIndices",
+    "attention_with_block_scores",
+    "block_sparse_attention",
+    "select_blocks",
+    "sparse_decode_attention",
+]

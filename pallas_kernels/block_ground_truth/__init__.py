@@ -1,0 +1,1 @@
+"""Dense causal attention that also returns what a gate should learn."""

@@ -1,0 +1,1 @@
+"""From gate scores to lists of key blocks."""

@@ -1,0 +1,1 @@
+"""One new token per sequence, attending to a list of key blocks."""

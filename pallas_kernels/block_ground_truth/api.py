@@ -1,0 +1,99 @@
+"""`attention_with_block_scores`: dense causal attention that also returns what a gate should learn."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.backends import Implementation, Operation
+from pallas_kernels.checks import check_attention_inputs, check_block_size, check_integers, check_shape
+
+_run = Operation("attention_with_block_scores", __package__)
+
+
+class AttentionWithScores(NamedTuple):
+    """Attention and the block scores asked for; rows of scores sum to 1, or to 0 where there is nothing to score.
+
+    Fields:
+      output: [B, T, H, D], of q's dtype.
+      lse: [B, T, H], log of the sum of exp(scores), natural logarithm; -inf at padding.
+      block_scores: [B, H, Tb, Sb], target of a prefill gate, or None.
+      token_scores: [B, K, T, Sb], target of a decode gate, or None.
+    """
+
+    output: Float[Array, "B T H D"]
+    lse: Float32[Array, "B T H"]
+    block_scores: Float32[Array, "B H Tb Sb"] | None
+    token_scores: Float32[Array, "B K T Sb"] | None
+
+
+def attention_with_block_scores(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    *,
+    block_size: int = 64,
+    scale: float | None = None,
+    block_scores: bool = True,
+    token_scores: bool = False,
+    lengths: Int[Array, "B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: Implementation | None = None,
+) -> AttentionWithScores:
+    """Dense causal attention, with the largest attention weight of each block.
+
+    With A[h, t, s] = softmax_s(scale * q[t] . k[s]) over s <= t of the same sequence,
+
+      block_scores[h, i, j] = max of A[h, t, s] over t in block i and s in block j, each row i divided by its sum over j;
+      token_scores[c, t, j] = max of A[h, t, s] over s in block j and over the query heads h of key/value head c, for the blocks
+        j < t // b of the same sequence (completed and earlier), each row t divided by its sum over j.
+
+    The maxima are exact: float32 softmax with the final row maximum and sum.
+
+    Args:
+      q: queries; H is a multiple of K, and query head h reads key/value head h // (H / K).
+      k, v: keys and values, of q's dtype: float32, bfloat16 or float16.
+      block_size: b, tokens per block: 16, 32, 64 or 128.
+      scale: factor on the scores; 1 / sqrt(D) if None.
+      block_scores: whether to return `block_scores`.
+      token_scores: whether to return `token_scores`.
+      lengths: number of tokens of each sequence, right-padded up to T; T if None.
+      segment_ids: sequence of each token where several are packed in a row, each starting at a multiple of b; from 1 up, 0 is
+        padding. Tokens attend within their sequence only. Not together with `lengths`.
+      implementation: "reference", "xla", or None for the best that works here.
+
+    Returns:
+      AttentionWithScores. Queries that are padding get output 0, lse -inf and scores 0. There is no gradient: targets are
+      constants, and training of all weights takes its output from another pass.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
+      NotImplementedError: the named implementation cannot do this, or a gradient is taken.
+
+    Source: SeerAttention, arXiv 2410.13276, sec. 3.2; SeerAttention-R, arXiv 2506.08889, sec. 3.2.
+    """
+    name = "attention_with_block_scores"
+    check_attention_inputs(name, q, k, v, query_axes="B T H D")
+    check_block_size(name, block_size)
+    batch, length, _, head_dim = q.shape
+    check_shape(name, "k", k, "[B, T, K, D]", (batch, length, *k.shape[2:]))
+    if lengths is not None and segment_ids is not None:
+        raise ValueError(f"{name}: lengths and segment_ids exclude each other; got both. Mark padding by segment id 0.")
+    if segment_ids is None:
+        lengths = jnp.full((batch,), length) if lengths is None else lengths
+        check_integers(name, "lengths", lengths, "[B]", (batch,))
+        segment_ids = jnp.arange(length) < lengths[:, None]
+    else:
+        check_integers(name, "segment_ids", segment_ids, "[B, T]", (batch, length))
+    output = _run(
+        implementation,
+        q,
+        k,
+        v,
+        block_size=block_size,
+        scale=head_dim**-0.5 if scale is None else scale,
+        block_scores=block_scores,
+        token_scores=token_scores,
+        segment_ids=segment_ids.astype(jnp.int32),
+    )
+    return AttentionWithScores(*output)

@@ -1,0 +1,49 @@
+"""The definition of `attention_with_block_scores` in plain float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+
+def _normalise(scores: Float32[Array, "... Sb"]) -> Float32[Array, "... Sb"]:
+    total = scores.sum(-1, keepdims=True)
+    return scores / jnp.where(total > 0, total, 1)
+
+
+def attention_with_block_scores(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    *,
+    block_size: int,
+    scale: float,
+    block_scores: bool,
+    token_scores: bool,
+    segment_ids: Int[Array, "B T"],
+) -> tuple:
+    """See the function of this name in api.py; padding has segment id 0."""
+    (batch, length, heads, _), kv_heads, b = q.shape, k.shape[2], block_size
+    k, v = (jnp.repeat(x.astype(jnp.float32), heads // kv_heads, axis=2) for x in (k, v))
+    t = jnp.arange(length)
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
+    mask = (same & (t <= t[:, None]))[:, None]  # [B, 1, T, S]
+
+    scores = scale * jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k, precision="highest")
+    scores = jnp.where(mask, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.where(mask, jnp.exp(scores - jnp.where(lse > -jnp.inf, lse, 0)[..., None]), 0)
+    output = jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest").astype(q.dtype)
+
+    num_blocks = -(-length // b)
+    pad = num_blocks * b - length
+    tiles = jnp.pad(weights, ((0, 0), (0, 0), (0, pad), (0, pad)))
+    tiles = tiles.reshape(batch, kv_heads, heads // kv_heads, num_blocks, b, num_blocks, b)
+    per_block = tiles.max(axis=(4, 6)).reshape(batch, heads, num_blocks, num_blocks)
+    per_token = tiles.max(axis=(2, 6)).reshape(batch, kv_heads, num_blocks * b, num_blocks)[:, :, :length]
+    completed = jnp.arange(num_blocks) < t[:, None] // b
+    return (
+        output,
+        lse.transpose(0, 2, 1),
+        _normalise(per_block) if block_scores else None,
+        _normalise(jnp.where(completed, per_token, 0)) if token_scores else None,
+    )

@@ -1,0 +1,80 @@
+"""`block_sparse_attention`: causal attention over a list of key blocks per query block."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.backends import Implementation, Operation
+from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.checks import check_attention_inputs, check_integers
+
+_run = Operation("block_sparse_attention", __package__)
+
+
+def block_sparse_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    blocks: BlockIndices,
+    *,
+    scale: float | None = None,
+    query_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
+    lengths: Int[Array, "B"] | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T H D"] | tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
+    """Causal attention where each block of queries sees the key blocks on its list and no others.
+
+      out[t] = sum_s softmax_s(scale * q[t] . k[s]) v[s],  s <= p,  s < lengths,  s // b on the list of t // b
+
+    with p = query_offset + t the position of query t. Sums run in float32 whatever the dtype of q. A query that sees no key, or
+    that lies beyond the sequence (p >= lengths), gets output 0 and lse -inf.
+
+    Args:
+      q: queries; H is a multiple of K, and query head h reads key/value head h // (H / K).
+      k, v: keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16.
+      blocks: lists of key blocks, counts [B, Hs, Tb] and indices [B, Hs, Tb, N] with Hs in {1, K, H}. Rows are blocks of b
+        queries counted from the first query, whatever `query_offset` is.
+      scale: factor on the scores; 1 / sqrt(D) if None.
+      query_offset: position of the first query, in tokens from the first key; one for all rows of the batch or one each.
+      lengths: number of keys of each sequence, right-padded up to S; S if None.
+      return_lse: also return the log of the sum of exp(scores) per query, natural logarithm.
+      implementation: "reference", "xla", or None for the best that works here.
+
+    Returns:
+      out [B, T, H, D] of q's dtype, or (out, lse [B, T, H] float32).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
+      NotImplementedError: the named implementation cannot do this.
+
+    Source: SeerAttention, arXiv 2410.13276, sec. 3.3.
+    """
+    name = "block_sparse_attention"
+    check_attention_inputs(name, q, k, v, query_axes="B T H D")
+    batch, num_queries, heads, head_dim = q.shape
+    kv_heads, num_rows = k.shape[2], -(-num_queries // blocks.block_size)
+    lists = tuple((batch, h, num_rows) for h in sorted({1, kv_heads, heads}))
+    if blocks.counts.shape not in lists:
+        raise ValueError(
+            f"{name}: blocks.counts must be [B, Hs, Tb], one of {lists} here (Hs in {{1, K, H}}, Tb = ceil(T / b)); "
+            f"got {blocks.counts.shape}."
+        )
+    query_offset = jnp.asarray(query_offset)
+    if query_offset.ndim:
+        check_integers(name, "query_offset", query_offset, "[B]", (batch,))
+    else:
+        check_integers(name, "query_offset", query_offset, "[]", ())
+    if lengths is None:
+        lengths = jnp.full((batch,), k.shape[1], jnp.int32)
+    check_integers(name, "lengths", lengths, "[B]", (batch,))
+    out, lse = _run(
+        implementation,
+        q,
+        k,
+        v,
+        blocks,
+        scale=head_dim**-0.5 if scale is None else scale,
+        query_offset=jnp.broadcast_to(query_offset, (batch,)).astype(jnp.int32),
+        lengths=lengths.astype(jnp.int32),
+    )
+    return (out, lse) if return_lse else out

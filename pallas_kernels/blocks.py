@@ -1,0 +1,189 @@
+"""Which key blocks each row attends to: `BlockIndices`."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int, Int32
+
+from pallas_kernels.checks import check_block_size
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _is_concrete(*arrays: Any) -> bool:
+    return all(_is_array(x) and not isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockIndices:
+    """Lists of key blocks, one list per row; the sparse kernels read nothing else of a mask.
+
+    A row is a block of `block_size` query tokens in prefill and a key/value head in decode:
+
+      prefill: counts [B, Hs, Tb], indices [B, Hs, Tb, N], with Hs lists per query block: 1 (shared by all heads), K (one per
+        key/value head, shared by its query heads) or H (one per query head);
+      decode: counts [B, K], indices [B, K, N].
+
+    The first `counts[r]` entries of `indices[r]` are block numbers, ascending and without repeats. The entries after them are
+    fillers: any block number in range, never read as a choice.
+
+    Args:
+      counts: how many blocks each row keeps, 0 to N.
+      indices: which ones, each from 0 to Sb - 1; N is the static width of the lists.
+      block_size: b, tokens per block: 16, 32, 64 or 128.
+
+    Raises:
+      ValueError: `block_size` is not one of those, or the arrays are not int32 of shapes [..., R] and [..., R, N].
+    """
+
+    counts: Int32[Array, "... R"]
+    indices: Int32[Array, "... R N"]
+    block_size: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        check_block_size("BlockIndices", self.block_size)
+        # JAX rebuilds pytrees around leaves that are no arrays (specs, axes, sentinels): those pass unchecked.
+        if not (_is_array(self.counts) and _is_array(self.indices)):
+            return
+        for name, array in (("counts", self.counts), ("indices", self.indices)):
+            if array.dtype != jnp.int32:
+                raise ValueError(
+                    f"BlockIndices: {name} must be int32; got {array.dtype}. Convert it with .astype('int32')."
+                )
+        if self.indices.shape[:-1] != self.counts.shape or not self.counts.shape:
+            raise ValueError(
+                "BlockIndices: counts must be [..., R] and indices [..., R, N] with the same leading axes; "
+                f"got counts {self.counts.shape} and indices {self.indices.shape}."
+            )
+
+    @property
+    def width(self) -> int:
+        """N, the static width of the lists."""
+        return self.indices.shape[-1]
+
+    @property
+    def valid(self) -> Bool[Array, "... R N"]:
+        """Which entries of `indices` are block numbers rather than fillers."""
+        return jnp.arange(self.width) < self.counts[..., None]
+
+    def to_mask(self, num_key_blocks: int) -> Bool[Array, "... R Sb"]:
+        """The lists as a mask over `num_key_blocks` blocks."""
+        target = jnp.where(self.valid, self.indices, num_key_blocks)
+        mask = jnp.zeros((*self.counts.shape, num_key_blocks), bool)
+        return jnp.put_along_axis(mask, target, True, axis=-1, inplace=False, mode="drop")
+
+    @classmethod
+    def from_mask(cls, mask: Bool[Array, "... R Sb"], *, block_size: int, max_blocks: int | None = None) -> Self:
+        """The lists of a mask.
+
+        Args:
+          mask: which blocks each row keeps.
+          block_size: b, tokens per block.
+          max_blocks: N, the static width of the lists; Sb if None. Choose less where rows keep few blocks.
+
+        Returns:
+          The lists; fillers are 0.
+
+        Raises:
+          ValueError: a row keeps more than `max_blocks` blocks. Under `jax.jit` that cannot be seen: the row then loses its
+            highest blocks.
+        """
+        if mask.dtype != jnp.bool_ or mask.ndim < 2:
+            raise ValueError(f"from_mask: mask must be a bool array [..., R, Sb]; got {mask.dtype} {mask.shape}.")
+        width = mask.shape[-1] if max_blocks is None else max_blocks
+        if width < 1:
+            raise ValueError(f"from_mask: max_blocks must be at least 1; got {width}.")
+        if _is_concrete(mask) and width < mask.shape[-1]:
+            most = int(np.asarray(mask).sum(-1).max(initial=0))
+            if most > width:
+                raise ValueError(
+                    f"from_mask: no row may keep more than max_blocks={width} blocks; got a row with {most}. Raise max_blocks."
+                )
+        place = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
+        numbers = jnp.broadcast_to(jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape)
+        indices = jnp.zeros((*mask.shape[:-1], width), jnp.int32)
+        indices = jnp.put_along_axis(
+            indices, jnp.where(mask, place, width), numbers, axis=-1, inplace=False, mode="drop"
+        )
+        return cls(jnp.minimum(mask.sum(-1, dtype=jnp.int32), width), indices, block_size)
+
+    @classmethod
+    def all_causal(
+        cls,
+        num_queries: int,
+        num_keys: int,
+        *,
+        block_size: int,
+        query_offset: int | Int[Array, "B"] = 0,
+        batch: int = 1,
+        lists: int = 1,
+    ) -> Self:
+        """Prefill lists that keep every block in sight: attention over them is dense causal attention.
+
+        Args:
+          num_queries, num_keys: T and S, tokens.
+          block_size: b, tokens per block.
+          query_offset: position of the first query.
+          batch: B.
+          lists: Hs, lists per query block.
+
+        Returns:
+          counts [B, Hs, Tb], indices [B, Hs, Tb, Sb].
+        """
+        check_block_size("all_causal", block_size)
+        num_rows, num_blocks = -(-num_queries // block_size), -(-num_keys // block_size)
+        ends = jnp.minimum((jnp.arange(num_rows) + 1) * block_size, num_queries)  # one past the last query of each row
+        ends = jnp.broadcast_to(jnp.asarray(query_offset), (batch,))[:, None, None] + ends
+        counts = jnp.clip(-(-ends // block_size), 0, num_blocks).astype(jnp.int32)
+        counts = jnp.broadcast_to(counts, (batch, lists, num_rows))
+        indices = jnp.broadcast_to(jnp.arange(num_blocks, dtype=jnp.int32), (*counts.shape, num_blocks))
+        return cls(counts, indices, block_size)
+
+    def density(self, blocks_in_sight: Int[Array, "*#lists R"] | None = None) -> Float32[Array, "*lists"]:
+        """Kept blocks over blocks in sight, summed over the rows of each list: 1 is dense, 0.1 is 90% sparse.
+
+        Args:
+          blocks_in_sight: how many blocks each row could keep, broadcast to `counts`; row r sees r + 1 blocks if None, as in
+            causal prefill from token 0. Decode passes ceil(lengths / b)[:, None].
+        """
+        if blocks_in_sight is None:
+            blocks_in_sight = jnp.arange(1, self.counts.shape[-1] + 1)
+        seen = jnp.broadcast_to(blocks_in_sight, self.counts.shape).sum(-1)
+        return self.counts.sum(-1) / jnp.maximum(seen, 1).astype(jnp.float32)
+
+    def check(self, num_key_blocks: int) -> Self:
+        """Looks into the lists, where that is possible, and returns them unchanged.
+
+        Under `jax.jit` there is nothing to look into and every list passes. Reads the arrays back from the device: for tests,
+        for input from outside, not for inner loops.
+
+        Raises:
+          ValueError: a count outside 0 to N, an index (fillers included) outside 0 to Sb - 1, or a list that does not ascend.
+        """
+        if not _is_concrete(self.counts, self.indices):
+            return self
+        counts, indices = np.asarray(self.counts), np.asarray(self.indices)
+        if counts.size and (counts.min() < 0 or counts.max() > self.width):
+            raise ValueError(
+                f"BlockIndices: counts must lie from 0 to the width N={self.width}; got {counts.min()} to {counts.max()}."
+            )
+        if indices.size and (indices.min() < 0 or indices.max() >= num_key_blocks):
+            raise ValueError(
+                f"BlockIndices: indices, fillers included, must lie from 0 to Sb - 1 = {num_key_blocks - 1}; "
+                f"got {indices.min()} to {indices.max()}."
+            )
+        listed = np.arange(1, self.width) < counts[..., None]
+        fallen = np.argwhere(listed & (np.diff(indices, axis=-1) <= 0))
+        if fallen.size:
+            row = tuple(int(i) for i in fallen[0][:-1])
+            raise ValueError(
+                "BlockIndices: the indices of a row must ascend without repeats; "
+                f"got {indices[row][: counts[row]].tolist()} at row {row}. Sort the list and drop repeats."
+            )
+        return self

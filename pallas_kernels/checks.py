@@ -1,0 +1,55 @@
+"""Checks that the operations share. A message says the rule, what was expected, and what came."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+BLOCK_SIZES = (16, 32, 64, 128)
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def check_block_size(where: str, block_size: int) -> None:
+    """Raises ValueError unless `block_size` is one that every backend can tile."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"{where}: block_size must be one of {BLOCK_SIZES} tokens; got {block_size!r}.")
+
+
+def check_shape(where: str, name: str, array: Any, expected: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `array` has that shape; `expected` is the shape in letters."""
+    if array.shape != shape:
+        raise ValueError(f"{where}: {name} must have shape {expected} = {shape}; got {array.shape}.")
+
+
+def check_integers(where: str, name: str, array: Any, expected: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `array` holds integers and has that shape."""
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{where}: {name} must hold integers; got {array.dtype}.")
+    check_shape(where, name, array, expected, shape)
+
+
+def check_attention_inputs(where: str, q: Any, k: Any, v: Any, *, query_axes: str) -> None:
+    """Raises ValueError unless q, k, v can attend to each other.
+
+    Args:
+      where: the operation, named in the message.
+      q: [B, T, H, D] or [B, H, D], as `query_axes` says ("B T H D" or "B H D").
+      k, v: [B, S, K, D].
+    """
+    if q.ndim != len(query_axes.split()):
+        raise ValueError(f"{where}: q must be [{query_axes.replace(' ', ', ')}]; got shape {q.shape}.")
+    if k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(f"{where}: k and v must both be [B, S, K, D]; got {k.shape} and {v.shape}.")
+    if (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[-1]):
+        raise ValueError(f"{where}: q and k must agree in B and D; got q {q.shape} and k {k.shape}.")
+    if q.shape[-2] % k.shape[2]:
+        raise ValueError(
+            f"{where}: the number of query heads H must be a multiple of the key/value heads K; "
+            f"got H={q.shape[-2]} and K={k.shape[2]}."
+        )
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"{where}: no axis may be empty; got q {q.shape} and k {k.shape}.")
+    dtypes = {str(x.dtype) for x in (q, k, v)}
+    if len(dtypes) > 1 or not dtypes <= set(_FLOATS):
+        raise ValueError(
+            f"{where}: q, k and v must share one dtype out of {_FLOATS}; got {q.dtype}, {k.dtype} and {v.dtype}."
+        )

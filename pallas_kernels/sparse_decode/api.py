@@ -1,0 +1,63 @@
+"""`sparse_decode_attention`: one new token per sequence, attending to a list of key blocks."""
+
+from jaxtyping import Array, Float, Float32, Int
+
+import jax.numpy as jnp
+
+from pallas_kernels.backends import Implementation, Operation
+from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.checks import check_attention_inputs, check_integers, check_shape
+
+_run = Operation("sparse_decode_attention", __package__)
+
+
+def sparse_decode_attention(
+    q: Float[Array, "B H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    blocks: BlockIndices,
+    *,
+    lengths: Int[Array, "B"],
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B H D"] | tuple[Float[Array, "B H D"], Float32[Array, "B H"]]:
+    """Attention of the newest token over the key blocks on its list, one list per key/value head.
+
+      out[h] = sum_s softmax_s(scale * q[h] . k[s]) v[s],  s < lengths,  s // b on the list of key/value head h // (H / K)
+
+    Sums run in float32 whatever the dtype of q. A head that sees no key gets output 0 and lse -inf.
+
+    Args:
+      q: the query of the newest token; H is a multiple of K.
+      k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16.
+      blocks: lists of key blocks, counts [B, K] and indices [B, K, N].
+      lengths: number of keys of each sequence, the newest token included; 0 for a row that is not in use.
+      scale: factor on the scores; 1 / sqrt(D) if None.
+      return_lse: also return the log of the sum of exp(scores), natural logarithm.
+      implementation: "reference", "xla", or None for the best that works here.
+
+    Returns:
+      out [B, H, D] of q's dtype, or (out, lse [B, H] float32).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
+      NotImplementedError: the named implementation cannot do this.
+
+    Source: SeerAttention-R, arXiv 2506.08889, sec. 3.3.
+    """
+    name = "sparse_decode_attention"
+    check_attention_inputs(name, q, k, v, query_axes="B H D")
+    batch, _, head_dim = q.shape
+    check_shape(name, "blocks.counts", blocks.counts, "[B, K]", (batch, k.shape[2]))
+    check_integers(name, "lengths", lengths, "[B]", (batch,))
+    out, lse = _run(
+        implementation,
+        q,
+        k,
+        v,
+        blocks,
+        lengths=lengths.astype(jnp.int32),
+        scale=head_dim**-0.5 if scale is None else scale,
+    )
+    return (out, lse) if return_lse else out
