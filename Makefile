@@ -1,0 +1,66 @@
+# make help lists the targets. The environment in .venv holds the exact versions of requirements.lock.
+#   PYTHON=...        Python >= 3.12 to build the environment with (default: the first one found)
+#   EXTRA=cuda13      further extras of pyproject.toml to install, separated by commas
+#   ARGS=...          further arguments of `seer-jax demo` or pytest
+
+PYTHON ?=
+EXTRA ?=
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+comma := ,
+ENVIRONMENT := .venv/.installed$(if $(EXTRA),-$(subst $(comma),-,$(EXTRA)))
+
+.PHONY: help demo test check format lock clean environment
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo     make the environment and run the main job on the bundled model"
+	@echo "make test     make the environment and run the tests"
+	@echo "make check    lint, format and types"
+	@echo "make format   let ruff format the code and fix what it can"
+	@echo "make lock     resolve requirements.lock anew"
+	@echo "make clean    remove the environment and everything built"
+	@echo "On a machine with an NVIDIA GPU: make demo EXTRA=cuda13"
+
+demo: $(ENVIRONMENT)
+	$(BIN)/seer-jax demo $(ARGS)
+
+test: $(ENVIRONMENT)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(ENVIRONMENT)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/basedpyright
+
+format: $(ENVIRONMENT)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+environment: $(ENVIRONMENT)
+
+# A changed lock gives a new environment, a changed pyproject.toml only installs the package anew.
+.venv/.created: requirements.lock
+	python=$$(.ci/find-python "$(PYTHON)") && "$$python" -m venv --clear .venv
+	$(PIP) install --quiet -c requirements.lock setuptools
+	@touch $@
+
+.venv/.installed: .venv/.created pyproject.toml
+	@echo "Installing seer-jax and what it needs into .venv (about 1 GB, once)"
+	$(PIP) install -c requirements.lock --no-build-isolation -e ".[train,plot,dev]"
+	@touch $@
+
+.venv/.installed-%: .venv/.installed
+	$(PIP) install -c requirements.lock --no-build-isolation -e ".[train,plot,dev,$(EXTRA)]"
+	@touch $@
+
+lock:
+	directory=$$(mktemp -d) && trap 'rm -rf "$$directory"' EXIT && python=$$(.ci/find-python "$(PYTHON)") \
+	  && "$$python" -m venv "$$directory" && "$$directory/bin/pip" install --quiet --upgrade pip \
+	  && "$$directory/bin/python" .ci/lock.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

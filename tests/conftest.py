@@ -1,0 +1,33 @@
+"""Settings that hold for every test; they must be made before JAX or the packages under test are imported."""
+
+import importlib.util
+import os
+
+# The CPU unless a GPU is asked for: SEER_JAX_TEST_PLATFORM=cuda make test EXTRA=cuda13
+os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
+# No test may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Shapes and types of the public signatures are checked at every call, in tests alone.
+if importlib.util.find_spec("beartype"):
+    jaxtyping.install_import_hook(["pallas_kernels", "seer_jax"], "beartype.beartype")
+
+# Tracing and compiling make the first example slow, whatever it is; the same examples come at every run.
+hypothesis.settings.register_profile("seer_jax", deadline=None, derandomize=True, database=None, max_examples=30)
+hypothesis.settings.load_profile("seer_jax")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that need a GPU where there is none."""
+    if jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU (SEER_JAX_TEST_PLATFORM=cuda)")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
