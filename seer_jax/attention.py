@@ -1,0 +1,322 @@
+"""Attention of one layer: dense, block-sparse over a prompt, and of one new token against the cache."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import (
+    BlockIndices,
+    attention_with_block_scores,
+    block_sparse_attention,
+    select_blocks,
+    sparse_decode_attention,
+)
+from seer_jax.config import ModelConfig
+from seer_jax.gate import DecodeGate, PrefillGate
+from seer_jax.policies import (
+    Dense,
+    Gate,
+    Given,
+    Oracle,
+    Policy,
+    Random,
+    Scorer,
+    SinkWindow,
+    Threshold,
+    TokenBudget,
+    TopK,
+)
+from seer_jax.rope import apply_rope
+
+QUERY_CHUNK = 512
+CHUNKS_PER_SPAN = 4
+DEFAULT_BLOCK_SIZE = 64
+
+
+def dense_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    *,
+    lengths: Int[Array, "B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H D"]:
+    """softmax(q k^T / sqrt(D)) v with causality, differentiable; q and k after RoPE.
+
+    Runs in cuDNN on GPUs where dtype and masks allow it, else in chunks of queries, so that no T x T array is made.
+
+    Args:
+      lengths: tokens of each row that count; later rows of the output are undefined but finite.
+      segment_ids: tokens attend within their own segment (packed sequences).
+    """
+    if segment_ids is None and jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+    # A causal row never sees beyond its own length, so `lengths` changes no row that counts.
+    batch, tokens, heads, dim = q.shape
+    size = min(QUERY_CHUNK, tokens)
+    chunks = -(-tokens // size)
+    queries = jnp.pad(q, ((0, 0), (0, chunks * size - tokens), (0, 0), (0, 0)))
+
+    @jax.checkpoint
+    def attend(chunk: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        rows = jnp.minimum(chunk * size + jnp.arange(size), tokens - 1)
+        mask = jnp.broadcast_to(rows[:, None] >= jnp.arange(keys.shape[1]), (batch, size, keys.shape[1]))
+        if segment_ids is not None:
+            mask &= segment_ids[:, rows, None] == segment_ids[:, None, : keys.shape[1]]
+        part = jax.lax.dynamic_slice_in_dim(queries, chunk * size, size, axis=1)
+        return jax.nn.dot_product_attention(part, keys, values, mask=mask[:, None])
+
+    parts = []
+    for first, last in itertools.pairwise(range(0, chunks + CHUNKS_PER_SPAN, CHUNKS_PER_SPAN)):
+        last = min(last, chunks)
+        span = slice(0, last * size)  # what lies after the span is in the future of all its queries
+        out = jax.lax.map(lambda chunk, span=span: attend(chunk, k[:, span], v[:, span]), jnp.arange(first, last))
+        parts.append(jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim))
+    return jnp.concatenate(parts, axis=1)[:, :tokens]
+
+
+def rotate(
+    q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], positions: Int[Array, "#B T"], config: ModelConfig
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"]]:
+    """RoPE on queries and keys."""
+    return apply_rope(q, positions, config.rope), apply_rope(k, positions, config.rope)
+
+
+def prefill_attention(
+    policy: Policy,
+    gate: PrefillGate | None,
+    layer: Int[Array, ""],
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    lengths: Int[Array, "B"],
+    config: ModelConfig,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B"]]:
+    """Attention of a prompt's tokens 0 .. T-1 to each other.
+
+    Args:
+      policy: which blocks are kept.
+      gate: of this layer, where the policy ranks by it.
+      layer: index of this layer.
+      q, k, v: before RoPE.
+      lengths: tokens of each row that count; the rest is right padding.
+
+    Returns:
+      (output, keys after RoPE, share of the causal blocks that was kept in each row of the batch).
+    """
+    positions = jnp.arange(q.shape[1])[None]
+    q_rotated, k_rotated = rotate(q, k, positions, config)
+    if isinstance(policy, Dense):
+        out = dense_attention(q_rotated, k_rotated, v, lengths=lengths)
+        return out, k_rotated, jnp.ones(q.shape[0])
+    b = prefill_block_size(policy, gate)
+    num_blocks = -(-q.shape[1] // b)
+    row = jnp.arange(num_blocks)
+    last = (lengths - 1) // b  # block row that holds a sequence's last token
+    live = (row <= last[:, None])[:, None, :, None]
+    causal = live & (row <= row[:, None])
+    keep = causal & (row == row[:, None])
+    if isinstance(policy, Given):
+        mask = causal & policy.mask[layer]
+        mask |= keep & ~mask.any(-1, keepdims=True)  # a row that would keep no block keeps its diagonal
+        blocks = select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
+    else:
+        logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)
+        blocks = _select_prefill(policy, jnp.where(causal, logits, -jnp.inf), keep, causal, last, b)
+    out = block_sparse_attention(q_rotated, k_rotated, v, blocks, lengths=lengths)
+    kept = blocks.counts.sum((1, 2)) / (blocks.counts.shape[1] * causal.sum((1, 2, 3)))
+    return out, k_rotated, kept
+
+
+def prefill_block_size(policy: Policy, gate: PrefillGate | None) -> int:
+    """b: the gate's where there is one, so that yardsticks are compared at the same size."""
+    if isinstance(policy, Given):
+        return policy.block_size
+    return gate.config.block_size if gate is not None else DEFAULT_BLOCK_SIZE
+
+
+def _select_prefill(
+    policy: Policy,
+    logits: Float[Array, "B Hs Tb Tb"],
+    keep: Bool[Array, "B 1 Tb Tb"],
+    causal: Bool[Array, "B 1 Tb Tb"],
+    last: Int[Array, "B"],
+    block_size: int,
+) -> BlockIndices:
+    row = jnp.arange(logits.shape[-1])
+    match policy:
+        case Threshold() | TopK():
+            dense = row > last[:, None] - policy.dense_last_rows
+            keep |= causal & dense[:, None, :, None]
+            if isinstance(policy, Threshold):
+                return select_blocks(logits, block_size=block_size, threshold=policy.threshold, keep=keep)
+            return select_blocks(logits, block_size=block_size, top_k=policy.blocks(len(row)), keep=keep)
+        case TokenBudget():
+            keep |= causal & (row == 0)
+            return select_blocks(logits, block_size=block_size, max_blocks=policy.blocks(block_size), keep=keep)
+    raise TypeError(f"Expected a prefill policy (Dense, Threshold, TopK, TokenBudget or Given); got {policy!r}.")
+
+
+def _prefill_logits(
+    scorer: Scorer,
+    gate: PrefillGate | None,
+    layer: Int[Array, ""],
+    tensors: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array],
+    lengths: Int[Array, "B"],
+    block_size: int,
+) -> Float[Array, "B Hs Tb Tb"]:
+    q, k, q_rotated, k_rotated, v = tensors
+    batch, tokens, heads, _ = q.shape
+    num_blocks = -(-tokens // block_size)
+    match scorer:
+        case Gate():
+            if gate is None:
+                raise ValueError(
+                    "This policy ranks blocks by the prefill gate, but the model has none; load or train one."
+                )
+            positions = jnp.arange(tokens)[None]
+            return gate(q, k, positions, positions < lengths[:, None])
+        case Oracle():
+            scored = attention_with_block_scores(q_rotated, k_rotated, v, block_size=block_size, lengths=lengths)
+            return jnp.log(scored.block_scores)
+        case SinkWindow():
+            return jnp.broadcast_to(_recency(num_blocks), (batch, 1, num_blocks, num_blocks))
+        case Random():
+            key = jax.random.fold_in(jax.random.key(scorer.seed), layer)
+            return jax.random.uniform(key, (batch, heads, num_blocks, num_blocks))
+    raise TypeError(f"Expected a scorer (Gate, Oracle, SinkWindow or Random); got {scorer!r}.")
+
+
+def _recency(num_blocks: int) -> Float[Array, "Sb"]:
+    """Ranks the first block above all, then the latest ones."""
+    return jnp.arange(num_blocks).at[0].set(num_blocks).astype(jnp.float32)
+
+
+def decode_attention(
+    policy: Policy,
+    gate: DecodeGate | None,
+    layer: Int[Array, ""],
+    q: Float[Array, "B 1 H D"],
+    q_rotated: Float[Array, "B 1 H D"],
+    keys: Float[Array, "B S K D"],
+    values: Float[Array, "B S K D"],
+    gate_keys: Float[Array, "B Sb K C"] | None,
+    position: Int[Array, "B"],
+) -> tuple[Float[Array, "B 1 H D"], Float[Array, "B"]]:
+    """Attention of one new token of each row to the cached ones, itself among them.
+
+    Args:
+      policy: which blocks are kept; current and first block always are.
+      gate, gate_keys: of this layer, where the policy ranks by it.
+      layer: index of this layer.
+      q, q_rotated: before and after RoPE.
+      keys, values: of this layer, the new token's already written.
+      position: of the new token, so that position + 1 tokens are visible.
+
+    Returns:
+      (output, share of the visible blocks that was kept in each row of the batch).
+    """
+    start = 0 if gate is None else gate.config.start_layer
+
+    def dense() -> tuple[jax.Array, jax.Array]:
+        out = jax.nn.dot_product_attention(q_rotated, keys, values, key_value_seq_lengths=position + 1)
+        return out, jnp.ones(q.shape[0])
+
+    def sparse() -> tuple[jax.Array, jax.Array]:
+        blocks = _select_decode(policy, gate, layer, q, q_rotated, keys, gate_keys, position)
+        out = sparse_decode_attention(q_rotated[:, 0], keys, values, blocks, lengths=position + 1)
+        visible = position // blocks.block_size + 1
+        return out[:, None], blocks.counts.mean(1) / visible
+
+    if isinstance(policy, Dense):
+        return dense()
+    return jax.lax.cond(layer < start, dense, sparse) if start else sparse()
+
+
+def decode_block_size(policy: Policy, gate: DecodeGate | None) -> int:
+    """b: see `prefill_block_size`."""
+    if isinstance(policy, Given):
+        return policy.block_size
+    return gate.config.block_size if gate is not None else DEFAULT_BLOCK_SIZE
+
+
+def _select_decode(
+    policy: Policy,
+    gate: DecodeGate | None,
+    layer: Int[Array, ""],
+    q: Float[Array, "B 1 H D"],
+    q_rotated: Float[Array, "B 1 H D"],
+    keys: Float[Array, "B S K D"],
+    gate_keys: Float[Array, "B Sb K C"] | None,
+    position: Int[Array, "B"],
+) -> BlockIndices:
+    b = decode_block_size(policy, gate)
+    num_blocks = -(-keys.shape[1] // b)
+    column, current = jnp.arange(num_blocks), (position // b)[:, None, None]
+    keep = jnp.broadcast_to((column == current) | (column == 0), (q.shape[0], keys.shape[2], num_blocks))
+    if isinstance(policy, Given):
+        mask = policy.mask[layer] & (column <= current)
+        mask |= (column == current) & ~mask.any(-1, keepdims=True)
+        return select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
+    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, keys, gate_keys, position, b)
+    logits = jnp.where(column < current, logits, -jnp.inf)
+    match policy:
+        case Threshold():
+            return select_blocks(logits, block_size=b, threshold=policy.threshold, keep=keep)
+        case TokenBudget():
+            return select_blocks(logits, block_size=b, max_blocks=policy.blocks(b), keep=keep)
+        case TopK():
+            # The count follows the row's own length, so the cut is made by rank, forced blocks first.
+            rank = jnp.argsort(jnp.argsort(jnp.where(keep, -jnp.inf, -logits), axis=-1), axis=-1)
+            wanted = jnp.maximum(2, jnp.floor(policy.density * (current + 1)))
+            width = max(2, int(policy.density * num_blocks))
+            logits = jnp.where(rank < wanted, logits, -jnp.inf)
+            return select_blocks(logits, block_size=b, keep=keep, width=min(width, num_blocks))
+    raise TypeError(f"Expected a decode policy (Dense, Threshold, TopK, TokenBudget or Given); got {policy!r}.")
+
+
+def _decode_logits(
+    scorer: Scorer,
+    gate: DecodeGate | None,
+    layer: Int[Array, ""],
+    q: Float[Array, "B 1 H D"],
+    q_rotated: Float[Array, "B 1 H D"],
+    keys: Float[Array, "B S K D"],
+    gate_keys: Float[Array, "B Sb K C"] | None,
+    position: Int[Array, "B"],
+    block_size: int,
+) -> Float[Array, "B #K Sb"]:
+    num_blocks = -(-keys.shape[1] // block_size)
+    match scorer:
+        case Gate():
+            if gate is None or gate_keys is None:
+                raise ValueError(
+                    "This policy ranks blocks by the decode gate, but the model has none; load or train one."
+                )
+            queries = gate.queries(q, position[:, None])
+            return gate.logits(queries, gate_keys, (position // block_size)[:, None])[:, :, 0]
+        case Oracle():
+            return _decode_oracle(q_rotated[:, 0], keys, position, block_size)
+        case SinkWindow():
+            return jnp.broadcast_to(_recency(num_blocks), (q.shape[0], keys.shape[2], num_blocks))
+        case Random():
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(scorer.seed), layer), position.sum())
+            return jax.random.uniform(key, (q.shape[0], keys.shape[2], num_blocks))
+    raise TypeError(f"Expected a scorer (Gate, Oracle, SinkWindow or Random); got {scorer!r}.")
+
+
+def _decode_oracle(
+    q: Float[Array, "B H D"], keys: Float[Array, "B S K D"], position: Int[Array, "B"], block_size: int
+) -> Float[Array, "B K Sb"]:
+    """Largest true attention probability within each block, over the group's query heads; a rank needs no row sum."""
+    grouped = q.reshape(q.shape[0], keys.shape[2], -1, q.shape[-1]).astype(jnp.float32)
+    logits = jnp.einsum("bkgd,bskd->bkgs", grouped, keys.astype(jnp.float32)) * q.shape[-1] ** -0.5
+    visible = jnp.arange(keys.shape[1]) <= position[:, None, None, None]
+    logits = jax.nn.log_softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    pad = -keys.shape[1] % block_size
+    logits = jnp.pad(logits.max(2), ((0, 0), (0, 0), (0, pad)), constant_values=-jnp.inf)
+    return logits.reshape(*logits.shape[:2], -1, block_size).max(-1)

@@ -1,0 +1,115 @@
+"""The static cache of generation: keys and values, and the compressed keys that the decode gate scores."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from seer_jax.config import DecodeGateConfig, ModelConfig
+from seer_jax.gate import DecodeGate, pool_blocks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GateCache:
+    """What the decode gate keeps of the past (SeerAttention-R, arXiv 2506.08889, sec. 3.3).
+
+    Attributes:
+      keys: one compressed key per block, float32; valid for completed blocks.
+      pending: the keys of the unfinished block before RoPE, which it is pooled from once it is complete.
+    """
+
+    keys: Float[Array, "L B Sb K C"]
+    pending: Float[Array, "L B b K D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys (after RoPE) and values of S token slots; row i holds `lengths[i]` tokens, the rest is not read.
+
+    Attributes:
+      keys, values: in the model's dtype.
+      lengths: tokens in each row.
+      gate: of the decode gate, or None where none is used.
+    """
+
+    keys: Float[Array, "L B S K D"]
+    values: Float[Array, "L B S K D"]
+    lengths: Int[Array, "B"]
+    gate: GateCache | None = None
+
+    @classmethod
+    def create(
+        cls, model: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, gate: DecodeGateConfig | None = None
+    ) -> Self:
+        """An empty cache for `batch` rows of `capacity` tokens."""
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"A cache needs at least one row and one token; got batch={batch}, capacity={capacity}.")
+        shape = (model.num_layers, batch, capacity, model.num_kv_heads, model.head_dim)
+        gate_cache = None
+        if gate is not None:
+            blocks = -(-capacity // gate.block_size)
+            gate_cache = GateCache(
+                keys=jnp.zeros((*shape[:2], blocks, model.num_kv_heads, gate.gate_dim), jnp.float32),
+                pending=jnp.zeros((*shape[:2], gate.block_size, *shape[3:]), dtype),
+            )
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32), gate_cache)
+
+    @property
+    def capacity(self) -> int:
+        """S: tokens that each row has room for."""
+        return self.keys.shape[2]
+
+    def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]) -> Self:
+        """Writes the first T tokens of every row of one layer."""
+        start = (layer, 0, 0, 0, 0)
+        return dataclasses.replace(
+            self,
+            keys=jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), start),
+            values=jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), start),
+        )
+
+    def append(self, layer: Int[Array, ""], k: Float[Array, "B K D"], v: Float[Array, "B K D"]) -> Self:
+        """Writes one token of every row of one layer, at the row's length."""
+        at = (layer, jnp.arange(k.shape[0]), self.lengths)
+        return dataclasses.replace(
+            self,
+            keys=self.keys.at[at].set(k.astype(self.keys.dtype)),
+            values=self.values.at[at].set(v.astype(self.values.dtype)),
+        )
+
+    def fill_gate(
+        self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B T K D"], lengths: Int[Array, "B"]
+    ) -> Self:
+        """Compresses the blocks of a prompt; k before RoPE. The unfinished last block goes to `pending`."""
+        if self.gate is None:
+            return self
+        b = gate.config.block_size
+        pooled = pool_blocks(k, gate.config.k_pooling, b)
+        compressed = gate.keys(pooled, jnp.arange(pooled.shape[1])[None] * b)
+        unfinished = (lengths // b)[:, None] * b + jnp.arange(b)
+        pending = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
+        return dataclasses.replace(
+            self,
+            gate=GateCache(
+                keys=jax.lax.dynamic_update_slice(self.gate.keys, compressed[None], (layer, 0, 0, 0, 0)),
+                pending=self.gate.pending.at[layer].set(pending.astype(self.gate.pending.dtype)),
+            ),
+        )
+
+    def append_gate(self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B K D"]) -> Self:
+        """Adds one token's key (before RoPE) to the unfinished block, and compresses the block where that completes it."""
+        if self.gate is None:
+            return self
+        b = gate.config.block_size
+        rows = jnp.arange(k.shape[0])
+        pending = self.gate.pending.at[layer, rows, self.lengths % b].set(k.astype(self.gate.pending.dtype))
+        block = self.lengths // b
+        compressed = gate.keys(pool_blocks(pending[layer], gate.config.k_pooling, b), (block * b)[:, None])[:, 0]
+        complete = (self.lengths % b == b - 1)[:, None, None]
+        old = self.gate.keys[layer, rows, block]
+        keys = self.gate.keys.at[layer, rows, block].set(jnp.where(complete, compressed, old))
+        return dataclasses.replace(self, gate=GateCache(keys, pending))

@@ -1,0 +1,77 @@
+"""Building blocks of the decoder. Weights keep names and layout of the Hugging Face checkpoint, stacked over layers."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from seer_jax.config import ModelConfig
+
+
+class BaseParam(nnx.Param):
+    """A weight of the base model: frozen while gates are distilled."""
+
+
+class GateParam(nnx.Param):
+    """A weight of a gate: float32, trained by distillation."""
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, with W `[out, in]` as in the checkpoint."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = jax.random.normal(rngs.params(), (out_features, in_features), jnp.float32) * in_features**-0.5
+        self.weight = BaseParam(init.astype(dtype))
+        self.bias = BaseParam(jnp.zeros(out_features, dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+def rms_norm(x: Float[Array, "*b dim"], weight: Float[Array, "dim"], eps: float) -> Float[Array, "*b dim"]:
+    """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, the result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+class Projections(nnx.Module):
+    """The four projections around attention, and Qwen3's norms of queries and keys."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, dim = config.hidden_size, config.head_dim
+        kinds = dict(dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(width, config.num_heads * dim, bias=config.qkv_bias, **kinds)
+        self.k_proj = Linear(width, config.num_kv_heads * dim, bias=config.qkv_bias, **kinds)
+        self.v_proj = Linear(width, config.num_kv_heads * dim, bias=config.qkv_bias, **kinds)
+        self.o_proj = Linear(config.num_heads * dim, width, bias=config.o_bias, **kinds)
+        self.q_norm = BaseParam(jnp.ones(dim, dtype)) if config.qk_norm else None
+        self.k_norm = BaseParam(jnp.ones(dim, dtype)) if config.qk_norm else None
+        self.config = config
+
+    def qkv(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Queries, keys and values **before RoPE**, normed where the family norms them: what the gates read."""
+        dim, eps = self.config.head_dim, self.config.rms_norm_eps
+        q, k, v = (p(x).reshape(*x.shape[:2], -1, dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
+        return q, k, v
+
+    def out(self, attended: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
+        return self.o_proj(attended.reshape(*attended.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **kinds)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, **kinds)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, **kinds)
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

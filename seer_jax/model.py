@@ -1,0 +1,272 @@
+"""The decoder: one module for the Llama, Qwen2 and Qwen3 families, its layers stacked and scanned."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from seer_jax.attention import decode_attention, prefill_attention, rotate
+from seer_jax.cache import Cache
+from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, PrefillGateConfig
+from seer_jax.gate import DecodeGate, PrefillGate
+from seer_jax.layers import MLP, BaseParam, Projections, rms_norm
+from seer_jax.policies import Dense, Gate, Policy
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_layernorm = BaseParam(jnp.ones(config.hidden_size, dtype))
+        self.self_attn = Projections(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = BaseParam(jnp.ones(config.hidden_size, dtype))
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "B T E"], attend: Callable) -> tuple[Float[Array, "B T E"], Any]:
+        """`attend(q, k, v) -> (output, aux)` gets queries and keys before RoPE; returns (x, aux)."""
+        eps = self.config.rms_norm_eps
+        attended, aux = attend(*self.self_attn.qkv(rms_norm(x, self.input_layernorm[...], eps)))
+        x = x + self.self_attn.out(attended)
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps)), aux
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerContext:
+    """What an attention function may need of the layer that it works for: its index and its slice of the gates."""
+
+    index: Int[Array, ""]
+    prefill_gate: PrefillGate | None
+    decode_gate: DecodeGate | None
+
+
+Attend = Callable[[LayerContext, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any, Any]]
+
+
+class Transformer(nnx.Module):
+    """A causal language model whose attention can be sparse.
+
+    Every weight of `layers` and of the gates has a leading axis L. The module is a pytree: pass it through `jax.jit` as an
+    argument, never as a closure, which would make its weights constants of the program.
+
+    Attributes:
+      prefill_gate, decode_gate: None, or gates that `attach` set. A model can carry both.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
+        self.config = config
+        table = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32) * 0.02
+        self.embed_tokens = BaseParam(table.astype(dtype))
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, dtype=dtype, rngs=rngs)
+
+        self.layers = stacked(rngs)
+        self.norm = BaseParam(jnp.ones(config.hidden_size, dtype))
+        head = jax.random.normal(rngs.params(), table.shape, jnp.float32) * 0.02
+        self.lm_head = None if config.tie_word_embeddings else BaseParam(head.astype(dtype))
+        self.prefill_gate: PrefillGate | None = nnx.data(None)
+        self.decode_gate: DecodeGate | None = nnx.data(None)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the base weights, and so of hidden states and cache."""
+        return self.embed_tokens.dtype
+
+    def attach(self, *gates: PrefillGate | DecodeGate) -> Self:
+        """Sets one or both gates; each must have been made for a model of this shape.
+
+        Raises:
+          ValueError: layers, heads or head dim of a gate's model differ from this one's.
+        """
+        for gate in gates:
+            for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "rope"):
+                ours, theirs = getattr(self.config, name), getattr(gate.model, name)
+                if ours != theirs:
+                    raise ValueError(
+                        f"A gate fits a model of the shape it was made for: expected {name}={ours}, got {theirs}. "
+                        "Load the gates that were trained for this base model."
+                    )
+            if isinstance(gate, PrefillGate):
+                self.prefill_gate = gate
+            else:
+                self.decode_gate = gate
+        return self
+
+    def add_gate(self, config: GateConfig, *, rngs: nnx.Rngs) -> Self:
+        """Attaches a fresh, untrained gate."""
+        kind = PrefillGate if isinstance(config, PrefillGateConfig) else DecodeGate
+        return self.attach(kind(config, self.config, rngs=rngs))  # pyright: ignore[reportArgumentType]
+
+    def scan(
+        self, tokens: Int[Array, "B T"], attend: Attend, state: Any = None
+    ) -> tuple[Float[Array, "B T E"], Any, Any]:
+        """Runs all layers and the final norm.
+
+        Args:
+          tokens: `[B, T]`.
+          attend: `attend(context, state, q, k, v) -> (output, state, aux)`, with q and k before RoPE.
+          state: carried from layer to layer, for example a cache.
+
+        Returns:
+          (hidden states after the final norm, state, aux of all layers stacked).
+        """
+
+        def body(carry: tuple, scanned: tuple) -> tuple[tuple, Any]:
+            x, state = carry
+            layer, context = scanned
+
+            def hook(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+                out, new_state, aux = attend(context, state, q, k, v)
+                return out, (new_state, aux)
+
+            x, (state, aux) = layer(x, hook)
+            return (x, state), aux
+
+        contexts = LayerContext(jnp.arange(self.config.num_layers), self.prefill_gate, self.decode_gate)
+        start = (self.embed_tokens[...][tokens], state)
+        (x, state), aux = jax.lax.scan(body, start, (self.layers, contexts))
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, aux
+
+    def logits(self, hidden: Float[Array, "*b E"]) -> Float[Array, "*b V"]:
+        """Output head, float32."""
+        table = self.embed_tokens if self.lm_head is None else self.lm_head
+        return jnp.einsum("...e,ve->...v", hidden, table[...], preferred_element_type=jnp.float32)
+
+    def hidden_states(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, sparsity: Policy = Dense()
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "L B"]]:
+        """Hidden states after the final norm, and the share of causal blocks that each layer and row kept."""
+        lengths = self.check(tokens, lengths)
+        self.check_policy(sparsity, self.prefill_gate)
+
+        def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+            gate = context.prefill_gate
+            out, _, kept = prefill_attention(sparsity, gate, context.index, q, k, v, lengths, self.config)
+            return out, state, kept
+
+        hidden, _, kept = self.scan(tokens, attend)
+        return hidden, kept
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, sparsity: Policy = Dense()
+    ) -> Float[Array, "B T V"]:
+        """Logits of every position.
+
+        Args:
+          tokens: right-padded, in [0, vocab_size).
+          lengths: tokens of each row that count, in [1, T]; None: all. Logits after them are finite and mean nothing.
+          sparsity: which key blocks the attention keeps.
+
+        Returns:
+          float32.
+
+        Raises:
+          ValueError: shapes, dtypes, tokens or lengths are wrong, or the policy needs a gate that the model has not.
+        """
+        hidden, _ = self.hidden_states(tokens, lengths, sparsity=sparsity)
+        return self.logits(hidden)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None, cache: Cache, *, sparsity: Policy = Dense()
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads prompts into an empty cache; returns the logits after each row's last token.
+
+        Args:
+          tokens, lengths, sparsity: as in `__call__`.
+          cache: of at least T tokens; what it held is lost.
+        """
+        lengths = self.check(tokens, lengths)
+        self.check_policy(sparsity, self.prefill_gate)
+        if tokens.shape[1] > cache.capacity:
+            raise ValueError(
+                f"A prompt must fit the cache: got {tokens.shape[1]} tokens for {cache.capacity} slots. Make a larger cache."
+            )
+
+        def attend(context: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+            gate, index = context.prefill_gate, context.index
+            out, k_rotated, kept = prefill_attention(sparsity, gate, index, q, k, v, lengths, self.config)
+            cache = cache.fill(index, k_rotated, v)
+            if context.decode_gate is not None:
+                cache = cache.fill_gate(index, context.decode_gate, k, lengths)
+            return out, cache, kept
+
+        hidden, cache, _ = self.scan(tokens, attend, cache)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.logits(last), dataclasses.replace(cache, lengths=lengths)
+
+    def decode(
+        self, tokens: Int[Array, "B"], cache: Cache, *, sparsity: Policy = Dense()
+    ) -> tuple[Float[Array, "B V"], Cache, Float[Array, "L B"]]:
+        """Appends one token to each row; returns the logits after it and the share of blocks each layer kept.
+
+        The cache must have a free slot in every row (`generate` sees to that); an append beyond it would be lost.
+        """
+        self.check_policy(sparsity, self.decode_gate)
+        position = cache.lengths
+
+        def attend(context: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+            gate, index = context.decode_gate, context.index
+            q_rotated, k_rotated = rotate(q, k, position[:, None], self.config)
+            cache = cache.append(index, k_rotated[:, 0], v[:, 0])
+            gate_keys = None
+            if gate is not None and cache.gate is not None:
+                cache = cache.append_gate(index, gate, k[:, 0])
+                gate_keys = cache.gate.keys[index]
+            keys, values = cache.keys[index], cache.values[index]
+            out, kept = decode_attention(sparsity, gate, index, q, q_rotated, keys, values, gate_keys, position)
+            return out, cache, kept
+
+        hidden, cache, kept = self.scan(tokens[:, None], attend, cache)
+        return self.logits(hidden[:, 0]), dataclasses.replace(cache, lengths=position + 1), kept
+
+    def make_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache that fits this model and its decode gate."""
+        gate = None if self.decode_gate is None else self.decode_gate.config
+        return Cache.create(self.config, batch, capacity, self.dtype, gate)
+
+    def check(self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None) -> Int[Array, "B"]:
+        """Checks tokens and lengths (their values where they are concrete) and returns the lengths."""
+        tokens = _concrete(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
+            raise ValueError(f"tokens are integers [B, T] with B, T >= 1; got {tokens.dtype} {tokens.shape}.")
+        batch, width = tokens.shape
+        if isinstance(tokens, np.ndarray) and not (0 <= tokens.min() and tokens.max() < self.config.vocab_size):
+            raise ValueError(
+                f"Tokens lie in [0, {self.config.vocab_size}), the model's vocabulary; got {tokens.min()} .. {tokens.max()}. "
+                "Use the tokenizer that belongs to the model."
+            )
+        if lengths is None:
+            return jnp.full(batch, width, jnp.int32)
+        lengths = _concrete(lengths)
+        if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise ValueError(f"lengths are integers [B] with B = {batch}; got {lengths.dtype} {lengths.shape}.")
+        if isinstance(lengths, np.ndarray) and not (1 <= lengths.min() and lengths.max() <= width):
+            raise ValueError(
+                f"Each row has 1 to T = {width} tokens (no empty prompt); got lengths {lengths.min()} .. {lengths.max()}."
+            )
+        return jnp.asarray(lengths, jnp.int32)
+
+    def check_policy(self, policy: Policy, gate: PrefillGate | DecodeGate | None) -> None:
+        """Refuses a policy that ranks by a gate which the model does not have."""
+        if isinstance(getattr(policy, "scorer", None), Gate) and gate is None:
+            raise ValueError(
+                f"{policy} ranks blocks by a learned gate, but the model has none of this kind; "
+                "load one (from_pretrained(..., gates=...)), train one, or use Dense()."
+            )
+
+
+def _concrete(x: Any) -> Any:
+    """The values where they are known, so that they can be checked; a tracer as it is."""
+    return x if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+__all__ = ["DecodeGateConfig", "DecoderLayer", "LayerContext", "Transformer"]
