@@ -239,7 +239,7 @@ class Transformer(nnx.Module):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
             raise ValueError(f"tokens are integers [B, T] with B, T >= 1; got {tokens.dtype} {tokens.shape}.")
         batch, width = tokens.shape
-        if isinstance(tokens, np.ndarray) and not (0 <= tokens.min() and tokens.max() < self.config.vocab_size):
+        if isinstance(tokens, np.ndarray) and not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
             raise ValueError(
                 f"Tokens lie in [0, {self.config.vocab_size}), the model's vocabulary; got {tokens.min()} .. {tokens.max()}. "
                 "Use the tokenizer that belongs to the model."
@@ -249,7 +249,7 @@ class Transformer(nnx.Module):
         lengths = _concrete(lengths)
         if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise ValueError(f"lengths are integers [B] with B = {batch}; got {lengths.dtype} {lengths.shape}.")
-        if isinstance(lengths, np.ndarray) and not (1 <= lengths.min() and lengths.max() <= width):
+        if isinstance(lengths, np.ndarray) and not (lengths.min() >= 1 and lengths.max() <= width):
             raise ValueError(
                 f"Each row has 1 to T = {width} tokens (no empty prompt); got lengths {lengths.min()} .. {lengths.max()}."
             )
