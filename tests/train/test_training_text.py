@@ -1,0 +1,242 @@
+"""Documents from files, folders and datasets, tokens from documents, batches from rows."""
+
+import itertools
+import json
+import sys
+import types
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from seer_jax.train.data import DataConfig, batches, load_dataset
+from seer_jax.train.packing import PackedDataset, Packing
+from seer_jax.train.sources import SourceConfig, list_files, read_documents
+from seer_jax.train.tokens import HFTokenizer, TokenStore, load_tokens
+
+CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Every kind of file, with names whose order is not that of creation."""
+    root = tmp_path / "text"
+    (root / "sub").mkdir(parents=True)
+    (root / "z.txt").write_text("text z")
+    (root / "b.py").write_bytes(b"code = '\xff'\n")
+    (root / "empty.txt").write_text(" \n")
+    (root / "sub" / "a.md").write_text("text a")
+    (root / "c.jsonl").write_text('{"text": "row 1"}\n\n{"text": "", "n": 1}\n{"text": "row 2"}\n')
+    (root / "image.png").write_bytes(b"\x89PNG")
+    pq.write_table(pa.table({"text": ["cell 1", "cell 2"], "other": [1, 2]}), root / "d.parquet")
+    return root
+
+
+def documents(**settings):
+    return list(read_documents(SourceConfig(**settings)))
+
+
+def test_folder_is_read_in_sorted_order(folder):
+    expected = ["code = '\ufffd'\n", "row 1", "row 2", "cell 1", "cell 2", "text a", "text z"]
+    assert documents(paths=(str(folder),)) == expected
+
+
+def test_include_and_exclude(folder):
+    files = list_files(SourceConfig(paths=(str(folder),), include=("*.txt", "sub/*"), exclude=("empty*",)))
+    assert [f.name for f in files] == ["a.md", "z.txt"]
+
+
+def test_several_paths_keep_their_order(folder):
+    paths = (str(folder / "z.txt"), str(folder / "sub"))
+    assert documents(paths=paths) == ["text z", "text a"]
+
+
+def test_chats_and_other_fields(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n" + json.dumps({"messages": []}))
+    assert documents(paths=(str(path),), field="messages") == [CHAT]
+
+
+def test_huggingface_dataset(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return iter([{"text": "x"}, {"text": "y"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert documents(dataset="org/name", subset="small", split="test") == ["x", "y"]
+    assert calls == [(("org/name", "small"), {"split": "test", "streaming": True})]
+
+
+def test_huggingface_dataset_on_disk(monkeypatch, tmp_path):
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    stub = types.SimpleNamespace(load_from_disk=lambda path: {"train": [{"text": "x"}]})
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    assert documents(dataset=str(tmp_path)) == ["x"]
+
+
+BAD_SOURCES = [
+    ({}, ValueError, r"give `paths` .* or `dataset`"),
+    ({"paths": ("{}/none.txt",)}, FileNotFoundError, r"must exist; got .*none.txt"),
+    ({"paths": ("{}/image.png",)}, ValueError, r"Unknown kind of file: .*got .*image.png"),
+    ({"paths": ("{}",), "include": ("*.png",)}, ValueError, r"Unknown kind of file"),
+    ({"paths": ("{}",), "include": ("*.rst",)}, ValueError, r"holds no file to read: .*got 7 other files"),
+    ({"paths": ("{}/c.jsonl",), "field": "body"}, ValueError, r"c.jsonl:1: .*field 'body' .*got \['text'\]"),
+    ({"paths": ("{}/d.parquet",), "field": "body"}, ValueError, r"d.parquet: .*'body' .*\['other', 'text'\]"),
+    ({"paths": ("{}/d.parquet",), "field": "other"}, ValueError, r"holds a text or a list of chat .*got int"),
+    ({"paths": ("{}/broken.jsonl",)}, ValueError, r"one JSON object; .*broken.jsonl:2:"),
+    ({"paths": ("{}/list.jsonl",)}, ValueError, r"list.jsonl:1: .*got list"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), BAD_SOURCES)
+def test_source_errors(folder, settings, error, message):
+    (folder / "broken.jsonl").write_text('{"text": "x"}\n{"text"\n') if "broken" in message else None
+    (folder / "list.jsonl").write_text("[1]\n") if "list.jsonl" in message else None
+    if "paths" in settings:
+        settings = settings | {"paths": tuple(p.format(folder) for p in settings["paths"])}
+    with pytest.raises(error, match=message):
+        documents(**settings)
+
+
+@pytest.mark.parametrize(
+    ("package", "settings", "message"),
+    [
+        (
+            "pyarrow.parquet",
+            {"paths": ("{}/d.parquet",)},
+            r"needs the package pyarrow: pip install 'seer-jax\[train\]'",
+        ),
+        ("datasets", {"dataset": "x"}, r"needs the package datasets: pip install 'seer-jax\[data\]'"),
+    ],
+)
+def test_missing_package(monkeypatch, folder, package, settings, message):
+    monkeypatch.setitem(sys.modules, package, None)
+    if "paths" in settings:
+        settings = {"paths": tuple(p.format(folder) for p in settings["paths"])}
+    with pytest.raises(ImportError, match=message):
+        documents(**settings)
+
+
+def test_max_tokens_is_checked():
+    with pytest.raises(ValueError, match=r"max_tokens is positive.*got 0"):
+        SourceConfig(max_tokens=0)
+
+
+WORDS = ["<unk>", "<bos>", "<eos>", "one", "two", "three", "user", "assistant"]
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A tokenizer that puts <bos> in front, saved the Hugging Face way."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    root = tmp_path / "model"
+    root.mkdir()
+    tokenizer.save(str(root / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "chat_template": template}
+    (root / "tokenizer_config.json").write_text(json.dumps(settings))
+    return root
+
+
+def test_tokenizer_marks_documents(model_folder):
+    encode = HFTokenizer(str(model_folder)).encode
+    # bos from the tokenizer itself, eos after each document, neither twice; the chat template writes its own.
+    assert list(map(list, encode(["one two", CHAT, "three <eos>"]))) == [
+        [1, 3, 4, 2],
+        [6, 3, 2, 7, 4, 2],
+        [1, 5, 2],
+    ]
+
+
+def test_tokenizer_errors(model_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"needs the model's tokenizer: expected tokenizer.json"):
+        HFTokenizer(str(tmp_path / "nothing"))
+    (model_folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    plain = HFTokenizer(str(model_folder))
+    assert list(plain.encode(["one"])[0]) == [1, 3]  # no end-of-text token to add
+    with pytest.raises(ValueError, match=r"need a tokenizer with a chat template"):
+        plain.encode([CHAT])
+
+
+class Letters:
+    """A tokenizer for tests: one token per character; counts its work."""
+
+    fingerprint = "letters"
+    calls = 0
+
+    def encode(self, documents):
+        self.calls += len(documents)
+        return [[ord(c) for c in d] for d in documents]
+
+
+def test_token_store_is_read_back(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    (tmp_path / "b.txt").write_text("de")
+    config, tokenizer, cache = SourceConfig(paths=(str(tmp_path),)), Letters(), tmp_path / "cache"
+    fresh = load_tokens(config, tokenizer, cache)
+    (tmp_path / "a.txt").write_text("changed")
+    again = load_tokens(config, tokenizer, cache)
+    memory = load_tokens(config, tokenizer)
+    assert tokenizer.calls == 4  # the second load read the store
+    np.testing.assert_array_equal(again.tokens, [97, 98, 99, 100, 101])
+    np.testing.assert_array_equal(again.ends, [3, 5])
+    np.testing.assert_array_equal(again.lengths, [3, 2])
+    assert fresh.digest == again.digest != memory.digest
+    assert TokenStore.from_documents([[97, 98, 99], [], [100, 101]]).digest == fresh.digest
+
+
+@pytest.mark.parametrize("torn", ["store.json", "settings"])
+def test_torn_or_foreign_store_is_made_anew(tmp_path, torn):
+    (tmp_path / "a.txt").write_text("abc")
+    config, tokenizer, cache = SourceConfig(paths=(str(tmp_path),)), Letters(), tmp_path / "cache"
+    load_tokens(config, tokenizer, cache)
+    if torn == "settings":
+        tokenizer.fingerprint = "other"
+    else:
+        (cache / torn).unlink()
+    (tmp_path / "a.txt").write_text("new")
+    np.testing.assert_array_equal(load_tokens(config, tokenizer, cache).tokens, [ord(c) for c in "new"])
+
+
+def test_max_tokens_ends_with_a_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "abcd"}) for _ in range(9)))
+    config = SourceConfig(paths=(str(tmp_path / "a.jsonl"),), max_tokens=10)
+    assert len(load_tokens(config, Letters()).tokens) == 12
+
+
+def test_load_dataset(model_folder, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one two three " * 40)
+    config = DataConfig(paths=(str(path),), packing=Packing.BEST_FIT)
+    data = load_dataset(config, model=str(model_folder), vocab_size=8, row_length=64, block_size=16)
+    assert len(data) == 2 and data[0].tokens[0] == 1
+    with pytest.raises(ValueError, match=r"Tokens lie in \[0, 4\), .* got 1 .. 5"):
+        load_dataset(config, model=str(model_folder), vocab_size=4, row_length=64, block_size=16)
+
+
+def test_every_epoch_has_each_row_once_in_its_own_order():
+    data = PackedDataset.from_rows(np.arange(7)[:, None])
+    stream = batches(data, 7, seed=3)
+    orders = [next(stream)[0].tokens[:, 0].tolist() for _ in range(3)]
+    assert all(sorted(o) == list(range(7)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 3
+    assert next(batches(data, 7, seed=4))[0].tokens[:, 0].tolist() != orders[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10])
+def test_batches_resume_at_any_position(batch_size):
+    data = PackedDataset.from_rows(np.arange(14).reshape(7, 2))
+    whole = list(itertools.islice(batches(data, batch_size, seed=0), 12))
+    for n, (_, position) in enumerate(whole[:-1]):
+        rest = itertools.islice(batches(data, batch_size, seed=0, start=position), 11 - n)
+        for (expected, at), (got, now) in zip(whole[n + 1 :], rest, strict=True):
+            np.testing.assert_array_equal(got.tokens, expected.tokens)
+            assert at == now
+    assert [p.epoch * 7 + p.index for _, p in whole] == [batch_size * n for n in range(1, 13)]

@@ -1,0 +1,104 @@
+"""Batches in a seeded order that can be taken up again at any point."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from seer_jax.train.packing import PackedDataset, Packing, Row, pack
+from seer_jax.train.sources import SourceConfig
+from seer_jax.train.tokens import HFTokenizer, Tokenizer, load_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Training text and how it fills rows.
+
+    Attributes:
+      packing: see `Packing`.
+      min_length: BEST_FIT drops shorter sequences, tokens; None: two blocks.
+    """
+
+    packing: Packing = Packing.CONCATENATE
+    min_length: int | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of tokens with their sequences, see `packing.Row`."""
+
+    tokens: Int[Array | np.ndarray, "*b T"]
+    segment_ids: Int[Array | np.ndarray, "*b T"]
+    positions: Int[Array | np.ndarray, "*b T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPosition:
+    """Where in the data a run is: everything that a resumed run needs to draw the same batches.
+
+    Attributes:
+      epoch: passes over the data that are complete.
+      index: rows drawn in this one.
+    """
+
+    epoch: int = 0
+    index: int = 0
+
+
+def load_dataset(
+    config: DataConfig,
+    *,
+    model: str,
+    vocab_size: int,
+    row_length: int,
+    block_size: int,
+    cache: Path | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> PackedDataset:
+    """Reads, tokenizes and packs training text.
+
+    Args:
+      config: what to read.
+      model: folder or hub id that the tokenizer is taken from, unless `tokenizer` is given.
+      vocab_size: of the model; other tokens are refused.
+      row_length: T.
+      block_size: sequences start at its multiples.
+      cache: folder for the tokens, see `load_tokens`.
+    """
+    sources = SourceConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)})
+    store = load_tokens(sources, tokenizer or HFTokenizer(model), cache).check_vocabulary(vocab_size)
+    return pack(store, config.packing, row_length=row_length, block_size=block_size, min_length=config.min_length)
+
+
+def batches(
+    dataset: PackedDataset, batch_size: int, *, seed: int, start: DataPosition = DataPosition()
+) -> Iterator[tuple[Batch, DataPosition]]:
+    """Endless batches and, with each, the position after it.
+
+    Every epoch has an order of its own, given by seed and epoch alone; a batch may span the end of one.
+
+    Args:
+      dataset: the rows.
+      batch_size: rows per batch.
+      seed: of the order.
+      start: where to begin.
+    """
+    epoch, index = start.epoch, start.index
+    order = _order(len(dataset), seed, epoch)
+    while True:
+        rows: list[Row] = []
+        while len(rows) < batch_size:
+            if index == len(dataset):
+                epoch, index = epoch + 1, 0
+                order = _order(len(dataset), seed, epoch)
+            rows.append(dataset[int(order[index])])
+            index += 1
+        yield Batch(*(np.stack(column) for column in zip(*rows, strict=True))), DataPosition(epoch, index)
+
+
+def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(rows)

@@ -1,0 +1,218 @@
+"""Fills rows of equal length with documents, block-aligned, so that no block holds tokens of two sequences."""
+
+import bisect
+import dataclasses
+import enum
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from seer_jax.train.tokens import TokenStore
+
+
+class Packing(enum.StrEnum):
+    """How documents fill rows.
+
+    CONCATENATE: one document after the other, cut into rows; each row is one sequence, whatever documents it touches. The
+      prefill recipe of SeerAttention.
+    BEST_FIT: whole documents, longest first, each into the fullest row that still has room; attention never crosses from one
+      to the next. The decode recipe of SeerAttention-R.
+    """
+
+    CONCATENATE = "concatenate"
+    BEST_FIT = "best_fit"
+
+
+class Row(NamedTuple):
+    """One row of T tokens.
+
+    Fields:
+      tokens: 0 where there is none.
+      segment_ids: 1 for the row's first sequence, 2 for its second, ...; 0 is padding.
+      positions: of each token in its sequence; 0 at padding.
+    """
+
+    tokens: Int[np.ndarray, "T"]
+    segment_ids: Int[np.ndarray, "T"]
+    positions: Int[np.ndarray, "T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingReport:
+    """What became of the documents; `dropped_tokens` counts those of dropped documents and cut ends."""
+
+    documents: int
+    tokens: int
+    rows: int
+    sequences: int
+    dropped_documents: int
+    split_documents: int
+    dropped_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents:,} documents, {self.tokens:,} tokens -> {self.rows:,} rows with {self.sequences:,} sequences; "
+            f"{self.split_documents:,} documents split, {self.dropped_documents:,} dropped, "
+            f"{self.dropped_tokens:,} tokens dropped"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedDataset:
+    """Rows of tokens, made when asked for.
+
+    Attributes:
+      tokens: of all documents, as in `TokenStore`.
+      row_ends: one past the last span of each row.
+      starts, lengths: of each span in `tokens`; a span is one sequence of a row.
+      row_length: T.
+      block_size: sequences start at its multiples.
+      report: what packing did.
+      digest: of the tokens; with the settings it identifies the rows.
+    """
+
+    tokens: Int[np.ndarray, "tokens"]
+    row_ends: Int[np.ndarray, "rows"]
+    starts: Int[np.ndarray, "spans"]
+    lengths: Int[np.ndarray, "spans"]
+    row_length: int
+    block_size: int
+    report: PackingReport
+    digest: str
+
+    @classmethod
+    def from_rows(cls, tokens: np.ndarray) -> "PackedDataset":
+        """Rows that are full already: integers [N, T], each row one sequence."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
+            raise ValueError(f"Rows of tokens are integers [N, T] with N, T >= 1; got {tokens.dtype} {tokens.shape}.")
+        rows, length = tokens.shape
+        store = TokenStore.from_documents(list(tokens))
+        report = PackingReport(rows, tokens.size, rows, rows, 0, 0, 0)
+        starts = np.arange(rows, dtype=np.int64) * length
+        return cls(store.tokens, np.arange(1, rows + 1), starts, np.full(rows, length), length, 1, report, store.digest)
+
+    def __len__(self) -> int:
+        return len(self.row_ends)
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Rows are numbered 0 to {len(self) - 1}; got {index}.")
+        row = Row(*(np.zeros(self.row_length, np.int32) for _ in Row._fields))
+        first, last, offset = (int(self.row_ends[index - 1]) if index else 0), int(self.row_ends[index]), 0
+        for segment, span in enumerate(range(first, last), start=1):
+            start, length = int(self.starts[span]), int(self.lengths[span])
+            place = slice(offset, offset + length)
+            row.tokens[place] = self.tokens[start : start + length]
+            row.segment_ids[place] = segment
+            row.positions[place] = np.arange(length)
+            offset += _aligned(length, self.block_size)
+        return row
+
+
+def pack(
+    store: TokenStore, packing: Packing, *, row_length: int, block_size: int, min_length: int | None = None
+) -> PackedDataset:
+    """Packs documents into rows.
+
+    Args:
+      store: documents as tokens.
+      packing: how.
+      row_length: T, a multiple of `block_size`.
+      block_size: b; every sequence starts at a multiple of it.
+      min_length: BEST_FIT drops shorter sequences, tokens; None: two blocks, since the gates learn nothing from fewer.
+
+    Raises:
+      ValueError: the row length is no multiple of the block size, or not one row can be filled.
+    """
+    if row_length < 1 or row_length % block_size:
+        raise ValueError(f"Rows are whole blocks: a positive multiple of {block_size} tokens; got {row_length}.")
+    min_length = min(2 * block_size, row_length) if min_length is None else min_length
+    if not 1 <= min_length <= row_length:
+        raise ValueError(f"min_length is at least 1 and at most the row length {row_length}; got {min_length}.")
+    if not len(store.tokens):
+        raise ValueError(
+            "Training needs tokens; got only empty documents, or none. Check the paths and the field name."
+        )
+    if packing is Packing.CONCATENATE:
+        return _concatenate(store, row_length, block_size)
+    return _best_fit(store, row_length, block_size, min_length)
+
+
+def _concatenate(store: TokenStore, row_length: int, block_size: int) -> PackedDataset:
+    total, rows = len(store.tokens), len(store.tokens) // row_length
+    if not rows:
+        raise ValueError(
+            f"Concatenated documents must fill a row of {row_length} tokens; got {total} tokens in all. "
+            "Give more text or a smaller sequence length."
+        )
+    first_row = (store.ends - store.lengths) // row_length
+    split = int((first_row != (store.ends - 1) // row_length).sum())
+    report = PackingReport(len(store.ends), total, rows, rows, 0, split, total - rows * row_length)
+    starts = np.arange(rows, dtype=np.int64) * row_length
+    spans = (np.arange(1, rows + 1), starts, np.full(rows, row_length))
+    return PackedDataset(store.tokens, *spans, row_length, block_size, report, store.digest)
+
+
+def _best_fit(store: TokenStore, row_length: int, block_size: int, min_length: int) -> PackedDataset:
+    starts, lengths = _pieces(store, row_length)
+    keep = lengths >= min_length
+    if not keep.any():
+        raise ValueError(
+            f"No document is long enough: expected at least {min_length} tokens; got at most {lengths.max()}. "
+            "Lower min_length, or concatenate documents instead (Packing.CONCATENATE)."
+        )
+    dropped, starts, lengths = int(lengths[~keep].sum()), starts[keep], lengths[keep]
+    rows = _place(-(-lengths // block_size), row_length // block_size)
+    report = PackingReport(
+        documents=len(store.ends),
+        tokens=len(store.tokens),
+        rows=len(rows),
+        sequences=len(lengths),
+        dropped_documents=int((store.lengths < min_length).sum()),
+        split_documents=int((store.lengths > row_length).sum()),
+        dropped_tokens=dropped,
+    )
+    order = np.concatenate([np.asarray(row) for row in rows])
+    spans = (np.cumsum([len(row) for row in rows]), starts[order], lengths[order])
+    return PackedDataset(store.tokens, *spans, row_length, block_size, report, store.digest)
+
+
+def _place(sizes: np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: items of each row, each item in the row whose room exceeds its size by least."""
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # rows by the room they have left
+    rooms: list[int] = []  # the sizes that occur in it, ascending, so that a search takes log(capacity)
+    for item in np.argsort(-sizes, kind="stable"):
+        size = int(sizes[item])
+        place = bisect.bisect_left(rooms, size)
+        if place < len(rooms):
+            room = rooms[place]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[place]
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(int(item))
+        left = by_room.setdefault(room - size, [])
+        if not left:
+            bisect.insort(rooms, room - size)
+        left.append(row)
+    return rows
+
+
+def _pieces(store: TokenStore, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents, those longer than a row cut into rows and a remainder: (starts, lengths)."""
+    document_lengths = store.lengths
+    counts = -(-document_lengths // row_length)
+    document = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    offset = number * row_length
+    starts = (store.ends - document_lengths)[document] + offset
+    return starts, np.minimum(document_lengths[document] - offset, row_length)
+
+
+def _aligned(length: int, block_size: int) -> int:
+    return -(-length // block_size) * block_size

@@ -1,0 +1,173 @@
+"""Documents from files, folders and Hugging Face datasets, one after the other in an order that does not change."""
+
+import dataclasses
+import fnmatch
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+TABLE_SUFFIXES = (".jsonl", ".parquet")
+
+# A text, or the messages of a chat, which the tokenizer's chat template turns into one.
+Document = str | list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where training text comes from.
+
+    Attributes:
+      paths: files (.txt, .md, .rst, .py: one document each; .jsonl, .parquet: one per row) and folders of them, read in
+        sorted order.
+      dataset: name or folder of a Hugging Face dataset, read after the paths; needs the `datasets` package.
+      subset: configuration of that dataset.
+      split: split of that dataset.
+      field: column of JSONL, parquet and datasets that holds the text, or the list of messages of a chat.
+      include: globs on paths relative to a folder; empty: every file of a known kind.
+      exclude: globs on paths relative to a folder, stronger than `include`.
+      max_tokens: stop reading after the document that reaches this many tokens; None: read everything.
+    """
+
+    paths: tuple[str, ...] = ()
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens is positive, or None to read everything; got {self.max_tokens}.")
+
+
+def read_documents(config: SourceConfig) -> Iterator[Document]:
+    """All documents of the sources, lazily; empty ones are left out.
+
+    Raises:
+      ValueError: there is no source, a file is of an unknown kind, or a row lacks its field.
+      FileNotFoundError: a path does not exist.
+      ImportError: a source needs a package that is not installed.
+    """
+    if not config.paths and config.dataset is None:
+        raise ValueError(
+            "Training needs text: give `paths` (files or folders) or `dataset` (a Hugging Face dataset); got neither."
+        )
+    for path in list_files(config):
+        yield from _read_file(path, config.field)
+    if config.dataset is not None:
+        yield from _read_dataset(config)
+
+
+def list_files(config: SourceConfig) -> list[Path]:
+    """The files behind `paths`, those of a folder sorted by their path in it."""
+    files = []
+    for name in config.paths:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"Training text must exist; got {name!r}, which does not.")
+        if path.is_file():
+            files.append(_known(path))
+            continue
+        inside = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        chosen = [_known(path / p) for p in inside if _wanted(p, config)]
+        if not chosen:
+            raise ValueError(
+                f"The folder {name!r} holds no file to read: expected {', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)} files "
+                f"(include={config.include}, exclude={config.exclude}); got {len(inside)} other files."
+            )
+        files.extend(chosen)
+    return files
+
+
+def _wanted(path: str, config: SourceConfig) -> bool:
+    if any(fnmatch.fnmatchcase(path, glob) for glob in config.exclude):
+        return False
+    if config.include:
+        return any(fnmatch.fnmatchcase(path, glob) for glob in config.include)
+    return path.endswith(TEXT_SUFFIXES + TABLE_SUFFIXES)
+
+
+def _known(path: Path) -> Path:
+    if path.suffix not in TEXT_SUFFIXES + TABLE_SUFFIXES:
+        raise ValueError(
+            f"Unknown kind of file: expected a name ending in {', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}; got {path}. "
+            "Rename plain text to .txt."
+        )
+    return path
+
+
+def _read_file(path: Path, field: str) -> Iterator[Document]:
+    if path.suffix == ".jsonl":
+        rows = _jsonl_rows(path)
+    elif path.suffix == ".parquet":
+        rows = _parquet_rows(path, field)
+    else:
+        # A few odd bytes should not stop a run over many files.
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            yield text
+        return
+    for place, row in rows:
+        yield from _document(row, field, place)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Each line of a JSONL file is one JSON object; {path}:{number}: {error}.") from error
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    parquet = _import("pyarrow.parquet", "parquet files", "seer-jax[train]")
+    with parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if field not in names:
+            yield str(path), dict.fromkeys(names)  # refused by `_document`, which names the columns that are there
+        else:
+            yield from ((str(path), row) for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
+
+
+def _read_dataset(config: SourceConfig) -> Iterator[Document]:
+    datasets = _import("datasets", "Hugging Face datasets", "seer-jax[data]")
+    assert config.dataset is not None
+    folder = Path(config.dataset)
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # as written by save_to_disk
+        rows = datasets.load_from_disk(config.dataset)
+        rows = rows[config.split] if (folder / "dataset_dict.json").exists() else rows
+    else:
+        rows = datasets.load_dataset(config.dataset, config.subset, split=config.split, streaming=True)
+    for row in rows:
+        yield from _document(row, config.field, f"dataset {config.dataset}")
+
+
+def _document(row: Any, field: str, place: str) -> Iterator[Document]:
+    if not isinstance(row, Mapping) or field not in row:
+        got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"{place}: each row has the field {field!r} (set `field` to another name); got {got}.")
+    value = row[field]
+    is_chat = isinstance(value, list) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value)
+    if not (isinstance(value, str) or is_chat):
+        raise ValueError(
+            f"{place}: the field {field!r} holds a text or a list of chat messages with `role` and `content`; "
+            f"got {type(value).__name__}."
+        )
+    if value.strip() if isinstance(value, str) else value:
+        yield value
+
+
+def _import(name: str, purpose: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise ImportError(f"Reading {purpose} needs the package {package}: pip install '{extra}'.") from error

@@ -1,0 +1,186 @@
+"""Documents as tokens: the tokenizer, and a store on disk that a run reads back when it is resumed."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from seer_jax.train.sources import Document, SourceConfig, read_documents
+
+DOCUMENTS_PER_BATCH = 256  # enough to keep the tokenizer's threads busy
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What turns documents into tokens."""
+
+    fingerprint: str
+
+    def encode(self, documents: Sequence[Document]) -> Sequence[Sequence[int]]:
+        """Tokens of each document, with whatever begins and ends one."""
+        ...
+
+
+class HFTokenizer:
+    """The tokenizer of a Hugging Face model.
+
+    Texts get the special tokens that the tokenizer adds by itself (Llama: BOS in front; Qwen: none); chats are rendered by
+    its chat template, which writes them itself. The end-of-text token follows each document unless it is there already.
+    """
+
+    def __init__(self, model: str):
+        from transformers import AutoTokenizer  # takes a second to import
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"Training on text needs the model's tokenizer: expected tokenizer.json in {model!r}; got: {error}"
+            ) from error
+        self._eos = self._tokenizer.eos_token_id
+        state = [self._tokenizer.backend_tokenizer.to_str(), self._tokenizer.chat_template, self._eos]
+        self.fingerprint = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    def encode(self, documents: Sequence[Document]) -> list[list[int]]:
+        """Tokens of each document."""
+        encoded: list[list[int]] = [[] for _ in documents]
+        for is_chat in (False, True):
+            places = [i for i, document in enumerate(documents) if isinstance(document, list) == is_chat]
+            texts = [self._render(documents[i]) for i in places]
+            rows = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=not is_chat)
+            for place, row in zip(places, rows, strict=True):
+                ends = self._eos is None or row.ids[-1:] == [self._eos]
+                encoded[place] = row.ids if ends else [*row.ids, self._eos]
+        return encoded
+
+    def _render(self, document: Document) -> str:
+        if isinstance(document, str):
+            return document
+        if self._tokenizer.chat_template is None:
+            raise ValueError(
+                "Chat messages need a tokenizer with a chat template, and this one has none; give a column of plain text."
+            )
+        return self._tokenizer.apply_chat_template(document, tokenize=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """Tokens of many documents, one after the other.
+
+    Attributes:
+      tokens: of all documents, int32; from disk it is a memory map.
+      ends: one past the last token of each document, ascending.
+      digest: hash of both, by which a resumed run knows its data.
+    """
+
+    tokens: Int[np.ndarray, "tokens"]
+    ends: Int[np.ndarray, "documents"]
+    digest: str
+
+    @classmethod
+    def from_documents(cls, documents: Iterable[Sequence[int] | np.ndarray]) -> "TokenStore":
+        """From documents that are tokens already; empty ones are left out."""
+        arrays = [np.asarray(d, np.int32) for d in documents if len(d)]
+        tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+        ends = np.cumsum([len(a) for a in arrays], dtype=np.int64)
+        return cls(tokens, ends, _digest(tokens, ends))
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "documents"]:
+        """Tokens of each document."""
+        return np.diff(self.ends, prepend=0)
+
+    def check_vocabulary(self, vocab_size: int) -> "TokenStore":
+        """Refuses tokens that the model does not know."""
+        if len(self.tokens):
+            check_tokens(self.tokens, vocab_size)
+        return self
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    """Raises ValueError unless all tokens lie in [0, vocab_size)."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"Tokens lie in [0, {vocab_size}), the model's vocabulary; got {low} .. {high}. "
+            "Use the tokenizer that belongs to the model."
+        )
+
+
+def load_tokens(config: SourceConfig, tokenizer: Tokenizer, cache: Path | None = None) -> TokenStore:
+    """Reads and tokenizes the sources, or reads back what an earlier run with the same settings kept in `cache`.
+
+    A resumed run must see the very same tokens, so what is in the cache stands even if the files have changed since; delete the
+    folder to read them anew.
+
+    Args:
+      config: the sources.
+      tokenizer: of the model.
+      cache: a folder; None keeps the tokens in memory alone.
+    """
+    fingerprint = json.dumps([dataclasses.asdict(config), tokenizer.fingerprint], sort_keys=True)
+    if cache is not None and (stored := _read_store(cache, fingerprint)):
+        return stored
+    chunks = _encoded(read_documents(config), tokenizer, config.max_tokens)
+    if cache is None:
+        return TokenStore.from_documents(chunks)
+    _write_store(cache, fingerprint, chunks)
+    stored = _read_store(cache, fingerprint)
+    assert stored is not None
+    return stored
+
+
+def _encoded(documents: Iterator[Document], tokenizer: Tokenizer, max_tokens: int | None) -> Iterator[np.ndarray]:
+    total = 0
+    for batch in itertools.batched(documents, DOCUMENTS_PER_BATCH):
+        for tokens in tokenizer.encode(batch):
+            yield np.asarray(tokens, np.int32)
+            total += len(tokens)
+            if max_tokens is not None and total >= max_tokens:
+                return
+
+
+def _write_store(folder: Path, fingerprint: str, documents: Iterator[np.ndarray]) -> None:
+    """Tokens first and the description last, each renamed into place: a store that was cut off is not read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "store.json").unlink(missing_ok=True)
+    lengths = []
+    with (folder / "tokens.part").open("wb") as file:
+        for tokens in documents:
+            if len(tokens):
+                file.write(tokens.tobytes())
+                lengths.append(len(tokens))
+    os.replace(folder / "tokens.part", folder / "tokens.int32")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    np.save(folder / "ends.npy", ends)
+    description = {"settings": fingerprint, "digest": _digest(_map_tokens(folder), ends)}
+    (folder / "store.part").write_text(json.dumps(description))
+    os.replace(folder / "store.part", folder / "store.json")
+
+
+def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
+    if not (folder / "store.json").exists():
+        return None
+    description: dict[str, Any] = json.loads((folder / "store.json").read_text())
+    if description["settings"] != fingerprint:
+        return None
+    return TokenStore(_map_tokens(folder), np.load(folder / "ends.npy"), description["digest"])
+
+
+def _map_tokens(folder: Path) -> np.ndarray:
+    path = folder / "tokens.int32"
+    return np.memmap(path, np.int32, mode="r") if path.stat().st_size else np.zeros(0, np.int32)
+
+
+def _digest(tokens: np.ndarray, ends: np.ndarray) -> str:
+    digest = hashlib.blake2b(np.ascontiguousarray(ends, np.int64).data, digest_size=16)
+    for start in range(0, len(tokens), 1 << 24):
+        digest.update(np.ascontiguousarray(tokens[start : start + (1 << 24)], np.int32).data)
+    return digest.hexdigest()
