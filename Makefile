@@ -1,5 +1,5 @@
 # make help lists the targets. The environment in .venv holds the exact versions of requirements.lock.
-#   PYTHON=...        Python >= 3.12 to build the environment with (default: the first one found)
+#   PYTHON=...        Python (3.12 to 3.14) to build the environment with (default: the first one found)
 #   EXTRA=cuda13      further extras of pyproject.toml to install, separated by commas
 #   ARGS=...          further arguments of `seer-jax demo` or pytest
 
@@ -48,7 +48,7 @@ environment: $(ENVIRONMENT)
 	@touch $@
 
 .venv/.installed: .venv/.created pyproject.toml
-	@echo "Installing seer-jax and what it needs into .venv (about 1 GB, once)"
+	@echo "Installing seer-jax and what it needs into .venv (1.5 GB, once)"
 	$(PIP) install -c requirements.lock --no-build-isolation -e ".[train,plot,dev]"
 	@touch $@
 

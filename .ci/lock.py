@@ -20,16 +20,12 @@ HEADER = """\
 def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = ",".join(project["optional-dependencies"])
-    report = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--only-binary=:all:"]
-        + ["--report=-", f"{ROOT}[{extras}]"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
+    resolve = ["install", "--dry-run", "--ignore-installed", "--quiet", "--only-binary=:all:", "--report=-"]
+    command = [sys.executable, "-m", "pip", *resolve, f"{ROOT}[{extras}]"]
+    report = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     packages = [entry["metadata"] for entry in json.loads(report)["install"]]
     pins = {p["name"].lower().replace("_", "-"): p["version"] for p in packages if p["name"] != project["name"]}
-    lines = [f"{name}=={pins[name]}\n" for name in sorted(pins)]
+    lines = sorted(f"{name}=={version}\n" for name, version in pins.items())
     (ROOT / "requirements.lock").write_text(HEADER.format(*sys.version_info) + "".join(lines))
     print(f"requirements.lock: {len(lines)} packages")
 

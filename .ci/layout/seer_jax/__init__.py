@@ -1,0 +1,1 @@
+../../../seer_jax/__init__.py
