@@ -1,7 +1,7 @@
 """Which key blocks each row attends to: `BlockIndices`."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class BlockIndices:
         return jnp.put_along_axis(mask, target, True, axis=-1, inplace=False, mode="drop")
 
     @classmethod
-    def from_mask(cls, mask: Bool[Array, "... R Sb"], *, block_size: int, max_blocks: int | None = None) -> Self:
+    def from_mask(cls, mask: Bool[Array, "... R Sb"], *, block_size: int, max_blocks: int | None = None) -> "BlockIndices":
         """The lists of a mask.
 
         Args:
@@ -123,7 +123,7 @@ class BlockIndices:
         query_offset: int | Int[Array, "B"] = 0,
         batch: int = 1,
         lists: int = 1,
-    ) -> Self:
+    ) -> "BlockIndices":
         """Prefill lists that keep every block in sight: attention over them is dense causal attention.
 
         Args:
@@ -157,7 +157,7 @@ class BlockIndices:
         seen = jnp.broadcast_to(blocks_in_sight, self.counts.shape).sum(-1)
         return self.counts.sum(-1) / jnp.maximum(seen, 1).astype(jnp.float32)
 
-    def check(self, num_key_blocks: int) -> Self:
+    def check(self, num_key_blocks: int) -> "BlockIndices":
         """Looks into the lists, where that is possible, and returns them unchanged.
 
         Under `jax.jit` there is nothing to look into and every list passes. Reads the arrays back from the device: for tests,

@@ -64,7 +64,7 @@ def dense_attention(
     @jax.checkpoint
     def attend(chunk: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         rows = jnp.minimum(chunk * size + jnp.arange(size), tokens - 1)
-        mask = jnp.broadcast_to(rows[:, None] >= jnp.arange(keys.shape[1]), (batch, size, keys.shape[1]))
+        mask = jnp.broadcast_to(rows[:, None] >= jnp.arange(keys.shape[1])[None], (batch, size, keys.shape[1]))
         if segment_ids is not None:
             mask &= segment_ids[:, rows, None] == segment_ids[:, None, : keys.shape[1]]
         part = jax.lax.dynamic_slice_in_dim(queries, chunk * size, size, axis=1)
@@ -115,11 +115,11 @@ def prefill_attention(
         return out, k_rotated, jnp.ones(q.shape[0])
     b = prefill_block_size(policy, gate)
     num_blocks = -(-q.shape[1] // b)
-    row = jnp.arange(num_blocks)
-    last = (lengths - 1) // b  # block row that holds a sequence's last token
-    live = (row <= last[:, None])[:, None, :, None]
-    causal = live & (row <= row[:, None])
-    keep = causal & (row == row[:, None])
+    column = jnp.arange(num_blocks)[None, None, None]
+    row = jnp.arange(num_blocks)[None, None, :, None]
+    last = ((lengths - 1) // b)[:, None, None, None]  # block row that holds a sequence's last token
+    causal = (column <= row) & (row <= last)
+    keep = causal & (column == row)
     if isinstance(policy, Given):
         mask = causal & policy.mask[layer]
         mask |= keep & ~mask.any(-1, keepdims=True)  # a row that would keep no block keeps its diagonal
@@ -144,19 +144,19 @@ def _select_prefill(
     logits: Float[Array, "B Hs Tb Tb"],
     keep: Bool[Array, "B 1 Tb Tb"],
     causal: Bool[Array, "B 1 Tb Tb"],
-    last: Int[Array, "B"],
+    last: Int[Array, "B 1 1 1"],
     block_size: int,
 ) -> BlockIndices:
-    row = jnp.arange(logits.shape[-1])
+    num_blocks = logits.shape[-1]
     match policy:
         case Threshold() | TopK():
-            dense = row > last[:, None] - policy.dense_last_rows
-            keep |= causal & dense[:, None, :, None]
+            row = jnp.arange(num_blocks)[None, None, :, None]
+            keep |= causal & (row > last - policy.dense_last_rows)
             if isinstance(policy, Threshold):
                 return select_blocks(logits, block_size=block_size, threshold=policy.threshold, keep=keep)
-            return select_blocks(logits, block_size=block_size, top_k=policy.blocks(len(row)), keep=keep)
+            return select_blocks(logits, block_size=block_size, top_k=policy.blocks(num_blocks), keep=keep)
         case TokenBudget():
-            keep |= causal & (row == 0)
+            keep |= causal & (jnp.arange(num_blocks) == 0)[None, None, None]
             return select_blocks(logits, block_size=block_size, max_blocks=policy.blocks(block_size), keep=keep)
     raise TypeError(f"Expected a prefill policy (Dense, Threshold, TopK, TokenBudget or Given); got {policy!r}.")
 
@@ -256,7 +256,7 @@ def _select_decode(
 ) -> BlockIndices:
     b = decode_block_size(policy, gate)
     num_blocks = -(-keys.shape[1] // b)
-    column, current = jnp.arange(num_blocks), (position // b)[:, None, None]
+    column, current = jnp.arange(num_blocks)[None, None], (position // b)[:, None, None]
     keep = jnp.broadcast_to((column == current) | (column == 0), (q.shape[0], keys.shape[2], num_blocks))
     if isinstance(policy, Given):
         mask = policy.mask[layer] & (column <= current)
@@ -315,7 +315,7 @@ def _decode_oracle(
     """Largest true attention probability within each block, over the group's query heads; a rank needs no row sum."""
     grouped = q.reshape(q.shape[0], keys.shape[2], -1, q.shape[-1]).astype(jnp.float32)
     logits = jnp.einsum("bkgd,bskd->bkgs", grouped, keys.astype(jnp.float32)) * q.shape[-1] ** -0.5
-    visible = jnp.arange(keys.shape[1]) <= position[:, None, None, None]
+    visible = jnp.arange(keys.shape[1])[None, None, None] <= position[:, None, None, None]
     logits = jax.nn.log_softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
     pad = -keys.shape[1] % block_size
     logits = jnp.pad(logits.max(2), ((0, 0), (0, 0), (0, pad)), constant_values=-jnp.inf)

@@ -1,10 +1,10 @@
 """The static cache of generation: keys and values, and the compressed keys that the decode gate scores."""
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from seer_jax.config import DecodeGateConfig, ModelConfig
@@ -43,8 +43,8 @@ class Cache:
 
     @classmethod
     def create(
-        cls, model: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, gate: DecodeGateConfig | None = None
-    ) -> Self:
+        cls, model: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, gate: DecodeGateConfig | None = None
+    ) -> "Cache":
         """An empty cache for `batch` rows of `capacity` tokens."""
         if batch < 1 or capacity < 1:
             raise ValueError(f"A cache needs at least one row and one token; got batch={batch}, capacity={capacity}.")
@@ -63,7 +63,7 @@ class Cache:
         """S: tokens that each row has room for."""
         return self.keys.shape[2]
 
-    def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]) -> Self:
+    def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]) -> "Cache":
         """Writes the first T tokens of every row of one layer."""
         start = (layer, 0, 0, 0, 0)
         return dataclasses.replace(
@@ -72,7 +72,7 @@ class Cache:
             values=jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), start),
         )
 
-    def append(self, layer: Int[Array, ""], k: Float[Array, "B K D"], v: Float[Array, "B K D"]) -> Self:
+    def append(self, layer: Int[Array, ""], k: Float[Array, "B K D"], v: Float[Array, "B K D"]) -> "Cache":
         """Writes one token of every row of one layer, at the row's length."""
         at = (layer, jnp.arange(k.shape[0]), self.lengths)
         return dataclasses.replace(
@@ -83,14 +83,14 @@ class Cache:
 
     def fill_gate(
         self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B T K D"], lengths: Int[Array, "B"]
-    ) -> Self:
+    ) -> "Cache":
         """Compresses the blocks of a prompt; k before RoPE. The unfinished last block goes to `pending`."""
         if self.gate is None:
             return self
         b = gate.config.block_size
         pooled = pool_blocks(k, gate.config.k_pooling, b)
         compressed = gate.keys(pooled, jnp.arange(pooled.shape[1])[None] * b)
-        unfinished = (lengths // b)[:, None] * b + jnp.arange(b)
+        unfinished = (lengths // b)[:, None] * b + jnp.arange(b)[None]
         pending = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
         return dataclasses.replace(
             self,
@@ -100,7 +100,7 @@ class Cache:
             ),
         )
 
-    def append_gate(self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B K D"]) -> Self:
+    def append_gate(self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B K D"]) -> "Cache":
         """Adds one token's key (before RoPE) to the unfinished block, and compresses the block where that completes it."""
         if self.gate is None:
             return self

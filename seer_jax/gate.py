@@ -63,7 +63,7 @@ def _initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Poo
         return noise * rows**-0.5
     start = kinds.index(Pool.AVG) * head_dim
     identity = jnp.zeros((rows, dim)).at[start : start + dim].set(jnp.eye(dim))
-    return identity + 0.02 * rows**-0.5 * noise
+    return jnp.broadcast_to(identity, shape) + 0.02 * rows**-0.5 * noise
 
 
 class PrefillGate(nnx.Module):
@@ -114,7 +114,7 @@ class PrefillGate(nnx.Module):
         logits = _einsum("bikgc,bjkc->bkgij", grouped, keys) * config.gate_dim**-0.5
         logits = logits.reshape(logits.shape[0], -1, *logits.shape[3:])
         causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        return jnp.where(causal, logits, -jnp.inf)
+        return jnp.where(causal[None, None], logits, -jnp.inf)
 
 
 class DecodeGate(nnx.Module):
@@ -180,5 +180,5 @@ class DecodeGate(nnx.Module):
           completed: number of completed earlier blocks of each query token, floor(t / b).
         """
         logits = _einsum("btkc,bnkc->bktn", queries, keys) * self.config.gate_dim**-0.5
-        visible = jnp.arange(keys.shape[1]) < completed[:, None, :, None]
+        visible = jnp.arange(keys.shape[1])[None, None, None] < completed[:, None, :, None]
         return jnp.where(visible, logits, -jnp.inf)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from seer_jax.config import ModelConfig
@@ -19,27 +20,27 @@ class GateParam(nnx.Param):
 class Linear(nnx.Module):
     """y = x W^T + b, with W `[out, in]` as in the checkpoint."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         init = jax.random.normal(rngs.params(), (out_features, in_features), jnp.float32) * in_features**-0.5
         self.weight = BaseParam(init.astype(dtype))
         self.bias = BaseParam(jnp.zeros(out_features, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
 def rms_norm(x: Float[Array, "*b dim"], weight: Float[Array, "dim"], eps: float) -> Float[Array, "*b dim"]:
     """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, the result in x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
+    return normed.astype(x.dtype) * jnp.broadcast_to(weight.astype(x.dtype), x.shape)
 
 
 class Projections(nnx.Module):
     """The four projections around attention, and Qwen3's norms of queries and keys."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, dim = config.hidden_size, config.head_dim
         kinds = dict(dtype=dtype, rngs=rngs)
         self.q_proj = Linear(width, config.num_heads * dim, bias=config.qkv_bias, **kinds)
@@ -67,7 +68,7 @@ class Projections(nnx.Module):
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         kinds = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **kinds)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, **kinds)

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from seer_jax.attention import decode_attention, prefill_attention, rotate
@@ -21,7 +22,7 @@ from seer_jax.policies import Dense, Gate, Policy
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = BaseParam(jnp.ones(config.hidden_size, dtype))
         self.self_attn = Projections(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = BaseParam(jnp.ones(config.hidden_size, dtype))
@@ -39,9 +40,12 @@ class DecoderLayer(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerContext:
-    """What an attention function may need of the layer that it works for: its index and its slice of the gates."""
+    """What an attention function may need of the layer that it works for: its index and its slice of the gates.
 
-    index: Int[Array, ""]
+    Before the scan takes it apart it holds all layers, each leaf with a leading axis L.
+    """
+
+    index: Int[Array, "*L"]
     prefill_gate: PrefillGate | None
     decode_gate: DecodeGate | None
 
@@ -59,7 +63,7 @@ class Transformer(nnx.Module):
       prefill_gate, decode_gate: None, or gates that `attach` set. A model can carry both.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
         table = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32) * 0.02
         self.embed_tokens = BaseParam(table.astype(dtype))
@@ -81,7 +85,7 @@ class Transformer(nnx.Module):
         """Of the base weights, and so of hidden states and cache."""
         return self.embed_tokens.dtype
 
-    def attach(self, *gates: PrefillGate | DecodeGate) -> Self:
+    def attach(self, *gates: PrefillGate | DecodeGate) -> "Transformer":
         """Sets one or both gates; each must have been made for a model of this shape.
 
         Raises:
@@ -101,7 +105,7 @@ class Transformer(nnx.Module):
                 self.decode_gate = gate
         return self
 
-    def add_gate(self, config: GateConfig, *, rngs: nnx.Rngs) -> Self:
+    def add_gate(self, config: GateConfig, *, rngs: nnx.Rngs) -> "Transformer":
         """Attaches a fresh, untrained gate."""
         kind = PrefillGate if isinstance(config, PrefillGateConfig) else DecodeGate
         return self.attach(kind(config, self.config, rngs=rngs))  # pyright: ignore[reportArgumentType]

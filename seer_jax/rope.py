@@ -51,7 +51,7 @@ def apply_rope(
       positions: of the tokens, broadcast against x without its last two axes.
       rope: frequencies and scaling.
     """
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, x.shape[-1])
+    angles = jnp.einsum("...t,d->...td", positions.astype(jnp.float32), inverse_frequencies(rope, x.shape[-1]))
     cos = jnp.cos(angles)[..., None, :] * rope.attention_factor
     sin = jnp.sin(angles)[..., None, :] * rope.attention_factor
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

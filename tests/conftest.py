@@ -17,7 +17,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Shapes and types of the public signatures are checked at every call, in tests alone.
 if importlib.util.find_spec("beartype"):
-    jaxtyping.install_import_hook(["pallas_kernels", "seer_jax"], "beartype.beartype")
+    import tests.typechecker  # noqa: F401 - bound before the hook asks for it by name
+
+    jaxtyping.install_import_hook(["pallas_kernels", "seer_jax"], "tests.typechecker.check")
 
 # Tracing and compiling make the first example slow, whatever it is; the same examples come at every run.
 hypothesis.settings.register_profile("seer_jax", deadline=None, derandomize=True, database=None, max_examples=30)

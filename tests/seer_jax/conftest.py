@@ -1,0 +1,41 @@
+"""Tiny random models shared by the tests of this folder."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from seer_jax.config import DecodeGateConfig, ModelConfig, PrefillGateConfig, RopeConfig, RopeKind
+from seer_jax.model import Transformer
+
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope=RopeConfig(theta=1e4, kind=RopeKind.LLAMA3, factor=8, original_max_position=64),
+)
+QWEN2 = dataclasses.replace(LLAMA, family="qwen2", qkv_bias=True, tie_word_embeddings=True, rope=RopeConfig(theta=1e4))
+QWEN3 = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True, num_kv_heads=4, rope=RopeConfig(theta=1e4))
+
+
+def tiny_model(config: ModelConfig = LLAMA, *, gates: bool = True, block_size: int = 16, seed: int = 0) -> Transformer:
+    """A float32 model with random weights and, if asked for, both gates."""
+    model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    # Random weights attend almost evenly; sharper queries make it matter which blocks are kept.
+    model.layers.self_attn.q_proj.weight[...] *= 4
+    if gates:
+        model.add_gate(PrefillGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 1))
+        model.add_gate(DecodeGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 2))
+    return model
+
+
+@pytest.fixture(scope="session", params=[LLAMA, QWEN2, QWEN3], ids=lambda c: c.family)
+def model(request: pytest.FixtureRequest) -> Transformer:
+    """One tiny model per family, with both gates."""
+    return tiny_model(request.param)

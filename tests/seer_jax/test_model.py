@@ -1,0 +1,292 @@
+"""The model against itself: policies that keep everything are dense, decoding equals prefill, rows do not see each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seer_jax.cache import Cache
+from seer_jax.config import DecodeGateConfig, ModelConfig, PrefillGateConfig
+from seer_jax.families import config_from_hf
+from seer_jax.model import Transformer
+from seer_jax.policies import Dense, Given, Oracle, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
+from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
+
+LENGTHS = (70, 16, 33, 1)
+TOKENS = 70
+
+forward = jax.jit(lambda model, tokens, lengths, policy: model(tokens, lengths, sparsity=policy))
+prefill = jax.jit(lambda model, tokens, lengths, cache, policy: model.prefill(tokens, lengths, cache, sparsity=policy))
+decode = jax.jit(lambda model, tokens, cache, policy: model.decode(tokens, cache, sparsity=policy))
+
+
+def relative(a: jax.Array, b: jax.Array) -> float:
+    """||a - b|| / ||b||; NaN fails every comparison."""
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+@functools.cache
+def batch(seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    tokens = np.random.default_rng(seed).integers(0, LLAMA.vocab_size, (len(LENGTHS), TOKENS))
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(LENGTHS, jnp.int32)
+
+
+def counted(logits: jax.Array) -> jax.Array:
+    """The logits at tokens that count, one after the other."""
+    return jnp.concatenate([row[:n] for row, n in zip(logits, LENGTHS, strict=True)])
+
+
+EVERYTHING = [
+    Threshold(0.0),
+    TopK(1.0),
+    TokenBudget(80),
+    TopK(1.0, Oracle()),
+    TokenBudget(80, Random()),
+    TopK(1.0, SinkWindow()),
+]
+
+
+@pytest.mark.parametrize("policy", EVERYTHING, ids=str)
+def test_a_policy_that_keeps_everything_is_dense(model: Transformer, policy: Policy):
+    tokens, lengths = batch()
+    dense = counted(forward(model, tokens, lengths, Dense()))
+    assert relative(counted(forward(model, tokens, lengths, policy)), dense) < 2e-6
+
+
+SPARSE = [
+    Threshold(0.2, dense_last_rows=0),
+    TopK(0.3),
+    TopK(0.4, Oracle()),
+    TokenBudget(32),
+    TopK(0.4, Random(3)),
+    TopK(0.4, SinkWindow()),
+]
+
+
+@pytest.mark.parametrize("policy", [Dense(), *SPARSE], ids=str)
+def test_padding_and_neighbours_change_nothing(model: Transformer, policy: Policy):
+    """A row of a ragged batch gives what it gives alone; TopK counts blocks of the padded length, so it is left out."""
+    if isinstance(policy, TopK):
+        policy = TokenBudget(32, policy.scorer)
+    tokens, lengths = batch()
+    poisoned = jnp.where(jnp.arange(TOKENS) < lengths[:, None], tokens, LLAMA.vocab_size - 1)
+    together = forward(model, poisoned, lengths, policy)
+    if isinstance(getattr(policy, "scorer", None), Random):
+        other = jnp.where(jnp.arange(TOKENS) < lengths[:, None], tokens, 0)
+        np.testing.assert_array_equal(counted(together), counted(forward(model, other, lengths, policy)))
+        return
+    for row, n in enumerate(LENGTHS):
+        alone = forward(model, tokens[row : row + 1, :n], None, policy)
+        assert relative(together[row, :n], alone[0]) < 5e-6
+
+
+@pytest.mark.parametrize("policy", SPARSE, ids=str)
+def test_kept_share_falls_and_output_changes(policy: Policy):
+    model = tiny_model()
+    tokens, _ = batch()
+    hidden, kept = jax.jit(lambda m, t: m.hidden_states(t, sparsity=policy))(model, tokens)
+    dense, everything = model.hidden_states(tokens)
+    np.testing.assert_array_equal(everything, 1)
+    assert kept.shape == (2, len(LENGTHS))
+    assert ((kept > 0.1) & (kept < 1)).all()
+    assert relative(hidden, dense) > 1e-4
+
+
+def test_given_masks_equal_masked_dense_attention(model: Transformer):
+    """Each layer's output with random block masks equals softmax attention under the same mask, token by token."""
+    tokens, _ = batch()
+    blocks = -(-TOKENS // 16)
+    shape = (2, len(LENGTHS), model.config.num_heads, blocks, blocks)
+    mask = jax.random.bernoulli(jax.random.key(0), 0.4, shape) | jnp.eye(blocks, dtype=bool)[None, None, None]
+    sparse = model(tokens, sparsity=Given(mask, block_size=16))
+
+    def attend(context, state, q, k, v):
+        from seer_jax.attention import rotate
+
+        q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config)
+        allowed = jnp.repeat(jnp.repeat(mask[context.index], 16, -1), 16, -2)[..., :TOKENS, :TOKENS]
+        allowed &= jnp.tril(jnp.ones((1, 1, TOKENS, TOKENS), bool))
+        return jax.nn.dot_product_attention(q, k, v, mask=allowed), state, ()
+
+    hidden, _, _ = model.scan(tokens, attend)
+    assert relative(sparse, model.logits(hidden)) < 2e-6
+
+
+def test_a_row_of_a_given_mask_that_keeps_nothing_keeps_its_diagonal(model: Transformer):
+    tokens, _ = batch()
+    blocks = -(-TOKENS // 16)
+    nothing = jnp.zeros((2, len(LENGTHS), 1, blocks, blocks), bool)
+    diagonal = nothing | jnp.eye(blocks, dtype=bool)[None, None, None]
+    np.testing.assert_array_equal(
+        model(tokens, sparsity=Given(nothing, block_size=16)), model(tokens, sparsity=Given(diagonal, block_size=16))
+    )
+
+
+@pytest.mark.parametrize(
+    "policy", [Dense(), Threshold(0.0), TopK(1.0), TokenBudget(96), TopK(1.0, Oracle())], ids=str
+)
+def test_decoding_equals_prefill_for_ragged_rows_across_block_boundaries(model: Transformer, policy: Policy):
+    """Each step's logits equal those of the dense forward pass over the same tokens."""
+    lengths = jnp.asarray([45, 16, 31, 1], jnp.int32)
+    steps = 20
+    tokens, _ = batch(1)
+    expected = forward(model, tokens, None, Dense())
+    prompts = jnp.where(jnp.arange(TOKENS) < lengths[:, None], tokens, 0)
+    logits, cache = prefill(model, prompts, lengths, model.make_cache(len(LENGTHS), 96), Dense())
+    rows = jnp.arange(len(LENGTHS))
+    for step in range(steps):
+        assert relative(logits, expected[rows, lengths + step - 1]) < 1e-5
+        logits, cache, kept = decode(model, tokens[rows, lengths + step], cache, policy)
+        np.testing.assert_allclose(kept, 1, atol=1e-6)
+    np.testing.assert_array_equal(cache.lengths, lengths + steps)
+
+
+def test_compressed_keys_made_while_decoding_equal_those_of_prefill(model: Transformer):
+    tokens, _ = batch(2)
+    _, whole = prefill(model, tokens, None, model.make_cache(len(LENGTHS), 96), Dense())
+    start = jnp.asarray([1, 15, 16, 40], jnp.int32)
+    _, cache = prefill(model, tokens, start, model.make_cache(len(LENGTHS), 96), Dense())
+    rows = jnp.arange(len(LENGTHS))
+    for step in range(30):
+        _, cache, _ = decode(model, tokens[rows, start + step], cache, Dense())
+    assert whole.gate is not None and cache.gate is not None
+    for row in range(len(LENGTHS)):
+        done = (int(start[row]) + 30) // 16
+        np.testing.assert_allclose(cache.gate.keys[:, row, :done], whole.gate.keys[:, row, :done], atol=2e-5)
+
+
+@pytest.mark.parametrize("policy", [TokenBudget(32), TokenBudget(48, Oracle()), TokenBudget(32, Random())], ids=str)
+def test_a_decode_budget_is_a_hard_cap(model: Transformer, policy: TokenBudget):
+    tokens, _ = batch(3)
+    _, cache = prefill(model, tokens, None, model.make_cache(len(LENGTHS), 80), Dense())
+    _, _, kept = decode(model, tokens[:, 0], cache, policy)
+    np.testing.assert_allclose(kept, policy.blocks(16) / 5, rtol=1e-6)
+
+
+def test_start_layer_keeps_the_first_layers_dense():
+    model = tiny_model(gates=False)
+    model.add_gate(DecodeGateConfig(block_size=16, gate_dim=16, start_layer=1), rngs=nnx.Rngs(1))
+    tokens, _ = batch()
+    _, cache = prefill(model, tokens, None, model.make_cache(len(LENGTHS), 80), Dense())
+    _, _, kept = decode(model, tokens[:, 0], cache, TokenBudget(16))
+    np.testing.assert_allclose(kept, [[1.0] * 4, [0.2] * 4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.6])
+def test_decode_top_k_follows_the_length_of_each_row(density: float):
+    model = tiny_model()
+    tokens, lengths = batch()
+    _, cache = prefill(model, tokens, lengths, model.make_cache(len(LENGTHS), 96), Dense())
+    _, _, kept = decode(model, tokens[:, 0], cache, TopK(density))
+    blocks = np.asarray(LENGTHS) // 16 + 1
+    wanted = np.minimum(np.maximum(2, np.floor(density * blocks)), blocks)
+    np.testing.assert_allclose(kept[0], wanted / blocks, rtol=1e-6)
+
+
+WHOLE_SIZES = {
+    "llama-3.1-8b": (dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                          num_attention_heads=32, num_key_value_heads=8, vocab_size=128256), 8.03e9),
+    "llama-3.1-70b": (dict(model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                           num_attention_heads=64, num_key_value_heads=8, vocab_size=128256), 70.6e9),
+    "qwen3-14b": (dict(model_type="qwen3", hidden_size=5120, intermediate_size=17408, num_hidden_layers=40,
+                       num_attention_heads=40, num_key_value_heads=8, head_dim=128, vocab_size=151936), 14.8e9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE_SIZES)
+def test_whole_sizes_trace_without_memory(name: str):
+    """Parameter counts as published; prefill and decode shapes at a context of 32k tokens."""
+    hf, published = WHOLE_SIZES[name]
+    config = config_from_hf(hf | dict(max_position_embeddings=131072, rope_theta=5e5, rms_norm_eps=1e-5))
+
+    def build() -> Transformer:
+        model = Transformer(config, rngs=nnx.Rngs(0))
+        model.add_gate(PrefillGateConfig(), rngs=nnx.Rngs(1))
+        return model.add_gate(DecodeGateConfig(), rngs=nnx.Rngs(2))
+
+    model = nnx.eval_shape(build)
+    base = nnx.state((model.embed_tokens, model.layers, model.norm, model.lm_head))
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(base))
+    assert abs(count / published - 1) < 0.005
+    tokens = jax.ShapeDtypeStruct((1, 32768), jnp.int32)
+
+    def run(model: Transformer, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, cache = model.prefill(tokens, None, model.make_cache(1, 32832), sparsity=TopK(0.1))
+        return logits, model.decode(tokens[:, 0], cache, sparsity=TokenBudget(4096))[0]
+
+    first, second = nnx.eval_shape(run, model, tokens)
+    assert first.shape == second.shape == (1, config.vocab_size)
+    assert first.dtype == second.dtype == jnp.float32
+
+
+def test_a_chunked_dense_pass_equals_one_piece():
+    """Longer than a chunk of queries and a span of chunks, at a length that divides neither."""
+    from seer_jax.attention import dense_attention
+
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 2611, h, 8)), jnp.float32) for h in (2, 1, 1))
+    ids = jnp.asarray(np.repeat([1, 2, 3], [700, 1500, 411])[None], jnp.int32)
+    for segments in (None, ids):
+        mask = jnp.tril(jnp.ones((1, 1, 2611, 2611), bool))
+        if segments is not None:
+            mask &= (segments[:, :, None] == segments[:, None, :])[:, None]
+        expected = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        assert relative(dense_attention(q, k, v, segment_ids=segments), expected) < 1e-6
+
+
+BAD_INPUT = [
+    (dict(tokens=np.zeros(3, np.int32)), r"tokens are integers \[B, T\].*got int32 \(3,\)"),
+    (dict(tokens=np.zeros((1, 3), np.float32)), r"tokens are integers.*got float32"),
+    (dict(tokens=np.zeros((1, 0), np.int32)), r"B, T >= 1; got int32 \(1, 0\)"),
+    (dict(tokens=np.full((1, 3), 64)), r"\[0, 64\).*got 64 \.\. 64.*tokenizer"),
+    (dict(tokens=np.full((1, 3), -1)), r"got -1 \.\. -1"),
+    (dict(lengths=np.ones(2, np.int32)), r"lengths are integers \[B\] with B = 1; got int32 \(2,\)"),
+    (dict(lengths=np.ones(1, np.float32)), "lengths are integers.*got float32"),
+    (dict(lengths=np.zeros(1, np.int32)), "1 to T = 3 tokens.*got lengths 0 .. 0"),
+    (dict(lengths=np.full(1, 4)), "got lengths 4 .. 4"),
+    (dict(sparsity=TopK(0.1)), "the model has none of this kind.*from_pretrained"),
+    (dict(sparsity=TokenBudget(8, Random())), "at least one block of 64 tokens; got 8"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_INPUT, ids=[m for _, m in BAD_INPUT])
+def test_bad_input_is_refused(change: dict, message: str):
+    model = tiny_model(gates=False)
+    with pytest.raises(ValueError, match=message):
+        model(**(dict(tokens=np.zeros((1, 3), np.int32)) | change))
+
+
+def test_a_prompt_longer_than_the_cache_is_refused():
+    model = tiny_model(gates=False)
+    with pytest.raises(ValueError, match="got 3 tokens for 2 slots"):
+        model.prefill(jnp.zeros((1, 3), jnp.int32), None, model.make_cache(1, 2))
+    with pytest.raises(ValueError, match="at least one row and one token; got batch=0, capacity=2"):
+        Cache.create(LLAMA, 0, 2, jnp.float32)
+
+
+def test_gates_of_another_model_are_refused():
+    def gate(config: ModelConfig):
+        return tiny_model(config).prefill_gate
+
+    with pytest.raises(ValueError, match="expected num_kv_heads=2, got 4"):
+        tiny_model(gates=False).attach(gate(QWEN3))
+    with pytest.raises(ValueError, match="below 2; got 2"):
+        tiny_model(gates=False).add_gate(DecodeGateConfig(gate_dim=16, start_layer=2), rngs=nnx.Rngs(0))
+
+
+BAD_POLICIES = [
+    (lambda: Threshold(1.0), r"\[0, 1\); got 1.0"),
+    (lambda: Threshold(-0.1), r"got -0.1"),
+    (lambda: TopK(0.0), r"\(0, 1\]; got 0.0"),
+    (lambda: TopK(1.5), r"got 1.5"),
+    (lambda: TokenBudget(0), "positive; got 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_POLICIES, ids=[m for _, m in BAD_POLICIES])
+def test_bad_policies_are_refused(make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
