@@ -188,6 +188,13 @@ class Transformer(nnx.Module):
           tokens, lengths, sparsity: as in `__call__`.
           cache: of at least T tokens; what it held is lost.
         """
+        logits, cache, _ = self.prefill_and_report(tokens, lengths, cache, sparsity=sparsity)
+        return logits, cache
+
+    def prefill_and_report(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None, cache: Cache, *, sparsity: Policy = Dense()
+    ) -> tuple[Float[Array, "B V"], Cache, Float[Array, "L B"]]:
+        """As `prefill`; returns besides the share of causal blocks that each layer and row kept."""
         lengths = self.check(tokens, lengths)
         self.check_policy(sparsity, self.prefill_gate)
         if tokens.shape[1] > cache.capacity:
@@ -203,9 +210,9 @@ class Transformer(nnx.Module):
                 cache = cache.fill_gate(index, context.decode_gate, k, lengths)
             return out, cache, kept
 
-        hidden, cache, _ = self.scan(tokens, attend, cache)
+        hidden, cache, kept = self.scan(tokens, attend, cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(last), dataclasses.replace(cache, lengths=lengths)
+        return self.logits(last), dataclasses.replace(cache, lengths=lengths), kept
 
     def decode(
         self, tokens: Int[Array, "B"], cache: Cache, *, sparsity: Policy = Dense()
