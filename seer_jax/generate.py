@@ -1,0 +1,328 @@
+"""Generation: a prompt is read in one pass, then tokens follow one by one, all in one compiled program.
+
+The cache has a fixed size, so a program is compiled once per batch size, prompt width, number of new tokens and policy.
+Everything that depends on values (lengths, tokens, logits that are not finite) is checked on the host, before or after.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from seer_jax.cache import Cache
+from seer_jax.model import Transformer
+from seer_jax.policies import Dense, Gate, Policy
+from seer_jax.prompts import Prompts, check_prompts
+from seer_jax.sampling import Greedy, Keys, Sample, Sampling, row_keys
+
+CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: the new tokens, without the prompt. A row ends with its EOS token; after it every entry is the first of the
+        `eos` tokens.
+      lengths: new tokens of each row, its EOS token included.
+      prefill_kept: share of the causal blocks that each layer and row kept while the prompt was read.
+      decode_kept: share of the visible blocks kept by each layer and row, mean over its decoding steps; 1 for a row that
+        made none.
+    """
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, "B"]
+    prefill_kept: Float[Array, "L B"]
+    decode_kept: Float[Array, "L B"]
+
+    def rows(self) -> list[list[int]]:
+        """The new tokens of each row, its EOS token included, nothing after it."""
+        return [row[:n].tolist() for row, n in zip(np.asarray(self.tokens), np.asarray(self.lengths), strict=True)]
+
+
+def generate(
+    model: Transformer,
+    tokens: Prompts,
+    lengths: ArrayLike | None = None,
+    *,
+    max_new_tokens: int,
+    prefill: Policy = Dense(),
+    decode: Policy = Dense(),
+    sampling: Sampling = Greedy(),
+    key: Keys | None = None,
+    eos: int | Sequence[int] | None = None,
+    cache_capacity: int | None = None,
+    beyond_context: bool = False,
+) -> Generated:
+    """Continues each prompt until it ends or `max_new_tokens` are there.
+
+    Args:
+      model: with a decode gate where `decode` ranks by it, a prefill gate where `prefill` does.
+      tokens: integers [B, T] in [0, vocab_size), right-padded with anything; see `pad_prompts`.
+      lengths: tokens of each prompt, integers [B] in [1, T]; None: all T.
+      max_new_tokens: N >= 1.
+      prefill: which blocks attention keeps while the prompts are read.
+      decode: which cached blocks each new token attends to.
+      sampling: how tokens are drawn.
+      key: a PRNG key, or one for each row, where `sampling` draws at random. A row's tokens depend on its own key and
+        prompt, never on its neighbours; row i of a single key uses `fold_in(key, i)`.
+      eos: tokens that end a row; None: `model.config.eos_token_ids`; (): none.
+      cache_capacity: S, tokens that the cache has room for in each row; None: T + N - 1. Rounded up to whole blocks.
+        Calls with the same value share memory layout, but each (T, N) still compiles its own program.
+      beyond_context: allow more tokens than the model's `max_position_embeddings`.
+
+    Returns:
+      See `Generated`.
+
+    Raises:
+      ValueError: an argument is outside its domain, the tokens don't fit the cache or the model's context, a policy needs a
+        gate that the model has not, or logits are not finite.
+    """
+    job = _make_job(
+        model, tokens, lengths, max_new_tokens, prefill, decode, sampling, key, eos, cache_capacity, beyond_context
+    )
+    outcome = _run(model, job)
+    _check_finite(outcome.failed)
+    steps = jnp.maximum(outcome.lengths - 1, 1)
+    decode_kept = jnp.where(outcome.lengths > 1, outcome.decode_kept / steps, 1.0)
+    return Generated(outcome.tokens, outcome.lengths, outcome.prefill_kept, decode_kept)
+
+
+def stream(
+    model: Transformer,
+    tokens: Prompts,
+    lengths: ArrayLike | None = None,
+    *,
+    max_new_tokens: int,
+    prefill: Policy = Dense(),
+    decode: Policy = Dense(),
+    sampling: Sampling = Greedy(),
+    key: Keys | None = None,
+    eos: int | Sequence[int] | None = None,
+    cache_capacity: int | None = None,
+    beyond_context: bool = False,
+    chunk: int = 8,
+) -> Iterator[list[list[int]]]:
+    """As `generate`, but gives the tokens while they are made.
+
+    Args:
+      chunk: tokens that are made on the device before the host looks; the first token comes at once.
+      (the others): see `generate`.
+
+    Yields:
+      For each row the tokens that are new since the last time, none for a row that has ended. Joined they are exactly
+      `generate(...).rows()`.
+
+    Raises:
+      ValueError: as `generate`; for the arguments at once, not when the first token is asked for.
+    """
+    if chunk < 1:
+        raise ValueError(f"A chunk is at least 1 token; got {chunk}.")
+    job = _make_job(
+        model, tokens, lengths, max_new_tokens, prefill, decode, sampling, key, eos, cache_capacity, beyond_context
+    )
+    return _stream(model, job, chunk)
+
+
+def _stream(model: Transformer, job: "_Job", chunk: int) -> Iterator[list[list[int]]]:
+    state = _start(model, job)
+    shown, goes_on = 0, True
+    while goes_on:
+        outcome = jax.device_get(dataclasses.replace(state, cache=None))
+        yield [row[shown:n].tolist() for row, n in zip(outcome.tokens, outcome.lengths, strict=True)]
+        _check_finite(outcome.failed)
+        shown = int(outcome.step)
+        goes_on = shown < job.max_new_tokens and not outcome.ended.all()
+        if goes_on:
+            state = _continue(model, job, state, min(shown + chunk, job.max_new_tokens))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A checked request. Fields that change shapes are static."""
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    keys: Key[Array, "B"] | None
+    eos: Int[Array, "E"]
+    prefill: Policy
+    decode: Policy
+    sampling: Sampling
+    max_new_tokens: int = dataclasses.field(metadata=dict(static=True))
+    capacity: int = dataclasses.field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Where a generation stands.
+
+    Attributes:
+      cache: of what was fed; a row that has ended keeps its length, so that its further steps overwrite one free slot.
+      tokens, lengths, prefill_kept: as in `Generated`.
+      decode_kept: as in `Generated`, but the sum over steps.
+      step: new tokens so far, of the rows that go on.
+      ended: rows that are complete.
+      failed: the step at which a row's logits were not finite, or -1.
+    """
+
+    cache: Cache | None
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, "B"]
+    prefill_kept: Float[Array, "L B"]
+    decode_kept: Float[Array, "L B"]
+    step: Int[Array, ""]
+    ended: Bool[Array, "B"]
+    failed: Int[Array, "B"]
+
+
+def _begin(model: Transformer, job: _Job) -> _State:
+    """Reads the prompts and draws the first token of each row."""
+    batch, layers = job.lengths.shape[0], model.config.num_layers
+    # The gate's part of the cache costs time at every step: leave it out where no one reads it.
+    ranks_by_gate = isinstance(getattr(job.decode, "scorer", None), Gate)
+    gate = model.decode_gate.config if ranks_by_gate and model.decode_gate is not None else None
+    cache = Cache.create(model.config, batch, job.capacity, model.dtype, gate)
+    logits, cache, kept = model.prefill_and_report(job.tokens, job.lengths, cache, sparsity=job.prefill)
+    filler = job.eos[0] if job.eos.shape[0] else 0
+    state = _State(
+        cache=cache,
+        tokens=jnp.full((batch, job.max_new_tokens), filler, jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        prefill_kept=kept,
+        decode_kept=jnp.zeros((layers, batch)),
+        step=jnp.int32(0),
+        ended=jnp.zeros(batch, bool),
+        failed=jnp.full(batch, -1, jnp.int32),
+    )
+    return _draw(job, state, logits)
+
+
+def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array, ""]) -> _State:
+    """Decodes until there are `until` tokens in the rows that go on, or none does."""
+
+    def step(state: _State) -> _State:
+        assert state.cache is not None
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
+        logits, cache, kept = model.decode(last, state.cache, sparsity=job.decode)
+        cache = dataclasses.replace(cache, lengths=jnp.where(state.ended, state.cache.lengths, cache.lengths))
+        decode_kept = state.decode_kept + jnp.where(state.ended[None], 0.0, kept)
+        return _draw(job, dataclasses.replace(state, cache=cache, decode_kept=decode_kept), logits)
+
+    return jax.lax.while_loop(lambda state: (state.step < until) & ~state.ended.all(), step, state)
+
+
+def _draw(job: _Job, state: _State, logits: Float[Array, "B V"]) -> _State:
+    """Appends one token to each row that goes on."""
+    keys = None if job.keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(job.keys, state.step)
+    drawn = job.sampling.sample(logits, keys)
+    broken = ~jnp.isfinite(logits).all(axis=-1) & ~state.ended
+    idle = state.ended | broken
+    column = jax.lax.dynamic_index_in_dim(state.tokens, state.step, axis=1, keepdims=False)
+    tokens = state.tokens.at[:, state.step].set(jnp.where(idle, column, drawn))
+    is_end = (drawn[:, None] == job.eos[None]).any(axis=-1)
+    return dataclasses.replace(
+        state,
+        tokens=tokens,
+        lengths=state.lengths + ~idle,
+        step=state.step + 1,
+        ended=idle | is_end,
+        failed=jnp.where(broken, state.step, state.failed),
+    )
+
+
+@jax.jit
+def _run(model: Transformer, job: _Job) -> _State:
+    return dataclasses.replace(_advance(model, job, _begin(model, job), job.max_new_tokens), cache=None)
+
+
+_start = jax.jit(_begin)
+_continue = jax.jit(_advance, donate_argnames="state")
+
+
+def _make_job(
+    model: Transformer,
+    tokens: Prompts,
+    lengths: ArrayLike | None,
+    max_new_tokens: int,
+    prefill: Policy,
+    decode: Policy,
+    sampling: Sampling,
+    key: Keys | None,
+    eos: int | Sequence[int] | None,
+    cache_capacity: int | None,
+    beyond_context: bool,
+) -> _Job:
+    config = model.config
+    prompts, counts = check_prompts(tokens, lengths, vocab_size=config.vocab_size)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is at least 1; got {max_new_tokens}.")
+    for name, policy in (("prefill", prefill), ("decode", decode)):
+        if not isinstance(policy, Policy):
+            raise ValueError(f"{name} is a sparsity policy such as Dense() or Threshold(5e-4); got {policy!r}.")
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is Greedy() or Sample(temperature, ...); got {sampling!r}.")
+    if isinstance(sampling, Sample) and key is None:
+        raise ValueError(f"{sampling} draws at random and needs a key; got None. Pass key=jax.random.key(seed).")
+    model.check_policy(prefill, model.prefill_gate)
+    model.check_policy(decode, model.decode_gate)
+    return _Job(
+        tokens=jnp.asarray(prompts),
+        lengths=jnp.asarray(counts),
+        keys=None if key is None else row_keys(key, len(counts)),
+        eos=_check_eos(config.eos_token_ids if eos is None else eos, config.vocab_size),
+        prefill=prefill,
+        decode=decode,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        capacity=_check_capacity(
+            model, prompts.shape[1], int(counts.max()), max_new_tokens, cache_capacity, beyond_context
+        ),
+    )
+
+
+def _check_eos(eos: int | Sequence[int], vocab_size: int) -> Int[Array, "E"]:
+    ids = np.array(eos if isinstance(eos, Sequence) else [eos], np.int64)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(f"EOS tokens lie in [0, {vocab_size}), the model's vocabulary; got {ids.tolist()}.")
+    return jnp.asarray(ids, jnp.int32)
+
+
+def _check_capacity(
+    model: Transformer, width: int, longest: int, new: int, capacity: int | None, beyond_context: bool
+) -> int:
+    """S, rounded up to whole blocks."""
+    context = model.config.max_position_embeddings
+    if longest + new > context and not beyond_context:
+        raise ValueError(
+            f"Prompt and new tokens fit the context that the model was made for, max_position_embeddings = {context} tokens; "
+            f"got {longest} + {new}. Shorten the prompt or max_new_tokens, load the model with a RoPE scaling for longer "
+            "contexts, or pass beyond_context=True."
+        )
+    needed = max(width, longest + new - 1)  # the last token is never fed
+    if capacity is not None and capacity < needed:
+        raise ValueError(
+            f"The cache holds the padded prompts and all new tokens but the last, {needed} tokens; got "
+            f"cache_capacity={capacity}. Raise it, leave it out, or lower max_new_tokens."
+        )
+    size = width + new - 1 if capacity is None else capacity
+    multiple = CACHE_MULTIPLE if model.decode_gate is None else model.decode_gate.config.block_size
+    return -(-size // multiple) * multiple
+
+
+def _check_finite(failed: ArrayLike) -> None:
+    steps = np.asarray(failed)
+    if (steps >= 0).any():
+        rows = np.flatnonzero(steps >= 0)
+        raise ValueError(
+            f"Logits must be finite; those of row {rows[0]} at new token {steps[rows[0]]} hold NaN or infinity "
+            f"(rows affected: {rows.tolist()}). The weights are damaged, or activations overflow their dtype; load the "
+            "model anew, or with dtype=jnp.float32."
+        )
