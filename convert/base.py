@@ -1,0 +1,172 @@
+"""Base models: Hugging Face safetensors folders in and out."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seer_jax.config import ModelConfig
+from seer_jax.convert.hf_config import config_to_hf
+from seer_jax.convert.hub import read_config, resolve, write_config
+from seer_jax.convert.rules import BASE_RULES, ROTARY_BUFFERS, TIED_HEAD
+from seer_jax.convert.sources import SafetensorsSource
+from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
+from seer_jax.families import config_from_hf
+from seer_jax.layers import BaseParam
+from seer_jax.model import Transformer
+
+BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+BASE_DTYPES = (jnp.bfloat16, jnp.float32)
+SHARD_BYTES = 5 * 10**9
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def load_base(
+    path_or_id: str | os.PathLike[str], *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None
+) -> Transformer:
+    """A base model from a Hugging Face folder or hub id, without gates.
+
+    Tensors go to their device piece by piece: the host never holds more than a few tens of MB beside the model.
+
+    Args:
+      path_or_id: a folder with `config.json` and safetensors (one file, or several with an index), or a hub id.
+      dtype: of all weights, bfloat16 or float32.
+      sharding: the `jax.sharding.Sharding` of each parameter, from its path (such as "layers.mlp.up_proj.weight", with its
+        leading axis over layers) and its abstract array; each device reads only its own part. None: the default device.
+
+    Raises:
+      FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
+      ValueError: a model type or RoPE that is not supported, or a checkpoint that is incomplete, has tensors too many, or
+        tensors of wrong shape or dtype or with NaN.
+    """
+    if jnp.dtype(dtype) not in map(jnp.dtype, BASE_DTYPES):
+        raise ValueError(f"Base weights are bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
+    folder = resolve(path_or_id, BASE_PATTERNS)
+    hf = read_config(folder)
+    if hf.get("quantization_config"):
+        raise ValueError(
+            f"{folder}: weights must not be quantised; config.json has a quantization_config "
+            f"({hf['quantization_config'].get('quant_method')}). Use the bfloat16 checkpoint of this model."
+        )
+    config = config_from_hf(hf)
+    files = _weight_files(folder, hf)
+    ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
+    with SafetensorsSource(files) as source:
+        return load_parameters(abstract_model(config, dtype), BASE_RULES, source, ignored=ignored, sharding=sharding)
+
+
+def abstract_model(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Transformer:
+    """A model of shapes and dtypes alone."""
+    return nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def save_base(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    hf_config: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the base weights (without gates) as a folder that transformers and `load_base` read.
+
+    Args:
+      model: its weights are written in their own dtype.
+      folder: made if need be.
+      hf_config: the `config.json` to keep, for example of the model this one was trained from; None: one is made.
+      shard_bytes: weights of more bytes are split into files of at most this size, each of which the host holds at once.
+
+    Raises:
+      ValueError: hf_config describes another model.
+    """
+    folder = Path(folder)
+    hf = dict(config_to_hf(model.config) if hf_config is None else hf_config)
+    expected, got = (_without_eos(config_from_hf(c)) for c in (config_to_hf(model.config), hf))
+    if expected != got:
+        raise ValueError(f"hf_config must describe the model; expected what reads as {expected}, got {got}.")
+    hf["torch_dtype"] = str(model.dtype)
+    hf.pop("dtype", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_shards(folder, tensors_of(model, BaseParam, BASE_RULES), shard_bytes)
+    write_config(folder, hf)
+
+
+def _without_eos(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, eos_token_ids=())  # a matter of text, not of weights
+
+
+def _weight_files(folder: Path, hf: Mapping[str, Any]) -> list[Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} must be JSON with a weight_map from tensors to files; {error!r}.") from error
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+            raise ValueError(f"{index}: a weight_map must name files of its own folder; got {names[:4]}.")
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise FileNotFoundError(f"{folder} lacks the files {absent} that its index names. Download it again.")
+        return [folder / name for name in names]
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if any(folder.glob("attn_gate_weights.*")):
+        raise FileNotFoundError(
+            f"{folder} holds gates, not base weights. Load its base model, {hf.get('base_model', 'see its documentation')!r}, and "
+            "give this folder as gates."
+        )
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+    raise FileNotFoundError(
+        f"{folder} needs {_WEIGHTS}, or {_INDEX} and the files it names; found {found}. Save other formats with "
+        "transformers' save_pretrained first."
+    )
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> None:
+    """Writes one file where all fits, else numbered ones with an index. Old weights go when the new ones are complete."""
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
+    for shard in _group(tensors, shard_bytes):
+        path = folder / f"shard-{len(shards)}.partial"
+        write_safetensors(path, shard)
+        shards.append((path, list(shard)))
+        total += sum(array.nbytes for array in shard.values())
+    for old in (*folder.glob("model*.safetensors"), folder / _INDEX):
+        old.unlink(missing_ok=True)
+    if len(shards) == 1:
+        shards[0][0].replace(folder / _WEIGHTS)
+        return
+    weight_map = {}
+    for number, (path, keys) in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.replace(folder / name)
+        weight_map.update(dict.fromkeys(keys, name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _group(tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for key, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = np.asarray(tensor)
+        size += tensor.nbytes
+    yield shard
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file as transformers expects it."""
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata={"format": "pt"})

@@ -1,0 +1,172 @@
+"""The `seerattn_*` keys of a gate checkpoint's `config.json`, in both directions."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from seer_jax.config import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.policies import Gate, Policy, Threshold, TokenBudget, TopK
+
+PREFIX = "seerattn_"
+_POOLS = "(max)?(min)?(avg)?"
+_PREFILL_KEY = "seerattn_gate_type"
+_DECODE_KEYS = ("seerattn_k_seq_pooling_type", "seerattn_q_head_pooling_type")
+
+
+def parse_prefill_pooling(name: str) -> tuple[tuple[Pool, ...], tuple[Pool, ...]]:
+    """Pools of queries and keys from a name such as "Qavg_Kmaxminavg".
+
+    Raises:
+      ValueError: the name is not of this form.
+    """
+    match = re.fullmatch(f"Q{_POOLS}_K{_POOLS}", name)
+    sides = (_pools(match.groups()[:3]), _pools(match.groups()[3:])) if match else ((), ())
+    if not all(sides):
+        raise ValueError(
+            "The kind of a prefill gate is 'Q' + pools + '_K' + pools, pools being max, min, avg in this order and at least one "
+            f"of them, as in 'Qavg_Kmaxminavg'; got {name!r}."
+        )
+    return sides
+
+
+def parse_key_pooling(name: str) -> tuple[Pool, ...]:
+    """Pools of keys from a name such as "Kmaxminavg".
+
+    Raises:
+      ValueError: the name is not of this form.
+    """
+    match = re.fullmatch(f"K{_POOLS}", name)
+    kinds = _pools(match.groups()) if match else ()
+    if not kinds:
+        raise ValueError(
+            "The key pooling of a decode gate is 'K' + pools, pools being max, min, avg in this order and at least one of them, "
+            f"as in 'Kmaxminavg'; got {name!r}."
+        )
+    return kinds
+
+
+def _pools(groups: tuple[str | None, ...]) -> tuple[Pool, ...]:
+    return tuple(Pool(g) for g in groups if g)
+
+
+def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
+    """The gate that a parsed `config.json` describes. Absent keys mean what the release takes for them.
+
+    Raises:
+      ValueError: it describes no gate, both kinds, or one that is not supported.
+    """
+    prefill, decode = _PREFILL_KEY in hf, any(key in hf for key in _DECODE_KEYS)
+    if prefill == decode:
+        raise ValueError(
+            f"config.json of a gate has either {_PREFILL_KEY} (prefill) or {' and '.join(_DECODE_KEYS)} (decode); "
+            f"got {'both' if prefill else 'neither'}. Give the folder of one gate."
+        )
+    sizes = dict(block_size=int(_get(hf, "gate_block_size", 64)), gate_dim=int(_get(hf, "gate_hidden_size", 128)))
+    if prefill:
+        q_pooling, k_pooling = parse_prefill_pooling(hf[_PREFILL_KEY])
+        force = bool(_get(hf, "gate_force_double", False))
+        return PrefillGateConfig(q_pooling=q_pooling, k_pooling=k_pooling, force_double=force, **sizes)
+    reduction = _get(hf, "q_head_pooling_type", "Qproj")
+    if reduction not in list(QueryReduction):
+        raise ValueError(
+            f"seerattn_q_head_pooling_type must be one of {', '.join(QueryReduction)}; got {reduction!r}. Gates that keep all "
+            "query heads were an experiment of the release and can't be run here."
+        )
+    return DecodeGateConfig(
+        query_reduction=QueryReduction(reduction),
+        k_pooling=parse_key_pooling(_get(hf, "k_seq_pooling_type", "Kmaxminavg")),
+        use_qk_norm=bool(_get(hf, "use_qk_norm", False)),
+        use_rope=bool(_get(hf, "use_rope", True)),
+        start_layer=int(_get(hf, "start_layer", 0)),
+        **sizes,
+    )
+
+
+def gate_config_to_hf(config: GateConfig) -> dict[str, Any]:
+    """The `seerattn_*` keys that describe a gate."""
+    hf: dict[str, Any] = {"gate_block_size": config.block_size, "gate_hidden_size": config.gate_dim}
+    k_pooling = "K" + "".join(config.k_pooling)
+    if isinstance(config, PrefillGateConfig):
+        hf |= {
+            "gate_type": f"Q{''.join(config.q_pooling)}_{k_pooling}",
+            "gate_force_double": config.force_double,
+        }
+    else:
+        hf |= {
+            "q_head_pooling_type": config.query_reduction.value,
+            "k_seq_pooling_type": k_pooling,
+            "use_qk_norm": config.use_qk_norm,
+            "use_rope": config.use_rope,
+            "start_layer": config.start_layer,
+        }
+    return {PREFIX + key: value for key, value in hf.items()}
+
+
+def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
+    """The sparsity policy that a checkpoint recommends.
+
+    Returns:
+      Threshold, TopK or TokenBudget; None where the checkpoint names no method or has the release's default values, which
+      keep every block (threshold 0, nz_ratio 1).
+
+    Raises:
+      ValueError: the method is unknown, or its value is missing or out of range.
+    """
+    method = _get(hf, "sparsity_method", None)
+    if method is None:
+        return None
+    names = {"threshold": "threshold", "nz_ratio": "nz_ratio", "token_budget": "token_budget"}
+    if method not in names:
+        raise ValueError(f"seerattn_sparsity_method must be one of {', '.join(names)}; got {method!r}.")
+    value = _get(hf, names[method], None)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(
+            f"seerattn_sparsity_method {method!r} needs a number as {PREFIX}{names[method]}; got {value!r}."
+        )
+    dense_last_rows = 2 if _get(hf, "last_block_dense", True) else 0
+    match method:
+        case "threshold":
+            return Threshold(float(value), dense_last_rows=dense_last_rows) if value != 0 else None
+        case "nz_ratio":
+            return TopK(float(value), dense_last_rows=dense_last_rows) if value != 1 else None
+    return TokenBudget(int(value))
+
+
+def policy_to_hf(policy: Policy, config: GateConfig) -> dict[str, Any]:
+    """The `seerattn_*` keys that recommend a policy for a gate.
+
+    Raises:
+      ValueError: the release's keys can't express it.
+    """
+    scorer = getattr(policy, "scorer", None)
+    if not isinstance(policy, (Threshold, TopK, TokenBudget)) or not isinstance(scorer, Gate):
+        raise ValueError(
+            f"A gate can recommend Threshold, TopK or TokenBudget, ranked by the gate itself; got {policy!r}."
+        )
+    hf: dict[str, Any]
+    match policy:
+        case Threshold(threshold=threshold):
+            if np.ndim(threshold):
+                raise ValueError(
+                    f"config.json holds one threshold for all heads; got an array of shape {np.shape(threshold)}. "
+                    "Save per-head thresholds beside the gate."
+                )
+            hf = {"sparsity_method": "threshold", "threshold": float(threshold)}
+        case TopK(density=density):
+            hf = {"sparsity_method": "nz_ratio", "nz_ratio": density}
+        case TokenBudget(tokens=tokens):
+            hf = {"sparsity_method": "token_budget", "token_budget": tokens}
+    if isinstance(config, PrefillGateConfig) and not isinstance(policy, TokenBudget):
+        if policy.dense_last_rows not in (0, 2):
+            raise ValueError(
+                f"config.json says that the last 2 block rows are dense, or none; got dense_last_rows={policy.dense_last_rows}."
+            )
+        hf["last_block_dense"] = policy.dense_last_rows == 2
+    return {PREFIX + key: value for key, value in hf.items()}
+
+
+def _get(hf: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = hf.get(PREFIX + name)
+    return default if value is None else value

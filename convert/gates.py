@@ -1,0 +1,165 @@
+"""Gates: the release's checkpoint layout in and out, as `.pth` or safetensors.
+
+A folder holds one gate: `config.json` (the base model's, `base_model` and the `seerattn_*` keys) and `attn_gate_weights.pth`
+or `attn_gate_weights.safetensors`. A model that carries both gates is saved as two folders.
+"""
+
+import enum
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seer_jax.config import GateConfig, ModelConfig, PrefillGateConfig
+from seer_jax.convert.base import BASE_DTYPES, write_safetensors
+from seer_jax.convert.gate_config import PREFIX, gate_config_from_hf, gate_config_to_hf, policy_from_hf, policy_to_hf
+from seer_jax.convert.hf_config import config_to_hf
+from seer_jax.convert.hub import read_config, resolve, write_config
+from seer_jax.convert.rules import DECODE_GATE_RULES, PREFILL_GATE_RULES, Rule
+from seer_jax.convert.sources import ArraySource, SafetensorsSource
+from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
+from seer_jax.convert.torch_zip import read_torch_zip, write_torch_zip
+from seer_jax.families import config_from_hf
+from seer_jax.gate import DecodeGate, PrefillGate
+from seer_jax.layers import GateParam
+from seer_jax.policies import Policy
+
+# Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the hidden size tells their base models apart.
+_MUST_AGREE = ("family", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size")
+
+
+class GateFormat(enum.StrEnum):
+    """How gate weights are stored."""
+
+    TORCH = "pth"
+    SAFETENSORS = "safetensors"
+
+    @property
+    def file_name(self) -> str:
+        return f"attn_gate_weights.{self.value}"
+
+
+GATE_PATTERNS = ("config.json", *(format.file_name for format in GateFormat))
+
+
+def load_gates(
+    path_or_id: str | os.PathLike[str], model_config: ModelConfig | None = None, *, sharding: Sharding | None = None
+) -> PrefillGate | DecodeGate:
+    """A gate from a folder or hub id, in float32.
+
+    Args:
+      path_or_id: such as "SeerAttention/SeerAttention-Llama-3.1-8B-AttnGates". Where both formats are there, safetensors is
+        read.
+      model_config: of the base model that the gate is to serve. None: the one in the gate's own `config.json`.
+      sharding: see `load_base`; paths are "linear_q", "linear_k", "q_norm", "k_norm".
+
+    Raises:
+      FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
+      ValueError: the gate was made for another model, or its file or configuration is damaged or not supported.
+    """
+    folder = resolve(path_or_id, GATE_PATTERNS)
+    hf = read_config(folder)
+    config, model = gate_config_from_hf(hf), config_from_hf(hf)
+    if model_config is not None:
+        _check_same_model(folder, hf, model, model_config)
+        model = model_config
+    abstract = abstract_gate(config, model)
+    path = _weight_file(folder)
+    if path.suffix == ".pth":
+        source = ArraySource(str(path), read_torch_zip(path))
+        return load_parameters(abstract, gate_rules(config), source, sharding=sharding)
+    with SafetensorsSource([path]) as source:
+        return load_parameters(abstract, gate_rules(config), source, sharding=sharding)
+
+
+def recommended_policy(path_or_id: str | os.PathLike[str]) -> Policy | None:
+    """The policy that a gate's `config.json` recommends; None where it recommends nothing. See `policy_from_hf`."""
+    return policy_from_hf(read_config(resolve(path_or_id, GATE_PATTERNS)))
+
+
+def save_gates(
+    gate: PrefillGate | DecodeGate,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str,
+    hf_config: Mapping[str, Any] | None = None,
+    format: GateFormat = GateFormat.SAFETENSORS,
+    policy: Policy | None = None,
+    dtype: Any = jnp.float32,
+) -> Path:
+    """Writes a gate in the release's layout.
+
+    Args:
+      gate: prefill or decode.
+      folder: made if need be.
+      base_model: folder or hub id of the base model, for whoever loads the gate.
+      hf_config: the base model's `config.json`; `seerattn_*` keys in it are replaced. None: one is made.
+      format: `.pth` (which the release reads) or safetensors.
+      policy: recommended with the gate.
+      dtype: of the file, float32 (exact) or bfloat16 (rounded, half the size).
+
+    Returns:
+      The weight file.
+
+    Raises:
+      ValueError: hf_config describes another model, or the policy can't be expressed.
+      FileExistsError: the folder has weights in the other format, which would then belong to another gate.
+    """
+    folder = Path(folder)
+    if jnp.dtype(dtype) not in map(jnp.dtype, BASE_DTYPES):
+        raise ValueError(f"Gates are saved in float32 or bfloat16; got dtype={jnp.dtype(dtype)}.")
+    other = next(f for f in GateFormat if f is not format)
+    if (folder / other.file_name).exists():
+        raise FileExistsError(
+            f"A folder holds one gate; {folder} already has {other.file_name}. Choose another folder, or remove that file first."
+        )
+    hf = dict(config_to_hf(gate.model) if hf_config is None else hf_config)
+    _check_same_model(folder, hf, config_from_hf(hf), gate.model)
+    hf = {key: value for key, value in hf.items() if not key.startswith(PREFIX)}
+    hf |= gate_config_to_hf(gate.config) | {"base_model": base_model}
+    if policy is not None:
+        hf |= policy_to_hf(policy, gate.config)
+    arrays = {key: np.asarray(x.astype(dtype)) for key, x in tensors_of(gate, GateParam, gate_rules(gate.config))}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / format.file_name
+    if format is GateFormat.TORCH:
+        write_torch_zip(path, arrays)
+    else:
+        partial = path.with_name(path.name + ".partial")
+        write_safetensors(partial, arrays)
+        partial.replace(path)
+    write_config(folder, hf)
+    return path
+
+
+def gate_rules(config: GateConfig) -> tuple[Rule, ...]:
+    """Names of a gate's tensors."""
+    return PREFILL_GATE_RULES if isinstance(config, PrefillGateConfig) else DECODE_GATE_RULES
+
+
+def abstract_gate(config: GateConfig, model: ModelConfig) -> PrefillGate | DecodeGate:
+    """A gate of shapes alone."""
+    kind = PrefillGate if isinstance(config, PrefillGateConfig) else DecodeGate
+    return nnx.eval_shape(lambda: kind(config, model, rngs=nnx.Rngs(0)))  # pyright: ignore[reportArgumentType]
+
+
+def _weight_file(folder: Path) -> Path:
+    for format in (GateFormat.SAFETENSORS, GateFormat.TORCH):
+        if (folder / format.file_name).is_file():
+            return folder / format.file_name
+    names = " or ".join(format.file_name for format in GateFormat)
+    raise FileNotFoundError(f"A gate folder needs {names}; {folder} has neither. Check that the download is complete.")
+
+
+def _check_same_model(folder: Path, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:
+    for name in _MUST_AGREE:
+        theirs, ours = getattr(found, name), getattr(expected, name)
+        if theirs != ours:
+            raise ValueError(
+                f"{folder}: gates serve the base model they were trained on; expected {name}={ours}, got {theirs} (a gate for "
+                f"{hf.get('base_model', 'another model')!r}). Use the gate of this base model."
+            )

@@ -1,0 +1,98 @@
+"""Where a model is found: a local folder first, else the Hugging Face hub or its cache."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revision: str | None = None) -> Path:
+    """The local folder of a model, downloaded if need be.
+
+    Args:
+      path_or_id: a folder, or a hub id such as "Qwen/Qwen3-4B". A folder of that name wins.
+      patterns: file names to download, with `*`; for example "model*.safetensors".
+      revision: branch, tag or commit on the hub; None: main.
+
+    Raises:
+      FileNotFoundError: neither a folder nor a hub id of that name exists (for this user).
+      PermissionError: the hub asks to accept a licence or to log in first.
+      ConnectionError: the hub is out of reach (or HF_HUB_OFFLINE is set) and the cache does not hold the model.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = os.fspath(path_or_id)
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"Expected the folder of a model, got the file {name!r}. Give the folder that holds it."
+        )
+    if not _is_hub_id(name):
+        raise FileNotFoundError(
+            f"There is no folder {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a hub id."
+        )
+    return Path(_download(name, patterns, revision))
+
+
+def _is_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(p and p[0] not in ".~-" for p in parts) and "\\" not in name
+
+
+def _download(repo: str, patterns: Sequence[str], revision: str | None) -> str:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"The hub gives {repo!r} only to users who accepted its terms. Accept them on https://huggingface.co/{repo}, then "
+            "log in (`hf auth login`, or HF_TOKEN)."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"The hub has no revision {revision!r} of {repo!r}. Check the branch, tag or commit."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is neither a folder {repo!r} nor a model of that name on the hub. Check the spelling; for a private model log "
+            "in first (`hf auth login`, or HF_TOKEN)."
+        ) from error
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(
+            f"There is no folder {repo!r}, and it is no valid hub id ({error}). Check the path."
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"{repo!r} is not a local folder, is not complete in the cache, and the hub can't be reached"
+            f"{' because HF_HUB_OFFLINE is set' if huggingface_hub.constants.is_offline_mode() else ''}. "
+            "Download it where there is a connection, or give a local folder."
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a model folder.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"A model folder needs config.json; {folder} has none. Check that the download is complete."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON; {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object; got a {type(config).__name__}.")
+    return config
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Writes `config.json`, keys sorted as transformers does."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

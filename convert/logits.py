@@ -1,0 +1,139 @@
+"""Ours against reference logits: is a converted model the model it should be?"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seer_jax.model import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a model that computes the same thing keeps within.
+
+    Attributes:
+      relative_error: of the logits, ||ours - reference|| / ||reference||. float32 models reach 1e-5; bfloat16 ones about 1e-2.
+      kl: largest KL(reference || ours) at any position, nats.
+    """
+
+    relative_error: float = 1e-4
+    kl: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not (self.relative_error > 0 and self.kl > 0):
+            raise ValueError(f"Bounds are positive; got relative_error={self.relative_error}, kl={self.kl}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsReport:
+    """How far logits are from a reference.
+
+    Attributes:
+      positions: how many were compared.
+      max_abs_error: largest difference of any logit.
+      relative_error: ||ours - reference|| / ||reference||.
+      kl_mean, kl_max: KL(reference || ours) over positions, nats.
+      same_argmax: share of positions whose likeliest token is the same.
+      bounds: that `passed` holds it to.
+    """
+
+    positions: int
+    max_abs_error: float
+    relative_error: float
+    kl_mean: float
+    kl_max: float
+    same_argmax: float
+    bounds: Bounds
+
+    @property
+    def passed(self) -> bool:
+        # Written so that NaN fails.
+        return self.relative_error <= self.bounds.relative_error and self.kl_max <= self.bounds.kl
+
+    def __str__(self) -> str:
+        return (
+            f"{'PASS' if self.passed else 'FAIL'} at {self.positions} positions: relative error {self.relative_error:.2e} "
+            f"(bound {self.bounds.relative_error:.0e}), KL max {self.kl_max:.2e} (bound {self.bounds.kl:.0e}), "
+            f"KL mean {self.kl_mean:.2e}, max abs error {self.max_abs_error:.2e}, same argmax {self.same_argmax:.1%}"
+        )
+
+
+def compare_logits(ours: np.ndarray, reference: np.ndarray, bounds: Bounds = Bounds()) -> LogitsReport:
+    """Compares logits `[..., V]` in float64.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    if ours.shape != reference.shape:
+        raise ValueError(f"Logits must have the shape of the reference; expected {reference.shape}, got {ours.shape}.")
+    a, b = (np.asarray(x, np.float64).reshape(-1, ours.shape[-1]) for x in (ours, reference))
+    log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
+    kl = np.sum(np.exp(log_b) * (log_b - log_a), axis=-1)
+    return LogitsReport(
+        positions=len(a),
+        max_abs_error=float(np.abs(a - b).max()),
+        relative_error=float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        same_argmax=float((a.argmax(-1) == b.argmax(-1)).mean()),
+        bounds=bounds,
+    )
+
+
+def verify_logits(model: Transformer, path: str | os.PathLike[str], bounds: Bounds = Bounds()) -> LogitsReport:
+    """Runs the dense model on the reference's tokens and compares logits.
+
+    Args:
+      model: float32 for exact comparison.
+      path: safetensors file with `input_ids` `[B, T]` (or `[T]`), `logits` `[B, N, V]` (or `[N, V]` for one row) and, where
+        not all T positions are given, `positions` `[N]`.
+      bounds: what the report holds the model to.
+
+    Raises:
+      ValueError: the file lacks a tensor, or its shapes do not fit one another or the model.
+    """
+    ids, positions, logits = _reference(Path(path))
+    if logits.shape[-1] != model.config.vocab_size:
+        raise ValueError(
+            f"{path}: logits must be over the model's {model.config.vocab_size} tokens; got {logits.shape[-1]}. Is it the "
+            "reference of this model?"
+        )
+    model.check(jnp.asarray(ids), None)
+    # TF32 products, the default on GPUs, would by themselves be 1e-3 off.
+    with jax.default_matmul_precision("highest"):
+        ours = _logits_at(model, jnp.asarray(ids), jnp.asarray(positions))
+    return compare_logits(np.asarray(ours), logits, bounds)
+
+
+@jax.jit
+def _logits_at(model: Transformer, ids: jax.Array, positions: jax.Array) -> jax.Array:
+    hidden, _ = model.hidden_states(ids)
+    return model.logits(hidden[:, positions])
+
+
+def _reference(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no reference file {str(path)!r}. Check the path.")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: a reference is a safetensors file; {error}.") from error
+    missing = [name for name in ("input_ids", "logits") if name not in tensors]
+    if missing:
+        raise ValueError(f"{path}: a reference has input_ids, logits and maybe positions; missing {missing}.")
+    ids = np.atleast_2d(tensors["input_ids"]).astype(np.int32)
+    logits = tensors["logits"] if tensors["logits"].ndim == 3 else tensors["logits"][None]
+    positions = (tensors["positions"] if "positions" in tensors else np.arange(ids.shape[1])).astype(np.int32)
+    if logits.shape[:2] != (len(ids), len(positions)) or positions.min() < 0 or positions.max() >= ids.shape[1]:
+        raise ValueError(
+            f"{path}: logits must be [B, N, V] for N positions within the T tokens of input_ids [B, T]; got logits "
+            f"{logits.shape}, input_ids {ids.shape}, positions {positions.min()} .. {positions.max()} ({len(positions)})."
+        )
+    return ids, positions, logits

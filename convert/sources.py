@@ -1,0 +1,172 @@
+"""Where tensors are read from: safetensors files on disk, a few rows at a time, or arrays in memory."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a stored tensor before it is read.
+
+    Attributes:
+      shape: of the tensor.
+      dtype: name as the file has it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorSource(Protocol):
+    """A set of named tensors that can be read by rows.
+
+    Attributes:
+      place: for error messages, where they are.
+      tensors: what there is.
+    """
+
+    place: str
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of a tensor of at least one axis."""
+        ...
+
+
+class ArraySource:
+    """Tensors that are in memory already."""
+
+    def __init__(self, place: str, arrays: Mapping[str, np.ndarray]):
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        self.place = place
+        self.tensors: Mapping[str, TensorInfo] = {
+            k: TensorInfo(v.shape, names.get(v.dtype, str(v.dtype))) for k, v in arrays.items()
+        }
+        self._arrays = arrays
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self._arrays[name][start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Location:
+    file: io.FileIO
+    offset: int
+
+
+class SafetensorsSource:
+    """The tensors of some safetensors files.
+
+    Rows are read with plain reads: mapped files, as the safetensors package has them, count as memory of the process
+    while they are open, and whole tensors would be copied once more. Use it as a context manager, or `close` it.
+
+    Raises:
+      ValueError: a header is damaged, or two files hold a tensor of the same name.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.place = str(files[0].parent if len(files) > 1 else files[0])
+        tensors: dict[str, TensorInfo] = {}
+        self._locations: dict[str, _Location] = {}
+        with contextlib.ExitStack() as opened:
+            for path in files:
+                self._add(tensors, path, opened.enter_context(io.FileIO(path)))
+            self.tensors: Mapping[str, TensorInfo] = tensors
+            self._opened = opened.pop_all()  # a header that is refused closes them all
+
+    def __enter__(self) -> "SafetensorsSource":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def _add(self, tensors: dict[str, TensorInfo], path: Path, file: io.FileIO) -> None:
+        header, start, size = _header(path, file)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if name in tensors:
+                raise ValueError(f"Each tensor may be stored once; {name!r} is in {path} and in another file as well.")
+            info, begin = _entry(path, name, entry, size - start)
+            tensors[name] = info
+            self._locations[name] = _Location(file, start + begin)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        info, location = self.tensors[name], self._locations[name]
+        dtype, row = DTYPES[info.dtype], info.shape[1:]
+        stride = math.prod(row) * dtype.itemsize
+        wanted = (stop - start) * stride
+        out = np.empty(wanted, np.uint8)
+        location.file.seek(location.offset + start * stride)
+        done = 0
+        while done < wanted:  # a raw file may give less than asked for, and Linux never gives more than 2 GiB
+            count = location.file.readinto(memoryview(out)[done:])
+            if not count:
+                raise ValueError(f"{location.file.name}: the file ends within {name!r}. Download it again.")
+            done += count
+        return out.view(dtype).reshape(stop - start, *row)
+
+
+def _header(path: Path, file: io.FileIO) -> tuple[dict, int, int]:
+    """Header, start of the data and size of the file."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise ValueError(
+            f"{path}: expected a safetensors file, whose first 8 bytes give the length of its header; got length {length} in a "
+            f"file of {size} bytes. Download it again (it may be cut off, or a git-lfs pointer)."
+        )
+    try:
+        header = json.loads(file.read(length))
+    except ValueError as error:
+        raise ValueError(f"{path}: the safetensors header must be JSON; {error}.") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the safetensors header must be a JSON object; got a {type(header).__name__}.")
+    return header, 8 + length, size
+
+
+def _entry(path: Path, name: str, entry: object, data_size: int) -> tuple[TensorInfo, int]:
+    """One tensor of a header and where its data begin, checked to lie within the file."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
+            type(n) is int and n >= 0 for n in (*shape, begin, end)
+        ):
+            pass
+        case _:
+            raise ValueError(
+                f"{path}: a tensor must have dtype, shape and data_offsets; {name!r} has {str(entry)[:200]}."
+            )
+    known = DTYPES.get(dtype)
+    if not begin <= end <= data_size or (known is not None and end - begin != math.prod(shape) * known.itemsize):
+        raise ValueError(
+            f"{path}: {name!r} of dtype {dtype} and shape {shape} must fill its data_offsets within the {data_size} bytes of data; "
+            f"got {begin} to {end}. The file is cut off or damaged; download it again."
+        )
+    return TensorInfo(tuple(shape), dtype), begin

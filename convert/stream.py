@@ -1,0 +1,160 @@
+"""Checkpoint tensors into the parameters of a module, a few rows at a time.
+
+Each parameter is one array on its device from the start; pieces of at most `CHUNK_BYTES` are read, checked and written into
+it in place. So the host holds two pieces at most, however large the model is, and a sharded parameter is never whole in
+one place.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from seer_jax.convert.rules import Rule, Slot, expected_slots
+from seer_jax.convert.sources import TensorSource
+
+CHUNK_BYTES = 16 * 2**20
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+SHOWN = 8
+
+Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+
+def load_parameters[M: nnx.Module](
+    module: M,
+    rules: Sequence[Rule],
+    source: TensorSource,
+    *,
+    ignored: Iterable[str] = (),
+    sharding: Sharding | None = None,
+) -> M:
+    """The module with its parameters read from a checkpoint.
+
+    Args:
+      module: abstract, as `nnx.eval_shape` gives it; its shapes and dtypes are those of the result.
+      rules: which tensor is which parameter.
+      source: the checkpoint.
+      ignored: patterns (whole-name regular expressions) of tensors that may be there and are not read.
+      sharding: gives each parameter's sharding from its path ("layers.mlp.up_proj.weight") and its abstract array. None:
+        everything on the default device.
+
+    Raises:
+      ValueError: tensors are missing or left over, or one has the wrong shape, a dtype that is no float of 16 or 32 bits, or
+        numbers that are not finite.
+    """
+    graph, state = nnx.split(module)
+    parameters = _by_path(state)
+    slots = expected_slots(rules, parameters)
+    _check(slots, source, ignored)
+    by_path: dict[str, list[str]] = {path: [] for path in parameters}
+    for key, slot in slots.items():
+        by_path[slot.path].append(key)  # in the order of layers
+    arrays = {
+        path: _fill(spec, by_path[path], source, None if sharding is None else sharding(path, spec))
+        for path, spec in parameters.items()
+    }
+    nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(arrays, sep="."))
+    return nnx.merge(graph, state)
+
+
+def _by_path(state: nnx.State) -> dict[str, Any]:
+    flat: Any = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
+    return flat
+
+
+def tensors_of(module: nnx.Module, kind: type[nnx.Param], rules: Sequence[Rule]) -> Iterator[tuple[str, jax.Array]]:
+    """The module's parameters of a kind as checkpoint tensors, one at a time, in the order of `expected_slots`."""
+    arrays = _by_path(nnx.state(module, kind))
+    for key, slot in expected_slots(rules, arrays).items():
+        array = arrays[slot.path]
+        yield key, array if slot.layer is None else array[slot.layer]
+
+
+def _check(slots: Mapping[str, Slot], source: TensorSource, ignored: Iterable[str]) -> None:
+    """Every expected tensor is there, and every tensor there is expected, of the right shape and dtype."""
+    found = source.tensors
+    redundant = re.compile("|".join(ignored) or "(?!)")
+    missing = [key for key in slots if key not in found]
+    left_over = [key for key in found if key not in slots and not redundant.fullmatch(key)]
+    if missing or left_over:
+        raise ValueError(
+            f"{source.place}: a checkpoint holds each tensor of its model once and nothing else; missing: {_listed(missing)}; "
+            f"left over: {_listed(left_over)}. Check that config.json and weights belong together and that no file is absent."
+        )
+    wrong = [f"{k} {found[k].shape} instead of {s.shape}" for k, s in slots.items() if found[k].shape != s.shape]
+    if wrong:
+        raise ValueError(f"{source.place}: shapes must be those that config.json implies; got {_listed(wrong)}.")
+    wrong = [f"{k} {found[k].dtype}" for k in slots if found[k].dtype not in FLOAT_DTYPES]
+    if wrong:
+        raise ValueError(
+            f"{source.place}: weights must be of dtype {', '.join(FLOAT_DTYPES)}; got {_listed(wrong)}. Use a checkpoint that is "
+            "not quantised, or save it in bfloat16 first."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (", ".join(names[:SHOWN]) or "none") + more
+
+
+def _fill(
+    spec: jax.ShapeDtypeStruct, keys: Sequence[str], source: TensorSource, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    """One parameter, from one tensor or from one per layer."""
+    stacked = len(spec.shape) > len(source.tensors[keys[0]].shape)
+    if sharding is None:
+        return _fill_part(spec, keys, stacked, source, tuple(slice(0, n) for n in spec.shape), None)
+    parts = []
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        part = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), spec.shape, strict=True))
+        parts.append(_fill_part(spec, keys, stacked, source, part, jax.sharding.SingleDeviceSharding(device)))
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
+
+
+def _fill_part(
+    spec: jax.ShapeDtypeStruct,
+    keys: Sequence[str],
+    stacked: bool,
+    source: TensorSource,
+    part: tuple[slice, ...],
+    device: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """The part of a parameter that one device holds."""
+    buffer = jnp.zeros([p.stop - p.start for p in part], spec.dtype, device=device)
+    rows, *columns = part[1:] if stacked else part
+    for layer, key in enumerate(keys[part[0]] if stacked else keys):
+        for start, stop in _chunks(source, key, rows):
+            data = source.read(key, start, stop)[(slice(None), *columns)]
+            place = np.zeros(buffer.ndim, np.int32)
+            place[int(stacked)] = start - rows.start
+            place[0] += layer
+            buffer, finite = _write(buffer, data, place)
+            if not finite:  # also waits for the copy, so that pieces don't pile up on the host
+                raise ValueError(
+                    f"{source.place}: weights must be finite in {spec.dtype}; {key!r} holds NaN or infinity. The checkpoint is "
+                    "damaged, or its values do not fit this dtype."
+                )
+    return buffer
+
+
+def _chunks(source: TensorSource, key: str, rows: slice) -> Iterator[tuple[int, int]]:
+    info = source.tensors[key]
+    row_bytes = math.prod(info.shape[1:]) * (4 if info.dtype == "F32" else 2)
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(rows.start, rows.stop, step):
+        yield start, min(start + step, rows.stop)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Writes rows into the buffer in place; returns it and whether they are finite."""
+    rows = rows.astype(buffer.dtype)
+    finite = jnp.isfinite(rows).all()
+    rows = rows.reshape((1,) * (buffer.ndim - rows.ndim) + rows.shape)
+    return jax.lax.dynamic_update_slice(buffer, rows, tuple(place)), finite
