@@ -26,6 +26,12 @@ hypothesis.settings.register_profile("seer_jax", deadline=None, derandomize=True
 hypothesis.settings.load_profile("seer_jax")
 
 
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets wrong arguments through to the library's own checks, as outside the tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips the tests that need a GPU where there is none."""
     if jax.default_backend() != "gpu":

@@ -252,6 +252,7 @@ BAD_INPUT = [
 ]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("change", "message"), BAD_INPUT, ids=[m for _, m in BAD_INPUT])
 def test_bad_input_is_refused(change: dict, message: str):
     model = tiny_model(gates=False)
