@@ -30,8 +30,8 @@ class Operation:
 
     name: str
     package: str
-    preferred: tuple[str, ...] = ("reference",)
-    others: tuple[str, ...] = ()
+    preferred: tuple[str, ...] = ("xla",)
+    others: tuple[str, ...] = ("reference",)
 
     def __call__(self, implementation: str | None, /, *args: Any, **kwargs: Any) -> Any:
         """Runs the named backend, or without a name the first preferred one that takes these arguments.

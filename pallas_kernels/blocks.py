@@ -79,7 +79,9 @@ class BlockIndices:
         return jnp.put_along_axis(mask, target, True, axis=-1, inplace=False, mode="drop")
 
     @classmethod
-    def from_mask(cls, mask: Bool[Array, "... R Sb"], *, block_size: int, max_blocks: int | None = None) -> "BlockIndices":
+    def from_mask(
+        cls, mask: Bool[Array, "... R Sb"], *, block_size: int, max_blocks: int | None = None
+    ) -> "BlockIndices":
         """The lists of a mask.
 
         Args:

@@ -1,8 +1,7 @@
 """`sparse_decode_attention`: one new token per sequence, attending to a list of key blocks."""
 
-from jaxtyping import Array, Float, Float32, Int
-
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices

@@ -1,0 +1,156 @@
+"""Attention of rows of queries over lists of key blocks, in XLA: what prefill and decode share.
+
+A row is M queries that read one key/value head and share one list: a block of queries (times the heads that share its list) in
+prefill, the heads of a group in decode. Rows are sorted by the length of their lists and taken in chunks; a chunk walks its lists
+a few blocks at a time and stops at its longest one. So the time follows the number of blocks on the lists, not their width, and
+no array is larger than a chunk of rows times a few key blocks.
+
+Sorting mixes the batch and the heads: where those are sharded over a mesh, call this under `jax.shard_map`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.online_softmax import OnlineSoftmax, dot, finite
+
+_NOWHERE = 2**30  # a key position beyond every limit
+
+
+class Rows(NamedTuple):
+    """What each of R rows may see.
+
+    Fields:
+      counts: [R], blocks on the list.
+      indices: [R, N], the list.
+      start: [R], which of the B * S * K vectors of `k` is the row's key at position 0.
+      limit: [R, M], each query sees the keys at positions below its limit.
+    """
+
+    counts: Int32[Array, "R"]
+    indices: Int32[Array, "R N"]
+    start: Int32[Array, "R"]
+    limit: Int32[Array, "R M"]
+
+
+class Tiling(NamedTuple):
+    """Static numbers: b, the factor on the scores, and how many keys a step takes (at least one block)."""
+
+    block_size: int
+    scale: float
+    keys_per_step: int
+
+    @property
+    def slots(self) -> int:
+        """List entries that a step takes."""
+        return max(1, self.keys_per_step // self.block_size)
+
+    def rows_per_chunk(self, queries: int, head_dim: int) -> int:
+        """Rows whose key tile and scores still fit a CPU's cache; on other devices, rows enough to keep them busy."""
+        budget = 2**19 if jax.default_backend() == "cpu" else 2**25
+        return max(1, budget // (self.slots * self.block_size * max(queries, head_dim)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend_rows(
+    q: Float[Array, "R M D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], rows: Rows, tiling: Tiling
+) -> tuple[Float[Array, "R M D"], Float32[Array, "R M"]]:
+    """Returns the output of each query, in q's dtype, and its lse; 0 and -inf where it sees no key."""
+    order, chunks = _sorted_chunks(rows, tiling, q)
+
+    def chunk(operands):
+        rows, q = operands
+
+        def step(i, state):
+            source, scores = _scores(q, k, rows, i, tiling)
+            return state.add(scores, _vectors(v, source))
+
+        state = jax.lax.fori_loop(0, _num_steps(rows, tiling), step, OnlineSoftmax.empty(*q.shape))
+        out, lse = state.finish()
+        return out.astype(q.dtype), lse
+
+    return _unsort(order, jax.lax.map(chunk, chunks), len(q))
+
+
+def _forward(q, k, v, rows, tiling):
+    out, lse = attend_rows(q, k, v, rows, tiling)
+    return (out, lse), (q, k, v, rows, out, lse)
+
+
+def _backward(tiling, residuals, cotangents):
+    """Walks the lists once more, with the weights recomputed from lse."""
+    q, k, v, rows, out, lse = residuals
+    d_out, d_lse = cotangents
+    seen = lse > -jnp.inf
+    # d scores = weights * (d_weights - inner): softmax's own rule, with lse as a second output.
+    inner = jnp.where(seen, jnp.einsum("rmd,rmd->rm", d_out, out, preferred_element_type=jnp.float32) - d_lse, 0)
+    order, chunks = _sorted_chunks(rows, tiling, q, d_out, finite(lse), inner)
+
+    def chunk(carry, operands):
+        rows, q, d_out, lse, inner = operands
+
+        def step(i, carry):
+            d_q, d_k, d_v = carry
+            source, scores = _scores(q, k, rows, i, tiling)
+            weights = jnp.exp(scores - lse[..., None])
+            d_weights = dot("xqd,xsd->xqs", d_out, _vectors(v, source))
+            d_scores = (tiling.scale * weights * (d_weights - inner[..., None])).astype(q.dtype)
+            d_q += dot("xqs,xsd->xqd", d_scores, _vectors(k, source))
+            d_k = d_k.at[source].add(dot("xqs,xqd->xsd", d_scores, q))
+            d_v = d_v.at[source].add(dot("xqs,xqd->xsd", weights.astype(q.dtype), d_out))
+            return d_q, d_k, d_v
+
+        d_q = jnp.zeros(q.shape, jnp.float32)
+        d_q, *carry = jax.lax.fori_loop(0, _num_steps(rows, tiling), step, (d_q, *carry))
+        return tuple(carry), d_q.astype(q.dtype)
+
+    zeros = jnp.zeros((k.size // k.shape[-1], k.shape[-1]), jnp.float32)
+    (d_k, d_v), d_q = jax.lax.scan(chunk, (zeros, zeros), chunks)
+    d_k, d_v = (x.reshape(k.shape).astype(k.dtype) for x in (d_k, d_v))
+    return _unsort(order, d_q, len(q)), d_k, d_v, None
+
+
+attend_rows.defvjp(_forward, _backward)
+
+
+def _sorted_chunks(rows: Rows, tiling: Tiling, q: Array, *others: Array) -> tuple[Array, Any]:
+    """Sorts the rows by the length of their lists and cuts them into chunks [n, X, ...]; the last chunk is filled up."""
+    rows = rows._replace(indices=jnp.pad(rows.indices, ((0, 0), (0, -rows.indices.shape[1] % tiling.slots))))
+    size = min(len(q), tiling.rows_per_chunk(*q.shape[1:]))
+    order = jnp.pad(jnp.argsort(rows.counts), (0, -len(q) % size), constant_values=len(q))
+    counts = rows.counts.at[order].get(mode="fill", fill_value=0)  # what fills up the last chunk has empty lists
+    rows, *others = jax.tree.map(lambda x: x.at[order].get(mode="clip"), (rows, q, *others))
+    operands = (rows._replace(counts=counts), *others)
+    return order, jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), operands)
+
+
+def _unsort(order: Array, chunked: Any, num_rows: int) -> Any:
+    inverse = jnp.argsort(order)[:num_rows]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[inverse], chunked)
+
+
+def _num_steps(rows: Rows, tiling: Tiling) -> Array:
+    return -(-rows.counts.max() // tiling.slots)
+
+
+def _scores(
+    q: Float[Array, "X M D"], k: Float[Array, "B S K D"], rows: Rows, step: Array, tiling: Tiling
+) -> tuple[Int32[Array, "X W"], Float32[Array, "X M W"]]:
+    """Which key vectors step number `step` reads, and the scores on them, -inf where they must not be seen."""
+    b, slots = tiling.block_size, tiling.slots
+    block = jax.lax.dynamic_slice_in_dim(rows.indices, step * slots, slots, axis=1)
+    valid = step * slots + jnp.arange(slots) < rows.counts[:, None]
+    # Fillers have no meaning: in their place the row's first block is read again, and masked.
+    position = jnp.where(valid, block, rows.indices[:, :1])[..., None] * b + jnp.arange(b)
+    source = rows.start[:, None, None] + jnp.minimum(position, k.shape[1] - 1) * k.shape[2]
+    position = jnp.where(valid[..., None], position, _NOWHERE)
+    source, position = (x.reshape(len(q), slots * b) for x in (source, position))
+    scores = tiling.scale * dot("xqd,xsd->xqs", q, _vectors(k, source))
+    return source, jnp.where(position[:, None] < rows.limit[..., None], scores, -jnp.inf)
+
+
+def _vectors(x: Float[Array, "B S K D"], source: Int32[Array, "X W"]) -> Float[Array, "X W D"]:
+    return x.reshape(-1, x.shape[-1]).at[source].get(mode="clip")

@@ -1,0 +1,122 @@
+"""`attention_with_block_scores` in XLA, for any device, in one pass over tiles of queries and keys.
+
+The largest score of each block is kept per query until the query's row maximum and sum are final; then it becomes an exact weight.
+Nothing is larger than a tile of queries times the key blocks, except the results.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.online_softmax import OnlineSoftmax, dot, finite
+
+_TILE = 256  # tokens; a multiple of every block size
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "scale", "block_scores", "token_scores"))
+def attention_with_block_scores(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    *,
+    block_size: int,
+    scale: float,
+    block_scores: bool,
+    token_scores: bool,
+    segment_ids: Int[Array, "B T"],
+) -> tuple:
+    """See the function of this name in api.py; padding has segment id 0."""
+    (batch, length, heads, head_dim), kv_heads, b = q.shape, k.shape[2], block_size
+    num_blocks = -(-length // b)
+    tile = min(_TILE, num_blocks * b)
+    pad = -length % tile
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    padded = length + pad
+    per_tile = tile // b
+
+    def query_tile(results, operands):
+        i, first = operands
+        q_tile = jax.lax.dynamic_slice_in_dim(q, i * tile, tile, axis=1)
+        out, lse, largest = _attend(q_tile, k, v, segment_ids, i, first, b, scale)
+        # [B, H, tile, Sb] weights, the largest of each block
+        weights = jnp.exp(largest[..., :num_blocks] - finite(lse)[..., None])
+        rows = [out.transpose(0, 2, 1, 3).astype(q.dtype), lse.transpose(0, 2, 1), None, None]
+        if block_scores:
+            rows[2] = _normalise(weights.reshape(batch, heads, per_tile, b, num_blocks).max(3))
+        if token_scores:
+            completed = jnp.arange(num_blocks) < (i * per_tile + jnp.arange(tile) // b)[:, None]
+            grouped = weights.reshape(batch, kv_heads, heads // kv_heads, tile, num_blocks).max(2)
+            rows[3] = _normalise(jnp.where(completed, grouped, 0))
+        write = jax.lax.dynamic_update_slice_in_dim
+        places = ((i * tile, 1), (i * tile, 1), (i * per_tile, 2), (i * tile, 2))
+        return [
+            None if x is None else write(x, row, *at) for x, row, at in zip(results, rows, places, strict=True)
+        ], None
+
+    results = [
+        jnp.zeros((batch, padded, heads, head_dim), q.dtype),
+        jnp.zeros((batch, padded, heads), jnp.float32),
+        jnp.zeros((batch, heads, padded // b, num_blocks), jnp.float32) if block_scores else None,
+        jnp.zeros((batch, kv_heads, padded, num_blocks), jnp.float32) if token_scores else None,
+    ]
+    tiles = jnp.arange(padded // tile)
+    results, _ = jax.lax.scan(query_tile, results, (tiles, _first_tiles(segment_ids[:, ::b], per_tile)))
+    output, lse, per_block, per_token = results
+    per_block = None if per_block is None else per_block[:, :, :num_blocks]
+    per_token = None if per_token is None else per_token[:, :, :length]
+    return output[:, :length], lse[:, :length], per_block, per_token
+
+
+def _attend(q, k, v, segment_ids, i, first, b, scale):
+    """Attention of tile number i over key tiles `first` to i.
+
+    Args:
+      q: [B, tile, H, D]; k, v: [B, K, S, D]; segment_ids: [B, S].
+
+    Returns:
+      output [B, H, tile, D], lse [B, H, tile], and the largest score of each block [B, H, tile, S / b], -inf if unseen.
+    """
+    (batch, tile, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    group = heads // kv_heads
+    q = (
+        q.reshape(batch, tile, kv_heads, group, head_dim)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(batch, kv_heads, -1, head_dim)
+    )
+    ids = jax.lax.dynamic_slice_in_dim(segment_ids, i * tile, tile, axis=1)[:, :, None]
+    token = i * tile + jnp.arange(tile)[:, None]
+    rows = (batch, kv_heads, group * tile)
+
+    def step(j, carry):
+        state, largest = carry
+        k_tile, v_tile, key_ids = (
+            jax.lax.dynamic_slice_in_dim(x, j * tile, tile, axis) for x, axis in ((k, 2), (v, 2), (segment_ids, 1))
+        )
+        mask = (j * tile + jnp.arange(tile) <= token) & (ids == key_ids[:, None]) & (ids > 0)  # [B, tile, tile]
+        scores = scale * dot("bkqd,bksd->bkqs", q, k_tile)
+        scores = jnp.where(mask[:, None, None], scores.reshape(batch, kv_heads, group, tile, tile), -jnp.inf)
+        scores = scores.reshape(*rows, tile)
+        of_blocks = scores.reshape(*rows, tile // b, b).max(-1)
+        largest = jax.lax.dynamic_update_slice_in_dim(largest, of_blocks, j * (tile // b), axis=3)
+        return state.add(scores, v_tile), largest
+
+    start = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf))
+    state, largest = jax.lax.fori_loop(first, i + 1, step, start)
+    return tuple(x.reshape(batch, heads, tile, *x.shape[3:]) for x in (*state.finish(), largest))
+
+
+def _first_tiles(block_ids: Int[Array, "B Sb"], per_tile: int) -> Int[Array, "n"]:
+    """The first key tile that any query of each query tile may see: sequences end at block boundaries, so ids of blocks tell."""
+    blocks = jnp.arange(block_ids.shape[1])
+    first = jnp.argmax(block_ids[:, :, None] == block_ids[:, None, :], axis=-1)
+    first = jnp.where(block_ids > 0, first, blocks)
+    return first.min(0).reshape(-1, per_tile).min(1) // per_tile
+
+
+def _normalise(scores: Float32[Array, "... Sb"]) -> Float32[Array, "... Sb"]:
+    total = scores.sum(-1, keepdims=True)
+    return scores / jnp.where(total > 0, total, 1)

@@ -1,0 +1,38 @@
+"""`sparse_decode_attention` in XLA, for any device: reads the listed blocks of the cache and no others, and never copies it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.attend_rows import Rows, Tiling, attend_rows
+from pallas_kernels.blocks import BlockIndices
+
+_KEYS_PER_STEP = 512  # a row has few queries, so it can take many keys at a time
+
+
+@functools.partial(jax.jit, static_argnames=("scale",))
+def sparse_decode_attention(
+    q: Float[Array, "B H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    blocks: BlockIndices,
+    *,
+    lengths: Int[Array, "B"],
+    scale: float,
+) -> tuple[Float[Array, "B H D"], Float32[Array, "B H"]]:
+    """See the function of this name in api.py."""
+    (batch, heads, head_dim), (_, num_keys, kv_heads, _) = q.shape, k.shape
+    group = heads // kv_heads
+    start = jnp.arange(batch)[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)
+    limit = jnp.minimum(lengths, num_keys)
+    rows = Rows(
+        counts=blocks.counts.reshape(-1),
+        indices=blocks.indices.reshape(-1, blocks.width),
+        start=start.reshape(-1),
+        limit=jnp.broadcast_to(limit[:, None, None], (batch, kv_heads, group)).reshape(-1, group),
+    )
+    tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
+    out, lse = attend_rows(q.reshape(-1, group, head_dim), k, v, rows, tiling)
+    return out.reshape(q.shape), lse.reshape(batch, heads)
