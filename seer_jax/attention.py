@@ -1,7 +1,5 @@
 """Attention of one layer: dense, block-sparse over a prompt, and of one new token against the cache."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -30,8 +28,9 @@ from seer_jax.policies import (
 )
 from seer_jax.rope import apply_rope
 
-QUERY_CHUNK = 512
-CHUNKS_PER_SPAN = 4
+QUERY_CHUNK = 256
+CHUNKS_PER_SPAN = 4  # fewer waste less work on the future, more compile faster
+MAX_SPANS = 8
 DEFAULT_BLOCK_SIZE = 64
 
 
@@ -57,26 +56,37 @@ def dense_attention(
         )
     # A causal row never sees beyond its own length, so `lengths` changes no row that counts.
     batch, tokens, heads, dim = q.shape
+    kv_heads, group = k.shape[2], heads // k.shape[2]
     size = min(QUERY_CHUNK, tokens)
     chunks = -(-tokens // size)
-    queries = jnp.pad(q, ((0, 0), (0, chunks * size - tokens), (0, 0), (0, 0)))
+    queries = jnp.pad(q * dim**-0.5, ((0, 0), (0, chunks * size - tokens), (0, 0), (0, 0)))
+    queries = queries.reshape(batch, chunks, size, kv_heads, group, dim).transpose(1, 0, 3, 4, 2, 5)
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, S, D]: one matrix product per head
 
     @jax.checkpoint
-    def attend(chunk: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    def attend(chunk: jax.Array, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         rows = jnp.minimum(chunk * size + jnp.arange(size), tokens - 1)
-        mask = jnp.broadcast_to(rows[:, None] >= jnp.arange(keys.shape[1])[None], (batch, size, keys.shape[1]))
+        mask = jnp.broadcast_to(rows[:, None] >= jnp.arange(keys.shape[2]), (batch, size, keys.shape[2]))
         if segment_ids is not None:
-            mask &= segment_ids[:, rows, None] == segment_ids[:, None, : keys.shape[1]]
-        part = jax.lax.dynamic_slice_in_dim(queries, chunk * size, size, axis=1)
-        return jax.nn.dot_product_attention(part, keys, values, mask=mask[:, None])
+            mask &= segment_ids[:, rows, None] == segment_ids[:, None, : keys.shape[2]]
+        folded = queries.reshape(batch, kv_heads, group * size, dim)
+        logits = jnp.einsum("bkmd,bksd->bkms", folded, keys, preferred_element_type=jnp.float32)
+        logits = jnp.where(mask[:, None, None], logits.reshape(*queries.shape[:-1], -1), -jnp.inf)
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)
+        weights = weights.reshape(*folded.shape[:-1], -1).astype(v.dtype)
+        out = jnp.einsum("bkms,bksd->bkmd", weights, values, preferred_element_type=jnp.float32)
+        return (out.reshape(queries.shape) / total).astype(q.dtype)
 
     parts = []
-    for first, last in itertools.pairwise(range(0, chunks + CHUNKS_PER_SPAN, CHUNKS_PER_SPAN)):
-        last = min(last, chunks)
+    step = max(CHUNKS_PER_SPAN, -(-chunks // MAX_SPANS))
+    for first in range(0, chunks, step):
+        last = min(first + step, chunks)
         span = slice(0, last * size)  # what lies after the span is in the future of all its queries
-        out = jax.lax.map(lambda chunk, span=span: attend(chunk, k[:, span], v[:, span]), jnp.arange(first, last))
-        parts.append(jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim))
-    return jnp.concatenate(parts, axis=1)[:, :tokens]
+        scanned = (jnp.arange(first, last), queries[first:last])
+        parts.append(jax.lax.map(lambda x, span=span: attend(*x, keys[:, :, span], values[:, :, span]), scanned))
+    out = jnp.concatenate(parts).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(batch, -1, heads, dim)[:, :tokens]
 
 
 def rotate(
