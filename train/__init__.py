@@ -1,0 +1,38 @@
+"""Training: distillation of gates, and of all weights by the language-model loss."""
+
+from seer_jax.train.config import (
+    DistillConfig,
+    FinetuneConfig,
+    Gates,
+    OptimizerConfig,
+    Precision,
+    from_dict,
+    load_config,
+    to_dict,
+)
+from seer_jax.train.data import DataConfig, load_dataset
+from seer_jax.train.loop import TrainResult
+from seer_jax.train.packing import PackedDataset, Packing, pack
+from seer_jax.train.progress import ConsoleProgress, StepReport
+from seer_jax.train.runs import distill, finetune
+
+__all__ = [
+    "ConsoleProgress",
+    "DataConfig",
+    "DistillConfig",
+    "FinetuneConfig",
+    "Gates",
+    "OptimizerConfig",
+    "PackedDataset",
+    "Packing",
+    "Precision",
+    "StepReport",
+    "TrainResult",
+    "distill",
+    "finetune",
+    "from_dict",
+    "load_config",
+    "load_dataset",
+    "pack",
+    "to_dict",
+]

@@ -1,0 +1,267 @@
+"""What a training run does: frozen dataclasses that check themselves, to and from YAML and JSON."""
+
+import dataclasses
+import enum
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from seer_jax.config import DecodeGateConfig, PrefillGateConfig
+from seer_jax.train.data import DataConfig
+from seer_jax.train.packing import Packing
+
+
+class Gates(enum.StrEnum):
+    """Which gates a run distils; both come from the same dense pass."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
+class Precision(enum.StrEnum):
+    """Number format of the base model. Gates are float32 always."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """As JAX knows it."""
+        return jnp.dtype(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warmup from 0 and a cosine decay.
+
+    Attributes:
+      learning_rate: at the end of the warmup, > 0.
+      end_learning_rate: at the last step.
+      warmup_steps: optimizer steps, fewer than the run has.
+      weight_decay: decoupled, >= 0.
+      beta1, beta2, eps: of Adam.
+      clip_norm: the gradient's global norm is cut to this; None: never.
+    """
+
+    learning_rate: float = 1e-3
+    end_learning_rate: float = 0.0
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0 or not 0 <= self.end_learning_rate <= self.learning_rate:
+            raise ValueError(
+                "Learning rates satisfy 0 <= end_learning_rate <= learning_rate and learning_rate > 0; "
+                f"got {self.end_learning_rate} and {self.learning_rate}."
+            )
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"warmup_steps and weight_decay are at least 0; got {self.warmup_steps} and {self.weight_decay}."
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is positive, or None to never clip; got {self.clip_norm}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What distillation and fine-tuning have in common.
+
+    Attributes:
+      model: folder or hub id of the base model.
+      output: folder for checkpoints, metrics and tokens; a run with the same folder and settings goes on where it stopped.
+        None: nothing is written.
+      data: training text.
+      sequence_length: T, tokens per row.
+      batch_size: rows per optimizer step.
+      accumulation: parts that a step's rows are worked off in, one after the other, to save memory; divides batch_size.
+      steps: optimizer steps.
+      optimizer: see `OptimizerConfig`.
+      precision: of the base model's arithmetic.
+      seed: of the order of the data and of fresh weights.
+      checkpoint_interval: steps from one checkpoint to the next.
+      keep_checkpoints: older ones are deleted.
+      log_interval: steps from one report to the next; metrics.jsonl has every step.
+      tensorboard: whether to write TensorBoard files too, where tensorboardX is installed.
+    """
+
+    model: str = ""
+    output: str | None = None
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    sequence_length: int = 65536
+    batch_size: int = 16
+    accumulation: int = 1
+    steps: int = 500
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    precision: Precision = Precision.BFLOAT16
+    seed: int = 0
+    checkpoint_interval: int = 50
+    keep_checkpoints: int = 2
+    log_interval: int = 10
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        names = ("sequence_length", "batch_size", "accumulation", "steps")
+        for name in (*names, "checkpoint_interval", "keep_checkpoints", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1; got {getattr(self, name)}.")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation divides batch_size into equal parts; got {self.batch_size} rows and {self.accumulation} parts."
+            )
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"The warmup ends before the run does; got {self.optimizer.warmup_steps} warmup steps of {self.steps}."
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed is at least 0; got {self.seed}.")
+
+    @property
+    def block_size(self) -> int:
+        """Sequences start at its multiples."""
+        return 1
+
+    def defining(self) -> dict[str, Any]:
+        """The settings that decide the numbers of a run: two runs that agree in them do the same."""
+        free = ("output", "checkpoint_interval", "keep_checkpoints", "log_interval", "tensorboard")
+        return {name: value for name, value in to_dict(self).items() if name not in free}
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """Distillation of gates from a frozen model.
+
+    Attributes:
+      gates: which ones.
+      prefill: the prefill gate, where it is distilled and the model has none yet.
+      decode: the decode gate, likewise.
+      prefill_skip: share of each sequence's block rows, its first, that the prefill loss leaves out.
+      decode_skip: share of each sequence's tokens, its first, that the decode loss leaves out.
+      recall_density: share of the blocks in sight at which block recall is reported, see `loss.block_recall`.
+    """
+
+    gates: Gates = Gates.PREFILL
+    prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
+    decode: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)
+    prefill_skip: float = 0.25
+    decode_skip: float = 0.5
+    recall_density: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prefill_skip", "decode_skip"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a share in [0, 1) of each sequence; got {getattr(self, name)}.")
+        if not 0 < self.recall_density <= 1:
+            raise ValueError(f"recall_density is a share in (0, 1]; got {self.recall_density}.")
+        if self.gates is Gates.BOTH and self.prefill.block_size != self.decode.block_size:
+            raise ValueError(
+                "Both gates learn from the same pass, so their block sizes agree; "
+                f"got {self.prefill.block_size} and {self.decode.block_size}. Distil them one after the other instead."
+            )
+        if self.sequence_length % self.block_size or self.sequence_length < 2 * self.block_size:
+            raise ValueError(
+                f"sequence_length is a multiple of the block size {self.block_size}, at least two of them; "
+                f"got {self.sequence_length}."
+            )
+
+    @property
+    def block_size(self) -> int:
+        """b of the gates."""
+        return self.decode.block_size if self.gates is Gates.DECODE else self.prefill.block_size
+
+    @classmethod
+    def prefill_recipe(cls, **changes: Any) -> "DistillConfig":
+        """The authors' for prefill gates: 500 steps of 16 x 64k tokens, 0.52 billion (SeerAttention, arXiv 2410.13276)."""
+        return dataclasses.replace(cls(), **changes)
+
+    @classmethod
+    def decode_recipe(cls, **changes: Any) -> "DistillConfig":
+        """The authors' for decode gates: 800 steps of 16 x 32k packed tokens (SeerAttention-R, arXiv 2506.08889)."""
+        recipe = cls(
+            gates=Gates.DECODE,
+            data=DataConfig(packing=Packing.BEST_FIT),
+            sequence_length=32768,
+            steps=800,
+            optimizer=OptimizerConfig(end_learning_rate=1e-5),
+        )
+        return dataclasses.replace(recipe, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Training of all base weights by the plain language-model loss, with float32 master weights."""
+
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    sequence_length: int = 32768
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON would give it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict[C](kind: type[C], values: Mapping[str, Any]) -> C:
+    """A config from nested mappings, as `to_dict` or a YAML file gives them; what is left out keeps its default.
+
+    Raises:
+      ValueError: a key is unknown or a value is of another type than its field.
+    """
+    return _parse(kind, values, kind.__name__)
+
+
+def load_config[C](kind: type[C], path: str | Path) -> C:
+    """A config from a .yaml, .yml or .json file."""
+    path = Path(path)
+    if path.suffix == ".json":
+        values = json.loads(path.read_text())
+    elif path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        values = yaml.safe_load(path.read_text())
+    else:
+        raise ValueError(f"A configuration file ends in .yaml, .yml or .json; got {path}.")
+    return from_dict(kind, values or {})
+
+
+def _parse(kind: Any, value: Any, place: str) -> Any:
+    """`value` as an instance of the type `kind`; the types are those that configs are made of."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kind = next(a for a in arguments if a is not types.NoneType)
+        return _parse(kind, value, place)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        fields = typing.get_type_hints(kind)
+        names = [f.name for f in dataclasses.fields(kind)]
+        if unknown := [str(k) for k in value if k not in names]:
+            raise ValueError(f"{place} has no setting {', '.join(unknown)}; expected some of {', '.join(names)}.")
+        return kind(**{k: _parse(fields[k], v, f"{place}.{k}") for k, v in value.items()})
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_parse(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value))
+    if isinstance(kind, enum.EnumType):
+        if value in list(kind):
+            return kind(value)
+        raise ValueError(f"{place} is one of {', '.join(kind)}; got {value!r}.")
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return _float(value, place)  # YAML reads 1e-3, without a dot, as text
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{place} is of type {getattr(kind, '__name__', kind)}; got {value!r}.")
+
+
+def _float(value: int | str, place: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{place} is a number; got {value!r}.") from None

@@ -1,0 +1,132 @@
+"""Losses of the gates and of the language model, and how well a gate ranks blocks."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+RECALL_ROWS = 128  # block recall sorts rows, so it looks at a sample of them
+LM_CHUNK = 512  # tokens whose logits are held at once
+
+
+def row_kl(target: Float[Array, "*b Sb"], logits: Float[Array, "*b Sb"]) -> Float32[Array, "*b"]:
+    """KL(target || softmax(logits)) of each row: sum_j target_j (log target_j - log softmax(logits)_j).
+
+    The authors' release takes the mean of `target * (log target - log_softmax)` over all elements, columns included, and
+    multiplies by 10. Its number for the same rows is 10 / Sb of ours (Sb columns, masked ones counted): Adam hardly notices.
+
+    Args:
+      target: rows that sum to 1, or to 0 where there is nothing to learn: those have loss and gradient 0.
+      logits: -inf where a block cannot be chosen; the target is 0 there.
+
+    Returns:
+      float32, in nats. NaN where an input is NaN: it must not pass for a mask.
+    """
+    masked = logits == -jnp.inf
+    # Masked entries are taken out before the logarithms: afterwards they would still make the gradient NaN.
+    finite = jnp.where(masked, jnp.finfo(jnp.float32).min, logits.astype(jnp.float32))
+    log_probability = jnp.where(masked, 0.0, jax.nn.log_softmax(finite, axis=-1))
+    log_target = jnp.log(jnp.where(target == 0, 1.0, target))
+    return jnp.where(target == 0, 0.0, target * (log_target - log_probability)).sum(-1)
+
+
+def sequence_lengths(
+    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], block_size: int
+) -> Int[Array, "B T"]:
+    """Length of the sequence that each token belongs to, tokens; meaningless at padding."""
+    segments = -(-segment_ids.shape[1] // block_size) + 1  # a sequence takes a block at least
+
+    def one(ids: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(position + 1, ids, num_segments=segments)[ids]
+
+    return jax.vmap(one)(segment_ids, positions)
+
+
+def prefill_rows(
+    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], *, block_size: int, skip: float
+) -> Bool[Array, "B Tb"]:
+    """Block rows that the prefill loss takes: all but the first floor(skip * blocks) of each sequence."""
+    lengths = sequence_lengths(segment_ids, positions, block_size)[:, ::block_size]
+    blocks = -(-lengths // block_size)
+    first = jnp.floor(skip * blocks).astype(jnp.int32)
+    return (segment_ids[:, ::block_size] > 0) & (positions[:, ::block_size] // block_size >= first)
+
+
+def decode_rows(
+    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], *, block_size: int, skip: float
+) -> Bool[Array, "B T"]:
+    """Tokens that the decode loss takes: all but the first floor(skip * length) of each sequence, if a block is complete
+    before them."""
+    lengths = sequence_lengths(segment_ids, positions, block_size)
+    first = jnp.floor(skip * lengths).astype(jnp.int32)
+    return (segment_ids > 0) & (positions >= jnp.maximum(first, block_size))
+
+
+def row_weights(rows: Bool[Array, "B R"]) -> Float32[Array, "B R"]:
+    """The same weight for each row that counts; they sum to 1, or to 0 where no row counts."""
+    return rows / jnp.maximum(rows.sum(), 1).astype(jnp.float32)
+
+
+def block_recall(
+    target: Float[Array, "B heads R Sb"],
+    logits: Float[Array, "B heads R Sb"],
+    weights: Float[Array, "B R"],
+    density: float,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """How much of the attention that the best choice of blocks catches the gate's choice catches, at the same number of blocks.
+
+    A row with n blocks in sight keeps ceil(density * n). Its recall is the target on the gate's best blocks over the target on
+    the truly best; 1 is perfect. Long inputs are sampled, every (R / 128)-th row.
+
+    Returns:
+      (sum of weight * recall over the rows, sum of their weights): divide to get the mean.
+    """
+    stride = max(1, target.shape[2] // RECALL_ROWS)
+    target, logits, weights = target[:, :, ::stride], logits[:, :, ::stride], weights[:, ::stride]
+    kept = jnp.ceil(density * (logits > -jnp.inf).sum(-1, keepdims=True))
+    kept = jnp.arange(target.shape[-1])[None, None, None] < kept
+    by_gate = jnp.take_along_axis(target, jnp.argsort(-logits, axis=-1), axis=-1)
+    by_truth = -jnp.sort(-target, axis=-1)
+    best = jnp.where(kept, by_truth, 0).sum(-1)
+    recall = jnp.where(kept, by_gate, 0).sum(-1) / jnp.where(best > 0, best, 1)
+    return (recall.mean(1) * weights).sum(), weights.sum()
+
+
+def lm_targets(
+    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """The token after each one, and whether it belongs to the same sequence."""
+    following, segment = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, segment_ids))
+    return following, (segment == segment_ids) & (segment_ids > 0)
+
+
+def lm_loss(
+    hidden: Float[Array, "B T E"],
+    head: Float[Array, "V E"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> Float32[Array, ""]:
+    """Weighted sum of the cross-entropies, in nats; logits exist for a chunk of tokens at a time, forward and backward.
+
+    Args:
+      hidden: after the final norm.
+      head: output head.
+      targets: token to predict at each position.
+      weights: of each position.
+    """
+    pad = -hidden.shape[1] % min(LM_CHUNK, hidden.shape[1])
+    size = min(LM_CHUNK, hidden.shape[1])
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def chunk_loss(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return (weights * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum()
+
+    def body(total: jax.Array, chunk: tuple) -> tuple[jax.Array, None]:
+        return total + chunk_loss(*chunk), None
+
+    return jax.lax.scan(body, jnp.float32(0), (chunks(hidden), chunks(targets), chunks(weights)))[0]

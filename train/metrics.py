@@ -1,0 +1,60 @@
+"""Metrics of a run: one JSON object per step and line, and TensorBoard files."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """metrics.jsonl, one line per step, and TensorBoard files beside it.
+
+    A run that goes on from step n continues the file after the line of step n: later lines, of steps that a checkpoint did not
+    survive, and a line that was cut off are taken out.
+    """
+
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool):
+        """
+        Args:
+          folder: of the run.
+          step: that the run goes on from; 0 at its start.
+          tensorboard: whether to write TensorBoard files, if tensorboardX is installed.
+        """
+        self.path = folder / "metrics.jsonl"
+        _cut(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard and importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Adds the line of a step; it reaches the file at once."""
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are whole."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end was cut off
+    return [json.loads(line) for line in lines]
+
+
+def _cut(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,131 @@
+"""Training runs: `distill` and `finetune`."""
+
+import numpy as np
+from flax import nnx
+
+from seer_jax.config import GateConfig
+from seer_jax.model import Transformer
+from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
+from seer_jax.train.data import load_dataset
+from seer_jax.train.loop import ProgressFunction, SaveFunction, TrainResult, run, run_folder
+from seer_jax.train.packing import PackedDataset
+from seer_jax.train.tasks import GATE_NAMES, Distillation, LanguageModelling
+from seer_jax.train.tokens import check_tokens
+
+
+def distill(
+    config: DistillConfig,
+    *,
+    model: Transformer | None = None,
+    dataset: PackedDataset | np.ndarray | None = None,
+    save: SaveFunction | None = None,
+    progress: ProgressFunction | None = None,
+) -> TrainResult:
+    """Teaches gates which blocks the frozen model attends to (SeerAttention, arXiv 2410.13276; -R, arXiv 2506.08889).
+
+    With an output folder the run can be stopped or killed at any moment; the same call goes on from the newest checkpoint and
+    makes the same steps as an undisturbed run.
+
+    Args:
+      config: the run.
+      model: the base model; read from `config.model` if None. It is left as it is. A gate that it carries is trained further,
+        a missing one is made by `config`.
+      dataset: rows of tokens, or an array Int [N, T] of them; read as `config.data` says if None.
+      save: `save(model, folder)` writes the gates when the run is done, for example by `seer_jax.convert.save_gates`.
+      progress: called with each step; a bar or plain lines if None.
+
+    Returns:
+      The model with its gates.
+
+    Raises:
+      ValueError: settings, model, data and checkpoints do not fit each other.
+      FloatingPointError: the loss is no longer finite.
+      KeyboardInterrupt, SystemExit: the process was asked to stop (SIGINT, SIGTERM), and has written a checkpoint.
+    """
+    model = _load_model(config, model)
+    gates = _attach_gates(config, model)
+    dataset = _load_dataset(config, model, dataset, gates[0].block_size)
+    task, trained, frozen = Distillation.start(model, config)
+    settings = {"model": to_dict(model.config), "gates": [to_dict(gate) for gate in gates]}
+    return run(task, trained, frozen, dataset, config, settings, save=save, progress=progress)
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    model: Transformer | None = None,
+    dataset: PackedDataset | np.ndarray | None = None,
+    save: SaveFunction | None = None,
+    progress: ProgressFunction | None = None,
+) -> TrainResult:
+    """Trains all base weights by the language-model loss; gates of the model stay as they are.
+
+    Takes, returns and raises what `distill` does. Weights and moments are float32, so a weight takes 16 bytes with its
+    gradient; the arithmetic is of the model's dtype.
+    """
+    model = _load_model(config, model)
+    dataset = _load_dataset(config, model, dataset, block_size=config.block_size)
+    packed = bool((dataset.lengths != dataset.row_length).any()) or len(dataset.lengths) != len(dataset)
+    task, trained, frozen = LanguageModelling.start(model, packed=packed)
+    settings = {"model": to_dict(model.config)}
+    del model  # its weights are not needed beside their float32 copies
+    return run(task, trained, frozen, dataset, config, settings, save=save, progress=progress)
+
+
+def _load_model(config: TrainConfig, model: Transformer | None) -> Transformer:
+    """The model to begin with; one that is given is not changed, though its arrays are shared."""
+    if model is not None:
+        return nnx.merge(*nnx.split(model))
+    if not config.model:
+        raise ValueError("Training needs a base model: set `model` to a folder or hub id; got ''.")
+    from seer_jax.pretrained import from_pretrained
+
+    return from_pretrained(config.model, dtype=config.precision.dtype)
+
+
+def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]:
+    """Gives the model the gates that it lacks; returns the configurations of those that train."""
+    rngs = nnx.Rngs(config.seed)
+    names = GATE_NAMES[config.gates]
+    for name in names:
+        if getattr(model, name) is None:
+            model.add_gate(getattr(config, name.removesuffix("_gate")), rngs=rngs)
+    gates = [getattr(model, name).config for name in names]
+    sizes = sorted({gate.block_size for gate in gates})
+    if len(sizes) > 1 or config.sequence_length % sizes[0]:
+        raise ValueError(
+            "The gates share one block size, which divides sequence_length; "
+            f"got block sizes {sizes} and sequence_length={config.sequence_length}."
+        )
+    return gates
+
+
+def _load_dataset(
+    config: TrainConfig, model: Transformer, dataset: PackedDataset | np.ndarray | None, block_size: int
+) -> PackedDataset:
+    length, context = config.sequence_length, model.config.max_position_embeddings
+    if length > context:
+        raise ValueError(
+            f"sequence_length is at most the model's context of {context} tokens; got {length}. Give shorter sequences, or "
+            "a model whose RoPE is scaled for longer ones."
+        )
+    vocab_size = model.config.vocab_size
+    if dataset is None:
+        folder = run_folder(config)
+        return load_dataset(
+            config.data,
+            model=config.model,
+            vocab_size=vocab_size,
+            row_length=length,
+            block_size=block_size,
+            cache=folder and folder / "tokens",
+        )
+    if not isinstance(dataset, PackedDataset):
+        dataset = PackedDataset.from_rows(dataset)
+    check_tokens(dataset.tokens, vocab_size)
+    if dataset.row_length != length or (len(dataset.lengths) > len(dataset) and dataset.block_size % block_size):
+        raise ValueError(
+            f"The rows of a dataset have sequence_length={length} tokens and sequences at multiples of {block_size}; "
+            f"got rows of {dataset.row_length} and multiples of {dataset.block_size}."
+        )
+    return dataset

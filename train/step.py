@@ -1,0 +1,110 @@
+"""One optimizer step, compiled: what the tasks share, whatever they train."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Int
+
+from seer_jax.model import Transformer
+from seer_jax.train.data import Batch
+
+# Weights by name, nested as the model is: {"decode_gate": {"linear_k": array}}.
+Weights = dict[str, Any]
+# Values that add up over the parts of a batch.
+Sums = dict[str, Float32[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelParts:
+    """How to put a model together again from the weights that train and the rest; holds no weights itself.
+
+    Only the former get gradients and optimizer state. Both parts pass through `jax.jit` as arguments: weights that a compiled
+    function closes over would become constants of the program.
+    """
+
+    graph: Any
+    template: Any
+
+    @classmethod
+    def split(
+        cls, model: Transformer, trains: Callable[[tuple, nnx.Variable], bool]
+    ) -> tuple["ModelParts", Weights, nnx.State]:
+        """Takes a model apart: (how to merge it, weights for which `trains(path, variable)` is true, all others)."""
+        graph, trained, frozen = nnx.split(model, trains, ...)
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained)
+        return cls(graph, template), nnx.to_pure_dict(trained), frozen
+
+    def merge(self, trained: Weights, frozen: nnx.State) -> Transformer:
+        """The model, its weights in the number formats that it had when it was taken apart."""
+        state = jax.tree.map(lambda x: x, self.template)
+        nnx.replace_by_pure_dict(state, trained)
+        state = jax.tree.map(lambda weight, like: weight.astype(like.dtype), state, self.template)
+        return nnx.merge(self.graph, state, frozen)
+
+
+class Task(Protocol):
+    """What is trained, and by which loss."""
+
+    @property
+    def parts(self) -> ModelParts:
+        """The model's parts."""
+        ...
+
+    def weigh(self, batch: Batch) -> Any:
+        """What each row of the loss counts, over the whole batch; leaves `[B, ...]`."""
+        ...
+
+    def gradients(self, trained: Weights, frozen: nnx.State, batch: Batch, weights: Any) -> tuple[Weights, Sums]:
+        """Gradients of the loss of some rows of the batch, and what is needed for its metrics."""
+        ...
+
+    def metrics(self, sums: Sums) -> dict[str, Float32[Array, ""]]:
+        """What to report, `loss` among it."""
+        ...
+
+
+Step = Callable[[Weights, Any, nnx.State, Batch, Int[Array, ""]], tuple[Weights, Any, dict[str, Float32[Array, ""]]]]
+
+
+def make_step(task: Task, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulation: int) -> Step:
+    """`step(trained, optimizer_state, frozen, batch, number) -> (trained, optimizer_state, metrics)`.
+
+    The first two arguments are given away: their memory holds the results.
+
+    Args:
+      task: what to train.
+      optimizer: see `make_optimizer`.
+      schedule: of the learning rate; for the metrics.
+      accumulation: equal parts that the batch is worked off in, one after the other.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(trained: Weights, state: Any, frozen: nnx.State, batch: Batch, number: jax.Array) -> tuple:
+        gradients_of = functools.partial(task.gradients, trained, frozen)
+        gradients, sums = _accumulate(gradients_of, (batch, task.weigh(batch)), accumulation)
+        updates, state = optimizer.update(gradients, state, trained)
+        metrics = task.metrics(sums)
+        metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": jnp.float32(schedule(number))}
+        return optax.apply_updates(trained, updates), state, metrics
+
+    return step
+
+
+def _accumulate(function: Callable, arguments: Any, parts: int) -> Any:
+    """Sum of `function` over equal parts of its arguments' leading axis."""
+    if parts == 1:
+        return function(*arguments)
+    arguments = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), arguments)
+
+    def body(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], arguments))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, zeros, arguments)[0]

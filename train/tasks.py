@@ -1,0 +1,128 @@
+"""What can be trained: gates by distillation, or all weights by the language-model loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float32
+
+from seer_jax.attention import dense_attention, rotate
+from seer_jax.layers import BaseParam
+from seer_jax.model import LayerContext, Transformer
+from seer_jax.train.config import DistillConfig, Gates
+from seer_jax.train.data import Batch
+from seer_jax.train.distillation import RowWeights, distillation_pass
+from seer_jax.train.loss import decode_rows, lm_loss, lm_targets, prefill_rows, row_weights
+from seer_jax.train.step import ModelParts, Sums, Weights
+
+GATE_NAMES = {Gates.PREFILL: ("prefill_gate",), Gates.DECODE: ("decode_gate",)}
+GATE_NAMES[Gates.BOTH] = (*GATE_NAMES[Gates.PREFILL], *GATE_NAMES[Gates.DECODE])
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Gates learn the blocks that dense attention looks at; the base model does not change."""
+
+    parts: ModelParts
+    config: DistillConfig
+    block_size: int
+
+    @classmethod
+    def start(cls, model: Transformer, config: DistillConfig) -> tuple["Distillation", Weights, nnx.State]:
+        """The task, float32 weights of the gates (copies), and the rest of the model."""
+        names = GATE_NAMES[config.gates]
+        parts, trained, frozen = ModelParts.split(model, lambda path, _: path[0] in names)
+        block_size = getattr(model, names[0]).config.block_size
+        return cls(parts, config, block_size), _master_copy(trained), frozen
+
+    def weigh(self, batch: Batch) -> RowWeights:
+        """The same weight for every row that the loss takes."""
+        ids, positions = jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions)
+        names, config = GATE_NAMES[self.config.gates], self.config
+        prefill = decode = None
+        if "prefill_gate" in names:
+            rows = prefill_rows(ids, positions, block_size=self.block_size, skip=config.prefill_skip)
+            prefill = row_weights(rows)
+        if "decode_gate" in names:
+            decode = row_weights(decode_rows(ids, positions, block_size=self.block_size, skip=config.decode_skip))
+        return RowWeights(prefill, decode)
+
+    def gradients(self, trained: Weights, frozen: nnx.State, batch: Batch, weights: RowWeights) -> tuple[Weights, Sums]:
+        """See `distillation_pass`."""
+        model = self.parts.merge(trained, frozen)
+        report = distillation_pass(model, batch, weights, recall_density=self.config.recall_density)
+        gradients, sums = {}, {}
+        for kind, gate in (("prefill", report.prefill), ("decode", report.decode)):
+            if gate is not None:
+                gradients[f"{kind}_gate"] = nnx.to_pure_dict(nnx.state(gate.gradient))
+                sums[f"{kind}_loss"] = gate.loss.sum()
+                sums[f"{kind}_recall"] = gate.recall.sum()
+                sums[f"{kind}_recall_weight"] = gate.recall_weight.sum()
+        return gradients, sums
+
+    def metrics(self, sums: Sums) -> dict[str, Float32[Array, ""]]:
+        """Losses summed over layers, and block recall as the mean over layers, heads and rows."""
+        kinds = [name.removesuffix("_gate") for name in GATE_NAMES[self.config.gates]]
+        metrics = {"loss": sum((sums[f"{kind}_loss"] for kind in kinds), start=jnp.float32(0))}
+        for kind in kinds:
+            metrics[f"{kind}_loss"] = sums[f"{kind}_loss"]
+            seen = sums[f"{kind}_recall_weight"]
+            metrics[f"{kind}_recall"] = sums[f"{kind}_recall"] / jnp.where(seen > 0, seen, 1)
+        return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelling:
+    """All base weights learn to predict the next token, with dense attention within each sequence."""
+
+    parts: ModelParts
+    packed: bool
+
+    @classmethod
+    def start(cls, model: Transformer, *, packed: bool) -> tuple["LanguageModelling", Weights, nnx.State]:
+        """The task, float32 master copies of the base weights, and the rest of the model.
+
+        Args:
+          model: computes in its own dtype.
+          packed: whether a row may hold several sequences or padding.
+        """
+        parts, trained, frozen = ModelParts.split(model, lambda _, variable: isinstance(variable, BaseParam))
+        return cls(parts, packed), _master_copy(trained), frozen
+
+    def weigh(self, batch: Batch) -> Float32[Array, "B T"]:
+        """The same weight for every token whose successor belongs to its sequence."""
+        return row_weights(lm_targets(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids))[1])
+
+    def gradients(
+        self, trained: Weights, frozen: nnx.State, batch: Batch, weights: Float32[Array, "B T"]
+    ) -> tuple[Weights, Sums]:
+        """Of the mean cross-entropy."""
+        tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
+
+        def loss_of(trained: Weights) -> jax.Array:
+            model = self.parts.merge(trained, frozen)
+
+            def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+                q, k = rotate(q, k, jnp.asarray(batch.positions), model.config)
+                return dense_attention(q, k, v, segment_ids=segment_ids if self.packed else None), state, None
+
+            hidden = model.scan(tokens, attend)[0]
+            head = model.embed_tokens if model.lm_head is None else model.lm_head
+            return lm_loss(hidden, head[...], lm_targets(tokens, segment_ids)[0], weights)
+
+        loss, gradients = jax.value_and_grad(loss_of)(trained)
+        return gradients, {"loss": loss}
+
+    def metrics(self, sums: Sums) -> dict[str, Float32[Array, ""]]:
+        """Mean cross-entropy, nats per token."""
+        return {"loss": sums["loss"]}
+
+
+def _master_copy(weights: Weights) -> Weights:
+    """Float32 copies.
+
+    Copies, since training gives its weights away at each step and the caller's model is to stay whole; float32, since at a
+    learning rate of 1e-5 a bfloat16 weight would not move at all.
+    """
+    return jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), weights)
