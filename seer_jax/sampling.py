@@ -7,6 +7,7 @@ temperature compiles nothing anew; `top_k` changes shapes and is static.
 import abc
 import dataclasses
 import math
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -110,5 +111,5 @@ def _nucleus(best: Float[Array, "B N"], top_p: float | Float[Array, ""]) -> jax.
     return (before < top_p) | (jnp.asarray(top_p) >= 1)  # rounded sums may reach 1 before the last token
 
 
-def _is_number(x: object) -> bool:
+def _is_number(x: object) -> TypeGuard[float]:
     return isinstance(x, (int, float, np.number))

@@ -1,0 +1,101 @@
+"""Models as users name them: a folder or hub id, with the gates that belong to it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from seer_jax.model import Transformer
+from seer_jax.text import TOKENIZER_PATTERNS, Tokenizer
+
+if TYPE_CHECKING:
+    from seer_jax.gate import DecodeGate, PrefillGate
+
+GENERATION_CONFIG = "generation_config.json"
+
+Location = str | os.PathLike[str]
+
+
+def from_pretrained(
+    base: Location,
+    gates: Location | Sequence[Location] | None = None,
+    *,
+    dtype: Any = jnp.bfloat16,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Transformer:
+    """A model with its gates.
+
+    Args:
+      base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5 or Qwen3 model.
+      gates: folder or hub id of a gate, or of one prefill and one decode gate. None: the model attends densely.
+      dtype: of the base weights, bfloat16 or float32; gates are float32 always.
+      mesh: the devices to load onto; one device for now. None: JAX's default device.
+
+    Returns:
+      The model. Its EOS tokens are those of generation_config.json where the folder has one, else those of config.json.
+
+    Raises:
+      FileNotFoundError, PermissionError, ConnectionError: base or gates are not there, or can't be downloaded.
+      ValueError: a model or gate that is not supported, damaged, or made for another model; two gates of one kind.
+      NotImplementedError: a mesh of several devices.
+    """
+    from seer_jax.convert import load_base, load_gates
+    from seer_jax.convert.base import BASE_PATTERNS
+    from seer_jax.convert.hub import resolve
+
+    sharding = None if mesh is None else _place_on(mesh)
+    folder = resolve(base, (*BASE_PATTERNS, GENERATION_CONFIG))
+    model = load_base(folder, dtype=dtype, sharding=sharding)
+    model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config.eos_token_ids))
+    places = [] if gates is None else [gates] if isinstance(gates, (str, os.PathLike)) else list(gates)
+    loaded = [load_gates(place, model.config, sharding=sharding) for place in places]
+    _check_one_of_each(loaded, places)
+    return model.attach(*loaded)
+
+
+def load_tokenizer(base: Location) -> Tokenizer:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+      FileNotFoundError, PermissionError, ConnectionError: it is not there, or can't be downloaded.
+      ValueError: a file is damaged.
+    """
+    from seer_jax.convert.hub import resolve
+
+    return Tokenizer.load(resolve(base, TOKENIZER_PATTERNS))
+
+
+def _place_on(mesh: jax.sharding.Mesh) -> Any:
+    if mesh.size != 1:
+        raise NotImplementedError(
+            f"Models load onto a mesh of one device for now; got {mesh.size} devices. Leave mesh out, or pass "
+            "jax.sharding.Mesh(jax.devices()[:1], ('data',))."
+        )
+    place = jax.sharding.SingleDeviceSharding(mesh.devices.item())
+    return lambda path, array: place
+
+
+def _eos_tokens(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Instruction-tuned models end their turns with tokens that only generation_config.json lists."""
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return default
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} must hold a JSON object; {error}. Download it again.") from error
+    return default if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def _check_one_of_each(gates: Sequence["PrefillGate | DecodeGate"], places: Sequence[Location]) -> None:
+    kinds = [type(gate).__name__ for gate in gates]
+    if len(set(kinds)) < len(kinds):
+        listed = ", ".join(f"{os.fspath(place)} ({kind})" for place, kind in zip(places, kinds, strict=True))
+        raise ValueError(
+            f"A model carries at most one gate of each kind; got {listed}. Choose one prefill and one decode gate."
+        )
