@@ -7,8 +7,6 @@ the parameter has a leading axis over layers.
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-import jax
-
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -64,18 +62,18 @@ ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"mode
 TIED_HEAD = r"lm_head\.weight"
 
 
-def expected_slots(rules: Iterable[Rule], parameters: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Slot]:
-    """The tensors that a checkpoint of a model with these parameters has, in the order of the rules within each layer.
+def expected_slots(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """The tensors that a checkpoint of a model with such parameters has, in the order of the rules within each layer.
 
     Args:
       rules: those whose parameter is absent (a bias, a tied head) give nothing.
-      parameters: abstract arrays by path.
+      shapes: of the parameters, by path.
 
     Raises:
       ValueError: a parameter is covered by no rule, so that it would stay empty.
     """
-    rules = [rule for rule in rules if rule.path in parameters]
-    uncovered = sorted(set(parameters) - {rule.path for rule in rules})
+    rules = [rule for rule in rules if rule.path in shapes]
+    uncovered = sorted(set(shapes) - {rule.path for rule in rules})
     if uncovered:
         raise ValueError(
             f"Each parameter needs a rule that names its tensor in the checkpoint; got none for {uncovered}."
@@ -83,9 +81,9 @@ def expected_slots(rules: Iterable[Rule], parameters: Mapping[str, jax.ShapeDtyp
     slots = {}
     for rule in rules:
         if "{layer}" not in rule.key:
-            slots[rule.key] = Slot(rule.path, None, parameters[rule.path].shape)
+            slots[rule.key] = Slot(rule.path, None, shapes[rule.path])
     layered = [rule for rule in rules if "{layer}" in rule.key]
-    for layer in range(max((parameters[rule.path].shape[0] for rule in layered), default=0)):
+    for layer in range(max((shapes[rule.path][0] for rule in layered), default=0)):
         for rule in layered:
-            slots[rule.key.format(layer=layer)] = Slot(rule.path, layer, parameters[rule.path].shape[1:])
+            slots[rule.key.format(layer=layer)] = Slot(rule.path, layer, shapes[rule.path][1:])
     return slots

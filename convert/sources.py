@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +41,8 @@ class TensorInfo:
     dtype: str
 
 
+@runtime_checkable
+@runtime_checkable
 class TensorSource(Protocol):
     """A set of named tensors that can be read by rows.
 

@@ -50,7 +50,7 @@ def load_parameters[M: nnx.Module](
     """
     graph, state = nnx.split(module)
     parameters = _by_path(state)
-    slots = expected_slots(rules, parameters)
+    slots = expected_slots(rules, {path: spec.shape for path, spec in parameters.items()})
     _check(slots, source, ignored)
     by_path: dict[str, list[str]] = {path: [] for path in parameters}
     for key, slot in slots.items():
@@ -63,7 +63,7 @@ def load_parameters[M: nnx.Module](
     return nnx.merge(graph, state)
 
 
-def _by_path(state: nnx.State) -> dict[str, Any]:
+def _by_path(state: Any) -> dict[str, Any]:
     flat: Any = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
     return flat
 
@@ -71,7 +71,7 @@ def _by_path(state: nnx.State) -> dict[str, Any]:
 def tensors_of(module: nnx.Module, kind: type[nnx.Param], rules: Sequence[Rule]) -> Iterator[tuple[str, jax.Array]]:
     """The module's parameters of a kind as checkpoint tensors, one at a time, in the order of `expected_slots`."""
     arrays = _by_path(nnx.state(module, kind))
-    for key, slot in expected_slots(rules, arrays).items():
+    for key, slot in expected_slots(rules, {path: array.shape for path, array in arrays.items()}).items():
         array = arrays[slot.path]
         yield key, array if slot.layer is None else array[slot.layer]
 

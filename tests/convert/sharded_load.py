@@ -1,0 +1,57 @@
+"""Run as a program on several devices: loads a folder sharded and whole, and prints whether both are the same, as JSON."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from seer_jax.convert import load_base
+from seer_jax.convert.sources import SafetensorsSource
+
+
+def main(folder: str) -> None:
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Auto))
+    specs = {
+        "layers.mlp.up_proj.weight": PartitionSpec(None, "x", "y"),
+        "layers.self_attn.q_proj.weight": PartitionSpec("x", "y"),
+        "layers.self_attn.o_proj.weight": PartitionSpec(None, None, ("x", "y")),
+        "embed_tokens": PartitionSpec(("x", "y")),
+    }
+
+    def sharding(path: str, spec: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(mesh, specs.get(path, PartitionSpec()))
+
+    whole = load_base(folder, dtype=jnp.float32)
+    rows = []
+    read = SafetensorsSource.read
+
+    def noted(self: SafetensorsSource, name: str, start: int, stop: int) -> np.ndarray:
+        if name == "model.layers.1.self_attn.q_proj.weight":
+            rows.append(stop - start)
+        return read(self, name, start, stop)
+
+    SafetensorsSource.read = noted
+    sharded = load_base(folder, dtype=jnp.float32, sharding=sharding)
+    pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(sharded), strict=True)
+    tokens = jnp.arange(20)[None]
+    forward = jax.jit(lambda model, tokens: model(tokens))
+    print(
+        json.dumps(
+            {
+                "devices": len(jax.devices()),
+                "same": all((np.asarray(a) == np.asarray(b)).all() and a.dtype == b.dtype for a, b in pairs),
+                "logits_same": bool(
+                    jnp.allclose(forward(whole, tokens), forward(sharded, tokens), rtol=1e-5, atol=1e-5)
+                ),
+                "shard": list(sharded.layers.self_attn.q_proj.weight.addressable_shards[0].data.shape),
+                "rows_of_one_layer": max(rows),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
