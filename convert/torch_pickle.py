@@ -8,9 +8,11 @@ refuses everything else.
 import collections
 import dataclasses
 import enum
+import functools
+import io
 import math
 import pickletools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,6 +74,7 @@ class StoredTensor:
 
 _GLOBALS: dict[str, Any] = {g.value: g for g in _Global}
 _GLOBALS.update({f"torch {name}": _StorageType(dtype) for name, dtype in STORAGES.items()})
+_OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}
 _MARK = object()
 
 
@@ -200,10 +203,11 @@ class _Machine:
     def pop_count(self, count: int) -> tuple[Any, ...]:
         return tuple(self.pop() for _ in range(count))[::-1]
 
-    def step(self, name: str, arg: Any) -> None:
+    def step(self, name: str, read: Callable[[], Any]) -> None:
+        """One operation; `read` gives its argument, so that arguments of refused ones are not even looked at."""
         match name:
             case "PROTO" | "FRAME":
-                pass
+                read()
             case "EMPTY_DICT":
                 self.stack.append({})
             case "EMPTY_TUPLE":
@@ -213,20 +217,21 @@ class _Machine:
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 self.stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BININT" | "BININT1" | "BININT2" | "LONG1":
-                self.stack.append(arg)
+                self.stack.append(read())
             case "TUPLE":
                 self.stack.append(tuple(self.pop_to_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 self.stack.append(self.pop_count(int(name[-1])))
             case "BINPUT" | "LONG_BINPUT":
-                self.memo[arg] = self.top()
+                self.memo[read()] = self.top()
             case "MEMOIZE":
                 self.memo[len(self.memo)] = self.top()
             case "BINGET" | "LONG_BINGET":
-                _require(arg in self.memo, "The pickle recalls something that it never stored.")
-                self.stack.append(self.memo[arg])
+                number = read()
+                _require(number in self.memo, "The pickle recalls something that it never stored.")
+                self.stack.append(self.memo[number])
             case "GLOBAL":
-                self.stack.append(_look_up(arg))
+                self.stack.append(_look_up(read()))
             case "STACK_GLOBAL":
                 module, attribute = self.pop_count(2)
                 _require(type(module) is type(attribute) is str, "A global name must be two strings.")
@@ -257,17 +262,16 @@ def read_pickle(data: bytes) -> dict[str, StoredTensor]:
     Raises:
       ValueError: the pickle is cut off, or holds anything but a flat mapping of names to tensors.
     """
-    machine = _Machine()
-    finished = False
+    machine, stream = _Machine(), io.BytesIO(data)
     try:
-        for operation, arg, _ in pickletools.genops(data):
-            if operation.name == "STOP":
-                finished = True
-                break
-            machine.step(operation.name, arg)
+        for code in iter(lambda: stream.read(1), b"."):
+            operation = _OPERATIONS.get(code.decode("latin-1"))
+            _require(
+                operation is not None, f"The pickle {f'uses the unknown operation {code!r}' if code else 'has no end'}."
+            )
+            machine.step(operation.name, functools.partial(_argument, operation, stream))
     except UnicodeDecodeError as error:
         raise ValueError("A string in the pickle is not UTF-8.") from error
-    _require(finished, "The pickle has no end.")
     result = machine.pop()
     _require(not machine.stack, "The pickle leaves more than one object behind.")
     _require(isinstance(result, dict), f"Expected a flat mapping of names to tensors; got {_kind(result)}.")
@@ -277,6 +281,14 @@ def read_pickle(data: bytes) -> dict[str, StoredTensor]:
             f"Expected a flat mapping of names to tensors; got {_kind(value)} under {name[:120]!r}. Save the state dict alone.",
         )
     return dict(result)
+
+
+def _argument(operation: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
+    if operation.name == "GLOBAL":  # pickletools would interpret backslashes in it
+        lines = stream.readline(), stream.readline()
+        _require(all(line.endswith(b"\n") for line in lines), "A global name must be two lines.")
+        return " ".join(line[:-1].decode() for line in lines)
+    return None if operation.arg is None else operation.arg.reader(stream)
 
 
 def _kind(value: Any) -> str:

@@ -113,7 +113,7 @@ def _members(archive: zipfile.ZipFile, file_size: int, max_bytes: int) -> dict[s
             raise ValueError(f"Members must be plain paths in one common folder; got {name[:120]!r}.")
         if name[len(root) + 1 :] in members:
             raise ValueError(f"Each member may occur once; {name[:120]!r} comes twice.")
-        _check_member(info)
+        _check_member(info, file_size)
         members[name[len(root) + 1 :]] = info
     stored, unpacked = sum(i.compress_size for i in infos), sum(i.file_size for i in infos)
     if stored > file_size:
@@ -130,7 +130,11 @@ def _members(archive: zipfile.ZipFile, file_size: int, max_bytes: int) -> dict[s
     return members
 
 
-def _check_member(info: zipfile.ZipInfo) -> None:
+def _check_member(info: zipfile.ZipInfo, file_size: int) -> None:
+    if not 0 <= info.header_offset < file_size:
+        raise ValueError(
+            f"Members must begin within the file of {file_size} bytes; {info.filename!r} claims {info.header_offset}."
+        )
     if info.flag_bits & 1:
         raise ValueError(f"Members must not be encrypted; {info.filename!r} is.")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

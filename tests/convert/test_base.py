@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from seer_jax.convert import compare_logits, load_base, save_base
 from seer_jax.convert.base import abstract_model
 from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.rules import BASE_RULES, Rule, expected_slots
+from seer_jax.convert.sources import TensorInfo
 from seer_jax.convert.stream import load_parameters
 from seer_jax.model import Transformer
 from tests.golden.data import RELEASE, release, transformers_case, transformers_names, write_base
@@ -426,11 +427,11 @@ class Recorder:
     place = "recorder"
 
     def __init__(self, model: Transformer):
-        from seer_jax.convert.sources import TensorInfo
-
         state = nnx.state(model)
         flat = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in nnx.to_flat_state(state)}
-        self.tensors = {k: TensorInfo(s.shape, "BF16") for k, s in expected_slots(BASE_RULES, flat).items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            k: TensorInfo(s.shape, "BF16") for k, s in expected_slots(BASE_RULES, flat).items()
+        }
         self.rows: dict[str, list[tuple[int, int]]] = {}
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -494,7 +495,7 @@ def run(script: str, *args: str | Path, **environment: str) -> dict:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's account of a process in /proc")
 def test_the_host_holds_little_more_than_the_model(tmp_path: Path):
-    tied = dict(num_heads=8, num_kv_heads=4, head_dim=128, tie_word_embeddings=True)
+    tied: dict[str, Any] = dict(num_heads=8, num_kv_heads=4, head_dim=128, tie_word_embeddings=True)
     small, _ = sparse_folder(tmp_path / "small", ModelConfig("llama", 64, 128, 64, 1, **tied))
     large, largest = sparse_folder(tmp_path / "large", ModelConfig("llama", 49152, 1024, 49152, 1, **tied))
     memory = run("peak_memory.py", small, large, "bfloat16")

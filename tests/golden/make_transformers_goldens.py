@@ -6,7 +6,7 @@ Runs in an environment of its own, which the package does not need: pip install 
 import json
 from pathlib import Path
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 from safetensors.torch import save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
