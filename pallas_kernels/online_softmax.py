@@ -39,7 +39,7 @@ class OnlineSoftmax(NamedTuple):
 
     def finish(self) -> tuple[Float32[Array, "*rows M D"], Float32[Array, "*rows M"]]:
         """Output and lse of each query; 0 and -inf where it has seen no key."""
-        seen = self.total > 0
+        seen = self.total != 0  # NaN is no zero: damaged inputs must show in the output
         total = jnp.where(seen, self.total, 1)
         out = jnp.where(seen[..., None], self.weighted / total[..., None], 0)
         return out, jnp.where(seen, self.maximum + jnp.log(total), -jnp.inf)
