@@ -54,11 +54,18 @@ class Tiling(NamedTuple):
         return max(1, budget // (self.slots * self.block_size * max(queries, head_dim)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend_rows(
     q: Float[Array, "R M D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], rows: Rows, tiling: Tiling
 ) -> tuple[Float[Array, "R M D"], Float32[Array, "R M"]]:
-    """Returns the output of each query, in q's dtype, and its lse; 0 and -inf where it sees no key."""
+    """Returns the output of each query, in q's dtype, and its lse; 0 and -inf where it sees no key.
+
+    Reverse-mode differentiable in q, k and v; gradients add up in float32.
+    """
+    return _attend(q, k, v, rows, tiling)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, rows, tiling):
     order, chunks = _sorted_chunks(rows, tiling, q)
 
     def chunk(operands):
@@ -76,7 +83,7 @@ def attend_rows(
 
 
 def _forward(q, k, v, rows, tiling):
-    out, lse = attend_rows(q, k, v, rows, tiling)
+    out, lse = _attend(q, k, v, rows, tiling)
     return (out, lse), (q, k, v, rows, out, lse)
 
 
@@ -113,7 +120,7 @@ def _backward(tiling, residuals, cotangents):
     return _unsort(order, d_q, len(q)), d_k, d_v, None
 
 
-attend_rows.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _sorted_chunks(rows: Rows, tiling: Tiling, q: Array, *others: Array) -> tuple[Array, Any]:
@@ -122,8 +129,8 @@ def _sorted_chunks(rows: Rows, tiling: Tiling, q: Array, *others: Array) -> tupl
     size = min(len(q), tiling.rows_per_chunk(*q.shape[1:]))
     order = jnp.pad(jnp.argsort(rows.counts), (0, -len(q) % size), constant_values=len(q))
     counts = rows.counts.at[order].get(mode="fill", fill_value=0)  # what fills up the last chunk has empty lists
-    rows, *others = jax.tree.map(lambda x: x.at[order].get(mode="clip"), (rows, q, *others))
-    operands = (rows._replace(counts=counts), *others)
+    rows, *arrays = jax.tree.map(lambda x: x.at[order].get(mode="clip"), (rows, q, *others))
+    operands = (rows._replace(counts=counts), *arrays)
     return order, jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), operands)
 
 
@@ -142,9 +149,9 @@ def _scores(
     """Which key vectors step number `step` reads, and the scores on them, -inf where they must not be seen."""
     b, slots = tiling.block_size, tiling.slots
     block = jax.lax.dynamic_slice_in_dim(rows.indices, step * slots, slots, axis=1)
-    valid = step * slots + jnp.arange(slots) < rows.counts[:, None]
+    valid = step * slots + jnp.arange(slots)[None] < rows.counts[:, None]
     # Fillers have no meaning: in their place the row's first block is read again, and masked.
-    position = jnp.where(valid, block, rows.indices[:, :1])[..., None] * b + jnp.arange(b)
+    position = jnp.where(valid, block, rows.indices[:, :1])[..., None] * b + jnp.arange(b)[None, None]
     source = rows.start[:, None, None] + jnp.minimum(position, k.shape[1] - 1) * k.shape[2]
     position = jnp.where(valid[..., None], position, _NOWHERE)
     source, position = (x.reshape(len(q), slots * b) for x in (source, position))

@@ -1,25 +1,23 @@
 """Which key blocks each row attends to: `BlockIndices`."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from pallas_kernels.checks import check_block_size
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
+def _is_concrete(*arrays: Array) -> bool:
+    return not any(isinstance(x, Tracer) for x in arrays)
 
 
-def _is_concrete(*arrays: Any) -> bool:
-    return all(_is_array(x) and not isinstance(x, jax.core.Tracer) for x in arrays)
-
-
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class BlockIndices:
     """Lists of key blocks, one list per row; the sparse kernels read nothing else of a mask.
@@ -44,13 +42,10 @@ class BlockIndices:
 
     counts: Int32[Array, "... R"]
     indices: Int32[Array, "... R N"]
-    block_size: int = dataclasses.field(metadata={"static": True})
+    block_size: int
 
     def __post_init__(self):
         check_block_size("BlockIndices", self.block_size)
-        # JAX rebuilds pytrees around leaves that are no arrays (specs, axes, sentinels): those pass unchecked.
-        if not (_is_array(self.counts) and _is_array(self.indices)):
-            return
         for name, array in (("counts", self.counts), ("indices", self.indices)):
             if array.dtype != jnp.int32:
                 raise ValueError(
@@ -62,6 +57,18 @@ class BlockIndices:
                 f"got counts {self.counts.shape} and indices {self.indices.shape}."
             )
 
+    def tree_flatten_with_keys(self) -> tuple[tuple, int]:
+        key = jax.tree_util.GetAttrKey
+        return ((key("counts"), self.counts), (key("indices"), self.indices)), self.block_size
+
+    @classmethod
+    def tree_unflatten(cls, block_size: int, leaves: Iterable[Any]) -> "BlockIndices":
+        # JAX rebuilds pytrees around leaves that are no arrays (shapes, axes, sentinels), so nothing is checked here.
+        self = object.__new__(cls)
+        for name, value in zip(("counts", "indices", "block_size"), (*leaves, block_size), strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
     @property
     def width(self) -> int:
         """N, the static width of the lists."""
@@ -70,7 +77,7 @@ class BlockIndices:
     @property
     def valid(self) -> Bool[Array, "... R N"]:
         """Which entries of `indices` are block numbers rather than fillers."""
-        return jnp.arange(self.width) < self.counts[..., None]
+        return jax.lax.broadcasted_iota(jnp.int32, self.indices.shape, self.indices.ndim - 1) < self.counts[..., None]
 
     def to_mask(self, num_key_blocks: int) -> Bool[Array, "... R Sb"]:
         """The lists as a mask over `num_key_blocks` blocks."""
@@ -141,7 +148,7 @@ class BlockIndices:
         check_block_size("all_causal", block_size)
         num_rows, num_blocks = -(-num_queries // block_size), -(-num_keys // block_size)
         ends = jnp.minimum((jnp.arange(num_rows) + 1) * block_size, num_queries)  # one past the last query of each row
-        ends = jnp.broadcast_to(jnp.asarray(query_offset), (batch,))[:, None, None] + ends
+        ends = jnp.broadcast_to(jnp.asarray(query_offset), (batch,))[:, None, None] + ends[None, None]
         counts = jnp.clip(-(-ends // block_size), 0, num_blocks).astype(jnp.int32)
         counts = jnp.broadcast_to(counts, (batch, lists, num_rows))
         indices = jnp.broadcast_to(jnp.arange(num_blocks, dtype=jnp.int32), (*counts.shape, num_blocks))

@@ -1,5 +1,6 @@
 """Checks that the operations share. A message says the rule, what was expected, and what came."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,3 +54,11 @@ def check_attention_inputs(where: str, q: Any, k: Any, v: Any, *, query_axes: st
         raise ValueError(
             f"{where}: q, k and v must share one dtype out of {_FLOATS}; got {q.dtype}, {k.dtype} and {v.dtype}."
         )
+
+
+def resolve_scale(where: str, scale: float | None, head_dim: int) -> float:
+    """Returns the factor on the scores, 1 / sqrt(D) if None; raises ValueError unless it is finite."""
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{where}: scale must be a finite number; got {scale}.")
+    return scale

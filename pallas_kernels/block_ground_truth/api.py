@@ -2,13 +2,20 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
-from pallas_kernels.checks import check_attention_inputs, check_block_size, check_integers, check_shape
+from pallas_kernels.checks import (
+    check_attention_inputs,
+    check_block_size,
+    check_integers,
+    check_shape,
+    resolve_scale,
+)
 
-_run = Operation("attention_with_block_scores", __package__)
+_run = Operation("attention_with_block_scores", "pallas_kernels.block_ground_truth")
 
 
 class AttentionWithScores(NamedTuple):
@@ -82,18 +89,29 @@ def attention_with_block_scores(
     if segment_ids is None:
         lengths = jnp.full((batch,), length) if lengths is None else lengths
         check_integers(name, "lengths", lengths, "[B]", (batch,))
-        segment_ids = jnp.arange(length) < lengths[:, None]
+        segment_ids = jnp.arange(length)[None] < lengths[:, None]
     else:
         check_integers(name, "segment_ids", segment_ids, "[B, T]", (batch, length))
     output = _run(
         implementation,
-        q,
-        k,
-        v,
+        *_without_gradient((q, k, v)),
         block_size=block_size,
-        scale=head_dim**-0.5 if scale is None else scale,
+        scale=resolve_scale(name, scale, head_dim),
         block_scores=block_scores,
         token_scores=token_scores,
         segment_ids=segment_ids.astype(jnp.int32),
     )
     return AttentionWithScores(*output)
+
+
+@jax.custom_jvp
+def _without_gradient(arrays):
+    return arrays
+
+
+@_without_gradient.defjvp
+def _refuse_gradient(primals, tangents):
+    raise NotImplementedError(
+        "attention_with_block_scores: its results are targets, constants to whoever learns them, and have no gradient; "
+        "got q, k or v to differentiate. Pass them through jax.lax.stop_gradient."
+    )

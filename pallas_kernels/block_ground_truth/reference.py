@@ -26,7 +26,7 @@ def attention_with_block_scores(
     k, v = (jnp.repeat(x.astype(jnp.float32), heads // kv_heads, axis=2) for x in (k, v))
     t = jnp.arange(length)
     same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
-    mask = (same & (t <= t[:, None]))[:, None]  # [B, 1, T, S]
+    mask = (same & (t[None] <= t[:, None])[None])[:, None]  # [B, 1, T, S]
 
     scores = scale * jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k, precision="highest")
     scores = jnp.where(mask, scores, -jnp.inf)
@@ -40,7 +40,7 @@ def attention_with_block_scores(
     tiles = tiles.reshape(batch, kv_heads, heads // kv_heads, num_blocks, b, num_blocks, b)
     per_block = tiles.max(axis=(4, 6)).reshape(batch, heads, num_blocks, num_blocks)
     per_token = tiles.max(axis=(2, 6)).reshape(batch, kv_heads, num_blocks * b, num_blocks)[:, :, :length]
-    completed = jnp.arange(num_blocks) < t[:, None] // b
+    completed = (jnp.arange(num_blocks)[None] < t[:, None] // b)[None, None]  # [1, 1, T, Sb]
     return (
         output,
         lse.transpose(0, 2, 1),

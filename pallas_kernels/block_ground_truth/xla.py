@@ -42,33 +42,34 @@ def attention_with_block_scores(
         i, first = operands
         q_tile = jax.lax.dynamic_slice_in_dim(q, i * tile, tile, axis=1)
         out, lse, largest = _attend(q_tile, k, v, segment_ids, i, first, b, scale)
-        # [B, H, tile, Sb] weights, the largest of each block
+        new = {"output": out.transpose(0, 2, 1, 3).astype(q.dtype), "lse": lse.transpose(0, 2, 1)}
+        # The largest weight of each block: [B, H, tile, Sb].
         weights = jnp.exp(largest[..., :num_blocks] - finite(lse)[..., None])
-        rows = [out.transpose(0, 2, 1, 3).astype(q.dtype), lse.transpose(0, 2, 1), None, None]
         if block_scores:
-            rows[2] = _normalise(weights.reshape(batch, heads, per_tile, b, num_blocks).max(3))
+            new["block"] = _normalise(weights.reshape(batch, heads, per_tile, b, num_blocks).max(3))
         if token_scores:
-            completed = jnp.arange(num_blocks) < (i * per_tile + jnp.arange(tile) // b)[:, None]
             grouped = weights.reshape(batch, kv_heads, heads // kv_heads, tile, num_blocks).max(2)
-            rows[3] = _normalise(jnp.where(completed, grouped, 0))
-        write = jax.lax.dynamic_update_slice_in_dim
-        places = ((i * tile, 1), (i * tile, 1), (i * per_tile, 2), (i * tile, 2))
-        return [
-            None if x is None else write(x, row, *at) for x, row, at in zip(results, rows, places, strict=True)
-        ], None
+            completed = jnp.arange(num_blocks)[None] < (i * per_tile + jnp.arange(tile) // b)[:, None]
+            new["token"] = _normalise(jnp.where(completed[None, None], grouped, 0))
+        return {name: _put(results[name], new[name], i, axes[name]) for name in results}, None
 
-    results = [
-        jnp.zeros((batch, padded, heads, head_dim), q.dtype),
-        jnp.zeros((batch, padded, heads), jnp.float32),
-        jnp.zeros((batch, heads, padded // b, num_blocks), jnp.float32) if block_scores else None,
-        jnp.zeros((batch, kv_heads, padded, num_blocks), jnp.float32) if token_scores else None,
-    ]
-    tiles = jnp.arange(padded // tile)
-    results, _ = jax.lax.scan(query_tile, results, (tiles, _first_tiles(segment_ids[:, ::b], per_tile)))
-    output, lse, per_block, per_token = results
-    per_block = None if per_block is None else per_block[:, :, :num_blocks]
-    per_token = None if per_token is None else per_token[:, :, :length]
-    return output[:, :length], lse[:, :length], per_block, per_token
+    shapes = {"output": (batch, padded, heads, head_dim), "lse": (batch, padded, heads)}
+    if block_scores:
+        shapes["block"] = (batch, heads, padded // b, num_blocks)
+    if token_scores:
+        shapes["token"] = (batch, kv_heads, padded, num_blocks)
+    axes = {"output": 1, "lse": 1, "block": 2, "token": 2}  # the axis of queries
+    results = {name: jnp.zeros(shape, q.dtype if name == "output" else jnp.float32) for name, shape in shapes.items()}
+    tiles = (jnp.arange(padded // tile), _first_tiles(segment_ids[:, ::b], per_tile))
+    results, _ = jax.lax.scan(query_tile, results, tiles)
+    lengths = {"output": length, "lse": length, "block": num_blocks, "token": length}
+    cut = {name: jax.lax.slice_in_dim(x, 0, lengths[name], axis=axes[name]) for name, x in results.items()}
+    return cut["output"], cut["lse"], cut.get("block"), cut.get("token")
+
+
+def _put(result: Array, rows: Array, i: Array, axis: int) -> Array:
+    """Writes the rows of tile number i in place."""
+    return jax.lax.dynamic_update_slice_in_dim(result, rows, i * rows.shape[axis], axis)
 
 
 def _attend(q, k, v, segment_ids, i, first, b, scale):
@@ -88,7 +89,7 @@ def _attend(q, k, v, segment_ids, i, first, b, scale):
         .reshape(batch, kv_heads, -1, head_dim)
     )
     ids = jax.lax.dynamic_slice_in_dim(segment_ids, i * tile, tile, axis=1)[:, :, None]
-    token = i * tile + jnp.arange(tile)[:, None]
+    query = i * tile + jnp.arange(tile)[None, :, None]
     rows = (batch, kv_heads, group * tile)
 
     def step(j, carry):
@@ -96,7 +97,8 @@ def _attend(q, k, v, segment_ids, i, first, b, scale):
         k_tile, v_tile, key_ids = (
             jax.lax.dynamic_slice_in_dim(x, j * tile, tile, axis) for x, axis in ((k, 2), (v, 2), (segment_ids, 1))
         )
-        mask = (j * tile + jnp.arange(tile) <= token) & (ids == key_ids[:, None]) & (ids > 0)  # [B, tile, tile]
+        key = j * tile + jnp.arange(tile)[None, None]
+        mask = (key <= query) & (ids == key_ids[:, None]) & (ids > 0)  # [B, tile, tile]
         scores = scale * dot("bkqd,bksd->bkqs", q, k_tile)
         scores = jnp.where(mask[:, None, None], scores.reshape(batch, kv_heads, group, tile, tile), -jnp.inf)
         scores = scores.reshape(*rows, tile)
@@ -113,7 +115,7 @@ def _first_tiles(block_ids: Int[Array, "B Sb"], per_tile: int) -> Int[Array, "n"
     """The first key tile that any query of each query tile may see: sequences end at block boundaries, so ids of blocks tell."""
     blocks = jnp.arange(block_ids.shape[1])
     first = jnp.argmax(block_ids[:, :, None] == block_ids[:, None, :], axis=-1)
-    first = jnp.where(block_ids > 0, first, blocks)
+    first = jnp.where(block_ids > 0, first, blocks[None])
     return first.min(0).reshape(-1, per_tile).min(1) // per_tile
 
 

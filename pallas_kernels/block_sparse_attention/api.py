@@ -5,9 +5,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.checks import check_attention_inputs, check_integers
+from pallas_kernels.checks import check_attention_inputs, check_integers, resolve_scale
 
-_run = Operation("block_sparse_attention", __package__)
+_run = Operation("block_sparse_attention", "pallas_kernels.block_sparse_attention")
 
 
 def block_sparse_attention(
@@ -73,7 +73,7 @@ def block_sparse_attention(
         k,
         v,
         blocks,
-        scale=head_dim**-0.5 if scale is None else scale,
+        scale=resolve_scale(name, scale, head_dim),
         query_offset=jnp.broadcast_to(query_offset, (batch,)).astype(jnp.int32),
         lengths=lengths.astype(jnp.int32),
     )

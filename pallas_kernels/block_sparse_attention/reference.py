@@ -24,10 +24,10 @@ def block_sparse_attention(
     listed = blocks.to_mask(-(-num_keys // b))  # [B, Hs, Tb, Sb]
     listed = jnp.repeat(jnp.repeat(listed, b, axis=2), b, axis=3)[:, :, :num_queries, :num_keys]
     listed = jnp.repeat(listed, heads // listed.shape[1], axis=1)  # [B, H, T, S]
-    position = query_offset[:, None] + jnp.arange(num_queries)
-    causal = jnp.arange(num_keys) <= position[..., None]
-    inside = (jnp.arange(num_keys) < lengths[:, None])[:, None] & (position < lengths[:, None])[..., None]
-    mask = listed & (causal & inside)[:, None]
+    query = (query_offset[:, None] + jnp.arange(num_queries)[None])[:, None, :, None]  # positions, [B, 1, T, 1]
+    key = jnp.arange(num_keys)[None, None, None]
+    length = lengths[:, None, None, None]
+    mask = listed & (key <= query) & (key < length) & (query < length)
 
     scores = scale * jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k, precision="highest")
     scores = jnp.where(mask, scores, -jnp.inf)

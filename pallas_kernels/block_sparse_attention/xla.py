@@ -34,10 +34,11 @@ def block_sparse_attention(
     q = q.reshape(batch, num_rows, b, lists, group, head_dim).transpose(0, 3, 1, 4, 2, 5)
 
     token = jnp.arange(num_rows * b)
-    position = query_offset[:, None] + token
-    limit = jnp.where((token < length) & (position < lengths[:, None]), position + 1, 0)
+    position = query_offset[:, None] + token[None]
+    visible = (token < length)[None] & (position < lengths[:, None])
+    limit = jnp.where(visible, position + 1, 0)
     limit = limit.reshape(batch, 1, num_rows, 1, b)
-    start = jnp.arange(batch)[:, None] * (k.shape[1] * kv_heads) + jnp.arange(lists) * kv_heads // lists
+    start = jnp.arange(batch)[:, None] * (k.shape[1] * kv_heads) + jnp.arange(lists)[None] * kv_heads // lists
 
     rows = Rows(
         counts=jnp.broadcast_to(blocks.counts, axes).reshape(-1),

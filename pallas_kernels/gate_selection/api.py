@@ -7,7 +7,7 @@ from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_block_size
 
-_run = Operation("select_blocks", __package__)
+_run = Operation("select_blocks", "pallas_kernels.gate_selection")
 
 
 def select_blocks(
@@ -71,11 +71,11 @@ def select_blocks(
     if isinstance(threshold, int | float) and not 0 <= threshold <= 1:
         raise ValueError(f"{name}: threshold is compared with a softmax and must lie from 0 to 1; got {threshold}.")
     if threshold is not None:
-        _check_broadcast(name, "threshold", "[..., R, 1]", jnp.shape(threshold), (*logits.shape[:-1], 1))
+        threshold = _broadcast(name, "threshold", "[..., R, 1]", jnp.asarray(threshold), (*logits.shape[:-1], 1))
     if keep is not None:
         if keep.dtype != jnp.bool_:
             raise ValueError(f"{name}: keep must be bool; got {keep.dtype}.")
-        _check_broadcast(name, "keep", "[..., R, Sb]", keep.shape, logits.shape)
+        keep = _broadcast(name, "keep", "[..., R, Sb]", keep, logits.shape)
     if width is None:
         bound = max_blocks if keep is not None else max_blocks or top_k
         width = min(bound or logits.shape[-1], logits.shape[-1])
@@ -91,7 +91,9 @@ def select_blocks(
     )
 
 
-def _check_broadcast(name: str, argument: str, letters: str, shape: tuple[int, ...], target: tuple[int, ...]) -> None:
-    fits = len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False))
+def _broadcast(name: str, argument: str, letters: str, array: Array, target: tuple[int, ...]) -> Array:
+    own = array.shape
+    fits = len(own) <= len(target) and all(a in (1, b) for a, b in zip(own[::-1], target[::-1], strict=False))
     if not fits:
-        raise ValueError(f"{name}: {argument} must broadcast to {letters} = {target}; got {shape}.")
+        raise ValueError(f"{name}: {argument} must broadcast to {letters} = {target}; got {own}.")
+    return jnp.broadcast_to(array, target)

@@ -16,16 +16,16 @@ def select_blocks(
     logits: Float32[Array, "*lists R Sb"],
     *,
     block_size: int,
-    threshold: float | Float[Array, "..."] | None,
+    threshold: Float[Array, "*lists R 1"] | None,
     top_k: int | None,
     max_blocks: int | None,
-    keep: Bool[Array, "..."] | None,
+    keep: Bool[Array, "*lists R Sb"] | None,
     width: int,
 ) -> BlockIndices:
     """See the function of this name in api.py."""
     allowed = logits > -jnp.inf
     logits = jnp.where(allowed, logits, -jnp.inf)
-    keep = jnp.broadcast_to(False if keep is None else keep, logits.shape)
+    keep = jnp.zeros(logits.shape, bool) if keep is None else keep
     if threshold is not None:
         probabilities = jnp.where(allowed, jax.nn.softmax(logits, axis=-1), 0)
         chosen = (allowed & (probabilities > threshold)) | keep

@@ -14,15 +14,15 @@ def select_blocks(
     logits: Float32[Array, "*lists R Sb"],
     *,
     block_size: int,
-    threshold: float | Float[Array, "..."] | None,
+    threshold: Float[Array, "*lists R 1"] | None,
     top_k: int | None,
     max_blocks: int | None,
-    keep: Bool[Array, "..."] | None,
+    keep: Bool[Array, "*lists R Sb"] | None,
     width: int,
 ) -> BlockIndices:
     """See the function of this name in api.py."""
     logits = jnp.where(logits > -jnp.inf, logits, -jnp.inf)  # NaN is not greater than anything
-    keep = jnp.zeros((), bool) if keep is None else keep
+    keep = jnp.zeros(logits.shape, bool) if keep is None else keep
     if threshold is not None:
         chosen = _softmax(logits) > threshold
     elif top_k is not None:
@@ -31,8 +31,7 @@ def select_blocks(
         chosen = keep = _best(jnp.where(keep, jnp.inf, logits), max_blocks)
     else:
         chosen = logits > -jnp.inf
-    chosen = jnp.broadcast_to(chosen | keep, logits.shape)
-    return BlockIndices.from_mask(chosen, block_size=block_size, max_blocks=width)
+    return BlockIndices.from_mask(chosen | keep, block_size=block_size, max_blocks=width)
 
 
 def _softmax(logits: Float32[Array, "*lists R Sb"]) -> Float32[Array, "*lists R Sb"]:

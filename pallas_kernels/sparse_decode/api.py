@@ -5,9 +5,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.checks import check_attention_inputs, check_integers, check_shape
+from pallas_kernels.checks import check_attention_inputs, check_integers, check_shape, resolve_scale
 
-_run = Operation("sparse_decode_attention", __package__)
+_run = Operation("sparse_decode_attention", "pallas_kernels.sparse_decode")
 
 
 def sparse_decode_attention(
@@ -57,6 +57,6 @@ def sparse_decode_attention(
         v,
         blocks,
         lengths=lengths.astype(jnp.int32),
-        scale=head_dim**-0.5 if scale is None else scale,
+        scale=resolve_scale(name, scale, head_dim),
     )
     return (out, lse) if return_lse else out

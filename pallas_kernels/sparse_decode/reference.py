@@ -21,7 +21,7 @@ def sparse_decode_attention(
     k, v = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
     listed = blocks.to_mask(-(-num_keys // blocks.block_size))  # [B, K, Sb]
     listed = jnp.repeat(listed, blocks.block_size, axis=2)[:, :, :num_keys]
-    mask = jnp.repeat(listed, group, axis=1) & (jnp.arange(num_keys) < lengths[:, None])[:, None]  # [B, H, S]
+    mask = jnp.repeat(listed, group, axis=1) & (jnp.arange(num_keys)[None] < lengths[:, None])[:, None]  # [B, H, S]
 
     scores = scale * jnp.einsum("bhd,bshd->bhs", q.astype(jnp.float32), k, precision="highest")
     scores = jnp.where(mask, scores, -jnp.inf)

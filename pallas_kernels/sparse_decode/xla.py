@@ -25,7 +25,7 @@ def sparse_decode_attention(
     """See the function of this name in api.py."""
     (batch, heads, head_dim), (_, num_keys, kv_heads, _) = q.shape, k.shape
     group = heads // kv_heads
-    start = jnp.arange(batch)[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)
+    start = jnp.arange(batch)[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)[None]
     limit = jnp.minimum(lengths, num_keys)
     rows = Rows(
         counts=blocks.counts.reshape(-1),
