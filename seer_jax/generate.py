@@ -5,18 +5,17 @@ Everything that depends on values (lengths, tokens, logits that are not finite) 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from seer_jax.cache import Cache
 from seer_jax.model import Transformer
 from seer_jax.policies import Dense, Gate, Policy
-from seer_jax.prompts import Prompts, check_prompts
+from seer_jax.prompts import Lengths, Prompts, check_prompts
 from seer_jax.sampling import Greedy, Keys, Sample, Sampling, row_keys
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
@@ -49,7 +48,7 @@ class Generated:
 def generate(
     model: Transformer,
     tokens: Prompts,
-    lengths: ArrayLike | None = None,
+    lengths: Lengths | None = None,
     *,
     max_new_tokens: int,
     prefill: Policy = Dense(),
@@ -89,15 +88,13 @@ def generate(
     )
     outcome = _run(model, job)
     _check_finite(outcome.failed)
-    steps = jnp.maximum(outcome.lengths - 1, 1)
-    decode_kept = jnp.where(outcome.lengths > 1, outcome.decode_kept / steps, 1.0)
-    return Generated(outcome.tokens, outcome.lengths, outcome.prefill_kept, decode_kept)
+    return _result(outcome)
 
 
 def stream(
     model: Transformer,
     tokens: Prompts,
-    lengths: ArrayLike | None = None,
+    lengths: Lengths | None = None,
     *,
     max_new_tokens: int,
     prefill: Policy = Dense(),
@@ -108,7 +105,7 @@ def stream(
     cache_capacity: int | None = None,
     beyond_context: bool = False,
     chunk: int = 8,
-) -> Iterator[list[list[int]]]:
+) -> Generator[list[list[int]], None, Generated]:
     """As `generate`, but gives the tokens while they are made.
 
     Args:
@@ -118,6 +115,9 @@ def stream(
     Yields:
       For each row the tokens that are new since the last time, none for a row that has ended. Joined they are exactly
       `generate(...).rows()`.
+
+    Returns:
+      As the generator's value (`result = yield from stream(...)`) what `generate` returns.
 
     Raises:
       ValueError: as `generate`; for the arguments at once, not when the first token is asked for.
@@ -130,17 +130,16 @@ def stream(
     return _stream(model, job, chunk)
 
 
-def _stream(model: Transformer, job: "_Job", chunk: int) -> Iterator[list[list[int]]]:
-    state = _start(model, job)
-    shown, goes_on = 0, True
-    while goes_on:
-        outcome = jax.device_get(dataclasses.replace(state, cache=None))
-        yield [row[shown:n].tolist() for row, n in zip(outcome.tokens, outcome.lengths, strict=True)]
-        _check_finite(outcome.failed)
-        shown = int(outcome.step)
-        goes_on = shown < job.max_new_tokens and not outcome.ended.all()
-        if goes_on:
-            state = _continue(model, job, state, min(shown + chunk, job.max_new_tokens))
+def _stream(model: Transformer, job: "_Job", chunk: int) -> Generator[list[list[int]], None, Generated]:
+    state, shown = _start(model, job), 0
+    while True:
+        rows, lengths, failed = (np.asarray(x) for x in (state.tokens, state.lengths, state.failed))
+        yield [row[shown:n].tolist() for row, n in zip(rows, lengths, strict=True)]
+        _check_finite(failed)
+        shown = int(state.step)
+        if shown == job.max_new_tokens or state.ended.all():
+            return _result(state)
+        state = _continue(model, job, state, min(shown + chunk, job.max_new_tokens))
 
 
 @jax.tree_util.register_dataclass
@@ -247,10 +246,16 @@ _start = jax.jit(_begin)
 _continue = jax.jit(_advance, donate_argnames="state")
 
 
+def _result(state: _State) -> Generated:
+    steps = state.lengths[None] - 1
+    decode_kept = jnp.where(steps > 0, state.decode_kept / jnp.maximum(steps, 1), 1.0)
+    return Generated(state.tokens, state.lengths, state.prefill_kept, decode_kept)
+
+
 def _make_job(
     model: Transformer,
     tokens: Prompts,
-    lengths: ArrayLike | None,
+    lengths: Lengths | None,
     max_new_tokens: int,
     prefill: Policy,
     decode: Policy,
@@ -317,7 +322,7 @@ def _check_capacity(
     return -(-size // multiple) * multiple
 
 
-def _check_finite(failed: ArrayLike) -> None:
+def _check_finite(failed: Int[Array | np.ndarray, "B"]) -> None:
     steps = np.asarray(failed)
     if (steps >= 0).any():
         rows = np.flatnonzero(steps >= 0)

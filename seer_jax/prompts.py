@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-Prompts = Int[Array | np.ndarray, "..."] | np.ndarray | Sequence[Sequence[int]]
+Prompts = Int[Array, "B T"] | np.ndarray | Sequence[Sequence[int]]
+Lengths = Int[Array, "B"] | np.ndarray | Sequence[int]
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], *, multiple_of: int = 1
+    prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int = 1
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Makes right-padded tokens and their lengths from prompts of different lengths.
 
@@ -46,7 +46,7 @@ def pad_prompts(
 
 
 def check_prompts(
-    tokens: Prompts, lengths: ArrayLike | None, *, vocab_size: int
+    tokens: Prompts, lengths: Lengths | None, *, vocab_size: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
     """Checks prompts by their values and returns tokens, with 0 for whatever was their padding, and lengths.
 

@@ -11,7 +11,6 @@ from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 # New-style keys, or the raw ones of `jax.random.PRNGKey`.
@@ -112,4 +111,4 @@ def _nucleus(best: Float[Array, "B N"], top_p: float | Float[Array, ""]) -> jax.
 
 
 def _is_number(x: object) -> TypeGuard[float]:
-    return isinstance(x, (int, float, np.number))
+    return isinstance(x, (int, float))

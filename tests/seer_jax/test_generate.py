@@ -1,0 +1,309 @@
+"""Generation against full forward passes, and its promises: rows, seeds, ends, streams, compilations, refusals."""
+
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seer_jax import Generated, Transformer, generate, pad_prompts, stream
+from seer_jax.policies import Policy, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.sampling import Sample, row_keys
+from tests.seer_jax.conftest import LLAMA, tiny_model
+
+# With blocks of 16: less than one, exactly one, exactly two, and the width of the batch.
+LENGTHS = (7, 16, 32, 41)
+NEW = 24
+SPARSE: dict[str, Any] = dict(prefill=TokenBudget(32), decode=TokenBudget(32))
+SAMPLE = Sample(temperature=0.9, top_p=0.95)
+NEVER = 63  # an EOS token that no row below happens to draw; the same number of EOS tokens means the same program
+
+
+@functools.cache
+def llama() -> Transformer:
+    return tiny_model()
+
+
+@functools.cache
+def prompts() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return pad_prompts([rng.integers(0, NEVER, n).tolist() for n in LENGTHS])
+
+
+def run(model: Transformer | None = None, **changes: Any) -> Generated:
+    tokens, lengths = prompts()
+    arguments: dict[str, Any] = dict(tokens=tokens, lengths=lengths, max_new_tokens=NEW, eos=NEVER) | changes
+    return generate(model or llama(), **arguments)
+
+
+def joined(pieces: list[list[list[int]]]) -> list[list[int]]:
+    return [[token for piece in pieces for token in piece[row]] for row in range(len(pieces[0]))]
+
+
+def test_greedy_generation_is_the_argmax_of_full_forward_passes(model: Transformer):
+    tokens, lengths = prompts()
+    forward = jax.jit(lambda model, tokens, lengths: model(tokens, lengths))
+    text = np.pad(tokens, ((0, 0), (0, NEW)))
+    rows = np.arange(len(LENGTHS))
+    for step in range(NEW):
+        logits = forward(model, jnp.asarray(text), jnp.asarray(lengths) + step)
+        text[rows, lengths + step] = np.asarray(logits)[rows, lengths + step - 1].argmax(-1)
+    expected = [text[row, n : n + NEW].tolist() for row, n in enumerate(lengths)]
+    generated = run(model, eos=())
+    assert generated.rows() == expected
+    np.testing.assert_array_equal(generated.lengths, NEW)
+    np.testing.assert_array_equal(generated.prefill_kept, np.ones((2, len(LENGTHS))))
+    np.testing.assert_array_equal(generated.decode_kept, np.ones((2, len(LENGTHS))))
+
+
+@pytest.mark.parametrize("policy", [Threshold(0.0), TopK(1.0), TokenBudget(80)], ids=str)
+def test_policies_that_keep_everything_generate_what_dense_does(policy: Policy):
+    generated = run(prefill=policy, decode=policy)
+    assert generated.rows() == run().rows()
+    np.testing.assert_allclose(generated.prefill_kept, 1)
+    np.testing.assert_allclose(generated.decode_kept, 1, rtol=1e-6)
+
+
+def test_the_report_is_the_mean_share_of_blocks():
+    """A sliding window of two blocks with the first: its share follows from the positions alone."""
+    generated = run(prefill=TokenBudget(48, SinkWindow()), decode=TokenBudget(48, SinkWindow()))
+    for row, n in enumerate(LENGTHS):
+        causal = np.arange(1, -(-n // 16) + 1)
+        prefill = np.minimum(causal, 3).sum() / causal.sum()
+        visible = np.arange(n, n + NEW - 1) // 16 + 1
+        decode = np.minimum(visible, 3) / visible
+        np.testing.assert_allclose(generated.prefill_kept[:, row], prefill, rtol=1e-6)
+        np.testing.assert_allclose(generated.decode_kept[:, row], decode.mean(), rtol=1e-6)
+
+
+def test_sparse_phases_are_independent():
+    dense, both = run(), run(**SPARSE)
+    prefill, decode = run(prefill=SPARSE["prefill"]), run(decode=SPARSE["decode"])
+    assert (prefill.prefill_kept[:, -1] < 1).all() and (prefill.decode_kept == 1).all()
+    assert (decode.prefill_kept == 1).all() and (decode.decode_kept[:, -1] < 1).all()
+    # The row of less than a block has nothing to leave out until its 33rd token.
+    assert dense.rows()[0][:20] == both.rows()[0][:20] == decode.rows()[0][:20]
+    assert dense.rows()[3] != both.rows()[3]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_a_stream_gives_the_tokens_of_generate(chunk: int):
+    tokens, lengths = prompts()
+    arguments: dict[str, Any] = dict(SPARSE, max_new_tokens=NEW, sampling=SAMPLE, key=jax.random.key(3), eos=NEVER)
+    expected = generate(llama(), tokens, lengths, **arguments)
+    # An end in the middle: of a row alone, while others go on.
+    arguments["eos"] = expected.rows()[1][9]
+    expected = generate(llama(), tokens, lengths, **arguments)
+    assert 1 < expected.lengths.min() < expected.lengths.max()
+    pieces = list(stream(llama(), tokens, lengths, chunk=chunk, **arguments))
+    assert joined(pieces) == expected.rows()
+    assert [len(row) for row in pieces[0]] == [1] * len(LENGTHS)
+    assert all(len(row) <= chunk for piece in pieces[1:] for row in piece)
+
+
+def test_the_value_of_a_finished_stream_is_what_generate_returns():
+    tokens, lengths = prompts()
+    pieces = stream(llama(), tokens, lengths, max_new_tokens=NEW, eos=NEVER, **SPARSE)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            result = stop.value
+            break
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(run(**SPARSE)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_stream_passes_its_cache_on(monkeypatch: pytest.MonkeyPatch):
+    """Two caches at once would halve the context that fits a device."""
+    module, states = sys.modules["seer_jax.generate"], []
+    step = module._continue
+    monkeypatch.setattr(module, "_continue", lambda *args: states.append(args[2]) or step(*args))
+    tokens, lengths = prompts()
+    list(stream(llama(), tokens, lengths, max_new_tokens=NEW, eos=NEVER, **SPARSE))
+    assert states and all(array.is_deleted() for state in states for array in jax.tree.leaves(state.cache))
+
+
+def test_a_row_ends_at_its_eos_while_others_go_on():
+    free = run(**SPARSE).rows()
+    eos = free[2][4]
+    generated = run(**SPARSE, eos=eos)
+    for row, tokens in enumerate(free):
+        n = tokens.index(eos) + 1 if eos in tokens else NEW
+        assert generated.lengths[row] == n
+        assert generated.tokens[row].tolist() == tokens[:n] + [eos] * (NEW - n)
+        assert generated.rows()[row] == tokens[:n]
+    assert generated.lengths.min() <= 5 and generated.lengths.max() > 5
+
+
+def test_generation_stops_when_every_row_has_ended():
+    model = tiny_model()
+    assert model.lm_head is not None
+    model.lm_head[...] = jnp.zeros_like(model.lm_head[...])  # every token is 0
+    generated = run(model, **SPARSE, eos=0)
+    np.testing.assert_array_equal(generated.lengths, 1)
+    np.testing.assert_array_equal(generated.tokens, 0)
+    np.testing.assert_array_equal(generated.decode_kept, 1)
+    assert len(list(stream(model, *prompts(), max_new_tokens=NEW, eos=0, chunk=1, **SPARSE))) == 1
+
+
+def test_eos_tokens_and_context_are_the_models_own_unless_given():
+    free = run().rows()
+    model = tiny_model(dataclasses.replace(LLAMA, eos_token_ids=(free[0][2],), max_position_embeddings=64))
+    with pytest.raises(ValueError, match=r"64 tokens; got 41 \+ 24. Shorten"):
+        run(model, eos=None)
+    assert run(model, eos=None, beyond_context=True).lengths[0] <= 3
+    assert run(model, beyond_context=True).rows() == free
+
+
+def test_a_rows_tokens_depend_on_its_own_prompt_and_key():
+    tokens, lengths = prompts()
+    keys = row_keys(jax.random.key(5), len(LENGTHS))
+    together = run(**SPARSE, sampling=SAMPLE, key=jax.random.key(5)).rows()
+    assert run(**SPARSE, sampling=SAMPLE, key=keys).rows() == together
+    for row in range(len(LENGTHS)):
+        one = slice(row, row + 1)
+        alone = run(tokens=tokens[one], lengths=lengths[one], **SPARSE, sampling=SAMPLE, key=keys[one])
+        assert alone.rows() == together[one]
+
+
+def test_seeds_reproduce_and_differ():
+    first, again, other = (run(**SPARSE, sampling=SAMPLE, key=jax.random.key(seed)).rows() for seed in (1, 1, 2))
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    # Each step draws anew: were its key used twice, nothing but the logits would tell two steps apart.
+    flat = Sample(temperature=1e6, top_p=0.95)
+    assert all(len(set(row)) > NEW // 3 for row in run(**SPARSE, sampling=flat, key=jax.random.key(0)).rows())
+
+
+def test_only_shapes_and_static_fields_compile_anew(monkeypatch: pytest.MonkeyPatch):
+    traces = []
+    decode = Transformer.decode
+    monkeypatch.setattr(Transformer, "decode", lambda *args, **kwargs: traces.append(1) or decode(*args, **kwargs))
+
+    def count(**changes) -> int:
+        before = len(traces)
+        arguments: dict[str, Any] = dict(
+            max_new_tokens=5, sampling=Sample(0.5), key=jax.random.key(0), decode=Threshold(0.1)
+        )
+        run(**arguments | changes)
+        return len(traces) - before
+
+    tokens, lengths = prompts()
+    assert count() == 1
+    assert count(tokens=tokens[::-1], lengths=lengths[::-1]) == 0
+    assert count(lengths=None) == 0
+    assert count(decode=Threshold(0.3), sampling=Sample(0.9), key=jax.random.key(1), eos=3) == 0
+    assert count(model=tiny_model(seed=8)) == 0
+    assert count(decode=Threshold(0.1, dense_last_rows=1)) == 1
+    assert count(max_new_tokens=6) == 1
+
+
+def test_padding_and_capacity_change_nothing():
+    tokens, lengths = prompts()
+    garbage = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -100)
+    expected = run(**SPARSE).rows()
+    assert run(tokens=garbage.astype(np.int64), **SPARSE).rows() == expected
+    assert run(cache_capacity=100, **SPARSE).rows() == expected
+
+
+def test_logits_that_are_not_finite_are_told_by_row():
+    tokens, lengths = prompts()
+    row = 2
+    strange = next(t for t in tokens[row] if not (np.delete(tokens, row, 0) == t).any())
+    for value in (np.nan, np.inf):
+        model = tiny_model()
+        model.embed_tokens[...] = model.embed_tokens[...].at[strange].set(value)
+        message = r"row 2 at new token 0 hold NaN or infinity \(rows affected: \[2\]\)"
+        with pytest.raises(ValueError, match=message):
+            run(model)
+        with pytest.raises(ValueError, match=message):
+            list(stream(model, tokens, lengths, max_new_tokens=NEW, eos=NEVER, **SPARSE))
+
+
+def test_a_failure_while_decoding_is_told_by_step():
+    free = run().rows()
+    model = tiny_model()
+    model.embed_tokens[...] = model.embed_tokens[...].at[free[3][6]].set(np.nan)
+    healthy = [row.index(free[3][6]) + 1 for row in free if free[3][6] in row]
+    tokens, lengths = prompts()
+    if (tokens[np.arange(tokens.shape[1]) < lengths[:, None]] == free[3][6]).any():
+        pytest.fail("The prompts must not hold the damaged token; choose another seed.")
+    with pytest.raises(ValueError, match=f"at new token {healthy[0]} hold NaN"):
+        run(model)
+
+
+BAD = [
+    (dict(max_new_tokens=0), "max_new_tokens is at least 1; got 0"),
+    (dict(tokens=[[1, 2], [3]], lengths=None), r"rows of different lengths.*pad_prompts\(rows\)"),
+    (dict(tokens=np.zeros(3, np.int32)), r"integers \[B, T\].*got int32 \(3,\).*batch of one row"),
+    (dict(tokens=np.zeros((1, 3), np.float32)), r"got float32 \(1, 3\)"),
+    (dict(tokens=np.zeros((1, 0), np.int32)), r"B, T >= 1; got int32 \(1, 0\)"),
+    (dict(tokens=np.full((2, 3), 64), lengths=None), r"\[0, 64\).*row 0 has 64 at position 0.*tokenizer"),
+    (dict(tokens=np.array([[1, 2], [3, -1]]), lengths=None), "row 1 has -1 at position 1"),
+    (dict(lengths=np.array([1, 2])), r"\[B\] with B = 4; got int64 \(2,\)"),
+    (dict(lengths=np.ones(4)), r"got float64 \(4,\)"),
+    (dict(lengths=[3, 0, 1, 1]), "1 to T = 41 tokens; row 1 has length 0"),
+    (dict(lengths=[3, 1, 1, 42]), "row 3 has length 42"),
+    (dict(max_new_tokens=8192), r"max_position_embeddings = 8192 tokens; got 41 \+ 8192.*beyond_context=True"),
+    (dict(cache_capacity=63), ", 64 tokens; got cache_capacity=63. Raise it"),
+    (dict(prefill=TopK(0.1)), "the model has none of this kind"),
+    (dict(decode=Threshold(0.1)), "the model has none of this kind"),
+    (dict(prefill=TokenBudget(8, SinkWindow())), "at least one block of 64 tokens; got 8"),
+    (dict(eos=64), r"EOS tokens lie in \[0, 64\).*got \[64\]"),
+    (dict(eos=(1, -1)), r"got \[1, -1\]"),
+    (dict(sampling=Sample()), "needs a key; got None"),
+    (dict(sampling=Sample(), key=row_keys(jax.random.key(0), 3)), r"each of the 4 rows; got shape \(3,\)"),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+@pytest.mark.parametrize("function", [generate, stream])
+def test_bad_requests_are_refused(function, change: dict, message: str):
+    tokens, lengths = prompts()
+    with pytest.raises(ValueError, match=message):
+        pieces = function(
+            tiny_model(gates=False), **(dict(tokens=tokens, lengths=lengths, max_new_tokens=NEW) | change)
+        )
+        next(pieces)  # what only compiling can tell, a stream tells at its first token
+
+
+def test_a_stream_needs_a_chunk():
+    with pytest.raises(ValueError, match="at least 1 token; got 0"):
+        stream(llama(), *prompts(), max_new_tokens=1, chunk=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["prefill", "decode", "sampling"])
+def test_choices_are_objects(name: str):
+    choice: dict[str, Any] = {name: "dense"}
+    with pytest.raises(ValueError, match=f"{name} is .*got 'dense'"):
+        generate(llama(), *prompts(), max_new_tokens=1, **choice)
+
+
+def test_prompts_are_padded():
+    tokens, lengths = pad_prompts([[1, 2, 3], np.array([4])], multiple_of=4)
+    np.testing.assert_array_equal(tokens, [[1, 2, 3, 0], [4, 0, 0, 0]])
+    np.testing.assert_array_equal(lengths, [3, 1])
+    assert tokens.dtype == lengths.dtype == np.int32
+
+
+BAD_PROMPTS = [
+    (dict(prompts=[]), "at least one prompt; got none"),
+    (dict(prompts=[[1], []]), "at least one token; prompt 1 is empty. Start it with a BOS"),
+    (dict(prompts=[np.array([0.5])]), r"list of integers; prompt 0 is float64 \(1,\)"),
+    (dict(prompts=[np.array([[1]])]), r"prompt 0 is int64 \(1, 1\)"),
+    (dict(prompts=[[1]], multiple_of=0), "multiple_of is at least 1 token; got 0"),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("arguments", "message"), BAD_PROMPTS, ids=[message for _, message in BAD_PROMPTS])
+def test_bad_prompts_are_refused(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        pad_prompts(**arguments)
