@@ -166,8 +166,10 @@ def _select_prefill(
                 return select_blocks(logits, block_size=block_size, threshold=policy.threshold, keep=keep)
             return select_blocks(logits, block_size=block_size, top_k=policy.blocks(num_blocks), keep=keep)
         case TokenBudget():
-            keep |= causal & (jnp.arange(num_blocks) == 0)[None, None, None]
-            return select_blocks(logits, block_size=block_size, max_blocks=policy.blocks(block_size), keep=keep)
+            most = policy.blocks(block_size)
+            if most > 1:  # a budget of one block is for the current one
+                keep |= causal & (jnp.arange(num_blocks) == 0)[None, None, None]
+            return select_blocks(logits, block_size=block_size, max_blocks=most, keep=keep)
     raise TypeError(f"Expected a prefill policy (Dense, Threshold, TopK, TokenBudget or Given); got {policy!r}.")
 
 
@@ -278,7 +280,10 @@ def _select_decode(
         case Threshold():
             return select_blocks(logits, block_size=b, threshold=policy.threshold, keep=keep)
         case TokenBudget():
-            return select_blocks(logits, block_size=b, max_blocks=policy.blocks(b), keep=keep)
+            most = policy.blocks(b)
+            if most == 1:  # a budget of one block is for the current one
+                keep &= column == current
+            return select_blocks(logits, block_size=b, max_blocks=most, keep=keep)
         case TopK():
             # The count follows the row's own length, so the cut is made by rank, forced blocks first.
             rank = jnp.argsort(jnp.argsort(jnp.where(keep, -jnp.inf, -logits), axis=-1), axis=-1)
