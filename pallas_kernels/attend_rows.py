@@ -83,7 +83,7 @@ def _attend(q, k, v, rows, tiling):
 
 
 def _forward(q, k, v, rows, tiling):
-    out, lse = _attend(q, k, v, rows, tiling)
+    out, lse = attend_rows(q, k, v, rows, tiling)
     return (out, lse), (q, k, v, rows, out, lse)
 
 

@@ -58,7 +58,7 @@ def check_attention_inputs(where: str, q: Any, k: Any, v: Any, *, query_axes: st
 
 def resolve_scale(where: str, scale: float | None, head_dim: int) -> float:
     """Returns the factor on the scores, 1 / sqrt(D) if None; raises ValueError unless it is finite."""
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"{where}: scale must be a finite number; got {scale}.")
-    return scale
+    factor = head_dim**-0.5 if scale is None else float(scale)
+    if not math.isfinite(factor):
+        raise ValueError(f"{where}: scale must be a finite number; got {factor}.")
+    return factor

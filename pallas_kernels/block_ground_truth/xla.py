@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 from pallas_kernels.online_softmax import OnlineSoftmax, dot, finite
 
 _TILE = 256  # tokens; a multiple of every block size
+_QUERY_AXIS = {"output": 1, "lse": 1, "block": 2, "token": 2}  # of each result
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "scale", "block_scores", "token_scores"))
@@ -51,20 +52,23 @@ def attention_with_block_scores(
             grouped = weights.reshape(batch, kv_heads, heads // kv_heads, tile, num_blocks).max(2)
             completed = jnp.arange(num_blocks)[None] < (i * per_tile + jnp.arange(tile) // b)[:, None]
             new["token"] = _normalise(jnp.where(completed[None, None], grouped, 0))
-        return {name: _put(results[name], new[name], i, axes[name]) for name in results}, None
+        return {name: _put(x, new[name], i, _QUERY_AXIS[name]) for name, x in results.items()}, None
 
     shapes = {"output": (batch, padded, heads, head_dim), "lse": (batch, padded, heads)}
     if block_scores:
         shapes["block"] = (batch, heads, padded // b, num_blocks)
     if token_scores:
         shapes["token"] = (batch, kv_heads, padded, num_blocks)
-    axes = {"output": 1, "lse": 1, "block": 2, "token": 2}  # the axis of queries
     results = {name: jnp.zeros(shape, q.dtype if name == "output" else jnp.float32) for name, shape in shapes.items()}
     tiles = (jnp.arange(padded // tile), _first_tiles(segment_ids[:, ::b], per_tile))
     results, _ = jax.lax.scan(query_tile, results, tiles)
-    lengths = {"output": length, "lse": length, "block": num_blocks, "token": length}
-    cut = {name: jax.lax.slice_in_dim(x, 0, lengths[name], axis=axes[name]) for name, x in results.items()}
-    return cut["output"], cut["lse"], cut.get("block"), cut.get("token")
+    block, token = results.get("block"), results.get("token")
+    return (
+        results["output"][:, :length],
+        results["lse"][:, :length],
+        None if block is None else block[:, :, :num_blocks],
+        None if token is None else token[:, :, :length],
+    )
 
 
 def _put(result: Array, rows: Array, i: Array, axis: int) -> Array:
@@ -112,7 +116,7 @@ def _attend(q, k, v, segment_ids, i, first, b, scale):
 
 
 def _first_tiles(block_ids: Int[Array, "B Sb"], per_tile: int) -> Int[Array, "n"]:
-    """The first key tile that any query of each query tile may see: sequences end at block boundaries, so ids of blocks tell."""
+    """The first key tile that any query of each query tile may see; a block holds one sequence, so its id tells."""
     blocks = jnp.arange(block_ids.shape[1])
     first = jnp.argmax(block_ids[:, :, None] == block_ids[:, None, :], axis=-1)
     first = jnp.where(block_ids > 0, first, blocks[None])

@@ -1,0 +1,46 @@
+"""What the named cases of the operations are made of: head shapes of real models, random inputs, block lists as sparse as theirs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from pallas_kernels.blocks import BlockIndices
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """H query heads, K key/value heads, D head dim."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+LLAMA_3_1_8B = Heads(32, 8, 128)
+QWEN2_5_7B = Heads(28, 4, 128)
+QWEN3_4B = Heads(32, 8, 128)
+
+
+def random_arrays(key: PRNGKeyArray, dtype: str, **shapes: tuple[int, ...]) -> dict[str, Array]:
+    """Standard normal arrays of these names and shapes."""
+    keys = jax.random.split(key, len(shapes))
+    return {name: jax.random.normal(k, shape, dtype) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def random_blocks(
+    key: PRNGKeyArray, last: Int[Array, "*lists R"], num_key_blocks: int, *, block_size: int, density: float
+) -> BlockIndices:
+    """Lists of a row's last block and, with probability `density` each, of those before it.
+
+    Args:
+      last: the last block that each row sees, in prefill the diagonal one; below 0, the list is empty.
+      num_key_blocks: Sb.
+      block_size: b.
+      density: from 0 to 1.
+    """
+    shape = (*last.shape, num_key_blocks)
+    block, last = jax.lax.broadcasted_iota(jnp.int32, shape, last.ndim), last[..., None]
+    kept = (block == last) | (jax.random.bernoulli(key, density, shape) & (block < last))
+    return BlockIndices.from_mask(kept, block_size=block_size)
