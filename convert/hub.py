@@ -20,10 +20,9 @@ def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revi
       PermissionError: the hub asks to accept a licence or to log in first.
       ConnectionError: the hub is out of reach (or HF_HUB_OFFLINE is set) and the cache does not hold the model.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    name, folder = os.fspath(path_or_id), Path(os.path.expanduser(path_or_id))
+    if name and folder.is_dir():  # Path("") would be the current folder
         return folder
-    name = os.fspath(path_or_id)
     if folder.is_file():
         raise NotADirectoryError(
             f"Expected the folder of a model, got the file {name!r}. Give the folder that holds it."

@@ -71,7 +71,8 @@ def compare_logits(ours: np.ndarray, reference: np.ndarray, bounds: Bounds = Bou
     if ours.shape != reference.shape:
         raise ValueError(f"Logits must have the shape of the reference; expected {reference.shape}, got {ours.shape}.")
     a, b = (np.asarray(x, np.float64).reshape(-1, ours.shape[-1]) for x in (ours, reference))
-    log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
+    with np.errstate(invalid="ignore"):  # NaN goes into the report
+        log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
     kl = np.sum(np.exp(log_b) * (log_b - log_a), axis=-1)
     return LogitsReport(
         positions=len(a),

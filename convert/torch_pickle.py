@@ -266,9 +266,8 @@ def read_pickle(data: bytes) -> dict[str, StoredTensor]:
     try:
         for code in iter(lambda: stream.read(1), b"."):
             operation = _OPERATIONS.get(code.decode("latin-1"))
-            _require(
-                operation is not None, f"The pickle {f'uses the unknown operation {code!r}' if code else 'has no end'}."
-            )
+            if operation is None:
+                raise ValueError(f"The pickle {f'uses the unknown operation {code!r}' if code else 'has no end'}.")
             machine.step(operation.name, functools.partial(_argument, operation, stream))
     except UnicodeDecodeError as error:
         raise ValueError("A string in the pickle is not UTF-8.") from error

@@ -1,0 +1,415 @@
+"""Gate checkpoints: the release's layout in and out, bit for bit, and every misfit refused."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.convert import GateFormat, load_gates, recommended_policy, save_gates
+from seer_jax.convert.gate_config import (
+    gate_config_from_hf,
+    gate_config_to_hf,
+    parse_key_pooling,
+    parse_prefill_pooling,
+    policy_from_hf,
+    policy_to_hf,
+)
+from seer_jax.convert.gates import abstract_gate
+from seer_jax.convert.torch_zip import read_torch_zip, write_torch_zip
+from seer_jax.families import config_from_hf
+from seer_jax.gate import DecodeGate, PrefillGate
+from seer_jax.policies import Dense, Oracle, Policy, Threshold, TokenBudget, TopK
+from tests.golden.data import RELEASE, gate_file, release, write_gates
+
+PREFILL, DECODE = RELEASE
+MODEL = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 8)
+FORMATS = list(GateFormat)
+
+PREFILL_CONFIGS = [
+    PrefillGateConfig(gate_dim=8),
+    PrefillGateConfig(gate_dim=8, force_double=True),
+    PrefillGateConfig(gate_dim=12, block_size=128, k_pooling=(Pool.AVG,)),
+    PrefillGateConfig(gate_dim=8, q_pooling=(Pool.MAX, Pool.AVG), k_pooling=(Pool.MIN,)),
+]
+DECODE_CONFIGS = [
+    DecodeGateConfig(gate_dim=12),
+    DecodeGateConfig(gate_dim=12, query_reduction=QueryReduction.AVG_PROJ, use_qk_norm=False, use_rope=False),
+    DecodeGateConfig(gate_dim=8, query_reduction=QueryReduction.AVG, block_size=16, start_layer=2),
+    DecodeGateConfig(gate_dim=8, k_pooling=(Pool.MAX, Pool.MIN)),
+]
+CONFIGS = [*PREFILL_CONFIGS, *DECODE_CONFIGS]
+NAMES = [f"{kind}-{i}" for kind in ("prefill", "decode") for i in range(4)]
+
+
+def make_gate(config: GateConfig, seed: int = 0) -> PrefillGate | DecodeGate:
+    """A gate whose every number is random, signed zeros and subnormals among them."""
+    random = np.random.default_rng(seed)
+
+    def values(x: jax.ShapeDtypeStruct) -> jax.Array:
+        out = random.normal(size=x.shape).astype(np.float32)
+        out.flat[:2] = -0.0, 1e-40
+        return jnp.asarray(out)
+
+    return jax.tree.map(values, abstract_gate(config, MODEL))
+
+
+def assert_same(a: nnx.Module, b: nnx.Module) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint32), np.asarray(y).view(np.uint32))
+
+
+# ------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("name", RELEASE)
+def test_the_gates_of_the_release_are_read_unchanged(name: str, tmp_path: Path):
+    gate = load_gates(write_gates(tmp_path, name))
+    names = {"mask_linear_k": "linear_k", "attngate_linear_q": "linear_q", "attngate_linear_k": "linear_k"}
+    names |= {"attngate_qnorm": "q_norm", "attngate_knorm": "k_norm"}
+    assert len(release(name).gate) == 2 * len(jax.tree.leaves(gate))
+    for key, expected in release(name).gate.items():
+        layer, name = int(key.split(".")[2]), key.split(".")[-2]
+        np.testing.assert_array_equal(getattr(gate, names[name])[layer], expected)
+
+
+@pytest.mark.parametrize("name", RELEASE)
+@pytest.mark.parametrize("format", FORMATS)
+def test_release_to_either_format_and_back_to_pth(name: str, format: GateFormat, tmp_path: Path):
+    source = write_gates(tmp_path / "a", name)
+    config, policy = json.loads((source / "config.json").read_text()), recommended_policy(source)
+    one = load_gates(source)
+    save_gates(one, tmp_path / "b", base_model="x", hf_config=config, format=format, policy=policy)
+    two = load_gates(tmp_path / "b", one.model)
+    assert_same(one, two)
+    assert recommended_policy(tmp_path / "b") == policy
+    path = save_gates(two, tmp_path / "c", base_model="x", hf_config=config, format=GateFormat.TORCH, policy=policy)
+    ours, theirs = read_torch_zip(path), read_torch_zip(gate_file(name))
+    assert list(ours) == list(theirs)
+    for key in theirs:
+        assert ours[key].dtype == theirs[key].dtype and ours[key].tobytes() == theirs[key].tobytes()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_every_kind_of_gate_comes_back_bit_for_bit(config: GateConfig, format: GateFormat, tmp_path: Path):
+    gate = make_gate(config)
+    path = save_gates(gate, tmp_path, base_model="some/base", format=format)
+    assert path == tmp_path / f"attn_gate_weights.{format}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "config.json"]
+    assert_same(load_gates(tmp_path, MODEL), gate)
+    assert_same(load_gates(tmp_path), gate)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bfloat16_files_hold_the_rounded_gate(format: GateFormat, tmp_path: Path):
+    gate = make_gate(PREFILL_CONFIGS[1])
+    path = save_gates(gate, tmp_path, base_model="x", format=format, dtype=jnp.bfloat16)
+    stored = read_torch_zip(path) if format is GateFormat.TORCH else load_file(path)
+    assert {a.dtype for a in stored.values()} == {np.dtype(jnp.bfloat16)}
+    got = load_gates(tmp_path, MODEL)
+    for ours, rounded in zip(jax.tree.leaves(got), jax.tree.leaves(gate), strict=True):
+        expected = np.asarray(rounded).astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(np.asarray(ours).view(np.uint32), expected.view(np.uint32))
+
+
+def test_config_json_is_that_of_the_base_with_the_keys_of_the_gate(tmp_path: Path):
+    base = release(PREFILL).config
+    gate = load_gates(write_gates(tmp_path / "a", PREFILL))
+    save_gates(gate, tmp_path / "b", base_model="some/base", hf_config=base, policy=TopK(0.25))
+    saved = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert {k: v for k, v in saved.items() if not k.startswith("seerattn_")} == {
+        k: v for k, v in base.items() if not k.startswith("seerattn_")
+    } | {"base_model": "some/base"}
+    assert {k: v for k, v in saved.items() if k.startswith("seerattn_")} == {
+        "seerattn_gate_type": "Qavg_Kmaxminavg",
+        "seerattn_gate_block_size": 64,
+        "seerattn_gate_hidden_size": 64,
+        "seerattn_gate_force_double": False,
+        "seerattn_sparsity_method": "nz_ratio",
+        "seerattn_nz_ratio": 0.25,
+        "seerattn_last_block_dense": True,
+    }
+
+
+def test_keys_of_the_other_kind_of_gate_do_not_stay(tmp_path: Path):
+    gate = load_gates(write_gates(tmp_path / "a", DECODE))
+    other = {"seerattn_gate_type": "Qavg_Kavg", "seerattn_threshold": 0.5, "seerattn_sparsity_method": "threshold"}
+    save_gates(gate, tmp_path / "b", base_model="x", hf_config=release(DECODE).config | other)
+    assert_same(load_gates(tmp_path / "b"), gate)
+    assert recommended_policy(tmp_path / "b") is None
+
+
+def test_a_folder_is_written_over_but_not_in_another_format(tmp_path: Path):
+    save_gates(make_gate(DECODE_CONFIGS[0]), tmp_path, base_model="x")
+    second = make_gate(PREFILL_CONFIGS[0], seed=1)
+    save_gates(second, tmp_path, base_model="x")
+    assert_same(load_gates(tmp_path), second)
+    with pytest.raises(
+        FileExistsError, match=r"holds one gate; .* already has attn_gate_weights\.safetensors\. Choose another"
+    ):
+        save_gates(second, tmp_path, base_model="x", format=GateFormat.TORCH)
+
+
+def test_safetensors_are_read_where_both_formats_are(tmp_path: Path):
+    gate = make_gate(PREFILL_CONFIGS[0])
+    save_gates(gate, tmp_path, base_model="x")
+    write_torch_zip(tmp_path / "attn_gate_weights.pth", {"other": np.ones(1, np.float32)})
+    assert_same(load_gates(tmp_path), gate)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("name", RELEASE)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", 3),
+        ("num_heads", 16),
+        ("num_kv_heads", 1),
+        ("head_dim", 32),
+        ("hidden_size", 128),
+        ("family", "qwen2"),
+    ],
+)
+def test_gates_of_another_model_are_refused(name: str, field: str, value: Any, tmp_path: Path):
+    model = config_from_hf(release(name).config)
+    found = getattr(model, field)
+    message = rf"expected {field}={value}, got {found} \(a gate for 'authors/base'\)\. Use the gate of this base model"
+    with pytest.raises(ValueError, match=f"trained on; {message}"):
+        load_gates(write_gates(tmp_path, name), dataclasses.replace(model, **{field: value}))
+
+
+def test_a_longer_context_is_no_other_model(tmp_path: Path):
+    model = config_from_hf(release(PREFILL).config)
+    longer = dataclasses.replace(model, rope=dataclasses.replace(model.rope, theta=1e6), max_position_embeddings=2**17)
+    gate = load_gates(write_gates(tmp_path, PREFILL), longer)
+    assert gate.model == longer
+
+
+def test_saving_under_the_configuration_of_another_model_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="expected num_layers=3, got 2"):
+        save_gates(make_gate(DECODE_CONFIGS[0]), tmp_path, base_model="x", hf_config=release(PREFILL).config)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_other_dtypes_are_not_saved(tmp_path: Path):
+    with pytest.raises(ValueError, match="saved in float32 or bfloat16; got dtype=float16"):
+        save_gates(make_gate(DECODE_CONFIGS[0]), tmp_path, base_model="x", dtype=jnp.float16)
+
+
+K1 = "model.layers.1.self_attn.attn_gate.{}_linear_k.weight"
+WRONG_TENSORS = {
+    "layer missing": (
+        PREFILL,
+        lambda w: w.pop(K1.format("mask")),
+        r"missing: model\.layers\.1\..*mask_linear_k\.weight; left",
+    ),
+    "two-linear file for a one-linear gate": (
+        PREFILL,
+        lambda w: w.update({K1.format("mask").replace("_k", "_q"): np.ones((4, 64, 64), np.float32)}),
+        r"missing: none; left over: .*mask_linear_q\.weight",
+    ),
+    "norm missing": (
+        DECODE,
+        lambda w: w.pop("model.layers.0.self_attn.attn_gate.attngate_qnorm.weight"),
+        r"missing: .*0\.self_attn\.attn_gate\.attngate_qnorm\.weight; left over: none",
+    ),
+    "keys of the other kind": (
+        PREFILL,
+        lambda w: w.update({K1.format("attngate"): w.pop(K1.format("mask"))}),
+        r"missing: .*mask_linear_k\.weight; left over: .*attngate_linear_k\.weight",
+    ),
+    "heads": (
+        DECODE,
+        lambda w: w.update({K1.format("attngate"): np.ones((8, 192, 64), np.float32)}),
+        r"attngate_linear_k\.weight \(8, 192, 64\) instead of \(2, 192, 64\)",
+    ),
+    "nan": (
+        DECODE,
+        lambda w: w.update({K1.format("attngate"): np.full((2, 192, 64), np.nan, np.float32)}),
+        r"weights must be finite in float32; '.*attngate_linear_k\.weight' holds NaN",
+    ),
+    "integers": (
+        PREFILL,
+        lambda w: w.update({K1.format("mask"): np.ones((4, 192, 64), np.int32)}),
+        r"must be of dtype BF16, F16, F32; got .*mask_linear_k\.weight I32",
+    ),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensors_are_refused(case: str, format: GateFormat, tmp_path: Path):
+    name, change, message = WRONG_TENSORS[case]
+    folder = write_gates(tmp_path, name)
+    path = folder / "attn_gate_weights.pth"
+    weights = dict(read_torch_zip(path))
+    change(weights)
+    path.unlink()
+    save = write_torch_zip if format is GateFormat.TORCH else lambda p, w: save_file(w, p)
+    save(folder / f"attn_gate_weights.{format}", weights)
+    with pytest.raises(ValueError, match=message):
+        load_gates(folder)
+
+
+def test_a_wrong_torch_file_is_refused(tmp_path: Path):
+    folder = write_gates(tmp_path, PREFILL)
+    (folder / "attn_gate_weights.pth").write_bytes(b"\x80\x02cposix\nsystem\n.")
+    with pytest.raises(ValueError, match=r"attn_gate_weights\.pth: expected the zip archive that torch\.save writes"):
+        load_gates(folder)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path):
+    (write_gates(tmp_path, PREFILL) / "attn_gate_weights.pth").unlink()
+    message = r"needs attn_gate_weights\.pth or attn_gate_weights\.safetensors; .* has neither"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_gates(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- keys of config.json
+
+SUBSETS = [s for n in (1, 2, 3) for s in itertools.combinations(Pool, n)]
+
+
+@pytest.mark.parametrize("q", SUBSETS, ids="".join)
+@pytest.mark.parametrize("k", SUBSETS, ids="".join)
+def test_names_of_prefill_pooling(q: tuple[Pool, ...], k: tuple[Pool, ...]):
+    config = PrefillGateConfig(q_pooling=q, k_pooling=k)
+    name = gate_config_to_hf(config)["seerattn_gate_type"]
+    assert name == f"Q{''.join(q)}_K{''.join(k)}"
+    assert parse_prefill_pooling(name) == (q, k)
+
+
+@pytest.mark.parametrize("k", SUBSETS, ids="".join)
+def test_names_of_key_pooling(k: tuple[Pool, ...]):
+    assert gate_config_to_hf(DecodeGateConfig(k_pooling=k))["seerattn_k_seq_pooling_type"] == f"K{''.join(k)}"
+    assert parse_key_pooling(f"K{''.join(k)}") == k
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "Qavg", "Kavg", "Q_Kavg", "Qavg_K", "Qavg_Kavgmax", "Qavg_Kmaxmax", "Qavg_Kmedian", "qavg_kmax", "Qavg_Kmax "],
+)
+def test_other_names_of_prefill_pooling_are_refused(name: str):
+    with pytest.raises(ValueError, match=f"as in 'Qavg_Kmaxminavg'; got '{name}'"):
+        parse_prefill_pooling(name)
+
+
+@pytest.mark.parametrize("name", ["", "K", "Kavgmin", "Qavg_Kavg", "Kmean", "maxminavg"])
+def test_other_names_of_key_pooling_are_refused(name: str):
+    with pytest.raises(ValueError, match=f"as in 'Kmaxminavg'; got '{name}'"):
+        parse_key_pooling(name)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_gate_configurations_come_back(config: GateConfig):
+    assert gate_config_from_hf(json.loads(json.dumps(gate_config_to_hf(config)))) == config
+
+
+def test_absent_keys_mean_what_the_release_takes_for_them():
+    assert gate_config_from_hf({"seerattn_gate_type": "Qavg_Kmaxminavg"}) == PrefillGateConfig()
+    decode = {"seerattn_q_head_pooling_type": "Qproj", "seerattn_gate_hidden_size": None}
+    assert gate_config_from_hf(decode) == DecodeGateConfig(use_qk_norm=False)
+
+
+WRONG_GATES = {
+    "neither": ({}, "has either seerattn_gate_type .* got neither. Give the folder of one gate"),
+    "both": (
+        {"seerattn_gate_type": "Qavg_Kavg", "seerattn_q_head_pooling_type": "Qproj"},
+        "has either seerattn_gate_type .* got both",
+    ),
+    "all query heads": (
+        {"seerattn_q_head_pooling_type": "Qorig"},
+        "seerattn_q_head_pooling_type must be one of Qproj, Qavgproj, Qavg; got 'Qorig'",
+    ),
+    "block size": (
+        {"seerattn_gate_type": "Qavg_Kavg", "seerattn_gate_block_size": 48},
+        "block_size is one of .* got 48",
+    ),
+    "gate dim": (
+        {"seerattn_gate_type": "Qavg_Kavg", "seerattn_gate_hidden_size": 63},
+        "gate_dim must be even .* got 63",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_GATES)
+def test_wrong_gate_configurations_are_refused(name: str):
+    keys, message = WRONG_GATES[name]
+    with pytest.raises(ValueError, match=message):
+        gate_config_from_hf(keys)
+
+
+POLICIES = [
+    Threshold(0.02),
+    Threshold(5e-4, dense_last_rows=0),
+    TopK(0.1),
+    TopK(0.5, dense_last_rows=0),
+    TokenBudget(4096),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_recommended_policies_come_back(policy: Policy, tmp_path: Path):
+    save_gates(make_gate(PREFILL_CONFIGS[0]), tmp_path, base_model="x", policy=policy)
+    assert recommended_policy(tmp_path) == policy
+
+
+def test_policies_of_the_release(tmp_path: Path):
+    assert recommended_policy(write_gates(tmp_path / "a", PREFILL)) == Threshold(0.05)
+    assert recommended_policy(write_gates(tmp_path / "b", DECODE)) == TokenBudget(256)
+    changed = dict(seerattn_sparsity_method="nz_ratio", seerattn_nz_ratio=0.3, seerattn_last_block_dense=False)
+    assert recommended_policy(write_gates(tmp_path / "c", PREFILL, **changed)) == TopK(0.3, dense_last_rows=0)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"sparsity_method": "threshold", "threshold": 0.0}, {"sparsity_method": "nz_ratio", "nz_ratio": 1.0}]
+)
+def test_defaults_of_the_release_recommend_nothing(keys: dict[str, Any]):
+    assert policy_from_hf({f"seerattn_{k}": v for k, v in keys.items()}) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(sparsity_method="best"), "must be one of threshold, nz_ratio, token_budget; got 'best'"),
+        (dict(sparsity_method="threshold"), "'threshold' needs a number as seerattn_threshold; got None"),
+        (dict(sparsity_method="nz_ratio", nz_ratio="0.5"), "'nz_ratio' needs a number as seerattn_nz_ratio; got '0.5'"),
+        (dict(sparsity_method="token_budget", token_budget=True), "needs a number as seerattn_token_budget; got True"),
+        (dict(sparsity_method="threshold", threshold=1.5), r"lies in \[0, 1\); got 1.5"),
+    ],
+)
+def test_wrong_policies_are_refused(keys: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        policy_from_hf({f"seerattn_{k}": v for k, v in keys.items()})
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Dense(), r"A gate can recommend Threshold, TopK or TokenBudget, ranked by the gate itself; got Dense\(\)"),
+        (TopK(0.5, Oracle()), "ranked by the gate itself; got TopK"),
+        (Threshold(jnp.full((4, 1, 1), 0.1)), r"one threshold for all heads; got an array of shape \(4, 1, 1\)"),
+        (TopK(0.5, dense_last_rows=1), "last 2 block rows are dense, or none; got dense_last_rows=1"),
+    ],
+)
+def test_policies_that_the_keys_cannot_express_are_refused(policy: Policy, message: str):
+    with pytest.raises(ValueError, match=message):
+        policy_to_hf(policy, PrefillGateConfig())
+
+
+def test_the_last_rows_mean_nothing_for_decoding():
+    keys = policy_to_hf(Threshold(jnp.float32(0.5), dense_last_rows=1), DecodeGateConfig())
+    assert keys == {"seerattn_sparsity_method": "threshold", "seerattn_threshold": 0.5}

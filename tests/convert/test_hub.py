@@ -1,0 +1,132 @@
+"""Folders first, then the hub; its call is stubbed, the network is never touched."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from seer_jax.convert import load_base, load_gates
+from seer_jax.convert.base import BASE_PATTERNS
+from seer_jax.convert.hub import read_config, resolve, write_config
+from tests.golden.data import transformers_case, write_base, write_gates
+
+
+class Hub:
+    """Stands for huggingface_hub.snapshot_download and notes how it was called."""
+
+    def __init__(self, answer: Any):
+        self.answer, self.calls = answer, []
+
+    def __call__(self, repo_id: str, **options: Any) -> str:
+        self.calls.append((repo_id, options))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+def http(kind: type[Exception]) -> Exception:
+    """An error as the hub's client raises it, without the response of a server."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "from the hub")
+    return error
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stub = Hub(AssertionError("the hub must not be asked"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stub)
+    return stub
+
+
+def test_a_folder_wins_over_a_hub_id(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("owner/name", ["*"]) == Path("owner/name")
+    assert resolve(tmp_path, ["*"]) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/owner", ["*"]) == tmp_path / "owner"
+    assert hub.calls == []
+
+
+def test_a_hub_id_is_downloaded_by_patterns(hub: Hub, tmp_path: Path):
+    hub.answer = tmp_path
+    assert resolve("owner/name", ("config.json", "*.safetensors"), revision="v2") == tmp_path
+    assert hub.calls == [("owner/name", dict(revision="v2", allow_patterns=["config.json", "*.safetensors"]))]
+
+
+def test_models_and_gates_load_from_the_hub(hub: Hub, tmp_path: Path):
+    hub.answer = write_base(tmp_path / "base", transformers_case("llama_llama3"))
+    assert load_base("owner/model").config.family == "llama"
+    hub.answer = write_gates(tmp_path / "gates", "prefill_llama_a")
+    assert load_gates("owner/gates").config.gate_dim == 64
+    assert [(repo, options["allow_patterns"]) for repo, options in hub.calls] == [
+        ("owner/model", list(BASE_PATTERNS)),
+        ("owner/gates", ["config.json", "attn_gate_weights.pth", "attn_gate_weights.safetensors"]),
+    ]
+
+
+ERRORS = {
+    "no such model": (
+        http(errors.RepositoryNotFoundError),
+        FileNotFoundError,
+        r"neither a folder 'owner/name' nor a model of that name on the hub\. Check the spelling; for a private model log in",
+    ),
+    "gated": (
+        http(errors.GatedRepoError),
+        PermissionError,
+        r"only to users who accepted its terms\. Accept them on https://huggingface\.co/owner/name, then log in",
+    ),
+    "no such revision": (http(errors.RevisionNotFoundError), FileNotFoundError, "no revision 'v9' of 'owner/name'"),
+    "no connection": (
+        errors.LocalEntryNotFoundError("x"),
+        ConnectionError,
+        r"'owner/name' is not a local folder, is not complete in the cache, and the hub can't be reached",
+    ),
+    "incomplete in the cache": (errors.IncompleteSnapshotError("x", "y"), ConnectionError, "not complete in the cache"),
+    "offline": (errors.OfflineModeIsEnabled("x"), ConnectionError, "because HF_HUB_OFFLINE is set"),
+    "not a valid id": (
+        errors.HFValidationError("bad"),
+        FileNotFoundError,
+        r"is no valid hub id \(bad\)\. Check the path",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_of_the_hub_say_what_to_do(name: str, hub: Hub):
+    hub.answer, error, message = ERRORS[name]
+    with pytest.raises(error, match=message) as caught:
+        resolve("owner/name", ["*"], revision="v9")
+    assert caught.value.__cause__ is hub.answer
+
+
+def test_offline_mode_is_honoured_by_the_real_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="can't be reached because HF_HUB_OFFLINE is set"):
+        resolve("owner/name", ["*"])
+
+
+@pytest.mark.parametrize("name", ["model", "a/b/c", "./a", "../a/b", "/a/b", "~x/b", "a/", "a\\b/c", "-a/b", ""])
+def test_what_can_only_be_a_path_is_not_asked_for(name: str, hub: Hub):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*', and a hub id has the form 'owner/name'"):
+        resolve(name, ["*"])
+    assert hub.calls == []
+
+
+def test_a_file_is_no_folder(hub: Hub, tmp_path: Path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        NotADirectoryError, match=r"Expected the folder of a model, got the file .*Give the folder that holds it"
+    ):
+        resolve(tmp_path / "model.safetensors", ["*"])
+
+
+def test_configurations_come_back(tmp_path: Path):
+    write_config(tmp_path, {"b": "ä", "a": [1, None]})
+    assert read_config(tmp_path) == {"a": [1, None], "b": "ä"}
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="must hold JSON"):
+        read_config(tmp_path)
