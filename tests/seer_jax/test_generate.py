@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from seer_jax import Generated, Transformer, generate, pad_prompts, stream
-from seer_jax.policies import Policy, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.policies import Given, Policy, SinkWindow, Threshold, TokenBudget, TopK
 from seer_jax.sampling import Sample, row_keys
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
@@ -78,6 +78,16 @@ def test_the_report_is_the_mean_share_of_blocks():
         decode = np.minimum(visible, 3) / visible
         np.testing.assert_allclose(generated.prefill_kept[:, row], prefill, rtol=1e-6)
         np.testing.assert_allclose(generated.decode_kept[:, row], decode.mean(), rtol=1e-6)
+
+
+def test_a_budget_of_one_block_keeps_the_current_block():
+    layers, batch, kv_heads = 2, len(LENGTHS), 2
+    own = dict(
+        prefill=Given(jnp.zeros((layers, batch, 1, 3, 3), bool), block_size=16),
+        decode=Given(jnp.zeros((layers, batch, kv_heads, 4), bool), block_size=16),
+    )
+    one = TokenBudget(16, SinkWindow())
+    assert run(prefill=one, decode=one).rows() == run(**own).rows()
 
 
 def test_sparse_phases_are_independent():

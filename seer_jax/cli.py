@@ -1,0 +1,208 @@
+"""The command `seer-jax`. A subcommand imports what it needs when it runs, so that help comes at once.
+
+Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seer_jax.model import Transformer
+    from seer_jax.train import DistillConfig
+
+PROGRAM = "seer-jax"
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+TINY_LM = "tiny-lm"
+TRACEBACK = "--traceback"
+TRAIN_DESCRIPTION = """Distils gates from a frozen model.
+
+--config FILE (.yaml or .json) or --recipe prefill|decode (the settings of the papers) gives the settings to start from; the
+options below change single ones. The gates are written to OUTPUT/prefill_gate and OUTPUT/decode_gate."""
+
+# What a user can cause and mend; anything else is a defect of ours, and shows where.
+EXPECTED = (ValueError, OSError, NotImplementedError, ImportError, FloatingPointError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+      summary: one line for the help.
+      run: from its arguments to the exit code.
+    """
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line (that of the process if None) and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = TRACEBACK in words
+    words = [word for word in words if word != TRACEBACK]
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return OK if words else USAGE
+    name, *rest = words
+    if name == "--version":
+        import seer_jax
+
+        print(PROGRAM, seer_jax.__version__)
+        return OK
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}."
+        print(f"{PROGRAM}: there is no command {name!r}; {hint} See {PROGRAM} --help.", file=sys.stderr)
+        return USAGE
+    try:
+        return COMMANDS[name].run(rest)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except EXPECTED as error:
+        if show_traceback:
+            raise
+        print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: {PROGRAM} COMMAND [OPTIONS]
+
+Learned block-sparse attention for long-context language models.
+
+{commands}
+
+{PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version tells the version.
+{TRACEBACK} with any command shows where an error came from. {TINY_LM} stands for the bundled model."""
+
+
+def _parse[C](kind: type[C], name: str, words: list[str], **settings: Any) -> C:
+    """The configuration that the command line describes; prints help or what is wrong, and exits, where it doesn't."""
+    import tyro
+
+    style = (tyro.conf.EnumChoicesFromValues,)
+    return _with_bundled_model(tyro.cli(kind, prog=f"{PROGRAM} {name}", args=words, config=style, **settings))
+
+
+def _with_bundled_model[C](config: C) -> C:
+    """Puts the folder of the bundled model in place of its name."""
+    fields: Any = config
+    names = [field.name for field in dataclasses.fields(fields) if getattr(config, field.name) == TINY_LM]
+    if not names:
+        return config
+    from seer_jax import tiny_lm
+
+    return dataclasses.replace(fields, **{name: str(tiny_lm.path()) for name in names if name in ("model", "base")})
+
+
+def _demo(words: list[str]) -> int:
+    from seer_jax.demo import DemoConfig, demo
+
+    demo(_parse(DemoConfig, "demo", words))
+    return OK
+
+
+def _convert(words: list[str]) -> int:
+    from seer_jax.convert import ConvertConfig, convert
+
+    print(convert(_parse(ConvertConfig, "convert", words)))
+    return OK
+
+
+def _verify(words: list[str]) -> int:
+    from seer_jax.convert import VerifyConfig, verify
+
+    report = verify(_parse(VerifyConfig, "verify", words))
+    print(report)
+    return OK if report.passed else FAILED
+
+
+def _train(words: list[str]) -> int:
+    from seer_jax.train import DistillConfig, distill
+
+    default, rest = _train_defaults(words)
+    config = _parse(DistillConfig, "train", rest, default=default, description=TRAIN_DESCRIPTION)
+    distill(config, save=lambda model, folder: _save_gates(config, model, folder))
+    return OK
+
+
+def _train_defaults(words: list[str]) -> "tuple[DistillConfig, list[str]]":
+    """What a configuration file or a recipe sets, and the options that are left for its single settings."""
+    from seer_jax.train import DistillConfig
+    from seer_jax.train.config import load_config
+
+    parser = argparse.ArgumentParser(f"{PROGRAM} train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--recipe", choices=["prefill", "decode"])
+    given, rest = parser.parse_known_args(words)
+    if given.config is not None and given.recipe is not None:
+        parser.error("--config and --recipe both give the settings to start from; choose one")
+    if given.config is not None:
+        return load_config(DistillConfig, given.config), rest
+    return (DistillConfig.decode_recipe() if given.recipe == "decode" else DistillConfig.prefill_recipe()), rest
+
+
+def _save_gates(config: "DistillConfig", model: "Transformer", folder: Path) -> None:
+    """Writes the gates in the release's layout, each into a folder of its own, and says how to use them."""
+    from seer_jax.convert import save_gates
+    from seer_jax.convert.hub import read_config, resolve
+
+    hf_config = read_config(resolve(config.model, ("config.json",)))
+    gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
+    places = []
+    for kind, gate in gates.items():
+        if gate is not None:
+            place = folder / f"{kind}_gate"
+            save_gates(gate, place, base_model=config.model, hf_config=hf_config)
+            places.append(str(place))
+    print(f"Gates: {', '.join(places)}")
+    print(f"Use them: {PROGRAM} generate --model {config.model} --gates {' '.join(places)} --prompt ...")
+
+
+def _generate(words: list[str]) -> int:
+    from seer_jax.commands import GenerateConfig, run_generate
+
+    run_generate(_parse(GenerateConfig, "generate", words))
+    return OK
+
+
+def _eval(words: list[str]) -> int:
+    from seer_jax.evaluate import EvalConfig, evaluate
+
+    evaluate(_parse(EvalConfig, "eval", words))
+    return OK
+
+
+def _info(words: list[str]) -> int:
+    argparse.ArgumentParser(f"{PROGRAM} info", description=COMMANDS["info"].summary).parse_args(words)
+    from seer_jax.commands import describe
+
+    print(describe())
+    return OK
+
+
+COMMANDS = {
+    "demo": Command("distil gates for the bundled model and compare them with other ways to choose blocks", _demo),
+    "convert": Command("write gates in another format, alone or with their base model", _convert),
+    "verify": Command("compare the logits of a base model with a reference", _verify),
+    "train": Command("distil gates: --config FILE or --recipe prefill|decode, then single settings", _train),
+    "generate": Command("continue a prompt, densely or sparsely, while it is being made", _generate),
+    "eval": Command("measure a model's quality at given densities", _eval),
+    "info": Command("tell versions, devices and implementations", _info),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""What `seer-jax generate` and `seer-jax info` do, and how policies are written on a command line."""
+
+import dataclasses
+import enum
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import jax
+import tyro
+
+import seer_jax
+from pallas_kernels.backends import Operation
+from seer_jax.generate import Generated, stream
+from seer_jax.model import Transformer
+from seer_jax.policies import Dense, Gate, Oracle, Policy, Random, Scorer, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.pretrained import from_pretrained, load_tokenizer
+from seer_jax.sampling import Greedy, Sample, Sampling
+from seer_jax.text import Tokenizer
+
+TINY_LM = "tiny-lm"
+SCORERS: dict[str, Scorer] = {"gate": Gate(), "oracle": Oracle(), "window": SinkWindow(), "random": Random()}
+POLICY_SYNTAX = "dense|threshold:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random]"
+
+CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
+OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "cuda13", "matplotlib": "plot", "tensorboardX": "train", "datasets": "data"}
+OPERATION_FOLDERS = ("block_sparse_attention", "block_ground_truth", "sparse_decode", "gate_selection")
+
+
+def parse_policy(text: str) -> Policy:
+    """A sparsity policy as written on a command line.
+
+    >>> parse_policy("threshold:5e-4")
+    Threshold(threshold=0.0005, scorer=Gate(), dense_last_rows=2)
+    >>> parse_policy("budget:4096:oracle")
+    TokenBudget(tokens=4096, scorer=Oracle())
+
+    Raises:
+      ValueError: it is none.
+    """
+    name, _, rest = text.partition(":")
+    value, _, scorer = rest.partition(":")
+    try:
+        if name == "dense" and not rest:
+            return Dense()
+        ranking = SCORERS[scorer or "gate"]
+        match name:
+            case "threshold":
+                return Threshold(float(value), ranking)
+            case "topk":
+                return TopK(float(value), ranking)
+            case "budget":
+                return TokenBudget(int(value), ranking)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"A policy is written {POLICY_SYNTAX}; got {text!r} ({error}).") from error
+    raise ValueError(f"A policy is written {POLICY_SYNTAX}; got {text!r}.")
+
+
+def write_policy(policy: Policy) -> str:
+    """The inverse of `parse_policy`, for help texts."""
+    scorer = next((name for name, kind in SCORERS.items() if kind == getattr(policy, "scorer", None)), "gate")
+    suffix = "" if scorer == "gate" else f":{scorer}"
+    match policy:
+        case Threshold():
+            return f"threshold:{policy.threshold}{suffix}"
+        case TopK():
+            return f"topk:{policy.density}{suffix}"
+        case TokenBudget():
+            return f"budget:{policy.tokens}{suffix}"
+    return "dense"
+
+
+PolicyArgument = Annotated[
+    Policy,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="POLICY",
+        instance_from_str=lambda words: parse_policy(words[0]),
+        is_instance=lambda value: isinstance(value, Policy),
+        str_from_instance=lambda policy: [write_policy(policy)],
+    ),
+]
+
+
+class DType(enum.StrEnum):
+    """Arithmetic of the base model."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Continues a prompt; the text appears while it is made.
+
+    A policy is written dense, threshold:P, topk:DENSITY or budget:TOKENS, for example threshold:5e-4, topk:0.1, budget:4096;
+    with :oracle, :window or :random behind it blocks are ranked by something else than the learned gate.
+
+    Attributes:
+      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      gates: folders or hub ids of one prefill gate, one decode gate, or both.
+      prompt: the text to continue.
+      prompt_file: file that holds it. Without prompt and file it is read from standard input.
+      chat: take the prompt as a user's message, and write it as the model's chat template says.
+      system: system message before it; with chat alone.
+      prefill: blocks that the prompt's tokens attend to (a policy).
+      decode: blocks that each new token attends to (a policy).
+      max_new_tokens: generation ends there, or at the model's end-of-text token.
+      temperature: 0 takes the likeliest token, above 0 draws.
+      top_k: draw from this many best tokens; None: from all.
+      top_p: draw from the best tokens that hold this share of the probability; None: from all.
+      seed: seed of the draws.
+      dtype: arithmetic of the base model; None: bfloat16, on a CPU float32.
+      beyond_context: allow more tokens than the model was made for.
+      stats: report speed and kept blocks on standard error.
+    """
+
+    model: str = TINY_LM
+    gates: tuple[str, ...] = ()
+    prompt: str | None = None
+    prompt_file: Path | None = None
+    chat: bool = False
+    system: str | None = None
+    prefill: PolicyArgument = Dense()
+    decode: PolicyArgument = Dense()
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    dtype: DType | None = None
+    beyond_context: bool = False
+    stats: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("The prompt comes from prompt or from prompt_file; got both.")
+        if self.system is not None and not self.chat:
+            raise ValueError("A system message is part of a conversation; got system without chat.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is 0 (the likeliest token) or above; got {self.temperature}.")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise ValueError(
+                "top_k and top_p say what is drawn from; got them with temperature 0, which draws nothing."
+            )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sample(self.temperature, self.top_k, self.top_p) if self.temperature > 0 else Greedy()
+
+
+def run_generate(config: GenerateConfig, out: TextIO | None = None) -> Generated:
+    """Writes the continuation to `out`, standard output if None.
+
+    Raises:
+      ValueError, OSError: see `from_pretrained`, `load_tokenizer` and `generate`.
+    """
+    tokenizer = load_tokenizer(config.model)
+    tokens = _prompt_tokens(config, tokenizer)
+    dtype = config.dtype or (DType.FLOAT32 if jax.default_backend() == "cpu" else DType.BFLOAT16)
+    model = from_pretrained(config.model, config.gates, dtype=dtype.value)
+    clock = _Clock()
+    result = _write_stream(config, model, tokenizer, tokens, out or sys.stdout, clock)
+    if config.stats:
+        kept = f"prefill {float(result.prefill_kept.mean()):.1%}, decode {float(result.decode_kept.mean()):.1%}"
+        print(f"[{len(tokens)} prompt tokens; {clock}; blocks kept: {kept}]", file=sys.stderr)
+    return result
+
+
+def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
+    if config.prompt is not None:
+        text = config.prompt
+    elif config.prompt_file is not None:
+        text = config.prompt_file.read_text(encoding="utf-8")
+    else:
+        text = sys.stdin.read()
+    if config.chat:
+        system = [] if config.system is None else [dict(role="system", content=config.system)]
+        return tokenizer.encode_chat([*system, dict(role="user", content=text)])
+    tokens = tokenizer.encode(text)
+    if not tokens:
+        raise ValueError(
+            "A prompt has at least one token; got an empty text. Give --prompt, --prompt-file or text on stdin."
+        )
+    return tokens
+
+
+class _Clock:
+    """When tokens came: the first and the second time include compilation."""
+
+    def __init__(self) -> None:
+        self._marks = [(time.perf_counter(), 0)]
+
+    def add(self, tokens: int) -> None:
+        self._marks.append((time.perf_counter(), self._marks[-1][1] + tokens))
+
+    def __str__(self) -> str:
+        (begin, _), (end, count) = self._marks[0], self._marks[-1]
+        text = f"{count} new in {end - begin:.1f} s with compilation"
+        if len(self._marks) > 3:
+            since, before = self._marks[2]
+            text += f", {(count - before) / max(end - since, 1e-9):.1f} tokens/s after it"
+        return text
+
+
+def _write_stream(
+    config: GenerateConfig, model: Transformer, tokenizer: Tokenizer, tokens: list[int], out: TextIO, clock: _Clock
+) -> Generated:
+    pieces = stream(
+        model,
+        [tokens],
+        max_new_tokens=config.max_new_tokens,
+        prefill=config.prefill,
+        decode=config.decode,
+        sampling=config.sampling,
+        key=jax.random.key(config.seed),
+        beyond_context=config.beyond_context,
+    )
+    text = tokenizer.stream()
+    while True:
+        try:
+            (new,) = next(pieces)
+        except StopIteration as end:
+            print(text.finish(), file=out, flush=True)
+            return end.value
+        clock.add(len(new))
+        print(text.push(new), end="", file=out, flush=True)
+
+
+def describe() -> str:
+    """Versions, devices, and which implementation each operation uses on them."""
+    lines = [
+        f"seer-jax {seer_jax.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        "",
+        "Packages",
+    ]
+    lines += [f"  {name:<18} {importlib.metadata.version(name)}" for name in CORE_PACKAGES]
+    for name, extra in OPTIONAL_PACKAGES.items():
+        try:
+            lines.append(f"  {name:<18} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"  {name:<18} not installed (pip install 'seer-jax[{extra}]')")
+    lines += ["", "Devices"]
+    lines += [f"  {device.platform}:{device.id}  {device.device_kind}" for device in jax.devices()]
+    lines += [f"  CPU cores         {os.cpu_count()}", "", "Operations"]
+    for operation in map(_operation, OPERATION_FOLDERS):
+        first, *further = operation.preferred + operation.others
+        lines.append(f"  {operation.name:<28} {first} (also there: {', '.join(further)})")
+    return "\n".join(lines)
+
+
+def _operation(folder: str) -> Operation:
+    api = importlib.import_module(f"pallas_kernels.{folder}.api")
+    return next(value for value in vars(api).values() if isinstance(value, Operation))
