@@ -66,7 +66,7 @@ def dense_attention(
     @jax.checkpoint
     def attend(chunk: jax.Array, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         rows = jnp.minimum(chunk * size + jnp.arange(size), tokens - 1)
-        mask = jnp.broadcast_to(rows[:, None] >= jnp.arange(keys.shape[2]), (batch, size, keys.shape[2]))
+        mask = jnp.broadcast_to(rows[:, None] >= jnp.arange(keys.shape[2])[None], (batch, size, keys.shape[2]))
         if segment_ids is not None:
             mask &= segment_ids[:, rows, None] == segment_ids[:, None, : keys.shape[2]]
         folded = queries.reshape(batch, kv_heads, group * size, dim)
