@@ -1,0 +1,85 @@
+"""Models by name: base, gates, EOS tokens, devices."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seer_jax import from_pretrained, load_tokenizer
+from seer_jax.convert import save_base, save_gates
+from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
+from tests.seer_jax.test_text import TINY_LM
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, prefill/, decode/ and another model's gate."""
+    root, model, other = tmp_path_factory.mktemp("saved"), tiny_model(), tiny_model(QWEN3)
+    save_base(model, root / "base")
+    for kind, gate in (("prefill", model.prefill_gate), ("decode", model.decode_gate), ("other", other.prefill_gate)):
+        assert gate is not None
+        save_gates(gate, root / kind, base_model="base")
+    return root
+
+
+def test_a_model_comes_back_with_its_gates(saved: Path):
+    expected = tiny_model()
+    for places in ([saved / "prefill", saved / "decode"], (str(saved / "decode"), str(saved / "prefill"))):
+        model = from_pretrained(saved / "base", places, dtype=jnp.float32)
+        assert jax.tree.structure(model) == jax.tree.structure(expected)
+        for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_gates_are_optional_and_the_base_is_bfloat16(saved: Path):
+    model = from_pretrained(str(saved / "base"))
+    assert model.prefill_gate is None and model.decode_gate is None
+    assert model.dtype == jnp.bfloat16
+    model = from_pretrained(saved / "base", saved / "decode")
+    assert model.prefill_gate is None and model.decode_gate is not None
+    assert model.decode_gate.linear_k.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [(None, (5,)), ({}, (5,)), (dict(eos_token_id=7), (7,)), (dict(eos_token_id=[7, 9]), (7, 9))],
+)
+def test_the_generation_config_names_the_eos_tokens(saved: Path, tmp_path: Path, generation, expected: tuple[int, ...]):
+    folder = shutil.copytree(saved / "base", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text()) | dict(eos_token_id=5)
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert from_pretrained(folder).config.eos_token_ids == expected
+
+
+def test_a_mesh_of_one_device_takes_the_model(saved: Path):
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    model = from_pretrained(saved / "base", saved / "prefill", mesh=mesh)
+    assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(model))
+
+
+def test_the_tokenizer_is_found_beside_the_model():
+    assert load_tokenizer(str(TINY_LM)).decode(load_tokenizer(TINY_LM).encode("def")) == "def"
+
+
+def test_what_does_not_fit_is_refused(saved: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"one gate of each kind; got .*prefill \(PrefillGate\), .*\(PrefillGate\)"):
+        from_pretrained(saved / "base", [saved / "prefill", saved / "prefill"])
+    with pytest.raises(ValueError, match=f"expected family={LLAMA.family}, got {QWEN3.family}"):
+        from_pretrained(saved / "base", saved / "other")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        from_pretrained(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        load_tokenizer(tmp_path / "absent")
+    mesh = jax.sharding.Mesh(jax.devices()[:1] * 2, ("data",))
+    with pytest.raises(NotImplementedError, match="one device for now; got 2 devices"):
+        from_pretrained(saved / "base", mesh=mesh)
+    folder = shutil.copytree(saved / "base", tmp_path / "base")
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config.json must hold a JSON object"):
+        from_pretrained(folder)
