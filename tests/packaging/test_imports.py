@@ -1,6 +1,7 @@
 """Imports point one way and stay light."""
 
 import ast
+import importlib.metadata
 import os
 import statistics
 import subprocess
@@ -8,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from tests.packaging.checkout import modules
+from tests.packaging.checkout import PROJECT, modules
 
 KERNELS_MAY_IMPORT = {"jax", "numpy", "jaxtyping", "pallas_kernels"}
 # These two lead to the rest of the product, and only from inside functions.
@@ -18,7 +21,10 @@ HEAVY = ["torch", "tensorflow", "transformers", "orbax", "matplotlib", "datasets
 
 
 def imports(module: str, path: Path, *, module_level: bool) -> set[str]:
-    """Returns the full names that a module imports, relative imports resolved."""
+    """Returns the full names that a module imports, relative imports resolved.
+
+    At module level are those that run when the module is imported: none in functions or for type checkers alone.
+    """
 
     class Visitor(ast.NodeVisitor):
         def __init__(self):
@@ -37,6 +43,10 @@ def imports(module: str, path: Path, *, module_level: bool) -> set[str]:
 
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
             if not module_level:
+                self.generic_visit(node)
+
+        def visit_If(self, node: ast.If) -> None:
+            if not (module_level and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
                 self.generic_visit(node)
 
     visitor = Visitor()
@@ -92,6 +102,26 @@ def test_heavy_packages_are_imported_when_needed(module: str):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def third_party() -> set[str]:
+    """Returns the distributions that the packages import."""
+    names = set().union(*(imports(*module, module_level=False) for module in modules().items()))
+    tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"seer_jax", "pallas_kernels"}
+    provided_by = importlib.metadata.packages_distributions()
+    return {canonicalize_name(provided_by[top][0]) for top in tops if top in provided_by}
+
+
+def declared(lines: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def test_dependencies_are_what_is_imported():
+    core = declared(PROJECT["project"]["dependencies"])
+    extras = set().union(*(declared(lines) for lines in PROJECT["project"]["optional-dependencies"].values()))
+    imported = third_party()
+    assert imported <= core | extras, "imported, not declared"
+    assert core <= imported, "declared, not imported"
+
+
 def processor_seconds(code: str) -> float:
     """Returns the processor time of a fresh interpreter: unlike wall time, other processes hardly change it."""
     pid = os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
@@ -102,7 +132,7 @@ def processor_seconds(code: str) -> float:
 
 def test_import_time():
     ours, theirs = [], []
-    for _ in range(5):
+    for _ in range(3):
         theirs.append(processor_seconds("import jax, flax.nnx"))
         ours.append(processor_seconds("import seer_jax"))
     assert statistics.median(ours) <= 1.5 * statistics.median(theirs), f"{ours} {theirs}"
