@@ -22,6 +22,15 @@ class RopeKind(enum.StrEnum):
     YARN = "yarn"
 
 
+# Without these a scaling means nothing; a default in their place would give a model that runs and is wrong.
+_ROPE_NEEDS = {
+    RopeKind.DEFAULT: (),
+    RopeKind.LINEAR: ("factor",),
+    RopeKind.LLAMA3: ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    RopeKind.YARN: ("factor",),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding.
@@ -68,9 +77,17 @@ class RopeConfig:
                 "can't be computed exactly, so it is refused."
             )
         kind = RopeKind(name)
+        missing = [key for key in _ROPE_NEEDS[kind] if raw.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"RoPE of type {name!r} needs {', '.join(missing)}; got {sorted(raw)}. Complete config.json."
+            )
+        partial = raw.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        if partial != 1:
+            raise ValueError(f"RoPE must rotate all channels of a head; got partial_rotary_factor {partial}.")
         context = int(config.get("max_position_embeddings") or 8192)
         original = int(raw.get("original_max_position_embeddings") or context)
-        factor = float(raw.get("factor") or (context / original if kind is RopeKind.YARN else 1.0))
+        factor = float(raw["factor"]) if "factor" in _ROPE_NEEDS[kind] else 1.0
         keys = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate")
         given = {k: raw[k] for k in keys if raw.get(k) is not None}
         attention = _yarn_attention_factor(raw, factor) if kind is RopeKind.YARN else 1.0
