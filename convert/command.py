@@ -14,15 +14,9 @@ from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_g
 from seer_jax.convert.hub import read_config, resolve
 from seer_jax.convert.logits import Bounds, LogitsReport, verify_logits
 from seer_jax.families import config_from_hf
+from seer_jax.text import TOKENIZER_PATTERNS
 
-_TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "*.jinja",
-)
+_MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
 
 
 class DType(enum.StrEnum):
@@ -87,7 +81,7 @@ def convert(config: ConvertConfig) -> Path:
     policy, base_model = policy_from_hf(hf), hf.get("base_model", "")
     base = None
     if config.base is not None:
-        base = resolve(config.base, (*BASE_PATTERNS, *_TOKENIZER_PATTERNS) if config.include_base else ("config.json",))
+        base = resolve(config.base, _MODEL_PATTERNS if config.include_base else ("config.json",))
         hf, base_model = read_config(base), config.base
     for folder in (source, base):
         if folder is not None and config.output.resolve() == folder.resolve():
@@ -115,6 +109,6 @@ def verify(config: VerifyConfig) -> LogitsReport:
 def _copy(base: Path, output: Path) -> None:
     """Copies model and tokenizer; files that the hub's cache links to are copied as files."""
     output.mkdir(parents=True, exist_ok=True)
-    names = {path.name for pattern in (*BASE_PATTERNS, *_TOKENIZER_PATTERNS) for path in base.glob(pattern)}
+    names = {path.name for pattern in _MODEL_PATTERNS for path in base.glob(pattern)}
     for name in sorted(names):
         shutil.copyfile(os.path.realpath(base / name), output / name)
