@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import jax
 import tyro
@@ -155,8 +155,8 @@ class GenerateConfig:
         return Sample(self.temperature, self.top_k, self.top_p) if self.temperature > 0 else Greedy()
 
 
-def run_generate(config: GenerateConfig, out: TextIO | None = None) -> Generated:
-    """Writes the continuation to `out`, standard output if None.
+def run_generate(config: GenerateConfig) -> Generated:
+    """Writes the continuation to standard output.
 
     Raises:
       ValueError, OSError: see `from_pretrained`, `load_tokenizer` and `generate`.
@@ -166,7 +166,7 @@ def run_generate(config: GenerateConfig, out: TextIO | None = None) -> Generated
     dtype = config.dtype or (DType.FLOAT32 if jax.default_backend() == "cpu" else DType.BFLOAT16)
     model = from_pretrained(config.model, config.gates, dtype=dtype.value)
     clock = _Clock()
-    result = _write_stream(config, model, tokenizer, tokens, out or sys.stdout, clock)
+    result = _write_stream(config, model, tokenizer, tokens, clock)
     if config.stats:
         kept = f"prefill {float(result.prefill_kept.mean()):.1%}, decode {float(result.decode_kept.mean()):.1%}"
         print(f"[{len(tokens)} prompt tokens; {clock}; blocks kept: {kept}]", file=sys.stderr)
@@ -210,7 +210,7 @@ class _Clock:
 
 
 def _write_stream(
-    config: GenerateConfig, model: Transformer, tokenizer: Tokenizer, tokens: list[int], out: TextIO, clock: _Clock
+    config: GenerateConfig, model: Transformer, tokenizer: Tokenizer, tokens: list[int], clock: _Clock
 ) -> Generated:
     pieces = stream(
         model,
@@ -227,10 +227,10 @@ def _write_stream(
         try:
             (new,) = next(pieces)
         except StopIteration as end:
-            print(text.finish(), file=out, flush=True)
+            print(text.finish(), flush=True)
             return end.value
         clock.add(len(new))
-        print(text.push(new), end="", file=out, flush=True)
+        print(text.push(new), end="", flush=True)
 
 
 def describe() -> str:
