@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -26,9 +26,7 @@ class DataConfig(SourceConfig):
     min_length: int | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Rows of tokens with their sequences, see `packing.Row`."""
 
     tokens: Int[Array | np.ndarray, "*b T"]

@@ -76,7 +76,7 @@ def distillation_pass(
             f"A pass teaches gates of one block size; got block sizes {sorted(sizes)}. Attach a gate, or use one size."
         )
     block_size = sizes.pop()
-    segment_ids, positions = jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions)
+    segment_ids, positions = batch.segment_ids, batch.positions
 
     def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         q_rotated, k_rotated = rotate(q, k, positions, model.config)
@@ -106,7 +106,7 @@ def distillation_pass(
             decode = _teach(context.decode_gate, decode_logits, target, weights.decode, recall_density)
         return scored.output, state, PassReport(prefill, decode)
 
-    return model.scan(jnp.asarray(batch.tokens), attend)[2]
+    return model.scan(batch.tokens, attend)[2]
 
 
 def packed_prefill_logits(

@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from flax import nnx
 
 from seer_jax.model import Transformer
 from seer_jax.train.checkpoint import Checkpoints, RunState
@@ -26,7 +25,7 @@ from seer_jax.train.metrics import MetricsLog
 from seer_jax.train.optimizer import make_optimizer, make_schedule
 from seer_jax.train.packing import PackedDataset
 from seer_jax.train.progress import ConsoleProgress, StepReport
-from seer_jax.train.step import Step, Task, Weights, make_step
+from seer_jax.train.step import FrozenWeights, Step, Task, Weights, make_step
 
 IN_FLIGHT = 2  # steps that metrics lag behind, so that the device has the next step at hand while the host reads them
 SPEED_WINDOW = 20  # steps that tokens per second are averaged over
@@ -60,7 +59,7 @@ def run_folder(config: TrainConfig) -> Path | None:
 def run(
     task: Task,
     trained: Weights,
-    frozen: nnx.State,
+    frozen: FrozenWeights,
     dataset: PackedDataset,
     config: TrainConfig,
     settings: dict[str, Any],
@@ -113,7 +112,7 @@ def run(
     return TrainResult(model, state.step, reporter.last, dataset)
 
 
-def _steps(step: Step, state: RunState, frozen: nnx.State, dataset: PackedDataset, config: TrainConfig) -> Iterator:
+def _steps(step: Step, state: RunState, frozen: FrozenWeights, dataset: PackedDataset, config: TrainConfig) -> Iterator:
     """The run's remaining steps: (state after it, its metrics, still on the device)."""
     stream = batches(dataset, config.batch_size, seed=config.seed, start=state.position)
     for number in range(state.step, config.steps):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from seer_jax.train.data import Batch
 
 # Weights by name, nested as the model is: {"decode_gate": {"linear_k": array}}.
 Weights = dict[str, Any]
+# An nnx.State with all other weights.
+FrozenWeights = Any
 # Values that add up over the parts of a batch.
 Sums = dict[str, Float32[Array, ""]]
 
@@ -34,13 +36,13 @@ class ModelParts:
     @classmethod
     def split(
         cls, model: Transformer, trains: Callable[[tuple, nnx.Variable], bool]
-    ) -> tuple["ModelParts", Weights, nnx.State]:
+    ) -> tuple["ModelParts", Weights, FrozenWeights]:
         """Takes a model apart: (how to merge it, weights for which `trains(path, variable)` is true, all others)."""
         graph, trained, frozen = nnx.split(model, trains, ...)
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained)
         return cls(graph, template), nnx.to_pure_dict(trained), frozen
 
-    def merge(self, trained: Weights, frozen: nnx.State) -> Transformer:
+    def merge(self, trained: Weights, frozen: FrozenWeights) -> Transformer:
         """The model, its weights in the number formats that it had when it was taken apart."""
         state = jax.tree.map(lambda x: x, self.template)
         nnx.replace_by_pure_dict(state, trained)
@@ -48,6 +50,7 @@ class ModelParts:
         return nnx.merge(self.graph, state, frozen)
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is trained, and by which loss."""
 
@@ -60,7 +63,7 @@ class Task(Protocol):
         """What each row of the loss counts, over the whole batch; leaves `[B, ...]`."""
         ...
 
-    def gradients(self, trained: Weights, frozen: nnx.State, batch: Batch, weights: Any) -> tuple[Weights, Sums]:
+    def gradients(self, trained: Weights, frozen: FrozenWeights, batch: Batch, weights: Any) -> tuple[Weights, Sums]:
         """Gradients of the loss of some rows of the batch, and what is needed for its metrics."""
         ...
 
@@ -69,7 +72,9 @@ class Task(Protocol):
         ...
 
 
-Step = Callable[[Weights, Any, nnx.State, Batch, Int[Array, ""]], tuple[Weights, Any, dict[str, Float32[Array, ""]]]]
+Step = Callable[
+    [Weights, Any, FrozenWeights, Batch, Int[Array, ""]], tuple[Weights, Any, dict[str, Float32[Array, ""]]]
+]
 
 
 def make_step(task: Task, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulation: int) -> Step:
@@ -85,12 +90,12 @@ def make_step(task: Task, optimizer: optax.GradientTransformation, schedule: opt
     """
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(trained: Weights, state: Any, frozen: nnx.State, batch: Batch, number: jax.Array) -> tuple:
+    def step(trained: Weights, state: Any, frozen: FrozenWeights, batch: Batch, number: jax.Array) -> tuple:
         gradients_of = functools.partial(task.gradients, trained, frozen)
         gradients, sums = _accumulate(gradients_of, (batch, task.weigh(batch)), accumulation)
         updates, state = optimizer.update(gradients, state, trained)
         metrics = task.metrics(sums)
-        metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": jnp.float32(schedule(number))}
+        metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": jnp.float32(schedule(number))}
         return optax.apply_updates(trained, updates), state, metrics
 
     return step

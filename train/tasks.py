@@ -14,7 +14,7 @@ from seer_jax.train.config import DistillConfig, Gates
 from seer_jax.train.data import Batch
 from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, lm_loss, lm_targets, prefill_rows, row_weights
-from seer_jax.train.step import ModelParts, Sums, Weights
+from seer_jax.train.step import FrozenWeights, ModelParts, Sums, Weights
 
 GATE_NAMES = {Gates.PREFILL: ("prefill_gate",), Gates.DECODE: ("decode_gate",)}
 GATE_NAMES[Gates.BOTH] = (*GATE_NAMES[Gates.PREFILL], *GATE_NAMES[Gates.DECODE])
@@ -29,7 +29,7 @@ class Distillation:
     block_size: int
 
     @classmethod
-    def start(cls, model: Transformer, config: DistillConfig) -> tuple["Distillation", Weights, nnx.State]:
+    def start(cls, model: Transformer, config: DistillConfig) -> tuple["Distillation", Weights, FrozenWeights]:
         """The task, float32 weights of the gates (copies), and the rest of the model."""
         names = GATE_NAMES[config.gates]
         parts, trained, frozen = ModelParts.split(model, lambda path, _: path[0] in names)
@@ -38,7 +38,7 @@ class Distillation:
 
     def weigh(self, batch: Batch) -> RowWeights:
         """The same weight for every row that the loss takes."""
-        ids, positions = jnp.asarray(batch.segment_ids), jnp.asarray(batch.positions)
+        ids, positions = batch.segment_ids, batch.positions
         names, config = GATE_NAMES[self.config.gates], self.config
         prefill = decode = None
         if "prefill_gate" in names:
@@ -48,7 +48,9 @@ class Distillation:
             decode = row_weights(decode_rows(ids, positions, block_size=self.block_size, skip=config.decode_skip))
         return RowWeights(prefill, decode)
 
-    def gradients(self, trained: Weights, frozen: nnx.State, batch: Batch, weights: RowWeights) -> tuple[Weights, Sums]:
+    def gradients(
+        self, trained: Weights, frozen: FrozenWeights, batch: Batch, weights: RowWeights
+    ) -> tuple[Weights, Sums]:
         """See `distillation_pass`."""
         model = self.parts.merge(trained, frozen)
         report = distillation_pass(model, batch, weights, recall_density=self.config.recall_density)
@@ -80,7 +82,7 @@ class LanguageModelling:
     packed: bool
 
     @classmethod
-    def start(cls, model: Transformer, *, packed: bool) -> tuple["LanguageModelling", Weights, nnx.State]:
+    def start(cls, model: Transformer, *, packed: bool) -> tuple["LanguageModelling", Weights, FrozenWeights]:
         """The task, float32 master copies of the base weights, and the rest of the model.
 
         Args:
@@ -92,19 +94,19 @@ class LanguageModelling:
 
     def weigh(self, batch: Batch) -> Float32[Array, "B T"]:
         """The same weight for every token whose successor belongs to its sequence."""
-        return row_weights(lm_targets(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids))[1])
+        return row_weights(lm_targets(batch.tokens, batch.segment_ids)[1])
 
     def gradients(
-        self, trained: Weights, frozen: nnx.State, batch: Batch, weights: Float32[Array, "B T"]
+        self, trained: Weights, frozen: FrozenWeights, batch: Batch, weights: Float32[Array, "B T"]
     ) -> tuple[Weights, Sums]:
         """Of the mean cross-entropy."""
-        tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
+        tokens, segment_ids = batch.tokens, batch.segment_ids
 
         def loss_of(trained: Weights) -> jax.Array:
             model = self.parts.merge(trained, frozen)
 
             def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-                q, k = rotate(q, k, jnp.asarray(batch.positions), model.config)
+                q, k = rotate(q, k, batch.positions, model.config)
                 return dense_attention(q, k, v, segment_ids=segment_ids if self.packed else None), state, None
 
             hidden = model.scan(tokens, attend)[0]

@@ -1,0 +1,185 @@
+"""The distillation pass and the compiled step: what they compute, what they train, and how much memory they take."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from seer_jax.train.config import Gates, OptimizerConfig
+from seer_jax.train.data import Batch
+from seer_jax.train.distillation import RowWeights, distillation_pass
+from seer_jax.train.loss import decode_rows, prefill_rows, row_weights
+from seer_jax.train.optimizer import make_optimizer, make_schedule
+from seer_jax.train.packing import Packing, pack
+from seer_jax.train.step import make_step
+from seer_jax.train.tasks import Distillation, LanguageModelling
+from seer_jax.train.tokens import TokenStore
+from tests.train.tiny import BLOCK, DECODE, LENGTH, PREFILL, distill_config, make_model, make_rows
+
+
+@functools.cache
+def model_with_gates():
+    return make_model(gates=(PREFILL, DECODE))
+
+
+def make_batch(rows: np.ndarray) -> Batch:
+    tokens = jnp.asarray(rows, jnp.int32)
+    return Batch(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+
+
+def weigh(batch: Batch) -> RowWeights:
+    place = (batch.segment_ids, batch.positions)
+    prefill = row_weights(prefill_rows(*place, block_size=BLOCK, skip=0.25))
+    return RowWeights(prefill, row_weights(decode_rows(*place, block_size=BLOCK, skip=0.5)))
+
+
+run = jax.jit(distillation_pass, static_argnames="recall_density")
+
+
+def in_first_row(row: tuple) -> Batch:
+    """A batch of two rows, the second one empty."""
+    return Batch(*(jnp.stack([jnp.asarray(x, jnp.int32), jnp.zeros(LENGTH, jnp.int32)]) for x in row))
+
+
+def test_packed_sequences_learn_as_they_would_alone():
+    documents = [make_rows(3)[i, :n] for i, n in enumerate((50, 30, 20))]
+    data = pack(
+        TokenStore.from_documents(documents), Packing.BEST_FIT, row_length=LENGTH, block_size=BLOCK, min_length=1
+    )
+    assert len(data) == 1
+    batch = in_first_row(data[0])
+    weights, reports, start = weigh(batch), [], 0
+    together = run(model_with_gates(), batch, weights)
+    for document in documents:
+        pad, blocks = (0, LENGTH - len(document)), -(-len(document) // BLOCK)
+        alone = [np.pad(x, pad) for x in (document, np.ones(len(document)), np.arange(len(document)))]
+        own = []
+        for weight, size in ((weights.prefill, 1), (weights.decode, BLOCK)):
+            place = slice(start * size, (start + blocks) * size)
+            own.append(jnp.zeros_like(weight).at[:, : blocks * size].set(weight[:, place]))
+        reports.append(run(model_with_gates(), in_first_row(alone), RowWeights(*own)))
+        start += blocks
+    total = jax.tree.map(lambda *parts: sum(parts), *reports)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), together, total)
+
+
+def test_one_gate_or_both_from_one_pass():
+    batch = make_batch(make_rows(2))
+    both = run(model_with_gates(), batch, weigh(batch))
+    for kind in ("prefill", "decode"):
+        other = {"prefill": "decode", "decode": "prefill"}[kind]
+        alone = run(model_with_gates(), batch, weigh(batch)._replace(**{other: None}))
+        assert getattr(alone, other) is None
+        ours, theirs = getattr(alone, kind), getattr(both, kind)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+
+
+def test_no_row_that_counts_teaches_nothing():
+    batch = make_batch(make_rows(2))
+    report = run(model_with_gates(), batch, jax.tree.map(jnp.zeros_like, weigh(batch)))
+    assert all(not np.any(x) for x in jax.tree.leaves(report))
+
+
+def test_gates_of_two_block_sizes_are_refused():
+    model = make_model(gates=(PREFILL, type(DECODE)(block_size=32, gate_dim=16)))
+    batch = make_batch(make_rows(1))
+    with pytest.raises(ValueError, match=r"gates of one block size; got block sizes \[16, 32\]"):
+        distillation_pass(model, batch, weigh(batch))
+
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
+
+
+def make_task(gates: Gates | None, layers: int = 2):
+    """(task, its weights, the rest, optimizer, schedule): distillation of gates, or fine-tuning."""
+    optimizer = make_optimizer(OPTIMIZER, 10), make_schedule(OPTIMIZER, 10)
+    model = make_model(layers=layers, gates=(PREFILL, DECODE))
+    if gates is not None:
+        return (*Distillation.start(model, distill_config(gates=gates)), *optimizer)
+    return (*LanguageModelling.start(model, packed=True), *optimizer)
+
+
+@pytest.mark.parametrize("gates", [Gates.DECODE, None])
+def test_accumulation_is_one_large_batch(gates):
+    task, trained, frozen, optimizer, schedule = make_task(gates)
+    documents = [row[:n] for row, n in zip(make_rows(6), (128, 90, 64, 128, 50, 40), strict=True)]
+    store = TokenStore.from_documents(documents)
+    data = pack(store, Packing.BEST_FIT, row_length=LENGTH, block_size=BLOCK)
+    batch = Batch(*(np.stack(x) for x in zip(*(data[i] for i in range(4)), strict=True)))  # unequal counts of rows
+    results = []
+    for parts in (1, 4):
+        step = make_step(task, optimizer, schedule, parts)
+        copies = jax.tree.map(jnp.copy, trained)
+        trained_now, _, metrics = step(copies, optimizer.init(copies), frozen, batch, np.int32(1))
+        results.append((trained_now, metrics))
+    # Adam turns the rounding of a vanishing gradient into a step of any size, so the gradient's norm is compared.
+    for name, value in results[0][1].items():
+        np.testing.assert_allclose(value, results[1][1][name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("gates", "names"),
+    [(Gates.PREFILL, {"prefill_gate"}), (Gates.DECODE, {"decode_gate"}), (Gates.BOTH, {"prefill_gate", "decode_gate"})],
+)
+def test_only_the_chosen_gates_have_optimizer_state(gates, names):
+    model = make_model(gates=(PREFILL, DECODE))
+    _, trained, frozen = Distillation.start(model, distill_config(gates=gates))
+    assert set(trained) == names
+    weights = sum(x.size for name in names for x in jax.tree.leaves(nnx.state(getattr(model, name))))
+    state = make_optimizer(OPTIMIZER, 10).init(trained)
+    assert sum(x.size for x in jax.tree.leaves(state) if x.ndim) == 2 * weights
+    assert sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim) == 8 * weights  # float32
+    total = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    assert sum(x.size for x in jax.tree.leaves(frozen)) == total - weights
+
+
+def test_finetuning_has_float32_masters_of_bfloat16_weights():
+    model = make_model(gates=(PREFILL,), dtype=jnp.bfloat16)
+    task, trained, frozen = LanguageModelling.start(model, packed=False)
+    assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+    assert "prefill_gate" not in trained
+    merged = task.parts.merge(trained, frozen)
+    assert merged.dtype == jnp.bfloat16
+    assert merged.prefill_gate.linear_k.dtype == jnp.float32
+
+
+def scratch_bytes(layers: int) -> int:
+    """Memory that one compiled distillation step needs beside its arguments and results."""
+    task, trained, frozen, optimizer, schedule = make_task(Gates.PREFILL, layers)
+    state = optimizer.init(trained)
+    batch = Batch(*(np.zeros((2, 4 * LENGTH), np.int32) for _ in range(3)))
+    step = make_step(task, optimizer, schedule, 1)
+    return step.lower(trained, state, frozen, batch, np.int32(0)).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_that_of_one_layer():
+    few, many = scratch_bytes(2), scratch_bytes(10)
+    gates = sum(x.nbytes for x in jax.tree.leaves(make_task(Gates.PREFILL, layers=8)[1]))
+    assert gates < few / 20  # of two layers, activations and all
+    assert many - few <= 2 * gates  # eight layers more: the gradients of their gates
+
+
+def test_schedule():
+    schedule = make_schedule(OptimizerConfig(learning_rate=2.0, end_learning_rate=0.5, warmup_steps=4), 20)
+    np.testing.assert_allclose([schedule(i) for i in (0, 2, 4, 12, 20, 30)], [0, 1, 2, 1.25, 0.5, 0.5], rtol=1e-6)
+
+
+def test_clipping():
+    gradient = {"w": jnp.array([30.0, 40.0])}
+    for clip, expected in ((None, 1.0), (1.0, 50.0)):
+        # Adam cancels a factor that is always there; it shows against the eps of a plain step.
+        config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=clip, eps=1e6)
+        optimizer = make_optimizer(config, 10)
+        updates, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
+        np.testing.assert_allclose(updates["w"], -gradient["w"] / 1e6 / expected, rtol=1e-3)
+
+
+def test_weight_decay():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    optimizer, weights = make_optimizer(config, 10), {"w": jnp.array([2.0])}
+    updates, _ = optimizer.update({"w": jnp.zeros(1)}, optimizer.init(weights), weights)
+    np.testing.assert_allclose(optax.apply_updates(weights, updates)["w"], 2 - 0.1 * 0.5 * 2, rtol=1e-6)

@@ -1,0 +1,138 @@
+"""Settings of runs: what they refuse, how they are read and written, and that a command line can be made from them."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+import tyro
+
+from seer_jax.config import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.train import DistillConfig, FinetuneConfig, Gates, OptimizerConfig, Packing, Precision
+from seer_jax.train.config import TrainConfig, from_dict, load_config, to_dict
+from seer_jax.train.data import DataConfig
+
+WRONG = [
+    (lambda: OptimizerConfig(learning_rate=0), r"learning_rate > 0; got 0.0 and 0"),
+    (
+        lambda: OptimizerConfig(learning_rate=1e-3, end_learning_rate=1e-2),
+        r"end_learning_rate <= .* got 0.01 and 0.001",
+    ),
+    (lambda: OptimizerConfig(end_learning_rate=-1e-9), r"0 <= end_learning_rate"),
+    (lambda: OptimizerConfig(warmup_steps=-1), r"at least 0; got -1 and 0.0"),
+    (lambda: OptimizerConfig(weight_decay=-0.1), r"at least 0; got 20 and -0.1"),
+    (lambda: OptimizerConfig(clip_norm=0.0), r"clip_norm is positive, or None .* got 0.0"),
+    *(
+        (lambda name=name: TrainConfig(**{name: 0}), rf"^{name} is at least 1; got 0")
+        for name in ("sequence_length", "batch_size", "accumulation", "steps")
+    ),
+    *(
+        (lambda name=name: TrainConfig(**{name: 0}), rf"^{name} is at least 1; got 0")
+        for name in ("checkpoint_interval", "keep_checkpoints", "log_interval")
+    ),
+    (lambda: TrainConfig(batch_size=10, accumulation=4), r"divides batch_size .* got 10 rows and 4 parts"),
+    (lambda: TrainConfig(steps=20), r"warmup ends before the run does; got 20 warmup steps of 20"),
+    (lambda: TrainConfig(seed=-1), r"seed is at least 0; got -1"),
+    (lambda: DistillConfig(prefill_skip=1.0), r"prefill_skip is a share in \[0, 1\) .* got 1.0"),
+    (lambda: DistillConfig(decode_skip=-0.1), r"decode_skip is a share in \[0, 1\) .* got -0.1"),
+    (lambda: DistillConfig(recall_density=0.0), r"recall_density is a share in \(0, 1\]; got 0.0"),
+    (
+        lambda: DistillConfig(gates=Gates.BOTH, decode=DecodeGateConfig(block_size=32)),
+        r"their block sizes agree; got 64 and 32",
+    ),
+    (lambda: DistillConfig(sequence_length=1000), r"multiple of the block size 64, at least two of them; got 1000"),
+    (lambda: DistillConfig(sequence_length=64), r"at least two of them; got 64"),
+    (lambda: from_dict(DistillConfig, {"stepz": 3}), r"DistillConfig has no setting stepz; expected some of model, "),
+    (lambda: from_dict(DistillConfig, {"data": {"path": 1}}), r"DistillConfig\.data has no setting path"),
+    (lambda: from_dict(DistillConfig, {"steps": "many"}), r"DistillConfig\.steps is of type int; got 'many'"),
+    (lambda: from_dict(DistillConfig, {"steps": True}), r"DistillConfig\.steps is of type int; got True"),
+    (lambda: from_dict(DistillConfig, {"gates": "none"}), r"\.gates is one of prefill, decode, both; got 'none'"),
+    (lambda: from_dict(DistillConfig, {"optimizer": {"eps": "tiny"}}), r"\.optimizer\.eps is a number; got 'tiny'"),
+    (lambda: from_dict(DistillConfig, {"optimizer": 1}), r"\.optimizer is of type OptimizerConfig; got 1"),
+    (lambda: from_dict(DistillConfig, {"data": {"paths": ["a", 1]}}), r"\.data\.paths\[1\] is of type str; got 1"),
+    (lambda: load_config(DistillConfig, "run.toml"), r"ends in \.yaml, \.yml or \.json; got run\.toml"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_wrong_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+FULL = DistillConfig(
+    model="org/name",
+    output="runs/1",
+    data=DataConfig(paths=("a", "b"), packing=Packing.BEST_FIT, max_tokens=5),
+    gates=Gates.DECODE,
+    decode=DecodeGateConfig(k_pooling=(Pool.MAX, Pool.AVG), query_reduction=QueryReduction.AVG_PROJ),
+    optimizer=OptimizerConfig(clip_norm=None, learning_rate=3e-4),
+    precision=Precision.FLOAT32,
+)
+
+
+@pytest.mark.parametrize("config", [DistillConfig(), FULL, FinetuneConfig()])
+def test_there_and_back(config):
+    assert from_dict(type(config), to_dict(config)) == config
+    assert json.loads(json.dumps(to_dict(config))) == to_dict(config)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
+def test_files(tmp_path, suffix):
+    texts = {
+        "json": '{"steps": 60, "gates": "both", "optimizer": {"learning_rate": 1e-2}, "data": {"paths": ["x"]}}',
+        "yaml": "steps: 60\ngates: both\noptimizer:\n  learning_rate: 1e-2\ndata:\n  paths: [x]\n",
+    }
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(texts.get(suffix, texts["yaml"]))
+    config = load_config(DistillConfig, path)
+    expected = DistillConfig(
+        steps=60, gates=Gates.BOTH, optimizer=OptimizerConfig(learning_rate=1e-2), data=DataConfig(paths=("x",))
+    )
+    assert config == expected
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(DistillConfig, tmp_path / "empty.yaml") == DistillConfig()
+
+
+def test_recipes_are_those_of_the_papers():
+    prefill, decode = DistillConfig.prefill_recipe(model="m"), DistillConfig.decode_recipe(steps=900)
+    assert prefill.steps * prefill.batch_size * prefill.sequence_length == 524_288_000
+    assert prefill.gates is Gates.PREFILL and prefill.model == "m" and prefill.data.packing is Packing.CONCATENATE
+    assert decode.gates is Gates.DECODE and decode.steps == 900 and decode.data.packing is Packing.BEST_FIT
+    assert (decode.sequence_length, decode.batch_size, decode.optimizer.end_learning_rate) == (32768, 16, 1e-5)
+    for recipe in (prefill, decode):
+        assert recipe.optimizer.learning_rate == 1e-3 and recipe.optimizer.weight_decay == 0
+        assert recipe.optimizer.warmup_steps == 20 and recipe.precision.dtype == jnp.bfloat16
+    assert prefill.block_size == PrefillGateConfig().block_size == decode.block_size == 64
+
+
+def test_what_defines_a_run():
+    config = DistillConfig()
+    for change in ({"output": "x"}, {"log_interval": 3}, {"checkpoint_interval": 7}, {"keep_checkpoints": 9}):
+        assert dataclasses.replace(config, **change).defining() == config.defining()
+    for change in ({"seed": 1}, {"steps": 501}, {"decode_skip": 0.25}, {"data": DataConfig(field="content")}):
+        assert dataclasses.replace(config, **change).defining() != config.defining()
+
+
+def test_command_line():
+    arguments = [
+        "--model",
+        "org/name",
+        "--data.paths",
+        "a",
+        "b",
+        "--gates",
+        "both",
+        "--optimizer.learning-rate",
+        "1e-4",
+    ]
+    arguments += ["--prefill.gate-dim", "64", "--decode.query-reduction", "Qavg", "--precision", "float32"]
+    assert tyro.cli(DistillConfig, args=arguments, config=(tyro.conf.EnumChoicesFromValues,)) == DistillConfig(
+        model="org/name",
+        data=DataConfig(paths=("a", "b")),
+        gates=Gates.BOTH,
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        prefill=PrefillGateConfig(gate_dim=64),
+        decode=DecodeGateConfig(query_reduction=QueryReduction.AVG),
+        precision=Precision.FLOAT32,
+    )

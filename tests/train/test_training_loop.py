@@ -1,0 +1,364 @@
+"""Whole runs: they learn, stop, go on, refuse what does not fit, and leave behind what they should."""
+
+import dataclasses
+import functools
+import io
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from rich.console import Console
+
+from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
+from seer_jax.train.config import Gates, OptimizerConfig
+from seer_jax.train.data import DataConfig
+from seer_jax.train.metrics import MetricsLog, read_metrics
+from seer_jax.train.packing import Packing, pack
+from seer_jax.train.tokens import TokenStore
+from tests.train.killable_run import CONFIG as RUN
+from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def ignore(_: StepReport) -> None:
+    """Shows nothing."""
+
+
+def lines(folder: Path) -> list[dict]:
+    """What the run's metrics must be bit for bit, however often it was stopped."""
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Most runs here are of the same program, which takes seconds to compile; processes that tests start share it too."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(folder, result) of the run that others are compared with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run_to(folder)
+
+
+def run_to(folder: Path, *, progress=ignore, **changes):
+    config = dataclasses.replace(RUN, output=str(folder), **changes)
+    return distill(config, model=make_model(), dataset=make_rows(), progress=progress)
+
+
+def test_gates_learn_and_the_base_stays(undisturbed):
+    folder, result = undisturbed
+    model = make_model()
+    metrics = lines(folder)
+    assert [m["step"] for m in metrics] == list(range(1, RUN.steps + 1))
+    assert metrics[-1]["decode_loss"] < 0.8 * metrics[0]["decode_loss"]
+    assert metrics[-1]["decode_recall"] > metrics[0]["decode_recall"]
+    assert metrics[-1]["tokens"] == RUN.steps * RUN.batch_size * LENGTH
+    assert metrics[-1] == {"step": RUN.steps, "tokens": metrics[-1]["tokens"], **result.metrics}
+    assert result.model.decode_gate.config == DECODE and model.decode_gate is None
+    base = nnx.state(model)
+    ours = nnx.state(result.model)
+    del ours["decode_gate"]
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(ours), nnx.to_pure_dict(base))
+    assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [RUN.steps - 1, RUN.steps]
+    assert json.loads((folder / "config.json").read_text())["steps"] == RUN.steps
+
+
+def test_finished_run_has_nothing_left_to_do(undisturbed):
+    folder, result = undisturbed
+    saved = []
+    config = dataclasses.replace(RUN, output=str(folder))
+    again = distill(config, model=make_model(), dataset=make_rows(), save=lambda *a: saved.append(a), progress=ignore)
+    assert again.step == RUN.steps and again.metrics == {}
+    np.testing.assert_array_equal(again.model.decode_gate.linear_k[...], result.model.decode_gate.linear_k[...])
+    assert saved == [(again.model, folder)]
+
+
+def kill_when(condition, folder: Path, environment: dict[str, str]) -> bool:
+    """Starts the run in a process of its own and kills it at once when `condition()` holds; False if it ended before."""
+    log = (folder.parent / f"{folder.name}.log").open("ab")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.train.killable_run", folder], cwd=ROOT, stderr=log, stdout=log
+    )
+    try:
+        while process.poll() is None:
+            if condition():
+                process.kill()
+                break
+            time.sleep(0.001)
+        return process.wait(timeout=60) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(undisturbed, tmp_path, compilation_cache):
+    folder = tmp_path / "killed"
+
+    def saving() -> bool:
+        checkpoints = folder / "checkpoints"
+        return len(read_metrics(folder / "metrics.jsonl")) > 2 and any("tmp" in p.name for p in checkpoints.iterdir())
+
+    def later(delay: float = random.Random(0).random() / 5) -> bool:
+        done = len(read_metrics(folder / "metrics.jsonl")) > RUN.steps // 2
+        return done and (time.sleep(delay) or True)
+
+    assert kill_when(saving, folder, compilation_cache), (tmp_path / "killed.log").read_text()
+    assert kill_when(later, folder, compilation_cache), (tmp_path / "killed.log").read_text()
+    assert not kill_when(lambda: False, folder, compilation_cache), (tmp_path / "killed.log").read_text()
+    assert lines(folder) == lines(undisturbed[0])
+    assert json.loads((folder / "done.json").read_text()) == RUN.steps
+
+
+def raising(number: int, error: BaseException | signal.Signals):
+    """A progress function that fails, or is interrupted by a signal, at a step."""
+
+    def progress(report: StepReport) -> None:
+        if report.step == number:
+            if isinstance(error, signal.Signals):
+                signal.raise_signal(error)
+            else:
+                raise error
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt), (RuntimeError("broken"), RuntimeError)],
+)
+def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, raised):
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(raised) as stopped:
+        run_to(tmp_path, progress=raising(4, error), checkpoint_interval=100)
+    saved = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    if raised is RuntimeError:
+        assert saved == []
+    else:
+        done = len(lines(tmp_path))
+        assert saved == [str(done)] and 4 <= done <= 7  # the steps under way are finished, and no more
+        assert f"Stopped after step {done}; the same command goes on" in capsys.readouterr().err
+    if raised is SystemExit:
+        assert stopped.value.code == 143
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    run_to(tmp_path)
+    assert lines(tmp_path) == lines(undisturbed[0])
+
+
+def test_without_output_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        distill(RUN, model=make_model(), dataset=make_rows(), progress=raising(2, signal.SIGTERM))
+    assert "without an output folder nothing is kept" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def other_runs():
+    changed = functools.partial(dataclasses.replace, RUN)
+    yield {"config": changed(seed=1)}, r"another run\. config\.seed: expected 1, got 0"
+    yield {"config": changed(steps=99)}, r"config\.steps: expected 99, got 10"
+    yield {"config": changed(gates=Gates.PREFILL)}, r"config\.gates: expected 'prefill', got 'decode'; gates: "
+    yield {"model": make_model(layers=3)}, r"model\.num_layers: expected 3, got 2"
+    yield {"dataset": make_rows() + 0 * make_rows()[::-1]}, None
+    yield (
+        {"dataset": make_rows(rows=11)},
+        r"data\.digest: expected .*; data\.rows: expected 11, got 12\. Take the settings",
+    )
+
+
+@pytest.mark.parametrize(("changes", "message"), list(other_runs()))
+def test_checkpoints_of_another_run_are_refused(undisturbed, changes, message):
+    folder, _ = undisturbed
+    settings = {"config": RUN, "model": make_model(), "dataset": make_rows(), "progress": ignore} | changes
+    settings["config"] = dataclasses.replace(settings["config"], output=str(folder))
+    if message is None:
+        assert distill(**settings).step == RUN.steps
+        return
+    before = (folder / "config.json").read_text()
+    with pytest.raises(ValueError, match=message):
+        distill(**settings)
+    assert (folder / "config.json").read_text() == before
+
+
+def test_settings_that_change_no_number_may_change(undisturbed, tmp_path):
+    run_to(tmp_path, progress=ignore, checkpoint_interval=3, keep_checkpoints=5, log_interval=1)
+    assert lines(tmp_path) == lines(undisturbed[0])
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [3, 6, 9, 10]
+
+
+def test_nan_stops_before_a_checkpoint_is_lost(tmp_path):
+    steep = OptimizerConfig(learning_rate=1e38, warmup_steps=3, clip_norm=None)
+    with pytest.raises(FloatingPointError, match=r"Step (\d+): .* is (nan|inf).*lower the learning rate") as error:
+        run_to(tmp_path, optimizer=steep, checkpoint_interval=1, keep_checkpoints=20)
+    failed = int(str(error.value).split(":")[0].removeprefix("Step "))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, failed))
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == failed - 1
+
+
+def test_nan_in_the_base_model():
+    model = make_model()
+    model.layers.mlp.up_proj.weight[...] *= jnp.nan
+    with pytest.raises(FloatingPointError, match=r"Step 1: .*loss is nan.*Check the base model for NaN weights"):
+        distill(RUN, model=model, dataset=make_rows(), progress=ignore)
+
+
+WRONG_INPUTS = [
+    ({"config": RUN, "model": None}, r"needs a base model: set `model`"),
+    ({"dataset": make_rows(length=64)}, r"have sequence_length=128 tokens .* got rows of 64"),
+    ({"dataset": make_rows() + 30}, r"Tokens lie in \[0, 32\), the model's vocabulary; got 30 .. 61"),
+    ({"dataset": make_rows() - 1}, r"Tokens lie in \[0, 32\), .* got -1"),
+    ({"dataset": make_rows()[0]}, r"integers \[N, T\] .* got int64 \(128,\)"),
+    ({"config": distill_config(sequence_length=16384)}, r"at most the model's context of 8192 tokens; got 16384"),
+    (
+        {"config": distill_config(), "model": make_model(gates=(dataclasses.replace(DECODE, block_size=32),))},
+        r"share one block size.*got block sizes \[16, 32\] and sequence_length=128",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_INPUTS)
+def test_wrong_inputs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        distill(**{"config": RUN, "model": make_model(), "dataset": make_rows(), "progress": ignore} | changes)
+
+
+def test_rows_packed_for_smaller_blocks_are_refused():
+    store = TokenStore.from_documents([np.zeros(40), np.zeros(40)])
+    data = pack(store, Packing.BEST_FIT, row_length=LENGTH, block_size=8)
+    with pytest.raises(ValueError, match=r"sequences at multiples of 16; got rows of 128 and multiples of 8"):
+        distill(RUN, model=make_model(), dataset=data, progress=ignore)
+
+
+def test_a_gate_of_the_model_is_trained_further(undisturbed):
+    _, first = undisturbed
+    config = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, learning_rate=1e-6))
+    before = np.array(first.model.decode_gate.linear_k[...])
+    second = distill(config, model=first.model, dataset=make_rows(), progress=ignore)
+    np.testing.assert_allclose(second.model.decode_gate.linear_k[...], before, atol=1e-4)
+    np.testing.assert_array_equal(first.model.decode_gate.linear_k[...], before)
+
+
+def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch):
+    class Letters:
+        fingerprint = "letters"
+
+        def __init__(self, model):
+            assert model == "some/model"
+
+        def encode(self, documents):
+            return [[ord(c) - 97 for c in d] for d in documents]
+
+    monkeypatch.setattr("seer_jax.train.data.HFTokenizer", Letters)
+    (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 50)
+    data = DataConfig(paths=(str(tmp_path / "text.txt"),))
+    config = dataclasses.replace(RUN, model="some/model", data=data, output=str(tmp_path / "out"))
+    first = distill(config, model=make_model(), progress=ignore)
+    assert len(first.dataset) == 10 and first.dataset.report.dropped_tokens == 20
+    (tmp_path / "text.txt").write_text("changed")
+    assert distill(config, model=make_model(), progress=ignore).step == RUN.steps  # reads what the first run kept
+
+
+def test_finetuning_learns_by_heart(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 32, (4, LENGTH))
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
+    config = finetune_config(steps=80, optimizer=optimizer, output=str(tmp_path), checkpoint_interval=40)
+    model = make_model(gates=(PREFILL,))
+    before = nnx.to_pure_dict(jax.tree.map(np.array, nnx.state(model)))
+    result = finetune(config, model=model, dataset=rows, progress=ignore)
+    assert result.metrics["loss"] < 0.1 < 3 < lines(tmp_path)[0]["loss"]
+    logits = jax.jit(lambda model: model(jnp.asarray(rows)))(result.model)
+    assert (np.argmax(logits[:, :-1], -1) == rows[:, 1:]).mean() > 0.97
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), before)
+    np.testing.assert_array_equal(result.model.prefill_gate.linear_k[...], model.prefill_gate.linear_k[...])
+    again = finetune(config, model=model, dataset=rows, progress=ignore)
+    np.testing.assert_array_equal(again.model.norm[...], result.model.norm[...])
+
+
+def test_finetuning_loss_is_that_of_each_sequence_alone():
+    documents = [make_rows()[i, :n] for i, n in enumerate((70, 30, 25))]
+    data = pack(TokenStore.from_documents(documents), Packing.BEST_FIT, row_length=LENGTH, block_size=1)
+    assert len(data) == 1
+    config = finetune_config(batch_size=1, steps=1, optimizer=OptimizerConfig(warmup_steps=0))
+    model = make_model()
+    loss = finetune(config, model=model, dataset=data, progress=ignore).metrics["loss"]
+    tokens, lengths = np.zeros((3, 70), np.int32), np.array([70, 30, 25])
+    for row, document in zip(tokens, documents, strict=True):
+        row[: len(document)] = document
+    logits = jax.jit(lambda model: model(jnp.asarray(tokens), jnp.asarray(lengths)))(model)
+    log_probability = jax.nn.log_softmax(logits)[:, :-1]
+    nll = -np.take_along_axis(np.asarray(log_probability), tokens[:, 1:, None], -1)[..., 0]
+    counts = np.arange(1, 70) < lengths[:, None]
+    assert loss == pytest.approx(nll[counts].mean(), rel=1e-5)
+
+
+def test_metrics_file_after_a_kill(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.2}\n{"step": 3, "loss": 0.3}\n{"step": 4, "lo')
+    log = MetricsLog(tmp_path, step=2, tensorboard=False)
+    log.write(3, {"loss": 0.30000001192092896})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.30000001192092896),
+    ]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_tensorboard(tmp_path, monkeypatch, installed):
+    if not installed:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    log = MetricsLog(tmp_path, step=0, tensorboard=True)
+    log.write(1, {"decode_loss": 0.5})
+    log.close()
+    events = [p.read_bytes() for p in tmp_path.glob("tensorboard/*")]
+    assert len(events) == installed and all(b"decode_loss" in e for e in events)
+
+
+REPORT = StepReport(5, 20, {"loss": 1.25, "prefill_recall": 0.5, "decode_recall": 0.75}, 12345.6, 3725.2)
+
+
+def test_progress_in_lines():
+    file = io.StringIO()
+    progress = ConsoleProgress(interval=5, console=Console(file=file, width=40))
+    for step in (4, 5, 19, 20):
+        progress(dataclasses.replace(REPORT, step=step))
+    progress.close()
+    rest = "/20  loss 1.2500  prefill recall 0.500  decode recall 0.750  12,346 tokens/s  1:02:05 left\n"
+    assert file.getvalue() == f"step 5{rest}step 20{rest}"
+
+
+def test_progress_on_a_terminal():
+    file = io.StringIO()
+    progress = ConsoleProgress(interval=5, console=Console(file=file, force_terminal=True, width=160))
+    progress(REPORT)
+    progress.close()
+    assert "5/20" in file.getvalue() and "loss 1.2500" in file.getvalue() and "12,346 tokens/s" in file.getvalue()
