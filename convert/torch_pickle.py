@@ -90,7 +90,7 @@ def _is_count(value: Any) -> bool:
 def _look_up(name: str) -> Any:
     _require(
         name in _GLOBALS,
-        f"The pickle names {name.replace(' ', '.')!r}, which is not on the closed list of names for tensors. Nothing was run. "
+        f"The pickle names {name.replace(' ', '.')[:120]!r}, which is not on the closed list of names for tensors. Nothing was run. "
         "Expected a file that torch.save wrote from a flat dict of tensors.",
     )
     return _GLOBALS[name]
