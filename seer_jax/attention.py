@@ -319,8 +319,12 @@ def _decode_logits(
         case SinkWindow():
             return jnp.broadcast_to(_recency(num_blocks), (q.shape[0], keys.shape[2], num_blocks))
         case Random():
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(scorer.seed), layer), position.sum())
-            return jax.random.uniform(key, (q.shape[0], keys.shape[2], num_blocks))
+            key = jax.random.fold_in(jax.random.key(scorer.seed), layer)
+
+            def draw(position: Int[Array, ""]) -> Float[Array, "K Sb"]:  # of one row, whatever its neighbours do
+                return jax.random.uniform(jax.random.fold_in(key, position), (keys.shape[2], num_blocks))
+
+            return jax.vmap(draw)(position)
     raise TypeError(f"Expected a scorer (Gate, Oracle, SinkWindow or Random); got {scorer!r}.")
 
 
