@@ -135,6 +135,8 @@ def _train(words: list[str]) -> int:
 
     default, rest = _train_defaults(words)
     config = _parse(DistillConfig, "train", rest, default=default, description=TRAIN_DESCRIPTION)
+    if config.output is None:
+        raise ValueError("Training writes its gates to --output FOLDER; got none, so they would be lost.")
     distill(config, save=lambda model, folder: _save_gates(config, model, folder))
     return OK
 

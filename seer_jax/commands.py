@@ -179,6 +179,8 @@ def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     elif config.prompt_file is not None:
         text = config.prompt_file.read_text(encoding="utf-8")
     else:
+        if sys.stdin.isatty():
+            print("Type the prompt, then Ctrl-D.", file=sys.stderr)
         text = sys.stdin.read()
     if config.chat:
         system = [] if config.system is None else [dict(role="system", content=config.system)]

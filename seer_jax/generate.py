@@ -73,7 +73,6 @@ def generate(
         prompt, never on its neighbours; row i of a single key uses `fold_in(key, i)`.
       eos: tokens that end a row; None: `model.config.eos_token_ids`; (): none.
       cache_capacity: S, tokens that the cache has room for in each row; None: T + N - 1. Rounded up to whole blocks.
-        Calls with the same value share memory layout, but each (T, N) still compiles its own program.
       beyond_context: allow more tokens than the model's `max_position_embeddings`.
 
     Returns:

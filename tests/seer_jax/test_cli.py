@@ -115,12 +115,13 @@ FAILURES = [
     (["generate", "--model", str(TINY_LM), "--prompt", "x", "--max-new-tokens", "0"], "at least 1; got 0"),
     (["generate", "--model", str(TINY_LM), "--prompt", "x", "--decode", "topk:0.5"], "has none of this kind"),
     (["train", "--config", "/absent.yaml"], "No such file"),
-    (["train"], "needs a base model"),
+    (["train", "--output", "/absent/run"], "needs a base model"),
+    (["train", "--model", str(TINY_LM)], "--output FOLDER; got none"),
     (["convert", "--gates", "/absent", "--output", "/also"], "There is no folder '/absent'"),
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), FAILURES, ids=[" ".join(words[:2]) + m for words, m in FAILURES])
+@pytest.mark.parametrize(("words", "message"), FAILURES, ids=[message for _, message in FAILURES])
 def test_failures_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(words) == 1
     error = capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from seer_jax import Generated, Transformer, generate, pad_prompts, stream
-from seer_jax.policies import Given, Policy, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.policies import Given, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
 from seer_jax.sampling import Sample, row_keys
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
@@ -179,6 +179,13 @@ def test_a_rows_tokens_depend_on_its_own_prompt_and_key():
         one = slice(row, row + 1)
         alone = run(tokens=tokens[one], lengths=lengths[one], **SPARSE, sampling=SAMPLE, key=keys[one])
         assert alone.rows() == together[one]
+
+
+def test_random_blocks_of_a_row_do_not_depend_on_its_neighbours():
+    _, lengths = prompts()
+    shorter = np.minimum(lengths, [9, 9, 9, 41])
+    first, second = (run(lengths=n, decode=TokenBudget(32, Random())).rows() for n in (lengths, shorter))
+    assert first[3] == second[3] and first[2] != second[2]
 
 
 def test_seeds_reproduce_and_differ():
