@@ -36,16 +36,11 @@ def main(folder: str) -> None:
     SafetensorsSource.read = noted
     sharded = load_base(folder, dtype=jnp.float32, sharding=sharding)
     pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(sharded), strict=True)
-    tokens = jnp.arange(20)[None]
-    forward = jax.jit(lambda model, tokens: model(tokens))
     print(
         json.dumps(
             {
                 "devices": len(jax.devices()),
                 "same": all((np.asarray(a) == np.asarray(b)).all() and a.dtype == b.dtype for a, b in pairs),
-                "logits_same": bool(
-                    jnp.allclose(forward(whole, tokens), forward(sharded, tokens), rtol=1e-5, atol=1e-5)
-                ),
                 "shard": list(sharded.layers.self_attn.q_proj.weight.addressable_shards[0].data.shape),
                 "rows_of_one_layer": max(rows),
             }

@@ -60,14 +60,6 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
     assert report.relative_error < 1e-5 and report.kl_max < 1e-8, report
 
 
-def test_logits_are_those_of_the_release(tmp_path: Path):
-    golden = release("prefill_llama_a")
-    model = load_base(write_base(tmp_path, golden), dtype=jnp.float32)
-    ours = jax.jit(lambda model, ids: model(ids))(model, jnp.asarray(golden.io["input_ids"], jnp.int32))
-    report = compare_logits(np.asarray(ours[:, golden.io["logit_positions"]]), golden.io["dense.logits"])
-    assert report.relative_error < 1e-5, report
-
-
 @pytest.mark.parametrize("name", [*transformers_names(), *RELEASE])
 def test_every_weight_is_stored_unchanged(name: str, tmp_path: Path):
     golden = release(name) if name in RELEASE else transformers_case(name)
@@ -106,9 +98,10 @@ def test_pieces_of_any_size_give_the_same(chunk: int, folder: Path, monkeypatch:
 # ---------------------------------------------------------------------------------------------------- which files are read
 
 
-@pytest.mark.parametrize("name", [LLAMA, QWEN2, QWEN3])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("shard_bytes", [10**9, 5000, 1])
+@pytest.mark.parametrize(
+    ("name", "dtype", "shard_bytes"),
+    [(LLAMA, jnp.float32, 10**9), (QWEN2, jnp.bfloat16, 10**9), (QWEN3, jnp.bfloat16, 5000), (QWEN2, jnp.float32, 1)],
+)
 def test_saved_models_read_back_bit_for_bit(name: str, dtype: Any, shard_bytes: int, tmp_path: Path):
     model = load_base(write_base(tmp_path / "a", transformers_case(name)), dtype=dtype)
     save_base(model, tmp_path / "b", shard_bytes=shard_bytes)
@@ -505,4 +498,4 @@ def test_the_host_holds_little_more_than_the_model(tmp_path: Path):
 
 def test_sharded_models_are_the_same_and_each_device_reads_its_part(folder: Path):
     report = run("sharded_load.py", folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    assert report == {"devices": 4, "same": True, "logits_same": True, "shard": [1, 16, 24], "rows_of_one_layer": 16}
+    assert report == {"devices": 4, "same": True, "shard": [1, 16, 24], "rows_of_one_layer": 16}
