@@ -8,6 +8,9 @@ from seer_jax.config import ModelConfig, RopeConfig
 HFConfig = Mapping[str, Any]
 
 
+QWEN3_HEAD_DIM = 128  # what transformers takes where a Qwen3 configuration names none
+
+
 def _llama(hf: HFConfig) -> dict[str, bool]:
     bias = bool(hf.get("attention_bias", False))
     return dict(qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
@@ -55,7 +58,7 @@ def config_from_hf(hf: HFConfig) -> ModelConfig:
         num_layers=int(hf["num_hidden_layers"]),
         num_heads=heads,
         num_kv_heads=int(hf.get("num_key_value_heads") or heads),
-        head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // heads),
+        head_dim=int(hf.get("head_dim") or (QWEN3_HEAD_DIM if family == "qwen3" else int(hf["hidden_size"]) // heads)),
         rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
         rope=RopeConfig.from_hf(hf),
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),

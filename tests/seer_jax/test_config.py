@@ -400,3 +400,10 @@ def test_scores_depend_on_distance_alone():
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-2)
+
+
+@pytest.mark.parametrize(("family", "head_dim"), [("llama", 96), ("qwen2", 96), ("qwen3", 128)])
+def test_head_dim_that_config_json_leaves_out(family: str, head_dim: int):
+    """Qwen3's default in transformers is 128, whatever the hidden size; the others divide it among the heads."""
+    hf = {key: value for key, value in LLAMA_8B.items() if key != "head_dim"}
+    assert config_from_hf(hf | dict(model_type=family, hidden_size=96 * hf["num_attention_heads"])).head_dim == head_dim
