@@ -1,0 +1,130 @@
+"""How well a model foretells given tokens under a sparsity policy, in one pass over prompts or token by token."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from seer_jax.cache import Cache
+from seer_jax.model import Transformer
+from seer_jax.policies import Dense, Policy
+
+HEAD_CHUNK = 256  # tokens whose logits are held at once
+
+
+def text_windows(text: Int[np.ndarray, "tokens"], length: int, count: int | None = None) -> Int[np.ndarray, "n length"]:
+    """Windows that follow one another from token 0 on; a last, shorter one is dropped.
+
+    Args:
+      text: tokens.
+      length: tokens per window; all but the first are scored.
+      count: how many, spread evenly over the text; None or more than there are: all.
+
+    Raises:
+      ValueError: the text fills no window.
+    """
+    windows = text[: len(text) // length * length].reshape(-1, length)
+    if not len(windows):
+        raise ValueError(f"A text fills at least one window: expected {length} tokens or more; got {len(text)}.")
+    if count is None or count >= len(windows):
+        return windows
+    return windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
+
+
+def perplexity(nll: Float[np.ndarray, "..."]) -> float:
+    """exp(mean negative log likelihood): among how many equally likely tokens the model seems to choose."""
+    return math.exp(np.mean(nll, dtype=np.float64))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """What a model made of tokens that it was asked to foretell.
+
+    Attributes:
+      nll: -log p(token | the tokens before it), nats.
+      best: whether no token was likelier.
+      kept: share of the key blocks in sight that attention read, mean over layers (and steps, while decoding).
+    """
+
+    nll: Float32[Array, "B n"]
+    best: Bool[Array, "B n"]
+    kept: Float32[Array, "B"]
+
+
+@jax.jit
+def score_prompts(model: Transformer, tokens: Int[Array, "B T"], policy: Policy = Dense()) -> TokenScores:
+    """Scores tokens 1 .. T-1 of each row, all in one pass: the policy works on prompts.
+
+    Args:
+      tokens: rows of T tokens, no padding.
+      policy: which key blocks the attention keeps.
+    """
+    hidden, kept = model.hidden_states(tokens, sparsity=policy)
+    nll, best = _score(model, hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1))
+    shape = (tokens.shape[0], -1)
+    return TokenScores(nll.reshape(shape), best.reshape(shape), kept.mean(0))
+
+
+def _score(
+    model: Transformer, hidden: Float[Array, "n E"], targets: Int[Array, "n"]
+) -> tuple[Float32[Array, "n"], Bool[Array, "n"]]:
+    """Scores of the targets; logits exist for a chunk of tokens at a time, never for a whole prompt."""
+    count, size = len(targets), min(HEAD_CHUNK, len(targets))
+
+    def chunk(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _score_logits(model.logits(x[0]), x[1])
+
+    pad = -count % size
+    chunks = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, size, hidden.shape[-1]), jnp.pad(targets, (0, pad))
+    nll, best = jax.lax.map(chunk, (chunks[0], chunks[1].reshape(-1, size)))
+    return nll.reshape(-1)[:count], best.reshape(-1)[:count]
+
+
+def _score_logits(logits: Float32[Array, "n V"], targets: Int[Array, "n"]) -> tuple[Array, Array]:
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1) == targets
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, capacity: int) -> Cache:
+    """The cache after dense attention over prompts: where every decode policy starts from.
+
+    Rows are read one after the other, since each fills the device.
+
+    Args:
+      tokens: rows of T tokens, no padding.
+      capacity: slots of the cache, tokens.
+    """
+
+    def read(row: Int[Array, "T"]) -> Cache:
+        return model.prefill(row[None], None, model.make_cache(1, capacity))[1]
+
+    def join(x: Array) -> Array:  # [rows, L, 1, ...] or, of lengths, [rows, 1]
+        return x[:, 0] if x.ndim == 2 else jnp.swapaxes(x[:, :, 0], 0, 1)
+
+    return jax.tree.map(join, jax.lax.map(read, tokens))
+
+
+@jax.jit
+def score_decoded(
+    model: Transformer, cache: Cache, tokens: Int[Array, "B steps+1"], policy: Policy = Dense()
+) -> TokenScores:
+    """Appends tokens 0 .. steps-1 one at a time (given ones, whatever the model would have said) and scores tokens 1 .. steps.
+
+    Args:
+      cache: of what comes before the tokens; it is not changed.
+      tokens: the continuation.
+      policy: which key blocks each new token reads.
+    """
+
+    def step(cache: Cache, pair: tuple[jax.Array, jax.Array]) -> tuple[Cache, tuple[jax.Array, ...]]:
+        logits, cache, kept = model.decode(pair[0], cache, sparsity=policy)
+        return cache, (*_score_logits(logits, pair[1]), kept.mean(0))
+
+    _, (nll, best, kept) = jax.lax.scan(step, cache, (tokens[:, :-1].T, tokens[:, 1:].T))
+    return TokenScores(nll.T, best.T, kept.mean(0))

@@ -1,0 +1,8 @@
+"""tiny_lm: a small Qwen3 model as Hugging Face transformers wrote it, to demonstrate and test on. README.md is its model card."""
+
+from pathlib import Path
+
+
+def path() -> Path:
+    """The folder of the model: a Hugging Face checkpoint, held-out text, words for pass keys and reference figures."""
+    return Path(__file__).parent
