@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
 
 from pallas_kernels.checks import check_block_size
+
+
+def _scatter(targets: Int[Array, "... n"], values: Shaped[Array, "n"], width: int) -> Shaped[Array, "... width"]:
+    """For each row of targets, `width` entries: value i at target i, zeros elsewhere; targets beyond the width are dropped."""
+
+    def write(row: Array) -> Array:
+        return jnp.zeros(width, values.dtype).at[row].set(values, mode="drop")
+
+    return jax.vmap(write)(targets.reshape(-1, targets.shape[-1])).reshape(*targets.shape[:-1], width)
 
 
 def _is_concrete(*arrays: Array) -> bool:
@@ -82,8 +91,7 @@ class BlockIndices:
     def to_mask(self, num_key_blocks: int) -> Bool[Array, "... R Sb"]:
         """The lists as a mask over `num_key_blocks` blocks."""
         target = jnp.where(self.valid, self.indices, num_key_blocks)
-        mask = jnp.zeros((*self.counts.shape, num_key_blocks), bool)
-        return jnp.put_along_axis(mask, target, True, axis=-1, inplace=False, mode="drop")
+        return _scatter(target, jnp.ones(self.width, bool), num_key_blocks)
 
     @classmethod
     def from_mask(
@@ -115,11 +123,7 @@ class BlockIndices:
                     f"from_mask: no row may keep more than max_blocks={width} blocks; got a row with {most}. Raise max_blocks."
                 )
         place = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-        numbers = jnp.broadcast_to(jnp.arange(mask.shape[-1], dtype=jnp.int32), mask.shape)
-        indices = jnp.zeros((*mask.shape[:-1], width), jnp.int32)
-        indices = jnp.put_along_axis(
-            indices, jnp.where(mask, place, width), numbers, axis=-1, inplace=False, mode="drop"
-        )
+        indices = _scatter(jnp.where(mask, place, width), jnp.arange(mask.shape[-1], dtype=jnp.int32), width)
         return cls(jnp.minimum(mask.sum(-1, dtype=jnp.int32), width), indices, block_size)
 
     @classmethod

@@ -1,6 +1,8 @@
 """What the named cases of the operations are made of: head shapes of real models, random inputs, block lists as sparse as theirs."""
 
 import dataclasses
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,10 @@ QWEN3_4B = Heads(32, 8, 128)
 
 def random_arrays(key: PRNGKeyArray, dtype: str, **shapes: tuple[int, ...]) -> dict[str, Array]:
     """Standard normal arrays of these names and shapes."""
-    keys = jax.random.split(key, len(shapes))
-    return {name: jax.random.normal(k, shape, dtype) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    flat = jax.random.normal(key, (sum(sizes),), dtype)  # one draw compiles faster than several
+    parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
+    return {name: part.reshape(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
 
 
 def random_blocks(

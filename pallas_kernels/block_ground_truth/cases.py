@@ -1,8 +1,10 @@
 """Named calls of `attention_with_block_scores`, for tests, benchmarks and tuning."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
@@ -39,10 +41,14 @@ class Case:
 
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
         """Random arguments of the call."""
+        statics = {name: getattr(self, name) for name in ("block_size", "block_scores", "token_scores")}
+        return self._arrays(key) | statics
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _arrays(self, key: PRNGKeyArray) -> dict[str, Any]:
         keys = self.batch, self.length, self.heads.kv_heads, self.heads.head_dim
         queries = self.batch, self.length, self.heads.heads, self.heads.head_dim
         arguments = random_arrays(key, self.dtype, q=queries, k=keys, v=keys)
-        arguments |= {name: getattr(self, name) for name in ("block_size", "block_scores", "token_scores")}
         if self.lengths is not None:
             arguments["lengths"] = jnp.asarray(self.lengths)
         if self.segments is not None:

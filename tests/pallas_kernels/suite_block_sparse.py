@@ -1,0 +1,165 @@
+"""What every implementation of `block_sparse_attention` must do."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BlockIndices, block_sparse_attention
+from pallas_kernels.backends import Implementation
+from pallas_kernels.block_sparse_attention.cases import TINY, Case
+from pallas_kernels.shapes import Heads, random_arrays
+from tests.pallas_kernels.comparison import (
+    KEY,
+    assert_as_good_as,
+    assert_bitwise_equal,
+    assert_within_rounding,
+    masked_attention,
+    prefill_mask,
+    softmax_weights,
+    with_fillers,
+)
+
+
+def named(name: str) -> Case:
+    return next(case for case in TINY if case.name == name)
+
+
+@functools.cache
+def compiled(implementation: Implementation) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    call = functools.partial(block_sparse_attention, return_lse=True, implementation=implementation)
+    return jax.jit(call, static_argnames="scale")
+
+
+class Definition:
+    """Properties that the definition and every backend share."""
+
+    implementation: ClassVar[Implementation]
+
+    def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
+        return compiled(self.implementation)(**arguments)
+
+    @pytest.mark.parametrize(
+        "case", [named("own-lists"), named("group-lists"), named("ragged")], ids=lambda case: case.name
+    )
+    def test_is_attention_under_the_mask_of_the_lists(self, case: Case):
+        arguments = case.arguments(KEY)
+        mask = prefill_mask(arguments)
+        out, lse = self.run(**arguments)
+        assert_within_rounding(out, masked_attention(arguments["q"], arguments["k"], arguments["v"], mask))
+        assert_within_rounding(lse, softmax_weights(arguments["q"], arguments["k"], mask)[1].transpose(0, 2, 1))
+
+    @pytest.mark.parametrize(("heads", "length", "b"), [(Heads(8, 1, 64), 200, 64), (Heads(2, 2, 128), 97, 16)])
+    def test_all_blocks_are_dense_attention(self, heads: Heads, length: int, b: int):
+        shape = 2, length, heads.kv_heads, heads.head_dim
+        x = random_arrays(KEY, "float32", q=(2, length, heads.heads, heads.head_dim), k=shape, v=shape)
+        out, _ = self.run(**x, blocks=BlockIndices.all_causal(length, length, block_size=b, batch=2), scale=0.3)
+        dense = jax.nn.dot_product_attention(x["q"], x["k"], x["v"], is_causal=True, scale=0.3)
+        assert_within_rounding(out, dense)
+
+    def test_queries_in_chunks_are_queries_at_once(self):
+        case = Case("whole", Heads(4, 2, 64), 192, density=0.5, dtype="float32", block_size=32)
+        whole = case.arguments(KEY)
+        blocks = whole["blocks"]
+        last = whole | {
+            "q": whole["q"][:, 64:],
+            "blocks": BlockIndices(blocks.counts[:, :, 2:], blocks.indices[:, :, 2:], 32),
+            "query_offset": jnp.asarray([64]),
+        }
+        for at_once, chunk in zip(self.run(**whole), self.run(**last), strict=True):
+            assert_within_rounding(chunk, at_once[:, 64:])
+
+    def test_a_query_that_sees_nothing_gets_zero(self):
+        """Empty lists, queries beyond the sequence, lists of blocks that lie ahead, an empty sequence."""
+        arguments = Case("empty", Heads(4, 2, 64), 64, batch=3, block_size=16, dtype="float32").arguments(KEY)
+        counts = jnp.full((3, 4, 4), 1).at[0, :, 1].set(0)
+        ahead = jnp.broadcast_to(jnp.asarray([0, 0, 3, 3])[:, None], (3, 4, 4, 1))
+        arguments["blocks"] = BlockIndices(counts.astype("int32"), ahead.astype("int32"), 16)
+        out, lse = self.run(**arguments | {"lengths": jnp.asarray([64, 20, 0])})
+        seen = np.asarray([[True, False, False, True], [True, True, False, False], [False] * 4]).repeat(16, axis=1)
+        seen[1, 20:] = False
+        np.testing.assert_array_equal(lse > -jnp.inf, np.broadcast_to(seen[..., None], lse.shape))
+        np.testing.assert_array_equal(np.asarray(out)[~seen], 0)
+        assert np.isfinite(out).all() and not np.isnan(lse).any()
+
+
+class Conformance(Definition):
+    """What a backend must do besides: agree with the definition, in every dtype, however it is called."""
+
+    @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+    def test_errs_no_more_than_plain_attention(self, case: Case):
+        arguments = case.arguments(KEY)
+        out, lse = self.run(**arguments)
+        exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
+        truth, true_lse = compiled("reference")(**exact)
+        plain = masked_attention(arguments["q"], arguments["k"], arguments["v"], prefill_mask(arguments))
+        assert_as_good_as(plain, out, truth)
+        assert_within_rounding(lse, true_lse)
+        assert_bitwise_equal((out, lse), self.run(**arguments))
+
+    def test_fillers_and_unlisted_blocks_are_not_read(self):
+        arguments = named("one-list").arguments(KEY)
+        blocks = arguments["blocks"]
+        unlisted = 1
+        listed = blocks.to_mask(blocks.width).at[..., unlisted].set(False)
+        arguments["blocks"] = BlockIndices.from_mask(listed, block_size=blocks.block_size)
+        clean = self.run(**arguments)
+        tokens = jnp.arange(arguments["k"].shape[1]) // blocks.block_size == unlisted
+        for name in ("k", "v"):
+            arguments[name] = jnp.where(tokens[None, :, None, None], jnp.nan, arguments[name])
+        poisoned = self.run(**arguments | {"blocks": with_fillers(arguments["blocks"], unlisted)})
+        assert_bitwise_equal(clean, poisoned)
+
+    def test_maps_and_scans(self):
+        """Under vmap over a batch of calls and inside a scan, the results are those of single calls."""
+        case = Case("small", Heads(4, 2, 64), 40, density=0.5, dtype="float32", block_size=16)
+        calls = [case.arguments(key) for key in jax.random.split(KEY, 2)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *calls)
+        call = functools.partial(block_sparse_attention, return_lse=True, implementation=self.implementation)
+        mapped = jax.jit(jax.vmap(lambda arguments: call(**arguments)))(stacked)
+        _, scanned = jax.jit(lambda xs: jax.lax.scan(lambda _, arguments: (None, call(**arguments)), None, xs))(stacked)
+        for i, arguments in enumerate(calls):
+            for x, y, single in zip(mapped, scanned, self.run(**arguments), strict=True):
+                assert_within_rounding(x[i], single)
+                assert_within_rounding(y[i], single)
+
+    @pytest.mark.parametrize("case", [named("ragged"), named("group-lists")], ids=lambda case: case.name)
+    def test_gradients_of_output_and_lse(self, case: Case):
+        arguments = case.arguments(KEY)
+        weights, lse_weights = np.asarray(arguments["q"]), np.asarray(arguments["q"]).sum(-1)
+
+        def loss(qkv, implementation):
+            out, lse = block_sparse_attention(**arguments | qkv, return_lse=True, implementation=implementation)
+            return (out * weights).sum() + jnp.where(lse > -jnp.inf, lse * lse_weights, 0).sum()
+
+        qkv = {name: arguments[name] for name in ("q", "k", "v")}
+        got, truth = (
+            jax.jit(jax.grad(functools.partial(loss, implementation=i)))(qkv)
+            for i in (self.implementation, "reference")
+        )
+        for name in qkv:
+            assert_within_rounding(got[name], truth[name])
+
+    def test_gradients_err_no_more_than_those_of_plain_attention(self):
+        arguments = named("bf16").arguments(KEY)
+        qkv = {name: arguments[name] for name in ("q", "k", "v")}
+        mask = prefill_mask(arguments)
+
+        def gradients(attention, qkv):
+            return jax.jit(jax.grad(lambda qkv: (attention(qkv) * qkv["q"]).astype("float32").sum()))(qkv)
+
+        def sparse(implementation):
+            return lambda qkv: block_sparse_attention(**arguments | qkv, implementation=implementation)
+
+        def dense(qkv):
+            return jax.nn.dot_product_attention(qkv["q"], qkv["k"], qkv["v"], mask=mask)
+
+        got = gradients(sparse(self.implementation), qkv)
+        plain = gradients(dense, qkv)
+        truth = gradients(sparse("reference"), jax.tree.map(lambda x: x.astype("float32"), qkv))
+        for name in qkv:
+            assert_as_good_as(plain[name], got[name], truth[name])

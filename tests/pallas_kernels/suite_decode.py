@@ -1,0 +1,124 @@
+"""What every implementation of `sparse_decode_attention` must do."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BlockIndices, sparse_decode_attention
+from pallas_kernels.backends import Implementation
+from pallas_kernels.shapes import Heads
+from pallas_kernels.sparse_decode.cases import TINY, Case
+from tests.pallas_kernels.comparison import (
+    KEY,
+    assert_as_good_as,
+    assert_bitwise_equal,
+    assert_within_rounding,
+    listed_tokens,
+    masked_attention,
+    softmax_weights,
+    with_fillers,
+)
+
+
+def named(name: str) -> Case:
+    return next(case for case in TINY if case.name == name)
+
+
+@functools.cache
+def compiled(implementation: Implementation) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    call = functools.partial(sparse_decode_attention, return_lse=True, implementation=implementation)
+    return jax.jit(call, static_argnames="scale")
+
+
+def decode_mask(arguments: dict[str, Any]) -> np.ndarray:
+    """[B, H, 1, S]: which keys each head sees."""
+    num_keys, group = arguments["k"].shape[1], arguments["q"].shape[1] // arguments["k"].shape[2]
+    listed = listed_tokens(arguments["blocks"], num_keys).repeat(group, axis=1)
+    inside = np.arange(num_keys) < np.asarray(arguments["lengths"])[:, None]
+    return (listed & inside[:, None])[:, :, None]
+
+
+class Definition:
+    """Properties that the definition and every backend share."""
+
+    implementation: ClassVar[Implementation]
+
+    def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
+        return compiled(self.implementation)(**arguments)
+
+    @pytest.mark.parametrize("case", [named("group-of-4"), named("ragged")], ids=lambda case: case.name)
+    def test_is_attention_under_the_mask_of_the_lists(self, case: Case):
+        arguments = case.arguments(KEY)
+        mask = decode_mask(arguments)
+        out, lse = self.run(**arguments)
+        q = arguments["q"][:, None]
+        assert_within_rounding(out, masked_attention(q, arguments["k"], arguments["v"], mask)[:, 0])
+        assert_within_rounding(lse, softmax_weights(q, arguments["k"], mask)[1][..., 0])
+
+    def test_all_blocks_are_dense_attention(self):
+        arguments = Case("dense", Heads(4, 2, 64), 150, batch=2, density=1.0, dtype="float32").arguments(KEY)
+        lengths = arguments["lengths"] = jnp.asarray([150, 31])
+        out, _ = self.run(**arguments, scale=0.3)
+        dense = jax.nn.dot_product_attention(
+            arguments["q"][:, None], arguments["k"], arguments["v"], key_value_seq_lengths=lengths, scale=0.3
+        )
+        assert_within_rounding(out, dense[:, 0])
+
+    def test_a_head_that_sees_nothing_gets_zero(self):
+        """An empty list, a sequence of length 0, a list that lies beyond the sequence."""
+        arguments = Case("empty", Heads(4, 2, 64), 48, batch=3, block_size=16, dtype="float32").arguments(KEY)
+        counts = jnp.asarray([[0, 1], [1, 1], [1, 1]], jnp.int32)
+        indices = jnp.asarray([[0, 0], [0, 0], [2, 1]], jnp.int32)[..., None]
+        arguments |= {"blocks": BlockIndices(counts, indices, 16), "lengths": jnp.asarray([48, 0, 20])}
+        out, lse = self.run(**arguments)
+        seen = np.asarray([[False, True], [False, False], [False, True]]).repeat(2, axis=1)
+        np.testing.assert_array_equal(lse > -jnp.inf, seen)
+        np.testing.assert_array_equal(np.asarray(out)[~seen], 0)
+        assert np.isfinite(out).all() and not np.isnan(lse).any()
+
+
+class Conformance(Definition):
+    """What a backend must do besides: agree with the definition, in every dtype, however it is called."""
+
+    @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+    def test_errs_no_more_than_plain_attention(self, case: Case):
+        arguments = case.arguments(KEY)
+        out, lse = self.run(**arguments)
+        exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
+        truth, true_lse = compiled("reference")(**exact)
+        q, k, v = arguments["q"][:, None], arguments["k"], arguments["v"]
+        assert_as_good_as(masked_attention(q, k, v, decode_mask(arguments))[:, 0], out, truth)
+        assert_within_rounding(lse, true_lse)
+        assert_bitwise_equal((out, lse), self.run(**arguments))
+
+    def test_fillers_and_unlisted_blocks_are_not_read(self):
+        arguments = named("no-groups").arguments(KEY)
+        blocks = arguments["blocks"]
+        unlisted = 1
+        listed = blocks.to_mask(blocks.width).at[..., unlisted].set(False)
+        arguments["blocks"] = BlockIndices.from_mask(listed, block_size=blocks.block_size)
+        clean = self.run(**arguments)
+        tokens = jnp.arange(arguments["k"].shape[1]) // blocks.block_size == unlisted
+        for name in ("k", "v"):
+            arguments[name] = jnp.where(tokens[None, :, None, None], jnp.nan, arguments[name])
+        poisoned = self.run(**arguments | {"blocks": with_fillers(arguments["blocks"], unlisted)})
+        assert_bitwise_equal(clean, poisoned)
+
+    def test_scans_over_a_growing_sequence(self):
+        """Inside the loop of a decoder, each step gives what it gives alone."""
+        arguments = Case("growing", Heads(4, 2, 64), 64, density=1.0, block_size=16, dtype="float32").arguments(KEY)
+        lengths = jnp.asarray([[15], [16], [17], [64]])
+        call = functools.partial(sparse_decode_attention, return_lse=True, implementation=self.implementation)
+
+        def step(_, lengths):
+            return None, call(**arguments | {"lengths": lengths})
+
+        _, scanned = jax.jit(lambda lengths: jax.lax.scan(step, None, lengths))(lengths)
+        for i, length in enumerate(lengths):
+            for together, alone in zip(scanned, self.run(**arguments | {"lengths": length}), strict=True):
+                assert_within_rounding(together[i], alone)

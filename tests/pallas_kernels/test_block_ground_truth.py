@@ -1,0 +1,75 @@
+"""`attention_with_block_scores`: its implementations, the memory they take, and what it says to wrong calls."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import attention_with_block_scores
+from pallas_kernels.block_ground_truth.cases import REAL, Case
+from tests.pallas_kernels import suite_ground_truth as suite
+from tests.pallas_kernels.comparison import memory, shapes
+
+
+class TestReference(suite.Definition):
+    implementation = "reference"
+
+
+class TestXla(suite.Conformance):
+    implementation = "xla"
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+def test_real_shapes(case: Case):
+    arguments, static = shapes(case)
+    got = jax.eval_shape(lambda x: attention_with_block_scores(**x, **static), arguments)
+    (batch, length, heads, _), num_blocks = arguments["q"].shape, -(-case.length // case.block_size)
+    assert got.output.shape == arguments["q"].shape and got.lse.shape == (batch, length, heads)
+    assert not case.block_scores or got.block_scores.shape == (batch, heads, num_blocks, num_blocks)
+    assert not case.token_scores or got.token_scores.shape == (batch, case.heads.kv_heads, length, num_blocks)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b-64k", "qwen3-4b-32k-packed"])
+def test_xla_needs_less_memory_than_its_inputs(name: str):
+    """Although a T x S array would take hundreds of GB for all heads."""
+    arguments, static = shapes(next(case for case in REAL if case.name == name))
+    used = memory(lambda x: attention_with_block_scores(**x, **static, implementation="xla"), arguments)
+    assert used.temp_size_in_bytes < used.argument_size_in_bytes
+
+
+def call(**changes: Any) -> Any:
+    arguments = {"q": np.ones((2, 40, 4, 64), np.float32), "k": np.ones((2, 40, 2, 64), np.float32)}
+    return attention_with_block_scores(**arguments | {"v": arguments["k"]} | changes)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": jnp.zeros((2, 40, 256))}, r"attention_with_block_scores: q must be \[B, T, H, D\]"),
+        (
+            dict.fromkeys("kv", jnp.zeros((2, 41, 2, 64))),
+            r"k must have shape \[B, T, K, D\] = \(2, 40, 2, 64\); got \(2, 41",
+        ),
+        ({"block_size": 48}, r"block_size must be one of \(16, 32, 64, 128\) tokens; got 48"),
+        ({"lengths": jnp.ones(2, int), "segment_ids": jnp.ones((2, 40), int)}, r"exclude each other; got both"),
+        ({"lengths": jnp.ones(3, int)}, r"lengths must have shape \[B\] = \(2,\); got \(3,\)"),
+        ({"segment_ids": jnp.ones((2, 40))}, r"segment_ids must hold integers; got float32"),
+        ({"segment_ids": jnp.ones((2, 41), int)}, r"segment_ids must have shape \[B, T\] = \(2, 40\); got \(2, 41\)"),
+        ({"scale": float("inf")}, r"scale must be a finite number; got inf"),
+        ({"implementation": "cudnn"}, r"implementation must be None or one of .*; got 'cudnn'"),
+    ],
+)
+def test_refuses(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_refuses_a_gradient(name: str):
+    x = jnp.ones((2, 40, 4, 64))
+    qkv = dict.fromkeys("qkv", x)
+    with pytest.raises(NotImplementedError, match=r"targets, .* have no gradient; .* jax.lax.stop_gradient"):
+        jax.grad(lambda x: call(**qkv | {name: x}).output.sum())(x)

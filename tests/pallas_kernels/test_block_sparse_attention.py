@@ -1,0 +1,94 @@
+"""`block_sparse_attention`: its implementations, the memory they take, and what it says to wrong calls."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BlockIndices, block_sparse_attention
+from pallas_kernels.block_sparse_attention.cases import REAL, Case
+from pallas_kernels.shapes import Heads
+from tests.pallas_kernels import suite_block_sparse as suite
+from tests.pallas_kernels.comparison import memory, shapes
+
+
+class TestReference(suite.Definition):
+    implementation = "reference"
+
+
+class TestXla(suite.Conformance):
+    implementation = "xla"
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+def test_real_shapes(case: Case):
+    arguments, _ = shapes(case)
+    out, lse = jax.eval_shape(lambda x: block_sparse_attention(**x, return_lse=True), arguments)
+    assert out.shape == arguments["q"].shape and out.dtype == arguments["q"].dtype
+    assert lse.shape == out.shape[:3] and lse.dtype == jnp.float32
+
+
+def test_xla_needs_less_memory_than_its_inputs():
+    """At Llama's shape and 32k tokens, where a T x S array would take 137 GB for all heads."""
+    case = next(case for case in REAL if case.name == "llama-3.1-8b-32k")
+    arguments, _ = shapes(case)
+    used = memory(lambda x: block_sparse_attention(**x, implementation="xla"), arguments)
+    assert used.temp_size_in_bytes < used.argument_size_in_bytes
+
+
+def test_xla_backward_needs_no_array_of_all_pairs():
+    case = Case("backward", Heads(8, 2, 64), 4096, block_size=16, dtype="float32")
+    arguments, _ = shapes(case)
+    qkv = {name: arguments.pop(name) for name in ("q", "k", "v")}
+
+    def loss(qkv, arguments):
+        out, _ = block_sparse_attention(**qkv, **arguments, return_lse=True, implementation="xla")
+        return out.sum()
+
+    used = memory(jax.grad(loss), qkv, arguments)
+    assert used.temp_size_in_bytes < 4 * 8 * 4096 * 4096 / 10  # a tenth of one such array
+
+
+def call(**changes: Any) -> Any:
+    arguments = {"q": np.ones((2, 40, 4, 64), np.float32), "k": np.ones((2, 40, 2, 64), np.float32)}
+    arguments |= {"v": arguments["k"], "blocks": BlockIndices.all_causal(40, 40, block_size=16, batch=2)}
+    return block_sparse_attention(**arguments | changes)
+
+
+def zeros(*shape: int, dtype: str = "float32") -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": zeros(2, 40, 64)}, r"q must be \[B, T, H, D\]; got shape \(2, 40, 64\)"),
+        ({"v": zeros(2, 41, 2, 64)}, r"k and v must both be \[B, S, K, D\]; got \(2, 40, 2, 64\) and \(2, 41, 2, 64\)"),
+        ({"q": zeros(1, 40, 4, 64)}, r"q and k must agree in B and D; got q \(1, 40, 4, 64\)"),
+        ({"q": zeros(2, 40, 4, 32)}, r"q and k must agree in B and D"),
+        ({"q": zeros(2, 40, 3, 64)}, r"H must be a multiple of the key/value heads K; got H=3 and K=2"),
+        ({"q": zeros(2, 0, 4, 64)}, r"no axis may be empty; got q \(2, 0, 4, 64\)"),
+        (
+            {"q": zeros(2, 40, 4, 64, dtype="bfloat16")},
+            r"must share one dtype out of .*; got bfloat16, float32 and float32",
+        ),
+        (dict.fromkeys("kvq", zeros(2, 40, 2, 64, dtype="int8")), r"must share one dtype out of .*; got int8"),
+        (
+            {"blocks": BlockIndices.all_causal(40, 40, block_size=16, batch=2, lists=3)},
+            r"blocks.counts must be \[B, Hs, Tb\], one of \(\(2, 1, 3\), \(2, 2, 3\), \(2, 4, 3\)\).*got \(2, 3, 3\)",
+        ),
+        ({"blocks": BlockIndices.all_causal(60, 40, block_size=16, batch=2)}, r"Tb = ceil\(T / b\)\); got \(2, 1, 4\)"),
+        ({"query_offset": 0.5}, r"query_offset must hold integers; got float32"),
+        ({"query_offset": jnp.zeros(3, int)}, r"query_offset must have shape \[B\] = \(2,\); got \(3,\)"),
+        ({"lengths": jnp.ones(2)}, r"lengths must hold integers; got float32"),
+        ({"lengths": jnp.ones((1, 2), int)}, r"lengths must have shape \[B\] = \(2,\); got \(1, 2\)"),
+        ({"scale": float("nan")}, r"scale must be a finite number; got nan"),
+        ({"implementation": "triton"}, r"implementation must be None or one of \('xla', 'reference'\); got 'triton'"),
+    ],
+)
+def test_refuses(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
