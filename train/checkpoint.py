@@ -74,7 +74,7 @@ class Checkpoints:
         """
         if self.latest is None:
             return like
-        run = self._manager.restore(self.latest, args=self._args.Composite(run=self._args.JsonRestore())).run
+        run = self._manager.restore(self.latest, args=self._args.Composite(run=self._args.JsonRestore()))["run"]
         self._check(run["settings"])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (like.trained, like.optimizer)
@@ -86,7 +86,7 @@ class Checkpoints:
             ),
         )
         position = DataPosition(**run["position"])
-        return RunState(self.latest, items.trained, items.optimizer, position, run["tokens"])
+        return RunState(self.latest, items["trained"], items["optimizer"], position, run["tokens"])
 
     def close(self) -> None:
         """Ends Orbax's threads."""

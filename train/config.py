@@ -83,7 +83,8 @@ class TrainConfig:
       data: training text.
       sequence_length: T, tokens per row.
       batch_size: rows per optimizer step.
-      accumulation: parts that a step's rows are worked off in, one after the other, to save memory; divides batch_size.
+      micro_batch_size: rows worked off at once, a divisor of batch_size; the gradients of a step's parts are accumulated. More is
+        faster, as far as memory allows.
       steps: optimizer steps.
       optimizer: see `OptimizerConfig`.
       precision: of the base model's arithmetic.
@@ -99,7 +100,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     sequence_length: int = 65536
     batch_size: int = 16
-    accumulation: int = 1
+    micro_batch_size: int = 1
     steps: int = 500
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     precision: Precision = Precision.BFLOAT16
@@ -110,13 +111,14 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        names = ("sequence_length", "batch_size", "accumulation", "steps")
+        names = ("sequence_length", "batch_size", "micro_batch_size", "steps")
         for name in (*names, "checkpoint_interval", "keep_checkpoints", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1; got {getattr(self, name)}.")
-        if self.batch_size % self.accumulation:
+        if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"accumulation divides batch_size into equal parts; got {self.batch_size} rows and {self.accumulation} parts."
+                "micro_batch_size divides batch_size, so that a step's parts are equal; "
+                f"got {self.micro_batch_size} and {self.batch_size}."
             )
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
@@ -241,7 +243,7 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
             return None
         kind = next(a for a in arguments if a is not types.NoneType)
         return _parse(kind, value, place)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         fields = typing.get_type_hints(kind)
         names = [f.name for f in dataclasses.fields(kind)]
         if unknown := [str(k) for k in value if k not in names]:
@@ -249,7 +251,7 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
         return kind(**{k: _parse(fields[k], v, f"{place}.{k}") for k, v in value.items()})
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_parse(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value))
-    if isinstance(kind, enum.EnumType):
+    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
         if value in list(kind):
             return kind(value)
         raise ValueError(f"{place} is one of {', '.join(kind)}; got {value!r}.")

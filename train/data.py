@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from seer_jax.train.packing import PackedDataset, Packing, Row, pack
 from seer_jax.train.sources import SourceConfig
-from seer_jax.train.tokens import HFTokenizer, Tokenizer, load_tokens
+from seer_jax.train.tokens import ModelTokenizer, Tokenizer, load_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,16 @@ class DataConfig(SourceConfig):
 
 
 class Batch(NamedTuple):
-    """Rows of tokens with their sequences, see `packing.Row`."""
+    """Rows of tokens with their sequences on the device, see `packing.Row`."""
 
-    tokens: Int[Array | np.ndarray, "*b T"]
-    segment_ids: Int[Array | np.ndarray, "*b T"]
-    positions: Int[Array | np.ndarray, "*b T"]
+    tokens: Int[Array, "*b T"]
+    segment_ids: Int[Array, "*b T"]
+    positions: Int[Array, "*b T"]
+
+    @classmethod
+    def of(cls, rows: Row) -> "Batch":
+        """From the host."""
+        return cls(*(jnp.asarray(x, jnp.int32) for x in rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +74,14 @@ def load_dataset(
       cache: folder for the tokens, see `load_tokens`.
     """
     sources = SourceConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)})
-    store = load_tokens(sources, tokenizer or HFTokenizer(model), cache).check_vocabulary(vocab_size)
+    store = load_tokens(sources, tokenizer or ModelTokenizer(model), cache).check_vocabulary(vocab_size)
     return pack(store, config.packing, row_length=row_length, block_size=block_size, min_length=config.min_length)
 
 
 def batches(
     dataset: PackedDataset, batch_size: int, *, seed: int, start: DataPosition = DataPosition()
-) -> Iterator[tuple[Batch, DataPosition]]:
-    """Endless batches and, with each, the position after it.
+) -> Iterator[tuple[Row, DataPosition]]:
+    """Endless batches of stacked rows and, with each, the position after it.
 
     Every epoch has an order of its own, given by seed and epoch alone; a batch may span the end of one.
 
@@ -95,7 +101,7 @@ def batches(
                 order = _order(len(dataset), seed, epoch)
             rows.append(dataset[int(order[index])])
             index += 1
-        yield Batch(*(np.stack(column) for column in zip(*rows, strict=True))), DataPosition(epoch, index)
+        yield Row(*(np.stack(column) for column in zip(*rows, strict=True))), DataPosition(epoch, index)
 
 
 def _order(rows: int, seed: int, epoch: int) -> np.ndarray:

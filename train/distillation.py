@@ -66,16 +66,7 @@ def distillation_pass(
 
     Source: SeerAttention, arXiv 2410.13276, sec. 3.2; SeerAttention-R, arXiv 2506.08889, sec. 3.2.
     """
-    sizes = {
-        gate.config.block_size
-        for gate, used in ((model.prefill_gate, weights.prefill), (model.decode_gate, weights.decode))
-        if gate is not None and used is not None
-    }
-    if len(sizes) != 1:
-        raise ValueError(
-            f"A pass teaches gates of one block size; got block sizes {sorted(sizes)}. Attach a gate, or use one size."
-        )
-    block_size = sizes.pop()
+    block_size = _block_size(model, weights)
     segment_ids, positions = batch.segment_ids, batch.positions
 
     def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
@@ -89,21 +80,13 @@ def distillation_pass(
             token_scores=weights.decode is not None,
             segment_ids=segment_ids,
         )
-        prefill = decode = None
+        inputs, prefill, decode = (q, k, positions, segment_ids), None, None
         if weights.prefill is not None:
-
-            def prefill_logits(gate: PrefillGate) -> jax.Array:
-                return packed_prefill_logits(gate, q, k, positions, segment_ids)
-
-            target = scored.block_scores
-            prefill = _teach(context.prefill_gate, prefill_logits, target, weights.prefill, recall_density)
+            lesson = (scored.block_scores, weights.prefill, recall_density)
+            prefill = _teach(context.prefill_gate, packed_prefill_logits, inputs, *lesson)
         if weights.decode is not None:
-
-            def decode_logits(gate: DecodeGate) -> jax.Array:
-                return packed_decode_logits(gate, q, k, positions, segment_ids)
-
-            target = scored.token_scores
-            decode = _teach(context.decode_gate, decode_logits, target, weights.decode, recall_density)
+            lesson = (scored.token_scores, weights.decode, recall_density)
+            decode = _teach(context.decode_gate, packed_decode_logits, inputs, *lesson)
         return scored.output, state, PassReport(prefill, decode)
 
     return model.scan(batch.tokens, attend)[2]
@@ -130,8 +113,8 @@ def packed_decode_logits(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> Float32[Array, "B K T Sb"]:
-    """Logits of one layer for rows of packed sequences, -inf outside the completed earlier blocks of a token's own sequence; q and k
-    before RoPE."""
+    """Logits of one layer for rows of packed sequences, -inf outside the completed earlier blocks of a token's own sequence;
+    q and k before RoPE."""
     b = gate.config.block_size
     pooled = pool_blocks(k, gate.config.k_pooling, b, segment_ids > 0)
     completed = jnp.broadcast_to(jnp.arange(q.shape[1]) // b, positions.shape)  # in the row; other sequences go below
@@ -140,19 +123,35 @@ def packed_decode_logits(
     return jnp.where(same[:, None], logits, -jnp.inf)
 
 
-def _teach[G: (PrefillGate, DecodeGate)](
-    gate: G,
-    logits_of: Callable[[G], jax.Array],
-    target: Float32[Array, "B heads R Sb"],
+def _block_size(model: Transformer, weights: RowWeights) -> int:
+    """b of the gates that have weights."""
+    gates = [
+        g for g, w in ((model.prefill_gate, weights.prefill), (model.decode_gate, weights.decode)) if w is not None
+    ]
+    sizes = [None if gate is None else gate.config.block_size for gate in gates]
+    if not sizes or sizes[0] is None or sizes != sizes[:1] * len(sizes):
+        raise ValueError(
+            "A pass teaches the gates that have weights: one at least, all attached to the model, of one block size; "
+            f"got block sizes {sizes} (None: no such gate)."
+        )
+    return sizes[0]
+
+
+def _teach(
+    gate: Any,
+    logits_of: Callable[..., jax.Array],
+    inputs: tuple,
+    target: Float32[Array, "B heads R Sb"] | None,
     weights: Float32[Array, "B R"],
     recall_density: float,
 ) -> GateReport:
     """Loss, recall and gradient of one gate in one layer."""
+    assert target is not None
 
-    def loss_of(gate: G) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        logits = logits_of(gate)
+    def loss_of(gate: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        logits = logits_of(gate, *inputs)
         loss = (row_kl(target, logits).mean(1) * weights).sum()
         return loss, block_recall(target, logits, weights, recall_density)
 
-    (loss, recall), gradient = jax.value_and_grad(loss_of, has_aux=True)(gate)
-    return GateReport(loss, *recall, gradient)
+    (loss, (recall, recall_weight)), gradient = jax.value_and_grad(loss_of, has_aux=True)(gate)
+    return GateReport(loss, recall, recall_weight, gradient)

@@ -15,12 +15,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from seer_jax.model import Transformer
 from seer_jax.train.checkpoint import Checkpoints, RunState
 from seer_jax.train.config import TrainConfig, to_dict
-from seer_jax.train.data import DataPosition, batches
+from seer_jax.train.data import Batch, DataPosition, batches
 from seer_jax.train.metrics import MetricsLog
 from seer_jax.train.optimizer import make_optimizer, make_schedule
 from seer_jax.train.packing import PackedDataset
@@ -79,7 +80,8 @@ def run(
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     start = RunState(0, trained, optimizer.init(trained), DataPosition(), tokens=0)
-    step = make_step(task, optimizer, make_schedule(config.optimizer, config.steps), config.accumulation)
+    parts = config.batch_size // config.micro_batch_size
+    step = make_step(task, optimizer, make_schedule(config.optimizer, config.steps), parts)
     folder, checkpoints, log = run_folder(config), None, None
     with contextlib.ExitStack() as stack:
         if folder is not None:
@@ -94,6 +96,9 @@ def run(
         if progress is None:
             progress = ConsoleProgress(interval=config.log_interval)
             stack.callback(progress.close)
+            progress.note(f"Training data: {dataset.report}")
+            if start.step:
+                progress.note(f"Going on after step {start.step}.")
         reporter = _Reporter(config.steps, start, log, progress)
         stop = stack.enter_context(StopSignals())
         state = start
@@ -116,9 +121,9 @@ def _steps(step: Step, state: RunState, frozen: FrozenWeights, dataset: PackedDa
     """The run's remaining steps: (state after it, its metrics, still on the device)."""
     stream = batches(dataset, config.batch_size, seed=config.seed, start=state.position)
     for number in range(state.step, config.steps):
-        batch, position = next(stream)
-        trained, optimizer, metrics = step(state.trained, state.optimizer, frozen, batch, np.int32(number))
-        tokens = state.tokens + int(np.count_nonzero(batch.segment_ids))
+        rows, position = next(stream)
+        batch, tokens = Batch.of(rows), state.tokens + int(np.count_nonzero(rows.segment_ids))
+        trained, optimizer, metrics = step(state.trained, state.optimizer, frozen, batch, jnp.int32(number))
         state = RunState(number + 1, trained, optimizer, position, tokens)
         yield state, metrics
 

@@ -25,7 +25,7 @@ class Packing(enum.StrEnum):
 
 
 class Row(NamedTuple):
-    """One row of T tokens.
+    """One row of T tokens, or several stacked `[B, T]`.
 
     Fields:
       tokens: 0 where there is none.
@@ -33,9 +33,9 @@ class Row(NamedTuple):
       positions: of each token in its sequence; 0 at padding.
     """
 
-    tokens: Int[np.ndarray, "T"]
-    segment_ids: Int[np.ndarray, "T"]
-    positions: Int[np.ndarray, "T"]
+    tokens: Int[np.ndarray, "*b T"]
+    segment_ids: Int[np.ndarray, "*b T"]
+    positions: Int[np.ndarray, "*b T"]
 
 
 @dataclasses.dataclass(frozen=True)

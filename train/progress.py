@@ -57,7 +57,7 @@ class ConsoleProgress:
         """Shows a step."""
         if not self._console.is_terminal:
             if report.step % self._interval == 0 or report.step == report.steps:
-                self._console.print(str(report), highlight=False, soft_wrap=True)
+                self.note(str(report))
             return
         if self._bar is None:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -65,6 +65,10 @@ class ConsoleProgress:
             self._task = self._bar.add_task("", total=report.steps)
             self._bar.start()
         self._bar.update(self._task, completed=report.step, description=report.summary)
+
+    def note(self, text: str) -> None:
+        """Shows a line of its own."""
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -77,7 +77,7 @@ Step = Callable[
 ]
 
 
-def make_step(task: Task, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulation: int) -> Step:
+def make_step(task: Task, optimizer: optax.GradientTransformation, schedule: optax.Schedule, parts: int) -> Step:
     """`step(trained, optimizer_state, frozen, batch, number) -> (trained, optimizer_state, metrics)`.
 
     The first two arguments are given away: their memory holds the results.
@@ -86,13 +86,13 @@ def make_step(task: Task, optimizer: optax.GradientTransformation, schedule: opt
       task: what to train.
       optimizer: see `make_optimizer`.
       schedule: of the learning rate; for the metrics.
-      accumulation: equal parts that the batch is worked off in, one after the other.
+      parts: equal parts that the batch is worked off in, one after the other.
     """
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(trained: Weights, state: Any, frozen: FrozenWeights, batch: Batch, number: jax.Array) -> tuple:
         gradients_of = functools.partial(task.gradients, trained, frozen)
-        gradients, sums = _accumulate(gradients_of, (batch, task.weigh(batch)), accumulation)
+        gradients, sums = _accumulate(gradients_of, (batch, task.weigh(batch)), parts)
         updates, state = optimizer.update(gradients, state, trained)
         metrics = task.metrics(sums)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": jnp.float32(schedule(number))}

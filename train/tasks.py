@@ -16,8 +16,11 @@ from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, lm_loss, lm_targets, prefill_rows, row_weights
 from seer_jax.train.step import FrozenWeights, ModelParts, Sums, Weights
 
-GATE_NAMES = {Gates.PREFILL: ("prefill_gate",), Gates.DECODE: ("decode_gate",)}
-GATE_NAMES[Gates.BOTH] = (*GATE_NAMES[Gates.PREFILL], *GATE_NAMES[Gates.DECODE])
+GATE_NAMES: dict[Gates, tuple[str, ...]] = {
+    Gates.PREFILL: ("prefill_gate",),
+    Gates.DECODE: ("decode_gate",),
+    Gates.BOTH: ("prefill_gate", "decode_gate"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

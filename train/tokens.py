@@ -6,12 +6,14 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
+from seer_jax.text import TOKENIZER_PATTERNS
 from seer_jax.train.sources import Document, SourceConfig, read_documents
 
 DOCUMENTS_PER_BATCH = 256  # enough to keep the tokenizer's threads busy
@@ -28,46 +30,39 @@ class Tokenizer(Protocol):
         ...
 
 
-class HFTokenizer:
-    """The tokenizer of a Hugging Face model.
+class ModelTokenizer:
+    """The tokenizer of a model, for training text.
 
     Texts get the special tokens that the tokenizer adds by itself (Llama: BOS in front; Qwen: none); chats are rendered by
     its chat template, which writes them itself. The end-of-text token follows each document unless it is there already.
     """
 
     def __init__(self, model: str):
-        from transformers import AutoTokenizer  # takes a second to import
+        """
+        Args:
+          model: folder or hub id.
+        """
+        from seer_jax.pretrained import load_tokenizer
 
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"Training on text needs the model's tokenizer: expected tokenizer.json in {model!r}; got: {error}"
-            ) from error
-        self._eos = self._tokenizer.eos_token_id
-        state = [self._tokenizer.backend_tokenizer.to_str(), self._tokenizer.chat_template, self._eos]
-        self.fingerprint = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        self._tokenizer = load_tokenizer(model)
+        end = self._tokenizer.special.get("eos_token")
+        self._end = [] if end is None else self._tokenizer.encode(end, special_tokens=False)
+        folder, digest = Path(self._tokenizer.place), hashlib.sha256()
+        for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}):
+            digest.update(path.read_bytes())
+        self.fingerprint = digest.hexdigest()
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
         """Tokens of each document."""
-        encoded: list[list[int]] = [[] for _ in documents]
-        for is_chat in (False, True):
-            places = [i for i, document in enumerate(documents) if isinstance(document, list) == is_chat]
-            texts = [self._render(documents[i]) for i in places]
-            rows = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=not is_chat)
-            for place, row in zip(places, rows, strict=True):
-                ends = self._eos is None or row.ids[-1:] == [self._eos]
-                encoded[place] = row.ids if ends else [*row.ids, self._eos]
-        return encoded
+        with ThreadPoolExecutor() as threads:  # the tokenizer runs outside of Python's lock
+            return list(threads.map(self._encode, documents))
 
-    def _render(self, document: Document) -> str:
+    def _encode(self, document: Document) -> list[int]:
         if isinstance(document, str):
-            return document
-        if self._tokenizer.chat_template is None:
-            raise ValueError(
-                "Chat messages need a tokenizer with a chat template, and this one has none; give a column of plain text."
-            )
-        return self._tokenizer.apply_chat_template(document, tokenize=False)
+            tokens = self._tokenizer.encode(document)
+        else:
+            tokens = self._tokenizer.encode_chat(document, add_generation_prompt=False)
+        return tokens if tokens[-len(self._end) :] == self._end else tokens + self._end
 
 
 @dataclasses.dataclass(frozen=True)

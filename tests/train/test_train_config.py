@@ -23,14 +23,14 @@ WRONG = [
     (lambda: OptimizerConfig(weight_decay=-0.1), r"at least 0; got 20 and -0.1"),
     (lambda: OptimizerConfig(clip_norm=0.0), r"clip_norm is positive, or None .* got 0.0"),
     *(
-        (lambda name=name: TrainConfig(**{name: 0}), rf"^{name} is at least 1; got 0")
-        for name in ("sequence_length", "batch_size", "accumulation", "steps")
+        (lambda name=name: dataclasses.replace(TrainConfig(), **{name: 0}), rf"^{name} is at least 1; got 0")
+        for name in ("sequence_length", "batch_size", "micro_batch_size", "steps")
     ),
     *(
-        (lambda name=name: TrainConfig(**{name: 0}), rf"^{name} is at least 1; got 0")
+        (lambda name=name: dataclasses.replace(TrainConfig(), **{name: 0}), rf"^{name} is at least 1; got 0")
         for name in ("checkpoint_interval", "keep_checkpoints", "log_interval")
     ),
-    (lambda: TrainConfig(batch_size=10, accumulation=4), r"divides batch_size .* got 10 rows and 4 parts"),
+    (lambda: TrainConfig(batch_size=10, micro_batch_size=4), r"micro_batch_size divides batch_size.* got 4 and 10"),
     (lambda: TrainConfig(steps=20), r"warmup ends before the run does; got 20 warmup steps of 20"),
     (lambda: TrainConfig(seed=-1), r"seed is at least 0; got -1"),
     (lambda: DistillConfig(prefill_skip=1.0), r"prefill_skip is a share in \[0, 1\) .* got 1.0"),

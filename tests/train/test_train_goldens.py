@@ -20,6 +20,7 @@ from seer_jax.train.distillation import (
     packed_prefill_logits,
 )
 from seer_jax.train.loss import decode_rows, prefill_rows, row_kl, row_weights
+from seer_jax.train.packing import Row
 from tests.train.golden_models import DECODE_NAMES, load_golden, relative_error
 
 BLOCK = 64
@@ -75,13 +76,13 @@ def one_sequence(arrays):
 
 def packed_sequences(arrays):
     """300 and 500 tokens in one row, the second sequence at a block boundary."""
-    row = Batch(*np.zeros((3, 1, 832), np.int32))
+    row = Row(*np.zeros((3, 1, 832), np.int32))
     for segment, (first, start, length) in enumerate([(0, 0, 300), (300, 320, 500)], start=1):
         place = (0, slice(start, start + length))
         row.tokens[place] = arrays["io.train.input_ids"][0, first : first + length]
         row.segment_ids[place] = segment
         row.positions[place] = np.arange(length)
-    return jax.tree.map(jnp.asarray, row)
+    return Batch.of(row)
 
 
 @pytest.fixture(scope="module")

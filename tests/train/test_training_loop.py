@@ -19,6 +19,7 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
+from seer_jax.gate import DecodeGate, PrefillGate
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import Gates, OptimizerConfig
 from seer_jax.train.data import DataConfig
@@ -33,6 +34,12 @@ ROOT = Path(__file__).parents[2]
 
 def ignore(_: StepReport) -> None:
     """Shows nothing."""
+
+
+def keys_of(gate: PrefillGate | DecodeGate | None) -> np.ndarray:
+    """A copy of the gate's key projection."""
+    assert gate is not None
+    return np.array(gate.linear_k[...])
 
 
 def lines(folder: Path) -> list[dict]:
@@ -96,7 +103,7 @@ def test_finished_run_has_nothing_left_to_do(undisturbed):
     config = dataclasses.replace(RUN, output=str(folder))
     again = distill(config, model=make_model(), dataset=make_rows(), save=lambda *a: saved.append(a), progress=ignore)
     assert again.step == RUN.steps and again.metrics == {}
-    np.testing.assert_array_equal(again.model.decode_gate.linear_k[...], result.model.decode_gate.linear_k[...])
+    np.testing.assert_array_equal(keys_of(again.model.decode_gate), keys_of(result.model.decode_gate))
     assert saved == [(again.model, folder)]
 
 
@@ -119,6 +126,7 @@ def kill_when(condition, folder: Path, environment: dict[str, str]) -> bool:
         log.close()
 
 
+@pytest.mark.timeout(600)  # three processes, each of which compiles
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(undisturbed, tmp_path, compilation_cache):
     folder = tmp_path / "killed"
 
@@ -259,10 +267,10 @@ def test_rows_packed_for_smaller_blocks_are_refused():
 def test_a_gate_of_the_model_is_trained_further(undisturbed):
     _, first = undisturbed
     config = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, learning_rate=1e-6))
-    before = np.array(first.model.decode_gate.linear_k[...])
+    before = keys_of(first.model.decode_gate)
     second = distill(config, model=first.model, dataset=make_rows(), progress=ignore)
-    np.testing.assert_allclose(second.model.decode_gate.linear_k[...], before, atol=1e-4)
-    np.testing.assert_array_equal(first.model.decode_gate.linear_k[...], before)
+    np.testing.assert_allclose(keys_of(second.model.decode_gate), before, atol=1e-4)
+    np.testing.assert_array_equal(keys_of(first.model.decode_gate), before)
 
 
 def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch):
@@ -275,7 +283,7 @@ def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch):
         def encode(self, documents):
             return [[ord(c) - 97 for c in d] for d in documents]
 
-    monkeypatch.setattr("seer_jax.train.data.HFTokenizer", Letters)
+    monkeypatch.setattr("seer_jax.train.data.ModelTokenizer", Letters)
     (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 50)
     data = DataConfig(paths=(str(tmp_path / "text.txt"),))
     config = dataclasses.replace(RUN, model="some/model", data=data, output=str(tmp_path / "out"))
@@ -296,7 +304,7 @@ def test_finetuning_learns_by_heart(tmp_path):
     logits = jax.jit(lambda model: model(jnp.asarray(rows)))(result.model)
     assert (np.argmax(logits[:, :-1], -1) == rows[:, 1:]).mean() > 0.97
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model)), before)
-    np.testing.assert_array_equal(result.model.prefill_gate.linear_k[...], model.prefill_gate.linear_k[...])
+    np.testing.assert_array_equal(keys_of(result.model.prefill_gate), keys_of(model.prefill_gate))
     again = finetune(config, model=model, dataset=rows, progress=ignore)
     np.testing.assert_array_equal(again.model.norm[...], result.model.norm[...])
 
@@ -305,7 +313,7 @@ def test_finetuning_loss_is_that_of_each_sequence_alone():
     documents = [make_rows()[i, :n] for i, n in enumerate((70, 30, 25))]
     data = pack(TokenStore.from_documents(documents), Packing.BEST_FIT, row_length=LENGTH, block_size=1)
     assert len(data) == 1
-    config = finetune_config(batch_size=1, steps=1, optimizer=OptimizerConfig(warmup_steps=0))
+    config = finetune_config(batch_size=1, micro_batch_size=1, steps=1, optimizer=OptimizerConfig(warmup_steps=0))
     model = make_model()
     loss = finetune(config, model=model, dataset=data, progress=ignore).metrics["loss"]
     tokens, lengths = np.zeros((3, 70), np.int32), np.array([70, 30, 25])
@@ -343,6 +351,13 @@ def test_tensorboard(tmp_path, monkeypatch, installed):
     assert len(events) == installed and all(b"decode_loss" in e for e in events)
 
 
+def test_default_progress_tells_of_data_and_resumption(undisturbed, capsys):
+    config = dataclasses.replace(RUN, output=str(undisturbed[0]))
+    distill(config, model=make_model(), dataset=make_rows())
+    told = capsys.readouterr().out
+    assert "Training data: 12 documents, 1,536 tokens -> 12 rows" in told and "Going on after step 10." in told
+
+
 REPORT = StepReport(5, 20, {"loss": 1.25, "prefill_recall": 0.5, "decode_recall": 0.75}, 12345.6, 3725.2)
 
 
@@ -360,5 +375,7 @@ def test_progress_on_a_terminal():
     file = io.StringIO()
     progress = ConsoleProgress(interval=5, console=Console(file=file, force_terminal=True, width=160))
     progress(REPORT)
+    progress.note("a line")
     progress.close()
+    assert "a line" in file.getvalue()
     assert "5/20" in file.getvalue() and "loss 1.2500" in file.getvalue() and "12,346 tokens/s" in file.getvalue()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from seer_jax.train.data import DataConfig, batches, load_dataset
 from seer_jax.train.packing import PackedDataset, Packing
 from seer_jax.train.sources import SourceConfig, list_files, read_documents
-from seer_jax.train.tokens import HFTokenizer, TokenStore, load_tokens
+from seer_jax.train.tokens import ModelTokenizer, TokenStore, load_tokens
 
 CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
@@ -146,23 +146,28 @@ def model_folder(tmp_path):
 
 
 def test_tokenizer_marks_documents(model_folder):
-    encode = HFTokenizer(str(model_folder)).encode
+    encode = ModelTokenizer(str(model_folder)).encode
     # bos from the tokenizer itself, eos after each document, neither twice; the chat template writes its own.
-    assert list(map(list, encode(["one two", CHAT, "three <eos>"]))) == [
+    assert encode(["one two", CHAT, "three <eos>"]) == [
         [1, 3, 4, 2],
         [6, 3, 2, 7, 4, 2],
         [1, 5, 2],
     ]
 
 
-def test_tokenizer_errors(model_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"needs the model's tokenizer: expected tokenizer.json"):
-        HFTokenizer(str(tmp_path / "nothing"))
-    (model_folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    plain = HFTokenizer(str(model_folder))
-    assert list(plain.encode(["one"])[0]) == [1, 3]  # no end-of-text token to add
-    with pytest.raises(ValueError, match=r"need a tokenizer with a chat template"):
+def test_tokenizer_without_end_or_template(model_folder):
+    before = ModelTokenizer(str(model_folder)).fingerprint
+    (model_folder / "tokenizer_config.json").write_text("{}")
+    plain = ModelTokenizer(str(model_folder))
+    assert plain.encode(["one"]) == [[1, 3]]
+    assert plain.fingerprint != before
+    with pytest.raises(ValueError, match=r"needs a chat template"):
         plain.encode([CHAT])
+
+
+def test_model_without_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected tokenizer.json in"):
+        ModelTokenizer(str(tmp_path))
 
 
 class Letters:

@@ -57,12 +57,24 @@ def make_rows(rows: int = 12, length: int = LENGTH) -> np.ndarray:
 
 def distill_config(**changes) -> DistillConfig:
     """A short run."""
-    settings = {"gates": Gates.BOTH, "prefill": PREFILL, "decode": DECODE, "sequence_length": LENGTH, "batch_size": 4}
-    settings |= {"steps": 12, "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2), "tensorboard": False}
-    return DistillConfig(**settings | changes)
+    config = DistillConfig(
+        gates=Gates.BOTH,
+        prefill=PREFILL,
+        decode=DECODE,
+        sequence_length=LENGTH,
+        batch_size=4,
+        micro_batch_size=4,
+        steps=12,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        tensorboard=False,
+    )
+    return dataclasses.replace(config, **changes)
 
 
 def finetune_config(**changes) -> FinetuneConfig:
     """A short run."""
-    settings = {"sequence_length": LENGTH, "batch_size": 4, "steps": 12, "tensorboard": False}
-    return FinetuneConfig(**settings | {"optimizer": OptimizerConfig(warmup_steps=2)} | changes)
+    optimizer = OptimizerConfig(warmup_steps=2)
+    config = FinetuneConfig(
+        sequence_length=LENGTH, batch_size=4, micro_batch_size=4, steps=12, optimizer=optimizer, tensorboard=False
+    )
+    return dataclasses.replace(config, **changes)
