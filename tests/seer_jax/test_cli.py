@@ -29,6 +29,14 @@ from tests.seer_jax.test_text import TINY_LM
 PROMPT = "def main():\n    # three birds: 🦜🦜🦜\n" * 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """These tests compile many programs and run each for a moment."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/ with a tokenizer, prefill/ and decode/ gates; the context is that of the bundled tokenizer's vocabulary."""

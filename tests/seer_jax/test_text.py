@@ -96,7 +96,9 @@ def change(path: Path, **values: Any) -> None:
 def test_limits_left_in_the_file_do_not_cut_prompts(folder: Path):
     limit = dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)
     change(folder / "tokenizer.json", truncation=limit)
-    assert Tokenizer.load(folder).encode("one two three four five six") == BYTE_LEVEL.encode("one two three four five six")
+    assert Tokenizer.load(folder).encode("one two three four five six") == BYTE_LEVEL.encode(
+        "one two three four five six"
+    )
 
 
 def test_special_tokens_of_the_post_processor_are_added_unless_refused(folder: Path):
