@@ -47,6 +47,10 @@ class BlockIndices:
 
     Raises:
       ValueError: `block_size` is not one of those, or the arrays are not int32 of shapes [..., R] and [..., R, N].
+
+    >>> blocks = BlockIndices.from_mask(jnp.array([[True, False], [True, True]]), block_size=64)
+    >>> blocks.counts.tolist(), blocks.indices.tolist()
+    ([1, 2], [[0, 0], [0, 1]])
     """
 
     counts: Int32[Array, "... R"]

@@ -77,7 +77,11 @@ def attention_with_block_scores(
       ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
       NotImplementedError: the named implementation cannot do this, or a gradient is taken.
 
-    Source: SeerAttention, arXiv 2410.13276, sec. 3.2; SeerAttention-R, arXiv 2506.08889, sec. 3.2.
+    Source: the ground truth of self-distillation in SeerAttention, arXiv 2410.13276, and SeerAttention-R, arXiv 2506.08889.
+
+    >>> q, k = jnp.ones((1, 128, 4, 64)), jnp.ones((1, 128, 2, 64))
+    >>> attention_with_block_scores(q, k, k).block_scores[0, 0].round(4).tolist()
+    [[1.0, 0.0], [0.5, 0.5]]
     """
     name = "attention_with_block_scores"
     check_attention_inputs(name, q, k, v, query_axes="B T H D")

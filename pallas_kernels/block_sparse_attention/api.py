@@ -36,7 +36,7 @@ def block_sparse_attention(
         queries counted from the first query, whatever `query_offset` is.
       scale: factor on the scores; 1 / sqrt(D) if None.
       query_offset: position of the first query, in tokens from the first key; one for all rows of the batch or one each.
-      lengths: number of keys of each sequence, right-padded up to S; S if None.
+      lengths: number of keys of each sequence, right-padded up to S; S if None or more.
       return_lse: also return the log of the sum of exp(scores) per query, natural logarithm.
       implementation: "reference", "xla", or None for the best that works here.
 
@@ -47,7 +47,13 @@ def block_sparse_attention(
       ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
       NotImplementedError: the named implementation cannot do this.
 
-    Source: SeerAttention, arXiv 2410.13276, sec. 3.3.
+    Source: SeerAttention, arXiv 2410.13276 (its block-sparse FlashAttention kernel).
+
+    >>> q, k = jnp.ones((1, 128, 4, 64)), jnp.ones((1, 128, 2, 64))
+    >>> blocks = BlockIndices.from_mask(jnp.eye(2, dtype=bool)[None, None], block_size=64)
+    >>> out, lse = block_sparse_attention(q, k, k, blocks, return_lse=True)
+    >>> out.shape, jnp.exp(lse[0, 127, 0] - 64 / 64**0.5).round(3).item()
+    ((1, 128, 4, 64), 64.0)
     """
     name = "block_sparse_attention"
     check_attention_inputs(name, q, k, v, query_axes="B T H D")
@@ -75,6 +81,6 @@ def block_sparse_attention(
         blocks,
         scale=resolve_scale(name, scale, head_dim),
         query_offset=jnp.broadcast_to(query_offset, (batch,)).astype(jnp.int32),
-        lengths=lengths.astype(jnp.int32),
+        lengths=jnp.minimum(lengths, k.shape[1]).astype(jnp.int32),
     )
     return (out, lse) if return_lse else out

@@ -53,7 +53,13 @@ def select_blocks(
         more than `width` blocks. Under `jax.jit` the last cannot be seen: the row then loses its highest blocks.
       NotImplementedError: the named implementation cannot do this.
 
-    Source: SeerAttention, arXiv 2410.13276, sec. 3.1; SeerAttention-R, arXiv 2506.08889, sec. 3.3.
+    Source: threshold and top-k of SeerAttention, arXiv 2410.13276; token budget of SeerAttention-R, arXiv 2506.08889.
+
+    >>> logits = jnp.array([[0.0, 2.0, 1.0, -jnp.inf]])
+    >>> select_blocks(logits, block_size=64, top_k=2).indices.tolist()
+    [[1, 2]]
+    >>> select_blocks(logits, block_size=64, max_blocks=2, keep=jnp.array([[False, False, False, True]])).indices.tolist()
+    [[1, 3]]
     """
     name = "select_blocks"
     check_block_size(name, block_size)

@@ -31,7 +31,7 @@ def sparse_decode_attention(
       q: the query of the newest token; H is a multiple of K.
       k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16.
       blocks: lists of key blocks, counts [B, K] and indices [B, K, N].
-      lengths: number of keys of each sequence, the newest token included; 0 for a row that is not in use.
+      lengths: number of keys of each sequence, the newest token included, S at most; 0 for a row that is not in use.
       scale: factor on the scores; 1 / sqrt(D) if None.
       return_lse: also return the log of the sum of exp(scores), natural logarithm.
       implementation: "reference", "xla", or None for the best that works here.
@@ -43,7 +43,13 @@ def sparse_decode_attention(
       ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
       NotImplementedError: the named implementation cannot do this.
 
-    Source: SeerAttention-R, arXiv 2506.08889, sec. 3.3.
+    Source: SeerAttention-R, arXiv 2506.08889 (its block-sparse decoding kernel).
+
+    >>> q, cache = jnp.ones((1, 4, 64)), jnp.ones((1, 256, 2, 64))
+    >>> blocks = BlockIndices(jnp.array([[2, 1]]), jnp.array([[[0, 2], [2, 0]]]), 64)
+    >>> out, lse = sparse_decode_attention(q, cache, cache, blocks, lengths=jnp.array([130]), return_lse=True)
+    >>> jnp.exp(lse - 64 / 64**0.5).round(2).tolist()
+    [[66.0, 66.0, 2.0, 2.0]]
     """
     name = "sparse_decode_attention"
     check_attention_inputs(name, q, k, v, query_axes="B H D")
@@ -56,7 +62,7 @@ def sparse_decode_attention(
         k,
         v,
         blocks,
-        lengths=lengths.astype(jnp.int32),
+        lengths=jnp.minimum(lengths, k.shape[1]).astype(jnp.int32),
         scale=resolve_scale(name, scale, head_dim),
     )
     return (out, lse) if return_lse else out

@@ -26,12 +26,11 @@ def sparse_decode_attention(
     (batch, heads, head_dim), (_, num_keys, kv_heads, _) = q.shape, k.shape
     group = heads // kv_heads
     start = jnp.arange(batch)[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)[None]
-    limit = jnp.minimum(lengths, num_keys)
     rows = Rows(
         counts=blocks.counts.reshape(-1),
         indices=blocks.indices.reshape(-1, blocks.width),
         start=start.reshape(-1),
-        limit=jnp.broadcast_to(limit[:, None, None], (batch, kv_heads, group)).reshape(-1, group),
+        limit=jnp.broadcast_to(lengths[:, None, None], (batch, kv_heads, group)).reshape(-1, group),
     )
     tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
     out, lse = attend_rows(q.reshape(-1, group, head_dim), k, v, rows, tiling)
