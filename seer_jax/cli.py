@@ -94,18 +94,17 @@ def _parse[C](kind: type[C], name: str, words: list[str], **settings: Any) -> C:
     import tyro
 
     style = (tyro.conf.EnumChoicesFromValues,)
-    return _with_bundled_model(tyro.cli(kind, prog=f"{PROGRAM} {name}", args=words, config=style, **settings))
+    return tyro.cli(kind, prog=f"{PROGRAM} {name}", args=words, config=style, **settings)
 
 
-def _with_bundled_model[C](config: C) -> C:
-    """Puts the folder of the bundled model in place of its name."""
-    fields: Any = config
-    names = [field.name for field in dataclasses.fields(fields) if getattr(config, field.name) == TINY_LM]
-    if not names:
-        return config
+def _located[C](config: C) -> C:
+    """The configuration with the folder of the bundled model in place of its name."""
     from seer_jax import tiny_lm
 
-    return dataclasses.replace(fields, **{name: str(tiny_lm.path()) for name in names if name in ("model", "base")})
+    fields: Any = config
+    names = [field.name for field in dataclasses.fields(fields) if field.name in ("model", "base")]
+    folders = {name: str(tiny_lm.path()) for name in names if getattr(config, name) == TINY_LM}
+    return dataclasses.replace(fields, **folders) if folders else config
 
 
 def _demo(words: list[str]) -> int:
@@ -118,14 +117,14 @@ def _demo(words: list[str]) -> int:
 def _convert(words: list[str]) -> int:
     from seer_jax.convert import ConvertConfig, convert
 
-    print(convert(_parse(ConvertConfig, "convert", words)))
+    print(convert(_located(_parse(ConvertConfig, "convert", words))))
     return OK
 
 
 def _verify(words: list[str]) -> int:
     from seer_jax.convert import VerifyConfig, verify
 
-    report = verify(_parse(VerifyConfig, "verify", words))
+    report = verify(_located(_parse(VerifyConfig, "verify", words)))
     print(report)
     return OK if report.passed else FAILED
 
@@ -137,7 +136,7 @@ def _train(words: list[str]) -> int:
     config = _parse(DistillConfig, "train", rest, default=default, description=TRAIN_DESCRIPTION)
     if config.output is None:
         raise ValueError("Training writes its gates to --output FOLDER; got none, so they would be lost.")
-    distill(config, save=lambda model, folder: _save_gates(config, model, folder))
+    distill(_located(config), save=lambda model, folder: _save_gates(config, model, folder))
     return OK
 
 
@@ -162,7 +161,7 @@ def _save_gates(config: "DistillConfig", model: "Transformer", folder: Path) -> 
     from seer_jax.convert import save_gates
     from seer_jax.convert.hub import read_config, resolve
 
-    hf_config = read_config(resolve(config.model, ("config.json",)))
+    hf_config = read_config(resolve(_located(config).model, ("config.json",)))
     gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
     places = []
     for kind, gate in gates.items():
@@ -177,7 +176,7 @@ def _save_gates(config: "DistillConfig", model: "Transformer", folder: Path) -> 
 def _generate(words: list[str]) -> int:
     from seer_jax.commands import GenerateConfig, run_generate
 
-    run_generate(_parse(GenerateConfig, "generate", words))
+    run_generate(_located(_parse(GenerateConfig, "generate", words)))
     return OK
 
 
