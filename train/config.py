@@ -78,13 +78,14 @@ class TrainConfig:
 
     Attributes:
       model: folder or hub id of the base model.
-      output: folder for checkpoints, metrics and tokens; a run with the same folder and settings goes on where it stopped.
+      output: folder for checkpoints, metrics and tokens; a run with the same folder and settings goes on where it
+        stopped.
         None: nothing is written.
       data: training text.
       sequence_length: T, tokens per row.
       batch_size: rows per optimizer step.
-      micro_batch_size: rows worked off at once, a divisor of batch_size; the gradients of a step's parts are accumulated. More is
-        faster, as far as memory allows.
+      micro_batch_size: rows worked off at once, a divisor of batch_size; the gradients of a step's parts are
+        accumulated. More is faster, as far as memory allows.
       steps: optimizer steps.
       optimizer: see `OptimizerConfig`.
       precision: of the base model's arithmetic.
@@ -183,7 +184,7 @@ class DistillConfig(TrainConfig):
 
     @classmethod
     def prefill_recipe(cls, **changes: Any) -> "DistillConfig":
-        """The authors' for prefill gates: 500 steps of 16 x 64k tokens, 0.52 billion (SeerAttention, arXiv 2410.13276)."""
+        """The authors' for prefill gates: 500 steps of 16 x 64k tokens (SeerAttention, arXiv 2410.13276)."""
         return dataclasses.replace(cls(), **changes)
 
     @classmethod

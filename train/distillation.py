@@ -54,9 +54,9 @@ def distillation_pass(
 ) -> PassReport:
     """Loss and gradient of the gates on one batch.
 
-    Each layer attends densely, and the same attention yields the targets of its gates; its losses and their gradients are
-    taken right there, inside the scan over layers. Nothing but the hidden states goes on to the next layer, and no gradient
-    does: the pass needs the memory of a single layer.
+    Each layer attends densely, and the same attention yields the targets of its gates; its losses and their gradients
+    are taken right there, inside the scan over layers. Nothing but the hidden states goes on to the next layer, and no
+    gradient does: the pass needs the memory of a single layer.
 
     Args:
       model: with the gates to train.
@@ -99,7 +99,7 @@ def packed_prefill_logits(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> Float32[Array, "B H Tb Tb"]:
-    """Logits of one layer for rows of packed sequences, -inf outside a block row's own sequence; q and k before RoPE."""
+    """Logits of one layer for packed sequences, -inf outside a block row's own sequence; q and k before RoPE."""
     logits = gate(q, k, positions, segment_ids > 0)
     segment = segment_ids[:, :: gate.config.block_size]
     same = (segment[:, :, None] == segment[:, None]) & (segment > 0)[:, :, None]
@@ -113,8 +113,8 @@ def packed_decode_logits(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> Float32[Array, "B K T Sb"]:
-    """Logits of one layer for rows of packed sequences, -inf outside the completed earlier blocks of a token's own sequence;
-    q and k before RoPE."""
+    """Logits of one layer for packed sequences, -inf outside the completed earlier blocks of a token's own one; q and k
+    before RoPE."""
     b = gate.config.block_size
     pooled = pool_blocks(k, gate.config.k_pooling, b, segment_ids > 0)
     completed = jnp.broadcast_to(jnp.arange(q.shape[1]) // b, positions.shape)  # in the row; other sequences go below

@@ -154,8 +154,9 @@ class _Reporter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if bad := {name: value for name, value in values.items() if not math.isfinite(value)}:
             raise FloatingPointError(
-                f"Step {step}: {', '.join(f'{name} is {value}' for name, value in bad.items())}, so training stops. Checkpoints "
-                "of earlier steps are whole. Check the base model for NaN weights, or lower the learning rate."
+                f"Step {step}: {', '.join(f'{name} is {value}' for name, value in bad.items())}, so training stops. "
+                "Checkpoints of earlier steps are whole. Check the base model for NaN weights, or lower the learning "
+                "rate."
             )
         self.last = values
         now = time.monotonic()

@@ -11,8 +11,9 @@ LM_CHUNK = 512  # tokens whose logits are held at once
 def row_kl(target: Float[Array, "*b Sb"], logits: Float[Array, "*b Sb"]) -> Float32[Array, "*b"]:
     """KL(target || softmax(logits)) of each row: sum_j target_j (log target_j - log softmax(logits)_j).
 
-    The authors' release takes the mean of `target * (log target - log_softmax)` over all elements, columns included, and
-    multiplies by 10. Its number for the same rows is 10 / Sb of ours (Sb columns, masked ones counted): Adam hardly notices.
+    The authors' release takes the mean of `target * (log target - log_softmax)` over all elements, columns included,
+    and multiplies by 10. Its number for the same rows is 10 / Sb of ours (Sb columns, masked ones counted): Adam
+    hardly notices.
 
     Args:
       target: rows that sum to 1, or to 0 where there is nothing to learn: those have loss and gradient 0.
@@ -54,8 +55,8 @@ def prefill_rows(
 def decode_rows(
     segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], *, block_size: int, skip: float
 ) -> Bool[Array, "B T"]:
-    """Tokens that the decode loss takes: all but the first floor(skip * length) of each sequence, if a block is complete
-    before them."""
+    """Tokens that the decode loss takes: all but the first floor(skip * length) of each sequence, once a block is
+    complete."""
     lengths = sequence_lengths(segment_ids, positions, block_size)
     first = jnp.floor(skip * lengths).astype(jnp.int32)
     return (segment_ids > 0) & (positions >= jnp.maximum(first, block_size))
@@ -72,10 +73,10 @@ def block_recall(
     weights: Float[Array, "B R"],
     density: float,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """How much of the attention that the best choice of blocks catches the gate's choice catches, at the same number of blocks.
+    """How much attention the gate's choice of blocks catches, against the best choice of as many.
 
-    A row with n blocks in sight keeps ceil(density * n). Its recall is the target on the gate's best blocks over the target on
-    the truly best; 1 is perfect. Long inputs are sampled, every (R / 128)-th row.
+    A row with n blocks in sight keeps ceil(density * n). Its recall is the target on the gate's best blocks over the
+    target on the truly best; 1 is perfect. Long inputs are sampled, every (R / 128)-th row.
 
     Returns:
       (sum of weight * recall over the rows, sum of their weights): divide to get the mean.

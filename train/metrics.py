@@ -10,8 +10,8 @@ from typing import Any
 class MetricsLog:
     """metrics.jsonl, one line per step, and TensorBoard files beside it.
 
-    A run that goes on from step n continues the file after the line of step n: later lines, of steps that a checkpoint did not
-    survive, and a line that was cut off are taken out.
+    A run that goes on from step n continues the file after the line of step n: later lines, of steps that a
+    checkpoint did not survive, and a line that was cut off are taken out.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool):

@@ -14,10 +14,10 @@ from seer_jax.train.tokens import TokenStore
 class Packing(enum.StrEnum):
     """How documents fill rows.
 
-    CONCATENATE: one document after the other, cut into rows; each row is one sequence, whatever documents it touches. The
-      prefill recipe of SeerAttention.
-    BEST_FIT: whole documents, longest first, each into the fullest row that still has room; attention never crosses from one
-      to the next. The decode recipe of SeerAttention-R.
+    CONCATENATE: one document after the other, cut into rows; each row is one sequence, whatever documents it touches.
+      The prefill recipe of SeerAttention.
+    BEST_FIT: whole documents, longest first, each into the fullest row that still has room; attention never crosses
+      from one to the next. The decode recipe of SeerAttention-R.
     """
 
     CONCATENATE = "concatenate"
@@ -52,7 +52,8 @@ class PackingReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.documents:,} documents, {self.tokens:,} tokens -> {self.rows:,} rows with {self.sequences:,} sequences; "
+            f"{self.documents:,} documents, {self.tokens:,} tokens -> "
+            f"{self.rows:,} rows with {self.sequences:,} sequences; "
             f"{self.split_documents:,} documents split, {self.dropped_documents:,} dropped, "
             f"{self.dropped_tokens:,} tokens dropped"
         )

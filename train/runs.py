@@ -23,13 +23,13 @@ def distill(
 ) -> TrainResult:
     """Teaches gates which blocks the frozen model attends to (SeerAttention, arXiv 2410.13276; -R, arXiv 2506.08889).
 
-    With an output folder the run can be stopped or killed at any moment; the same call goes on from the newest checkpoint and
-    makes the same steps as an undisturbed run.
+    With an output folder the run can be stopped or killed at any moment; the same call goes on from the newest
+    checkpoint and makes the same steps as an undisturbed run.
 
     Args:
       config: the run.
-      model: the base model; read from `config.model` if None. It is left as it is. A gate that it carries is trained further,
-        a missing one is made by `config`.
+      model: the base model; read from `config.model` if None. It is left as it is. A gate that it carries is trained
+        further, a missing one is made by `config`.
       dataset: rows of tokens, or an array Int [N, T] of them; read as `config.data` says if None.
       save: `save(model, folder)` writes the gates when the run is done, for example by `seer_jax.convert.save_gates`.
       progress: called with each step; a bar or plain lines if None.
@@ -60,8 +60,8 @@ def finetune(
 ) -> TrainResult:
     """Trains all base weights by the language-model loss; gates of the model stay as they are.
 
-    Takes, returns and raises what `distill` does. Weights and moments are float32, so a weight takes 16 bytes with its
-    gradient; the arithmetic is of the model's dtype.
+    Takes, returns and raises what `distill` does. Weights and moments are float32, so a weight takes 16 bytes with
+    its gradient; the arithmetic is of the model's dtype.
     """
     model = _load_model(config, model)
     dataset = _load_dataset(config, model, dataset, block_size=config.block_size)
@@ -106,8 +106,8 @@ def _load_dataset(
     length, context = config.sequence_length, model.config.max_position_embeddings
     if length > context:
         raise ValueError(
-            f"sequence_length is at most the model's context of {context} tokens; got {length}. Give shorter sequences, or "
-            "a model whose RoPE is scaled for longer ones."
+            f"sequence_length is at most the model's context of {context} tokens; got {length}. Give shorter "
+            "sequences, or a model whose RoPE is scaled for longer ones."
         )
     vocab_size = model.config.vocab_size
     if dataset is None:

@@ -20,8 +20,8 @@ class SourceConfig:
     """Where training text comes from.
 
     Attributes:
-      paths: files (.txt, .md, .rst, .py: one document each; .jsonl, .parquet: one per row) and folders of them, read in
-        sorted order.
+      paths: files (.txt, .md, .rst, .py: one document each; .jsonl, .parquet: one per row) and folders of them, read
+        in sorted order.
       dataset: name or folder of a Hugging Face dataset, read after the paths; needs the `datasets` package.
       subset: configuration of that dataset.
       split: split of that dataset.
@@ -77,8 +77,9 @@ def list_files(config: SourceConfig) -> list[Path]:
         chosen = [_known(path / p) for p in inside if _wanted(p, config)]
         if not chosen:
             raise ValueError(
-                f"The folder {name!r} holds no file to read: expected {', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)} files "
-                f"(include={config.include}, exclude={config.exclude}); got {len(inside)} other files."
+                f"The folder {name!r} holds no file to read: expected names ending in "
+                f"{', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)} (include={config.include}, exclude={config.exclude}); "
+                f"got {len(inside)} other files."
             )
         files.extend(chosen)
     return files

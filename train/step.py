@@ -26,8 +26,8 @@ Sums = dict[str, Float32[Array, ""]]
 class ModelParts:
     """How to put a model together again from the weights that train and the rest; holds no weights itself.
 
-    Only the former get gradients and optimizer state. Both parts pass through `jax.jit` as arguments: weights that a compiled
-    function closes over would become constants of the program.
+    Only the former get gradients and optimizer state. Both parts pass through `jax.jit` as arguments: weights that a
+    compiled function closes over would become constants of the program.
     """
 
     graph: Any

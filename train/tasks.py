@@ -127,7 +127,7 @@ class LanguageModelling:
 def _master_copy(weights: Weights) -> Weights:
     """Float32 copies.
 
-    Copies, since training gives its weights away at each step and the caller's model is to stay whole; float32, since at a
-    learning rate of 1e-5 a bfloat16 weight would not move at all.
+    Copies, since training gives its weights away at each step and the caller's model is to stay whole; float32, since
+    at a learning rate of 1e-5 a bfloat16 weight would not move at all.
     """
     return jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), weights)

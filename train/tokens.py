@@ -33,8 +33,9 @@ class Tokenizer(Protocol):
 class ModelTokenizer:
     """The tokenizer of a model, for training text.
 
-    Texts get the special tokens that the tokenizer adds by itself (Llama: BOS in front; Qwen: none); chats are rendered by
-    its chat template, which writes them itself. The end-of-text token follows each document unless it is there already.
+    Texts get the special tokens that the tokenizer adds by itself (Llama: BOS in front; Qwen: none); chats are
+    rendered by its chat template, which writes them itself. The end-of-text token follows each document unless it is
+    there already.
     """
 
     def __init__(self, model: str):
@@ -112,8 +113,8 @@ def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
 def load_tokens(config: SourceConfig, tokenizer: Tokenizer, cache: Path | None = None) -> TokenStore:
     """Reads and tokenizes the sources, or reads back what an earlier run with the same settings kept in `cache`.
 
-    A resumed run must see the very same tokens, so what is in the cache stands even if the files have changed since; delete the
-    folder to read them anew.
+    A resumed run must see the very same tokens, so what is in the cache stands even if the files have changed since;
+    delete the folder to read them anew.
 
     Args:
       config: the sources.

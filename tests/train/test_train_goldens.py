@@ -27,7 +27,7 @@ BLOCK = 64
 
 
 class Case:
-    """A golden model with its gate and batch, and what one pass through it gives; each part takes seconds to compile."""
+    """A golden model with its gate and batch, and what one pass through it gives; each compiles for seconds."""
 
     def __init__(self, name, gate, batch, skip):
         self.model, self.arrays = load_golden(name, gate)

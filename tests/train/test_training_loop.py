@@ -51,7 +51,7 @@ def lines(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Most runs here are of the same program, which takes seconds to compile; processes that tests start share it too."""
+    """Most runs here are of the same program, which takes seconds to compile; processes of the tests share it too."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
@@ -108,7 +108,7 @@ def test_finished_run_has_nothing_left_to_do(undisturbed):
 
 
 def kill_when(condition, folder: Path, environment: dict[str, str]) -> bool:
-    """Starts the run in a process of its own and kills it at once when `condition()` holds; False if it ended before."""
+    """Starts the run in a process of its own and kills it when `condition()` holds; False if it ended before."""
     log = (folder.parent / f"{folder.name}.log").open("ab")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.train.killable_run", folder], cwd=ROOT, stderr=log, stdout=log
