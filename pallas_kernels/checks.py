@@ -28,20 +28,22 @@ def check_integers(where: str, name: str, array: Any, expected: str, shape: tupl
     check_shape(where, name, array, expected, shape)
 
 
-def check_attention_inputs(where: str, q: Any, k: Any, v: Any, *, query_axes: str) -> None:
+def check_attention_inputs(where: str, q: Any, k: Any, v: Any, *, query_axes: str, same_batch: bool = True) -> None:
     """Raises ValueError unless q, k, v can attend to each other.
 
     Args:
       where: the operation, named in the message.
       q: [B, T, H, D] or [B, H, D], as `query_axes` says ("B T H D" or "B H D").
       k, v: [B, S, K, D].
+      same_batch: whether B of k and v is that of q.
     """
     if q.ndim != len(query_axes.split()):
         raise ValueError(f"{where}: q must be [{query_axes.replace(' ', ', ')}]; got shape {q.shape}.")
     if k.ndim != 4 or k.shape != v.shape:
         raise ValueError(f"{where}: k and v must both be [B, S, K, D]; got {k.shape} and {v.shape}.")
-    if (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[-1]):
-        raise ValueError(f"{where}: q and k must agree in B and D; got q {q.shape} and k {k.shape}.")
+    if q.shape[-1] != k.shape[-1] or (same_batch and q.shape[0] != k.shape[0]):
+        axes = "B and D" if same_batch else "D"
+        raise ValueError(f"{where}: q and k must agree in {axes}; got q {q.shape} and k {k.shape}.")
     if q.shape[-2] % k.shape[2]:
         raise ValueError(
             f"{where}: the number of query heads H must be a multiple of the key/value heads K; "

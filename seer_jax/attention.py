@@ -11,6 +11,7 @@ from pallas_kernels import (
     select_blocks,
     sparse_decode_attention,
 )
+from seer_jax.cache import Cache
 from seer_jax.config import ModelConfig
 from seer_jax.gate import DecodeGate, PrefillGate
 from seer_jax.policies import (
@@ -214,34 +215,35 @@ def decode_attention(
     layer: Int[Array, ""],
     q: Float[Array, "B 1 H D"],
     q_rotated: Float[Array, "B 1 H D"],
-    keys: Float[Array, "B S K D"],
-    values: Float[Array, "B S K D"],
-    gate_keys: Float[Array, "B Sb K C"] | None,
-    position: Int[Array, "B"],
+    cache: Cache,
 ) -> tuple[Float[Array, "B 1 H D"], Float[Array, "B"]]:
     """Attention of one new token of each row to the cached ones, itself among them.
 
     Args:
       policy: which blocks are kept; current and first block always are.
-      gate, gate_keys: of this layer, where the policy ranks by it.
+      gate: of this layer, where the policy ranks by it.
       layer: index of this layer.
       q, q_rotated: before and after RoPE.
-      keys, values: of this layer, the new token's already written.
-      position: of the new token, so that position + 1 tokens are visible.
+      cache: of all layers; in this one the new token is already written, at position `cache.lengths`.
 
     Returns:
       (output, share of the visible blocks that was kept in each row of the batch).
     """
     start = 0 if gate is None else gate.config.start_layer
+    lengths = cache.lengths + 1
 
     def dense() -> tuple[jax.Array, jax.Array]:
-        out = jax.nn.dot_product_attention(q_rotated, keys, values, key_value_seq_lengths=position + 1)
+        keys, values = cache.keys[layer], cache.values[layer]
+        out = jax.nn.dot_product_attention(q_rotated, keys, values, key_value_seq_lengths=lengths)
         return out, jnp.ones(q.shape[0])
 
     def sparse() -> tuple[jax.Array, jax.Array]:
-        blocks = _select_decode(policy, gate, layer, q, q_rotated, keys, gate_keys, position)
-        out = sparse_decode_attention(q_rotated[:, 0], keys, values, blocks, lengths=position + 1)
-        visible = position // blocks.block_size + 1
+        blocks = _select_decode(policy, gate, layer, q, q_rotated, cache)
+        # A slice of this layer would be a copy of its whole cache, which takes longer than reading the few blocks.
+        stacked = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
+        rows = layer * len(lengths) + jnp.arange(len(lengths))
+        out = sparse_decode_attention(q_rotated[:, 0], *stacked, blocks, lengths=lengths, cache_rows=rows)
+        visible = cache.lengths // blocks.block_size + 1
         return out[:, None], blocks.counts.mean(1) / visible
 
     if isinstance(policy, Dense):
@@ -262,19 +264,18 @@ def _select_decode(
     layer: Int[Array, ""],
     q: Float[Array, "B 1 H D"],
     q_rotated: Float[Array, "B 1 H D"],
-    keys: Float[Array, "B S K D"],
-    gate_keys: Float[Array, "B Sb K C"] | None,
-    position: Int[Array, "B"],
+    cache: Cache,
 ) -> BlockIndices:
     b = decode_block_size(policy, gate)
-    num_blocks = -(-keys.shape[1] // b)
-    column, current = jnp.arange(num_blocks)[None, None], (position // b)[:, None, None]
-    keep = jnp.broadcast_to((column == current) | (column == 0), (q.shape[0], keys.shape[2], num_blocks))
+    batch, capacity, kv_heads = cache.keys.shape[1:4]
+    num_blocks = -(-capacity // b)
+    column, current = jnp.arange(num_blocks)[None, None], (cache.lengths // b)[:, None, None]
+    keep = jnp.broadcast_to((column == current) | (column == 0), (batch, kv_heads, num_blocks))
     if isinstance(policy, Given):
         mask = policy.mask[layer] & (column <= current)
         mask |= (column == current) & ~mask.any(-1, keepdims=True)
         return select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
-    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, keys, gate_keys, position, b)
+    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, cache, keep.shape, b)
     logits = jnp.where(column < current, logits, -jnp.inf)
     match policy:
         case Threshold():
@@ -300,29 +301,28 @@ def _decode_logits(
     layer: Int[Array, ""],
     q: Float[Array, "B 1 H D"],
     q_rotated: Float[Array, "B 1 H D"],
-    keys: Float[Array, "B S K D"],
-    gate_keys: Float[Array, "B Sb K C"] | None,
-    position: Int[Array, "B"],
+    cache: Cache,
+    shape: tuple[int, ...],
     block_size: int,
-) -> Float[Array, "B #K Sb"]:
-    num_blocks = -(-keys.shape[1] // block_size)
+) -> Float[Array, "B K Sb"]:
+    position = cache.lengths
     match scorer:
         case Gate():
-            if gate is None or gate_keys is None:
+            if gate is None or cache.gate is None:
                 raise ValueError(
                     "This policy ranks blocks by the decode gate, but the model has none; load or train one."
                 )
             queries = gate.queries(q, position[:, None])
-            return gate.logits(queries, gate_keys, (position // block_size)[:, None])[:, :, 0]
+            return gate.logits(queries, cache.gate.keys[layer], (position // block_size)[:, None])[:, :, 0]
         case Oracle():
-            return _decode_oracle(q_rotated[:, 0], keys, position, block_size)
+            return _decode_oracle(q_rotated[:, 0], cache.keys[layer], position, block_size)
         case SinkWindow():
-            return jnp.broadcast_to(_recency(num_blocks), (q.shape[0], keys.shape[2], num_blocks))
+            return jnp.broadcast_to(_recency(shape[-1]), shape)
         case Random():
             key = jax.random.fold_in(jax.random.key(scorer.seed), layer)
 
             def draw(position: Int[Array, ""]) -> Float[Array, "K Sb"]:  # of one row, whatever its neighbours do
-                return jax.random.uniform(jax.random.fold_in(key, position), (keys.shape[2], num_blocks))
+                return jax.random.uniform(jax.random.fold_in(key, position), shape[1:])
 
             return jax.vmap(draw)(position)
     raise TypeError(f"Expected a scorer (Gate, Oracle, SinkWindow or Random); got {scorer!r}.")

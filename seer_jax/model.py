@@ -228,12 +228,9 @@ class Transformer(nnx.Module):
             gate, index = context.decode_gate, context.index
             q_rotated, k_rotated = rotate(q, k, position[:, None], self.config)
             cache = cache.append(index, k_rotated[:, 0], v[:, 0])
-            gate_keys = None
-            if gate is not None and cache.gate is not None:
+            if gate is not None:
                 cache = cache.append_gate(index, gate, k[:, 0])
-                gate_keys = cache.gate.keys[index]
-            keys, values = cache.keys[index], cache.values[index]
-            out, kept = decode_attention(sparsity, gate, index, q, q_rotated, keys, values, gate_keys, position)
+            out, kept = decode_attention(sparsity, gate, index, q, q_rotated, cache)
             return out, cache, kept
 
         hidden, cache, kept = self.scan(tokens[:, None], attend, cache)

@@ -12,11 +12,12 @@ _run = Operation("sparse_decode_attention", "pallas_kernels.sparse_decode")
 
 def sparse_decode_attention(
     q: Float[Array, "B H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
     blocks: BlockIndices,
     *,
     lengths: Int[Array, "B"],
+    cache_rows: Int[Array, "B"] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
@@ -29,9 +30,12 @@ def sparse_decode_attention(
 
     Args:
       q: the query of the newest token; H is a multiple of K.
-      k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16.
+      k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16. P is B, unless
+        `cache_rows` is given.
       blocks: lists of key blocks, counts [B, K] and indices [B, K, N].
       lengths: number of keys of each sequence, the newest token included, S at most; 0 for a row that is not in use.
+      cache_rows: which of the P rows of k and v each sequence reads, 0 to P - 1; None: its own. With the caches of all layers
+        as one array of L * B rows, a layer reads its own without a copy: layer * B + arange(B).
       scale: factor on the scores; 1 / sqrt(D) if None.
       return_lse: also return the log of the sum of exp(scores), natural logarithm.
       implementation: "reference", "xla", or None for the best that works here.
@@ -52,8 +56,11 @@ def sparse_decode_attention(
     [[66.0, 66.0, 2.0, 2.0]]
     """
     name = "sparse_decode_attention"
-    check_attention_inputs(name, q, k, v, query_axes="B H D")
+    check_attention_inputs(name, q, k, v, query_axes="B H D", same_batch=cache_rows is None)
     batch, _, head_dim = q.shape
+    if cache_rows is None:
+        cache_rows = jnp.arange(batch)
+    check_integers(name, "cache_rows", cache_rows, "[B]", (batch,))
     check_shape(name, "blocks.counts", blocks.counts, "[B, K]", (batch, k.shape[2]))
     check_integers(name, "lengths", lengths, "[B]", (batch,))
     out, lse = _run(
@@ -63,6 +70,7 @@ def sparse_decode_attention(
         v,
         blocks,
         lengths=jnp.minimum(lengths, k.shape[1]).astype(jnp.int32),
+        cache_rows=cache_rows.astype(jnp.int32),
         scale=resolve_scale(name, scale, head_dim),
     )
     return (out, lse) if return_lse else out

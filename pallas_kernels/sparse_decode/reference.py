@@ -9,16 +9,17 @@ from pallas_kernels.blocks import BlockIndices
 
 def sparse_decode_attention(
     q: Float[Array, "B H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
     blocks: BlockIndices,
     *,
     lengths: Int[Array, "B"],
+    cache_rows: Int[Array, "B"],
     scale: float,
 ) -> tuple[Float[Array, "B H D"], Float32[Array, "B H"]]:
     """See the function of this name in api.py."""
     num_keys, group = k.shape[1], q.shape[1] // k.shape[2]
-    k, v = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
+    k, v = (jnp.repeat(x[cache_rows].astype(jnp.float32), group, axis=2) for x in (k, v))
     listed = blocks.to_mask(-(-num_keys // blocks.block_size))  # [B, K, Sb]
     listed = jnp.repeat(listed, blocks.block_size, axis=2)[:, :, :num_keys]
     mask = jnp.repeat(listed, group, axis=1) & (jnp.arange(num_keys)[None] < lengths[:, None])[:, None]  # [B, H, S]

@@ -15,17 +15,18 @@ _KEYS_PER_STEP = 512  # a row has few queries, so it can take many keys at a tim
 @functools.partial(jax.jit, static_argnames=("scale",))
 def sparse_decode_attention(
     q: Float[Array, "B H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
     blocks: BlockIndices,
     *,
     lengths: Int[Array, "B"],
+    cache_rows: Int[Array, "B"],
     scale: float,
 ) -> tuple[Float[Array, "B H D"], Float32[Array, "B H"]]:
     """See the function of this name in api.py."""
     (batch, heads, head_dim), (_, num_keys, kv_heads, _) = q.shape, k.shape
     group = heads // kv_heads
-    start = jnp.arange(batch)[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)[None]
+    start = cache_rows[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)[None]
     rows = Rows(
         counts=blocks.counts.reshape(-1),
         indices=blocks.indices.reshape(-1, blocks.width),

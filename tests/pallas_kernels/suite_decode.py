@@ -69,6 +69,17 @@ class Definition:
         )
         assert_within_rounding(out, dense[:, 0])
 
+    def test_reads_its_own_rows_of_a_larger_cache(self):
+        """As one layer reads the caches of all layers, in any order."""
+        arguments = named("ragged").arguments(KEY)
+        alone = self.run(**arguments)
+        batch = len(arguments["q"])
+        rows = jnp.arange(batch)[::-1] + 1
+        for name in ("k", "v"):
+            own = arguments[name]
+            arguments[name] = jnp.full((batch + 2, *own.shape[1:]), jnp.nan, own.dtype).at[rows].set(own)
+        assert_bitwise_equal(alone, self.run(**arguments, cache_rows=rows))
+
     def test_a_head_that_sees_nothing_gets_zero(self):
         """An empty list, a sequence of length 0, a list that lies beyond the sequence."""
         arguments = Case("empty", Heads(4, 2, 64), 48, batch=3, block_size=16, dtype="float32").arguments(KEY)

@@ -46,6 +46,14 @@ def test_xla_never_copies_the_cache():
         ),
         ({"lengths": jnp.ones(2)}, r"lengths must hold integers; got float32"),
         ({"lengths": jnp.ones((), int)}, r"lengths must have shape \[B\] = \(2,\); got \(\)"),
+        (
+            {"cache_rows": jnp.zeros(3, int)},
+            r"cache_rows must have shape \[B\] = \(2,\); got \(3,\)",
+        ),
+        (
+            {"cache_rows": jnp.zeros(2, int), "q": np.ones((2, 4, 32), np.float32)},
+            r"q and k must agree in D; got q \(2, 4, 32\) and k \(2, 40, 2, 64\)",
+        ),
         ({"scale": float("inf")}, r"scale must be a finite number; got inf"),
         ({"implementation": "flash"}, r"implementation must be None or one of .*; got 'flash'"),
     ],
