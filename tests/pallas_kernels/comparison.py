@@ -53,14 +53,19 @@ def with_fillers(blocks: BlockIndices, filler: int) -> BlockIndices:
     return BlockIndices(blocks.counts, jax.numpy.where(blocks.valid, blocks.indices, filler), blocks.block_size)
 
 
+def listed_blocks(blocks: BlockIndices, num_key_blocks: int) -> np.ndarray:
+    """[..., R, Sb]: which blocks each row lists."""
+    counts, indices = np.asarray(blocks.counts), np.asarray(blocks.indices)
+    listed = np.zeros((*counts.shape, num_key_blocks), bool)
+    for row in np.ndindex(counts.shape):
+        listed[row][indices[row][: counts[row]]] = True
+    return listed
+
+
 def listed_tokens(blocks: BlockIndices, num_keys: int) -> np.ndarray:
     """[..., R, S]: which keys each row lists."""
-    counts, indices, b = np.asarray(blocks.counts), np.asarray(blocks.indices), blocks.block_size
-    listed = np.zeros((*counts.shape, num_keys), bool)
-    for row in np.ndindex(counts.shape):
-        for block in indices[row][: counts[row]]:
-            listed[row][block * b : (block + 1) * b] = True
-    return listed
+    listed = listed_blocks(blocks, -(-num_keys // blocks.block_size))
+    return listed.repeat(blocks.block_size, axis=-1)[..., :num_keys]
 
 
 def prefill_mask(arguments: dict[str, Any]) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import BlockIndices, select_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.gate_selection.cases import TINY, Case
-from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal
+from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, listed_blocks
 
 SHAPE = (2, 3, 6)  # one shape for all drawn examples, so that they compile once for each rule
 
@@ -63,7 +63,7 @@ class Definition:
         arguments = case.arguments(KEY)
         logits, block_size = np.asarray(arguments.pop("logits")), arguments.pop("block_size")
         got = self.run(logits, **arguments, block_size=block_size).check(logits.shape[-1])
-        np.testing.assert_array_equal(got.to_mask(logits.shape[-1]), chosen_by_hand(logits, **arguments))
+        np.testing.assert_array_equal(listed_blocks(got, logits.shape[-1]), chosen_by_hand(logits, **arguments))
         assert got.block_size == case.block_size
 
     @pytest.mark.parametrize("rule", [{}, {"threshold": 0.15}, {"threshold": 0.0}, {"top_k": 2}, {"max_blocks": 3}])
@@ -76,7 +76,7 @@ class Definition:
         )
         def follows(logits: np.ndarray, keep: np.ndarray):
             got = self.run(logits, keep=keep, **rule, block_size=64).check(SHAPE[-1])
-            np.testing.assert_array_equal(got.to_mask(SHAPE[-1]), chosen_by_hand(logits, keep=keep, **rule))
+            np.testing.assert_array_equal(listed_blocks(got, SHAPE[-1]), chosen_by_hand(logits, keep=keep, **rule))
 
         follows()
 
@@ -100,14 +100,14 @@ class Definition:
         logits = np.asarray(jax.random.normal(KEY, (2, 4, 5, 6)))
         thresholds = np.linspace(0, 0.4, 4, dtype=np.float32)[:, None, None]
         keep = np.eye(5, 6, dtype=bool)
-        got = self.run(logits, threshold=thresholds, keep=keep, block_size=64).to_mask(6)
-        np.testing.assert_array_equal(got, chosen_by_hand(logits, threshold=thresholds, keep=keep))
+        got = self.run(logits, threshold=thresholds, keep=keep, block_size=64)
+        np.testing.assert_array_equal(listed_blocks(got, 6), chosen_by_hand(logits, threshold=thresholds, keep=keep))
 
     def test_a_logit_that_is_not_a_number_is_never_chosen(self):
         logits = np.asarray([[np.nan, 1.0, np.nan, 0.5]], np.float32)
         for rule in ({}, {"threshold": 0.0}, {"top_k": 3}, {"max_blocks": 3}):
-            got = self.run(logits, **rule, block_size=64).to_mask(4)
-            np.testing.assert_array_equal(got, [[False, True, False, True]])
+            got = self.run(logits, **rule, block_size=64)
+            np.testing.assert_array_equal(listed_blocks(got, 4), [[False, True, False, True]])
 
 
 class Conformance(Definition):
