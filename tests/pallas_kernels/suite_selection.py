@@ -26,9 +26,10 @@ def chosen_by_hand(
     threshold: float | np.ndarray | None = None,
     top_k: int | None = None,
     max_blocks: int | None = None,
+    width: int | None = None,
     keep: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The rules of `select_blocks`, row by row: a mask."""
+    """The rules of `select_blocks`, row by row: a mask. No row may choose more than `width` blocks."""
     chosen = np.zeros(logits.shape, bool)
     keep = np.zeros(logits.shape, bool) if keep is None else np.broadcast_to(keep, logits.shape)
     thresholds = np.broadcast_to(0 if threshold is None else threshold, (*logits.shape[:-1], 1))
@@ -47,6 +48,7 @@ def chosen_by_hand(
         else:
             picked = ranked[:top_k]
         chosen[row][kept + picked] = True
+        assert width is None or chosen[row].sum() <= width
     return chosen
 
 
@@ -66,7 +68,9 @@ class Definition:
         np.testing.assert_array_equal(listed_blocks(got, logits.shape[-1]), chosen_by_hand(logits, **arguments))
         assert got.block_size == case.block_size
 
-    @pytest.mark.parametrize("rule", [{}, {"threshold": 0.15}, {"threshold": 0.0}, {"top_k": 2}, {"max_blocks": 3}])
+    @pytest.mark.parametrize(
+        "rule", [{}, {"threshold": 0.15}, {"threshold": 0.0}, {"top_k": 2}, {"max_blocks": 3, "width": 5}]
+    )
     def test_follows_the_rule_on_drawn_rows(self, rule: dict[str, Any]):
         """Ties, rows with nothing to choose, more kept blocks than the cap."""
 

@@ -1,5 +1,6 @@
 """`block_sparse_attention`: its implementations, the memory they take, and what it says to wrong calls."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockIndices, block_sparse_attention
+from pallas_kernels.attend_rows import Tiling
+from pallas_kernels.backends import Implementation
 from pallas_kernels.block_sparse_attention.cases import REAL, Case
 from pallas_kernels.shapes import Heads
 from tests.pallas_kernels import suite_block_sparse as suite
-from tests.pallas_kernels.comparison import memory, shapes
+from tests.pallas_kernels.comparison import KEY, assert_within_rounding, memory, shapes
 
 
 class TestReference(suite.Definition):
@@ -49,6 +52,27 @@ def test_xla_backward_needs_no_array_of_all_pairs():
 
     used = memory(jax.grad(loss), qkv, arguments)
     assert used.temp_size_in_bytes < 4 * 8 * 4096 * 4096 / 10  # a tenth of one such array
+
+
+def test_xla_takes_rows_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch):
+    """Of 20 rows in chunks of 3, the last chunk is filled up with rows that must not count."""
+    monkeypatch.setattr(Tiling, "rows_per_chunk", lambda *_: 3)
+    case = Case("chunks", Heads(4, 2, 64), 70, block_size=16, density=0.5, dtype="float32")
+    arguments = case.arguments(KEY)
+    qkv = {name: arguments.pop(name) for name in ("q", "k", "v")}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(implementation: Implementation, qkv: dict[str, jax.Array]) -> Any:
+        def loss(qkv: dict[str, jax.Array]) -> Any:
+            out, lse = block_sparse_attention(**qkv, **arguments, return_lse=True, implementation=implementation)
+            return (out * qkv["q"]).sum() + lse.sum(), (out, lse)
+
+        return jax.grad(loss, has_aux=True)(qkv)
+
+    for got, truth in zip(
+        jax.tree.leaves(gradients("xla", qkv)), jax.tree.leaves(gradients("reference", qkv)), strict=True
+    ):
+        assert_within_rounding(got, truth)
 
 
 def call(**changes: Any) -> Any:

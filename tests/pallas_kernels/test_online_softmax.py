@@ -1,0 +1,27 @@
+"""What the XLA implementations share, where a CPU cannot show by its numbers that it is right."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.online_softmax import dot
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", jax.lax.Precision.HIGHEST), ("bfloat16", None)])
+def test_products_have_the_precision_of_their_inputs_and_sum_in_float32(
+    dtype: str, precision: jax.lax.Precision | None
+):
+    """Accelerators multiply float32 in fewer bits unless they are told not to."""
+    x = jnp.ones((4, 4), dtype)
+    jaxpr = jax.make_jaxpr(lambda x: dot("qd,sd->qs", x, x))(x)
+    (parameters,) = [eqn.params for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert parameters["precision"] == (precision and (precision, precision))
+    assert parameters["preferred_element_type"] == jnp.float32
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in eqn.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from _equations(inner.jaxpr)
