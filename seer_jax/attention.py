@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
@@ -165,13 +166,29 @@ def _select_prefill(
             keep |= causal & (row > last - policy.dense_last_rows)
             if isinstance(policy, Threshold):
                 return select_blocks(logits, block_size=block_size, threshold=policy.threshold, keep=keep)
-            return select_blocks(logits, block_size=block_size, top_k=policy.blocks(num_blocks), keep=keep)
+            return _select_top_k(policy, logits, keep, last, block_size)
         case TokenBudget():
             most = policy.blocks(block_size)
             if most > 1:  # a budget of one block is for the current one
                 keep |= causal & (jnp.arange(num_blocks) == 0)[None, None, None]
             return select_blocks(logits, block_size=block_size, max_blocks=most, keep=keep)
     raise TypeError(f"Expected a prefill policy (Dense, Threshold, TopK, TokenBudget or Given); got {policy!r}.")
+
+
+def _select_top_k(
+    policy: TopK,
+    logits: Float[Array, "B Hs Tb Tb"],
+    keep: Bool[Array, "B 1 Tb Tb"],
+    last: Int[Array, "B 1 1 1"],
+    block_size: int,
+) -> BlockIndices:
+    """The best blocks of each row, as many as the row's own length asks for, whatever the batch is padded to."""
+    num_blocks = logits.shape[-1]
+    counts = np.array([policy.blocks(n) for n in range(1, num_blocks + 1)])
+    best = jax.lax.top_k(logits, counts[-1])[0]
+    worst = jnp.take_along_axis(best, jnp.asarray(counts)[last] - 1, axis=-1)
+    logits = jnp.where(logits >= worst, logits, -jnp.inf)
+    return select_blocks(logits, block_size=block_size, top_k=int(counts[-1]), keep=keep)
 
 
 def _prefill_logits(

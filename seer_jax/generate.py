@@ -188,7 +188,7 @@ def _begin(model: Transformer, job: _Job) -> _State:
     ranks_by_gate = isinstance(getattr(job.decode, "scorer", None), Gate)
     gate = model.decode_gate.config if ranks_by_gate and model.decode_gate is not None else None
     cache = Cache.create(model.config, batch, job.capacity, model.dtype, gate)
-    logits, cache, kept = model.prefill_and_report(job.tokens, job.lengths, cache, sparsity=job.prefill)
+    logits, cache, kept = model.prefill(job.tokens, job.lengths, cache, sparsity=job.prefill)
     filler = job.eos[0] if job.eos.shape[0] else 0
     state = _State(
         cache=cache,

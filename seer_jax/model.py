@@ -181,20 +181,14 @@ class Transformer(nnx.Module):
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None, cache: Cache, *, sparsity: Policy = Dense()
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads prompts into an empty cache; returns the logits after each row's last token.
+    ) -> tuple[Float[Array, "B V"], Cache, Float[Array, "L B"]]:
+        """Reads prompts into an empty cache; returns the logits after each row's last token and the share of causal blocks each
+        layer kept.
 
         Args:
           tokens, lengths, sparsity: as in `__call__`.
           cache: of at least T tokens; what it held is lost.
         """
-        logits, cache, _ = self.prefill_and_report(tokens, lengths, cache, sparsity=sparsity)
-        return logits, cache
-
-    def prefill_and_report(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None, cache: Cache, *, sparsity: Policy = Dense()
-    ) -> tuple[Float[Array, "B V"], Cache, Float[Array, "L B"]]:
-        """As `prefill`; returns besides the share of causal blocks that each layer and row kept."""
         lengths = self.check(tokens, lengths)
         self.check_policy(sparsity, self.prefill_gate)
         if tokens.shape[1] > cache.capacity:

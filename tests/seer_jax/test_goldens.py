@@ -116,7 +116,7 @@ def test_decode_logits_with_the_masks_of_the_release(decode: Golden):
     """A dense prompt of 710 tokens, then 30 given tokens one at a time; the release's kernel adds block 0 to its masks."""
     model, ids, prompt = decode.model, jnp.asarray(decode["decode.input_ids"]), int(decode["decode.prompt_length"][0])
     step = jax.jit(lambda m, t, c, p: m.decode(t, c, sparsity=p)[:2])
-    logits, cache = jax.jit(lambda m, t, c: m.prefill(t, None, c))(model, ids[:, :prompt], model.make_cache(1, 768))
+    logits, cache, _ = jax.jit(lambda m, t, c: m.prefill(t, None, c))(model, ids[:, :prompt], model.make_cache(1, 768))
     expected = decode["decode.logits"]
     assert relative(logits, expected[0]) < 1e-5
     masks = decode["decode.block_mask"] | (np.arange(12) == 0)
@@ -149,7 +149,7 @@ def test_decode_scores_rank_blocks_as_the_release_does(decode: Golden):
         _, cache, scores = model.scan(token[:, None], attend, cache)
         return cache, scores
 
-    _, cache = jax.jit(lambda m, t, c: m.prefill(t, None, c))(model, ids[:, :prompt], model.make_cache(1, 768))
+    _, cache, _ = jax.jit(lambda m, t, c: m.prefill(t, None, c))(model, ids[:, :prompt], model.make_cache(1, 768))
     for i in range(30):
         given = Given(jnp.asarray(masks[i] | (np.arange(12) == 0)))
         cache, scores = step(model, ids[:, prompt + i], cache, given)

@@ -59,7 +59,7 @@ def test_decode_recalls_every_pair_with_the_blocks_of_the_oracle(folder: Path, l
     tokens, asked = planted.prompts(2, length, PAIRS, 2, seed=length + 1)
     start = asked[0]
     step = jax.jit(lambda model, tokens, cache, policy: model.decode(tokens, cache, sparsity=policy))
-    _, prompt = jax.jit(lambda m, t, c: m.prefill(t, None, c))(
+    _, prompt, _ = jax.jit(lambda m, t, c: m.prefill(t, None, c))(
         model, jnp.asarray(tokens[:, :start]), model.make_cache(2, length)
     )
 

@@ -681,9 +681,10 @@ def command_train(a) -> None:
         saved = dict(model=model.state_dict(), optimizers=optimizers.state(), state=state)
         torch.save(saved, work / "checkpoint.tmp")
         os.replace(work / "checkpoint.tmp", checkpoint)
-        out.mkdir(parents=True, exist_ok=True)
-        write_weights(model, out / "weights.safetensors")
-        (out / "state.json").write_text(json.dumps(state))
+        for folder in dict.fromkeys((work, out)):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_weights(model, folder / "weights.safetensors")
+            (folder / "state.json").write_text(json.dumps(state))
 
     def evaluate() -> None:
         result = quick_eval(model, work, length, windows=max(2, a.eval_tokens // length), prompts=a.prompts)
