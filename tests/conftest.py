@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 # The CPU unless a GPU is asked for: SEER_JAX_TEST_PLATFORM=cuda make test EXTRA=cuda13
 os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
@@ -24,6 +25,14 @@ if importlib.util.find_spec("beartype"):
 # Tracing and compiling make the first example slow, whatever it is; the same examples come at every run.
 hypothesis.settings.register_profile("seer_jax", deadline=None, derandomize=True, database=None, max_examples=30)
 hypothesis.settings.load_profile("seer_jax")
+
+
+@pytest.fixture(scope="module")
+def compile_quickly() -> Iterator[None]:
+    """For tests that compile many programs and run each for a moment."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -29,12 +29,7 @@ from tests.seer_jax.test_text import TINY_LM
 PROMPT = "def main():\n    # three birds: 🦜🦜🦜\n" * 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """These tests compile many programs and run each for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,7 @@ SAMPLE = Sample(temperature=0.9, top_p=0.95)
 NEVER = 63  # an EOS token that no row below happens to draw; the same number of EOS tokens means the same program
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """These tests compile many programs and run each for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @functools.cache

@@ -15,11 +15,15 @@ from seer_jax.model import Transformer
 from seer_jax.policies import Dense, Given, Oracle, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 LENGTHS = (70, 16, 33, 1)
 TOKENS = 70
 
 forward = jax.jit(lambda model, tokens, lengths, policy: model(tokens, lengths, sparsity=policy))
-prefill = jax.jit(lambda model, tokens, lengths, cache, policy: model.prefill(tokens, lengths, cache, sparsity=policy)[:2])
+prefill = jax.jit(
+    lambda model, tokens, lengths, cache, policy: model.prefill(tokens, lengths, cache, sparsity=policy)[:2]
+)
 decode = jax.jit(lambda model, tokens, cache, policy: model.decode(tokens, cache, sparsity=policy))
 
 

@@ -13,12 +13,7 @@ PROBABILITIES = np.array([0.05, 0.4, 0.2, 0.3, 0.05])
 LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """These tests compile many programs and run each for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def frequencies(method: Sampling, logits: jax.Array = LOGITS) -> np.ndarray:
