@@ -31,7 +31,8 @@ def block_sparse_attention(
 
     Args:
       q: queries; H is a multiple of K, and query head h reads key/value head h // (H / K).
-      k, v: keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16.
+      k, v: keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed blocks,
+        also beyond `lengths`.
       blocks: lists of key blocks, counts [B, Hs, Tb] and indices [B, Hs, Tb, N] with Hs in {1, K, H}. Rows are blocks of b
         queries counted from the first query, whatever `query_offset` is.
       scale: factor on the scores; 1 / sqrt(D) if None.

@@ -30,7 +30,8 @@ def sparse_decode_attention(
 
     Args:
       q: the query of the newest token; H is a multiple of K.
-      k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16. P is B, unless
+      k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in
+        the listed blocks, also beyond `lengths`. P is B, unless
         `cache_rows` is given.
       blocks: lists of key blocks, counts [B, K] and indices [B, K, N].
       lengths: number of keys of each sequence, the newest token included, S at most; 0 for a row that is not in use.
