@@ -15,8 +15,8 @@ from packaging.utils import canonicalize_name
 from tests.packaging.checkout import PROJECT, modules
 
 KERNELS_MAY_IMPORT = {"jax", "numpy", "jaxtyping", "pallas_kernels"}
-# These two lead to the rest of the product, and only from inside functions.
-MAY_LEAD_FURTHER = {"seer_jax.cli", "seer_jax.pretrained"}
+# These lead to the rest of the product, and only from inside functions.
+MAY_LEAD_FURTHER = {"seer_jax.cli", "seer_jax.demo", "seer_jax.pretrained"}
 HEAVY = ["torch", "tensorflow", "transformers", "orbax", "matplotlib", "datasets", "pyarrow", "tensorboardX"]
 
 
