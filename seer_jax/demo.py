@@ -22,7 +22,6 @@ from seer_jax.stages import Stages
 from seer_jax.text import Tokenizer
 from seer_jax.tiny_lm.corpus import training_rows
 
-BLOCK_SIZE = 64
 PLOTTED_HEADS = 4
 # Few keys, asked for often: the gates then see many questions whose answer lies in one block alone.
 KEYS_PER_ROW, QUESTIONS_PER_KEY = 2, 6
@@ -35,6 +34,7 @@ class DemoConfig:
     Attributes:
       output: folder for scores.json, block_maps.png and the gates.
       densities: shares of the blocks to keep, in (0, 1].
+      block_size: tokens per block. Short texts want small blocks: 64, the usual size, would leave three to choose at 10%.
       length: tokens of each text, in training and evaluation.
       steps: of training, one row of text each.
       learning_rate: at its peak.
@@ -46,10 +46,11 @@ class DemoConfig:
     """
 
     output: Path = Path("seer_demo")
-    densities: tuple[float, ...] = (0.15, 0.25, 0.5)
+    densities: tuple[float, ...] = (0.1, 0.2, 0.4)
+    block_size: int = 32
     length: int = 2048
     steps: int = 80
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     windows: int = 4
     passkeys: int = 9
     decoded: int = 64
@@ -59,8 +60,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not self.densities or not all(0 < density <= 1 for density in self.densities):
             raise ValueError(f"densities are shares of the blocks, in (0, 1], at least one; got {self.densities}.")
-        if self.length < 4 * BLOCK_SIZE or self.length % BLOCK_SIZE:
-            raise ValueError(f"length is a multiple of {BLOCK_SIZE}, {4 * BLOCK_SIZE} or more; got {self.length}.")
+        if self.length < 4 * self.block_size or self.length % self.block_size:
+            raise ValueError(f"length is a multiple of block_size = {self.block_size}, four or more; got {self.length}.")
         for name in ("windows", "passkeys", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1; got {getattr(self, name)}.")
@@ -120,8 +121,8 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
         )
     settings = DistillConfig(
         gates=Gates.BOTH,
-        prefill=PrefillGateConfig(block_size=BLOCK_SIZE, gate_dim=base.config.head_dim),
-        decode=DecodeGateConfig(block_size=BLOCK_SIZE, gate_dim=base.config.head_dim),
+        prefill=PrefillGateConfig(block_size=config.block_size, gate_dim=base.config.head_dim),
+        decode=DecodeGateConfig(block_size=config.block_size, gate_dim=base.config.head_dim),
         sequence_length=config.length,
         batch_size=1,
         steps=config.steps,
@@ -152,7 +153,7 @@ def _draw(config: DemoConfig, model: Transformer, rows: Rows) -> Path:
     density = min(config.densities)
     maps = block_maps(model, rows.prompts[0].tokens, density=density)
     title = (
-        f"A pass-key prompt of {rows.length} tokens, blocks of {BLOCK_SIZE}; the gate keeps {density:.0%} of the blocks"
+        f"A pass-key prompt of {rows.length} tokens, blocks of {config.block_size}; the gate keeps {density:.0%} of the blocks"
     )
     heads = far_sighted_heads(maps, PLOTTED_HEADS)
     return plot_block_maps(config.output / "block_maps.png", maps, heads, title=title)
