@@ -28,7 +28,7 @@ demo: $(ENVIRONMENT)
 	$(BIN)/seer-jax demo $(ARGS)
 
 test: $(ENVIRONMENT)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(ENVIRONMENT)
 	$(BIN)/ruff format --check
