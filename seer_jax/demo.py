@@ -11,9 +11,9 @@ from rich.console import Console
 from seer_jax import tiny_lm
 from seer_jax.config import DecodeGateConfig, PrefillGateConfig
 from seer_jax.evaluate import Method, PassKeyPrompt, Phase, Rows, Score, Setting, block_maps, compare, passkey_prompts
-from seer_jax.evaluate.perplexity import text_windows
 from seer_jax.evaluate.plots import far_sighted_heads, plot_block_maps
 from seer_jax.evaluate.run import score_line
+from seer_jax.evaluate.scoring import text_windows
 from seer_jax.evaluate.table import beaten, print_scores, write_scores
 from seer_jax.generate import generate
 from seer_jax.model import Transformer
@@ -61,7 +61,9 @@ class DemoConfig:
         if not self.densities or not all(0 < density <= 1 for density in self.densities):
             raise ValueError(f"densities are shares of the blocks, in (0, 1], at least one; got {self.densities}.")
         if self.length < 4 * self.block_size or self.length % self.block_size:
-            raise ValueError(f"length is a multiple of block_size = {self.block_size}, four or more; got {self.length}.")
+            raise ValueError(
+                f"length is a multiple of block_size = {self.block_size}, four or more; got {self.length}."
+            )
         for name in ("windows", "passkeys", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1; got {getattr(self, name)}.")
@@ -152,9 +154,7 @@ def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: Rows)
 def _draw(config: DemoConfig, model: Transformer, rows: Rows) -> Path:
     density = min(config.densities)
     maps = block_maps(model, rows.prompts[0].tokens, density=density)
-    title = (
-        f"A pass-key prompt of {rows.length} tokens, blocks of {config.block_size}; the gate keeps {density:.0%} of the blocks"
-    )
+    title = f"A pass-key prompt of {rows.length} tokens, blocks of {config.block_size}; the gate keeps {density:.0%} of the blocks"
     heads = far_sighted_heads(maps, PLOTTED_HEADS)
     return plot_block_maps(config.output / "block_maps.png", maps, heads, title=title)
 

@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from seer_jax.cache import Cache
 from seer_jax.evaluate.passkey import PassKeyPrompt
-from seer_jax.evaluate.perplexity import TokenScores, perplexity, read_prompts, score_decoded, score_prompts
+from seer_jax.evaluate.scoring import TokenScores, perplexity, read_prompts, score_decoded, score_prompts
 from seer_jax.model import Transformer
 from seer_jax.policies import Dense, Gate, Oracle, Policy, Random, Scorer, SinkWindow
 

@@ -13,7 +13,7 @@ from seer_jax import tiny_lm
 from seer_jax.commands import DType, PolicyArgument, write_policy
 from seer_jax.evaluate.comparison import Method, Phase, Rows, Score, Setting, compare
 from seer_jax.evaluate.passkey import passkey_prompts
-from seer_jax.evaluate.perplexity import text_windows
+from seer_jax.evaluate.scoring import text_windows
 from seer_jax.evaluate.table import print_scores, write_scores
 from seer_jax.policies import Dense, Given, Policy, TopK
 from seer_jax.text import Tokenizer

@@ -51,9 +51,9 @@ class TokenScores:
       kept: share of the key blocks in sight that attention read, mean over layers (and steps, while decoding).
     """
 
-    nll: Float32[Array, "B n"]
-    best: Bool[Array, "B n"]
-    kept: Float32[Array, "B"]
+    nll: Float32[Array | np.ndarray, "B n"]
+    best: Bool[Array | np.ndarray, "B n"]
+    kept: Float32[Array | np.ndarray, "B"]
 
 
 @jax.jit
