@@ -21,8 +21,8 @@ class GateCache:
       pending: the keys of the unfinished block before RoPE, which it is pooled from once it is complete.
     """
 
-    keys: Float[Array, "L B Sb K C"]
-    pending: Float[Array, "L B b K D"]
+    keys: Float[Array, "*maps L B Sb K C"]
+    pending: Float[Array, "*maps L B b K D"]
 
 
 @jax.tree_util.register_dataclass
@@ -30,15 +30,17 @@ class GateCache:
 class Cache:
     """Keys (after RoPE) and values of S token slots; row i holds `lengths[i]` tokens, the rest is not read.
 
+    Axes named maps come from `jax.lax.map` or `jax.vmap` over whole caches; there are none else.
+
     Attributes:
       keys, values: in the model's dtype.
       lengths: tokens in each row.
       gate: of the decode gate, or None where none is used.
     """
 
-    keys: Float[Array, "L B S K D"]
-    values: Float[Array, "L B S K D"]
-    lengths: Int[Array, "B"]
+    keys: Float[Array, "*maps L B S K D"]
+    values: Float[Array, "*maps L B S K D"]
+    lengths: Int[Array, "*maps B"]
     gate: GateCache | None = None
 
     @classmethod

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Int
 from rich.console import Console
@@ -143,9 +144,10 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
 def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: Rows) -> list[Score]:
     settings = [Setting(f"{density:.0%}", TopK(density)) for density in config.densities]
     measurements = len(Phase) * (1 + len(settings) * len(Method))
+    workers = 2 if jax.default_backend() == "cpu" else 1
     scores = []
     with stages.stage("Comparing ways to choose blocks", measurements) as advance:
-        for score in compare(model, rows, settings, batch_size=config.windows + config.passkeys):
+        for score in compare(model, rows, settings, batch_size=len(rows.tokens), workers=workers):
             scores.append(score)
             advance(score_line(score))
     return scores

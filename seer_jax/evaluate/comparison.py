@@ -1,12 +1,13 @@
 """Ways to choose blocks, compared on the same rows: held-out text for perplexity, pass-key prompts for retrieval."""
 
+import concurrent.futures
 import dataclasses
 import enum
 import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -138,6 +139,7 @@ def compare(
     methods: Sequence[Method] = tuple(Method),
     phases: Sequence[Phase] = tuple(Phase),
     batch_size: int = 8,
+    workers: int = 1,
 ) -> Iterator[Score]:
     """Scores dense attention, then each method at each setting, phase by phase.
 
@@ -151,6 +153,7 @@ def compare(
       settings: how many blocks are kept.
       methods, phases: which ones.
       batch_size: rows that are decoded at a time. Prompts go one by one: each fills the device.
+      workers: measurements at a time. Two keep the cores of a CPU busy while one of them compiles; numbers stay the same.
 
     Yields:
       Scores as they are ready, the dense one of each phase first.
@@ -165,17 +168,29 @@ def compare(
         else:
             measure = functools.partial(_score_decoded, model, _read(model, rows, batch_size))
             yield _summary(rows, _last(dense, rows.decoded - 1), started, phase, None, "dense")
-        for setting, method in itertools.product(settings, methods):
-            if method is Method.GATE and gates[phase] is None:
-                continue
-            started = time.monotonic()
-            yield _summary(rows, measure(setting.of(method)), started, phase, method, setting.name)
+        used = [method for method in methods if method is not Method.GATE or gates[phase] is not None]
+
+        def one(choice: tuple[Setting, Method], phase: Phase = phase, measure: Measure = measure) -> Score:
+            started, (setting, method) = time.monotonic(), choice
+            return _summary(rows, measure(setting.of(method)), started, phase, method, setting.name)
+
+        yield from _mapped(one, itertools.product(settings, used), workers)
+
+
+def _mapped[X, Y](function: Callable[[X], Y], items: Iterable[X], workers: int) -> Iterator[Y]:
+    """`map` with threads; what has not begun when the caller stops is dropped."""
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _score_prompts(model: Transformer, tokens: np.ndarray, policy: Policy) -> TokenScores:
     return _concatenate([jax.device_get(score_prompts(model, row[None], policy)) for row in tokens])
 
 
+Measure = Callable[[Policy], TokenScores]
 _Started = list[tuple[Cache, np.ndarray]]  # caches of a batch of rows, and the tokens that come next
 
 

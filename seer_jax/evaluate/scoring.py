@@ -111,9 +111,7 @@ def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, capacity: int
 
 
 @jax.jit
-def score_decoded(
-    model: Transformer, cache: Cache, tokens: Int[Array, "B steps+1"], policy: Policy = Dense()
-) -> TokenScores:
+def score_decoded(model: Transformer, cache: Cache, tokens: Int[Array, "B n"], policy: Policy = Dense()) -> TokenScores:
     """Appends tokens 0 .. steps-1 one at a time (given ones, whatever the model would have said) and scores tokens 1 .. steps.
 
     Args:

@@ -13,9 +13,9 @@ from rich.table import Table
 from seer_jax.evaluate.comparison import Method, Phase, Score
 
 MEANING = {
-    "perplexity": "among how many equally likely tokens the model seems to choose at each step of held-out text; lower is better",
-    "pass keys": "share of the long texts whose hidden five digits are found exactly; higher is better",
-    "blocks read": "measured share of the key blocks in sight that attention read, mean over rows and layers",
+    "ppl": "perplexity: among how many equally likely tokens the model seems to choose at each step of held-out text; lower is better",
+    "keys": "pass keys: share of the long texts whose hidden five digits are found exactly; higher is better",
+    "read": "measured share of the key blocks in sight that attention read, mean over rows and layers",
     "prefill": "the blocks are chosen for every row of a prompt, the question's rows too",
     "decode": "the blocks are chosen for each appended token, after dense attention over the prompt",
     "dense": "every block",
@@ -29,11 +29,11 @@ MEANING = {
 def score_table(scores: Sequence[Score]) -> Table:
     """One line per phase and method, one column per quantity and setting."""
     settings = list(dict.fromkeys(s.setting for s in scores if s.method is not None))
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for name in ("perplexity", "pass keys", "blocks read"):
-        for i, setting in enumerate(settings):
-            table.add_column(f"{name if i == 0 else ''}\n{setting}", justify="right", no_wrap=True)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for name in ("ppl", "keys", "read"):
+        for setting in settings:
+            table.add_column(f"{name}\n{setting}", justify="right", no_wrap=True)
     for phase in dict.fromkeys(s.phase for s in scores):
         table.add_section()
         table.add_row(f"[bold]{phase}[/bold]")
@@ -63,7 +63,7 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
     console.print()
     shown = {"dense"} | {s.method.title for s in scores if s.method} | {s.phase.value for s in scores}
     for word, meaning in MEANING.items():
-        if word in shown or word in ("perplexity", "pass keys", "blocks read"):
+        if word in shown or word in ("ppl", "keys", "read"):
             console.print(f"[bold]{word}[/bold]: {meaning}", highlight=False, soft_wrap=True)
 
 

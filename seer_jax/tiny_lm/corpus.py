@@ -77,7 +77,7 @@ def _stream(tokenizer: Tokenizer, library: Path, rng: np.random.Generator, size:
     )
 
 
-_Insert = tuple[float, Int[np.ndarray, "n"]]  # where in a row, from 0 to 1, and the tokens
+_Insert = tuple[float, Int[np.ndarray, "_"]]  # where in a row, from 0 to 1, and the tokens
 
 
 def _pass_key_lines(

@@ -1,0 +1,48 @@
+"""The demo, on the bundled model at a size of seconds: every stage runs and every file is there."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from seer_jax.convert import load_gates
+from seer_jax.demo import DemoConfig, demo
+from seer_jax.evaluate import Method, Phase
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    out = io.StringIO()
+    config = DemoConfig(
+        output=tmp_path, densities=(0.5,), length=1024, steps=2, windows=1, passkeys=1, decoded=16, new_tokens=4
+    )
+    scores = demo(config, console=Console(file=out, width=120))
+    assert {(s.phase, s.method) for s in scores} == {(p, m) for p in Phase for m in (None, *Method)}
+    assert all(s.perplexity > 1 and 0 <= s.passkey <= 1 and 0 < s.kept <= 1 for s in scores)
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert len(written["scores"]) == len(scores)
+    assert written["config"]["steps"] == 2
+    assert (tmp_path / "block_maps.png").read_bytes().startswith(b"\x89PNG")
+    assert load_gates(tmp_path / "prefill_gate").config.block_size == config.block_size
+    assert load_gates(tmp_path / "decode_gate").config.block_size == config.block_size
+    for words in ("learned", "sink+window", "oracle", "perplexity: among how many", "continued greedily", "Took"):
+        assert words in out.getvalue()
+
+
+BAD = [
+    (dict(densities=()), r"at least one; got \(\)"),
+    (dict(densities=(0.0,)), r"\(0, 1\].*got \(0.0,\)"),
+    (dict(length=100), "length is a multiple of block_size = 32.*got 100"),
+    (dict(windows=0), "windows is at least 1; got 0"),
+    (dict(steps=1), "at least 2 steps; got 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_settings_are_refused(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        DemoConfig(**change)

@@ -1,0 +1,92 @@
+"""The bundled model: what we make of it against what transformers and its recipe made of it (reference.json)."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seer_jax import tiny_lm
+from seer_jax.convert import load_base, verify_logits
+from seer_jax.evaluate import passkey_prompts, perplexity, score_prompts, text_windows
+from seer_jax.model import Transformer
+from seer_jax.text import Tokenizer
+from seer_jax.tiny_lm.corpus import HELD_OUT, training_rows
+
+REFERENCE = json.loads((tiny_lm.path() / "reference.json").read_text())
+WORDS = json.loads((tiny_lm.path() / "words.json").read_text())
+PASSKEY_SHA256 = "1098e6cd6ee88740585e66c782a3b44c4728ce2212ae186622c21961725cd6a2"
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return load_base(tiny_lm.path(), dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(tiny_lm.path())
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer: Tokenizer) -> np.ndarray:
+    return np.array(
+        tokenizer.encode((tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8"), special_tokens=False)
+    )
+
+
+def test_logits_are_those_of_transformers(model: Transformer):
+    report = verify_logits(model, tiny_lm.path() / "logits_check.safetensors")
+    assert report.passed
+    assert report.relative_error < 1e-5
+
+
+def test_the_text_is_tokenised_as_it_was(text: np.ndarray):
+    assert len(text) == REFERENCE["perplexity"]["tokens"]
+    assert text[:16].tolist() == REFERENCE["perplexity"]["first_tokens"]
+
+
+@pytest.mark.parametrize(
+    "length", [1024, pytest.param(4096, marks=pytest.mark.slow), pytest.param(8192, marks=pytest.mark.slow)]
+)
+def test_perplexity_to_four_digits(model: Transformer, text: np.ndarray, length: int):
+    expected = next(row for row in REFERENCE["perplexity"]["dense"] if row["length"] == length)
+    windows = text_windows(text, length)
+    assert len(windows) == expected["windows"]
+    rows = 8192 // length
+    parts = [score_prompts(model, jnp.asarray(w)) for w in np.split(windows, range(rows, len(windows), rows))]
+    nll = np.concatenate([part.nll for part in jax.device_get(parts)])
+    assert nll.size == expected["scored_tokens"]
+    assert abs(perplexity(nll) / expected["perplexity"] - 1) < 5e-5
+
+
+def test_pass_key_prompts_are_those_of_the_recipe(tokenizer: Tokenizer, text: np.ndarray):
+    """The 50 prompts of 4096 tokens behind the first rows of reference.json, token by token."""
+    prompts = passkey_prompts(tokenizer, text, WORDS["eval"], length=4096, count=50, vocab_size=4096, seed=20253)
+    tokens = np.stack([prompt.tokens for prompt in prompts]).astype("<i4")
+    assert hashlib.sha256(tokens.tobytes()).hexdigest() == PASSKEY_SHA256
+
+
+def test_pass_keys_are_found(model: Transformer, tokenizer: Tokenizer, text: np.ndarray):
+    """As in reference.json, dense attention finds every key; the first prompts of each length."""
+    for length, count in ((1024, 9), (2048, 4)):
+        prompts = passkey_prompts(
+            tokenizer, text, WORDS["eval"], length=length, count=count, vocab_size=4096, seed=20254, distractors=4
+        )
+        scores = score_prompts(model, jnp.asarray(np.stack([p.tokens for p in prompts]), jnp.int32))
+        assert scores.best[:, -5:].all()
+
+
+def test_training_text_keeps_away_from_the_evaluation(tokenizer: Tokenizer, text: np.ndarray):
+    rows = training_rows(tokenizer, 4096, length=512, count=6, keys=1, questions=2, seed=1)
+    assert rows.shape == (6, 512)
+    again = training_rows(tokenizer, 4096, length=512, count=6, keys=1, questions=2, seed=1)
+    np.testing.assert_array_equal(rows, again)
+    assert not set(WORDS["train"]) & set(WORDS["eval"])
+    assert "argparse.py" in HELD_OUT
+    long_lines = {line for line in tokenizer.decode(text.tolist()).splitlines() if len(line) > 60}
+    seen = {line for row in rows for line in tokenizer.decode(row.tolist()).splitlines()}
+    assert not long_lines & seen
+    assert all("What is the pass key of" in tokenizer.decode(row.tolist()) for row in rows)
