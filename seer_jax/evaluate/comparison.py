@@ -160,13 +160,16 @@ def compare(
     """
     tokens, started = rows.tokens, time.monotonic()
     gates = {Phase.PREFILL: model.prefill_gate, Phase.DECODE: model.decode_gate}
-    dense = _score_prompts(model, tokens, Dense())
+    if Phase.DECODE in phases:
+        dense, prompts = _read(model, rows, batch_size)
+    else:
+        dense, prompts = _score_prompts(model, tokens, Dense()), []
     for phase in phases:
         if phase is Phase.PREFILL:
             measure = functools.partial(_score_prompts, model, tokens)
             yield _summary(rows, dense, started, phase, None, "dense")
         else:
-            measure = functools.partial(_score_decoded, model, _read(model, rows, batch_size))
+            measure = functools.partial(_score_decoded, model, prompts)
             yield _summary(rows, _last(dense, rows.decoded - 1), started, phase, None, "dense")
         used = [method for method in methods if method is not Method.GATE or gates[phase] is not None]
 
@@ -191,18 +194,20 @@ def _score_prompts(model: Transformer, tokens: np.ndarray, policy: Policy) -> To
 
 
 Measure = Callable[[Policy], TokenScores]
-_Started = list[tuple[Cache, np.ndarray]]  # caches of a batch of rows, and the tokens that come next
+_Prompts = list[tuple[Cache, np.ndarray]]  # caches of a batch of rows, and the tokens that come next
 
 
-def _read(model: Transformer, rows: Rows, batch_size: int) -> _Started:
-    """Dense attention over all but the last tokens."""
+def _read(model: Transformer, rows: Rows, batch_size: int) -> tuple[TokenScores, _Prompts]:
+    """Dense attention: scores of the whole rows, and the caches of all but their last tokens."""
     first = rows.length - rows.decoded
     batches = [rows.tokens[i : i + batch_size] for i in range(0, len(rows.tokens), batch_size)]
-    return [(read_prompts(model, b[:, :first], capacity=rows.length), b[:, first:]) for b in batches]
+    read = [read_prompts(model, batch, keep=first) for batch in batches]
+    prompts = [(cache, batch[:, first:]) for (_, cache), batch in zip(read, batches, strict=True)]
+    return _concatenate([jax.device_get(scores) for scores, _ in read]), prompts
 
 
-def _score_decoded(model: Transformer, started: _Started, policy: Policy) -> TokenScores:
-    return _concatenate([jax.device_get(score_decoded(model, cache, tokens, policy)) for cache, tokens in started])
+def _score_decoded(model: Transformer, prompts: _Prompts, policy: Policy) -> TokenScores:
+    return _concatenate([jax.device_get(score_decoded(model, cache, tokens, policy)) for cache, tokens in prompts])
 
 
 def _concatenate(parts: Sequence[TokenScores]) -> TokenScores:

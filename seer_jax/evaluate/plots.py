@@ -30,9 +30,9 @@ class BlockMaps:
       kept: the blocks that the gate keeps.
     """
 
-    true: Float32[Array, "L H Tb Tb"]
-    gate: Float32[Array, "L H Tb Tb"]
-    kept: Bool[Array, "L H Tb Tb"]
+    true: Float32[Array, "*L H Tb Tb"]
+    gate: Float32[Array, "*L H Tb Tb"]
+    kept: Bool[Array, "*L H Tb Tb"]
 
 
 @functools.partial(jax.jit, static_argnames="density")

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from seer_jax.attention import prefill_attention
 from seer_jax.cache import Cache
-from seer_jax.model import Transformer
+from seer_jax.model import LayerContext, Transformer
 from seer_jax.policies import Dense, Policy
 
 HEAD_CHUNK = 256  # tokens whose logits are held at once
@@ -90,24 +91,36 @@ def _score_logits(logits: Float32[Array, "n V"], targets: Int[Array, "n"]) -> tu
     return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1) == targets
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, capacity: int) -> Cache:
-    """The cache after dense attention over prompts: where every decode policy starts from.
+@functools.partial(jax.jit, static_argnames="keep")
+def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, keep: int) -> tuple[TokenScores, Cache]:
+    """Dense attention over prompts: scores of their tokens, and the cache as it was after the first `keep` of them.
 
-    Rows are read one after the other, since each fills the device.
+    That cache is where every decode policy starts from; it has room for the rest. Rows are read one after the other, since each
+    fills the device.
 
     Args:
       tokens: rows of T tokens, no padding.
-      capacity: slots of the cache, tokens.
+      keep: tokens in the cache, at most T.
     """
+    whole, kept = (jnp.full(1, n, jnp.int32) for n in (tokens.shape[1], keep))
 
-    def read(row: Int[Array, "T"]) -> Cache:
-        return model.prefill(row[None], None, model.make_cache(1, capacity))[1]
+    def attend(context: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        out, k_rotated, share = prefill_attention(Dense(), None, context.index, q, k, v, whole, model.config)
+        cache = cache.fill(context.index, k_rotated, v)
+        if context.decode_gate is not None:
+            cache = cache.fill_gate(context.index, context.decode_gate, k, kept)
+        return out, cache, share
+
+    def read(row: Int[Array, "T"]) -> tuple[tuple, Cache]:
+        hidden, cache, share = model.scan(row[None], attend, model.make_cache(1, len(row)))
+        # What lies behind the first tokens is overwritten before it is read.
+        return (*_score(model, hidden[0, :-1], row[1:]), share.mean()), dataclasses.replace(cache, lengths=kept)
 
     def join(x: Array) -> Array:  # [rows, L, 1, ...] or, of lengths, [rows, 1]
         return x[:, 0] if x.ndim == 2 else jnp.swapaxes(x[:, :, 0], 0, 1)
 
-    return jax.tree.map(join, jax.lax.map(read, tokens))
+    scores, caches = jax.lax.map(read, tokens)
+    return TokenScores(*scores), jax.tree.map(join, caches)
 
 
 @jax.jit

@@ -47,7 +47,8 @@ def test_scores_of_decoded_tokens_are_those_of_the_prompt():
     """Dense decoding computes what a dense pass does, from any place on."""
     model = tiny_model()
     whole = score_prompts(model, jnp.asarray(TOKENS))
-    cache = read_prompts(model, jnp.asarray(TOKENS[:, :60]), capacity=96)
+    read, cache = read_prompts(model, jnp.asarray(TOKENS), keep=60)
+    np.testing.assert_allclose(read.nll, whole.nll, rtol=1e-5, atol=1e-5)
     decoded = score_decoded(model, cache, jnp.asarray(TOKENS[:, 60:]))
     np.testing.assert_allclose(decoded.nll, whole.nll[:, -35:], rtol=1e-4, atol=1e-5)
     sparse = score_decoded(model, cache, jnp.asarray(TOKENS[:, 60:]), TokenBudget(32, Random()))
