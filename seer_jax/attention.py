@@ -137,11 +137,11 @@ def prefill_attention(
         mask |= keep & ~mask.any(-1, keepdims=True)  # a row that would keep no block keeps its diagonal
         blocks = select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
     else:
-        logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)
+        logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)  # pyright: ignore
         blocks = _select_prefill(policy, jnp.where(causal, logits, -jnp.inf), keep, causal, last, b)
     out = block_sparse_attention(q_rotated, k_rotated, v, blocks, lengths=lengths)
     kept = blocks.counts.sum((1, 2)) / (blocks.counts.shape[1] * causal.sum((1, 2, 3)))
-    return out, k_rotated, kept
+    return out, k_rotated, kept  # pyright: ignore
 
 
 def prefill_block_size(policy: Policy, gate: PrefillGate | None) -> int:
@@ -212,7 +212,7 @@ def _prefill_logits(
             return gate(q, k, positions, positions < lengths[:, None])
         case Oracle():
             scored = attention_with_block_scores(q_rotated, k_rotated, v, block_size=block_size, lengths=lengths)
-            return jnp.log(scored.block_scores)
+            return jnp.log(scored.block_scores)  # pyright: ignore
         case SinkWindow():
             return jnp.broadcast_to(_recency(num_blocks), (batch, 1, num_blocks, num_blocks))
         case Random():
@@ -259,7 +259,7 @@ def decode_attention(
         # A slice of this layer would be a copy of its whole cache, which takes longer than reading the few blocks.
         stacked = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
         rows = layer * len(lengths) + jnp.arange(len(lengths))
-        out = sparse_decode_attention(q_rotated[:, 0], *stacked, blocks, lengths=lengths, cache_rows=rows)
+        out = sparse_decode_attention(q_rotated[:, 0], *stacked, blocks, lengths=lengths, cache_rows=rows)  # pyright: ignore
         visible = cache.lengths // blocks.block_size + 1
         return out[:, None], blocks.counts.mean(1) / visible
 
@@ -292,7 +292,7 @@ def _select_decode(
         mask = policy.mask[layer] & (column <= current)
         mask |= (column == current) & ~mask.any(-1, keepdims=True)
         return select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
-    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, cache, keep.shape, b)
+    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, cache, keep.shape, b)  # pyright: ignore
     logits = jnp.where(column < current, logits, -jnp.inf)
     match policy:
         case Threshold():

@@ -155,7 +155,7 @@ class DecodeGate(nnx.Module):
         """The gate's queries of one layer, one per key/value head; q before RoPE."""
         grouped = q.astype(jnp.float32).reshape(*q.shape[:2], self.model.num_kv_heads, -1, q.shape[-1])
         if self.config.query_reduction is QueryReduction.PROJ:
-            out = _einsum("btkgd,kgdc->btkc", grouped, self.linear_q[...])
+            out = _einsum("btkgd,kgdc->btkc", grouped, self.linear_q[...])  # pyright: ignore
         else:
             out = grouped.mean(3)
             if self.linear_q is not None:

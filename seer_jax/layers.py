@@ -1,5 +1,7 @@
 """Building blocks of the decoder. Weights keep names and layout of the Hugging Face checkpoint, stacked over layers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -42,7 +44,7 @@ class Projections(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width, dim = config.hidden_size, config.head_dim
-        kinds = dict(dtype=dtype, rngs=rngs)
+        kinds: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         self.q_proj = Linear(width, config.num_heads * dim, bias=config.qkv_bias, **kinds)
         self.k_proj = Linear(width, config.num_kv_heads * dim, bias=config.qkv_bias, **kinds)
         self.v_proj = Linear(width, config.num_kv_heads * dim, bias=config.qkv_bias, **kinds)
@@ -69,7 +71,7 @@ class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        kinds = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        kinds: dict[str, Any] = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, **kinds)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, **kinds)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, **kinds)

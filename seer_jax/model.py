@@ -249,8 +249,8 @@ class Transformer(nnx.Module):
         if lengths is None:
             return jnp.full(batch, width, jnp.int32)
         lengths = _concrete(lengths)
-        if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise ValueError(f"lengths are integers [B] with B = {batch}; got {lengths.dtype} {lengths.shape}.")
+        if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):  # pyright: ignore
+            raise ValueError(f"lengths are integers [B] with B = {batch}; got {lengths.dtype} {lengths.shape}.")  # pyright: ignore
         if isinstance(lengths, np.ndarray) and not (lengths.min() >= 1 and lengths.max() <= width):
             raise ValueError(
                 f"Each row has 1 to T = {width} tokens (no empty prompt); got lengths {lengths.min()} .. {lengths.max()}."
@@ -268,7 +268,7 @@ class Transformer(nnx.Module):
 
 def _concrete(x: Any) -> Any:
     """The values where they are known, so that they can be checked; a tracer as it is."""
-    return x if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    return x if isinstance(x, jax.core.Tracer) else np.asarray(x)  # pyright: ignore
 
 
 __all__ = ["DecodeGateConfig", "DecoderLayer", "LayerContext", "Transformer"]

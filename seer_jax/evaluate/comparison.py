@@ -68,7 +68,7 @@ class Setting:
         changes: dict[str, Any] = {"scorer": method.scorer}
         if hasattr(self.policy, "dense_last_rows"):
             changes["dense_last_rows"] = 0
-        return dataclasses.replace(self.policy, **changes)
+        return dataclasses.replace(self.policy, **changes)  # pyright: ignore
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,7 @@ def evaluate(config: EvalConfig) -> list[Score]:
     console, scores = Console(), []
     settings = [Setting(policy_name(policy), policy) for policy in config.policies]
     kinds = dict(methods=config.methods, phases=config.phases)
-    for score in compare(model, rows, settings, batch_size=config.batch_size, **kinds):
+    for score in compare(model, rows, settings, batch_size=config.batch_size, **kinds):  # pyright: ignore
         scores.append(score)
         console.print(score_line(score), highlight=False, soft_wrap=True)
     print_scores(console, scores)

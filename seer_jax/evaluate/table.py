@@ -87,11 +87,11 @@ def beaten(scores: Sequence[Score], *, by: Method = Method.GATE) -> list[str]:
         if method in (Method.WINDOW, Method.RANDOM) and ours is not None:
             if score.perplexity <= ours.perplexity:
                 lines.append(
-                    f"{phase} {setting}: {method.title} has perplexity {score.perplexity:.3f}, ours {ours.perplexity:.3f}"
+                    f"{phase} {setting}: {method.title} has perplexity {score.perplexity:.3f}, ours {ours.perplexity:.3f}"  # pyright: ignore
                 )
             if score.passkey >= ours.passkey:
                 lines.append(
-                    f"{phase} {setting}: {method.title} finds {score.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}"
+                    f"{phase} {setting}: {method.title} finds {score.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}"  # pyright: ignore
                 )
     return lines
 

@@ -90,7 +90,7 @@ def test_a_budget_of_one_block_keeps_the_current_block():
         decode=Given(jnp.zeros((layers, batch, kv_heads, 4), bool), block_size=16),
     )
     one = TokenBudget(16, SinkWindow())
-    assert run(prefill=one, decode=one).rows() == run(**own).rows()
+    assert run(prefill=one, decode=one).rows() == run(**own).rows()  # pyright: ignore
 
 
 def test_sparse_phases_are_independent():

@@ -271,7 +271,7 @@ BAD_INPUT = [
 def test_bad_input_is_refused(change: dict, message: str):
     model = tiny_model(gates=False)
     with pytest.raises(ValueError, match=message):
-        model(**(dict(tokens=np.zeros((1, 3), np.int32)) | change))
+        model(**(dict(tokens=np.zeros((1, 3), np.int32)) | change))  # pyright: ignore
 
 
 def test_a_prompt_longer_than_the_cache_is_refused():
@@ -287,7 +287,7 @@ def test_gates_of_another_model_are_refused():
         return tiny_model(config).prefill_gate
 
     with pytest.raises(ValueError, match="expected num_kv_heads=2, got 4"):
-        tiny_model(gates=False).attach(gate(QWEN3))
+        tiny_model(gates=False).attach(gate(QWEN3))  # pyright: ignore
     with pytest.raises(ValueError, match="below 2; got 2"):
         tiny_model(gates=False).add_gate(DecodeGateConfig(gate_dim=16, start_layer=2), rngs=nnx.Rngs(0))
 
