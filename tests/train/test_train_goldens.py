@@ -163,9 +163,11 @@ def test_decode_gradient(decode, layer):
     target, batch = rounded_targets(q_rotated, k_rotated, decode.batch.segment_ids), decode.batch
     assert relative_error(exact, target) < 2e-2
 
+    weights = decode.weights  # a cached property: computed inside jit it would keep a tracer
+
     def loss_of(gate):
         logits = packed_decode_logits(gate, q, k, batch.positions, batch.segment_ids)
-        return (row_kl(target, logits).mean(1) * decode.weights).sum() / 8
+        return (row_kl(target, logits).mean(1) * weights).sum() / 8
 
     gradient = jax.jit(jax.grad(loss_of))(decode.layer_gate(layer))
     for ours, name in DECODE_NAMES.items():
