@@ -14,7 +14,6 @@ from seer_jax.evaluate import Method, Phase
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
-@pytest.mark.slow
 def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
     pytest.importorskip("matplotlib")
     out = io.StringIO()

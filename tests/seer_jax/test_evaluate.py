@@ -28,7 +28,7 @@ from seer_jax.evaluate.table import print_scores, write_scores
 from seer_jax.policies import Dense, Oracle, Random, TokenBudget, TopK
 from tests.seer_jax.conftest import tiny_model
 
-pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 96)).astype(np.int32)
 

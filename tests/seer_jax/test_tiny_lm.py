@@ -69,7 +69,6 @@ def test_pass_key_prompts_are_those_of_the_recipe(tokenizer: Tokenizer, text: np
     assert hashlib.sha256(tokens.tobytes()).hexdigest() == PASSKEY_SHA256
 
 
-@pytest.mark.slow
 def test_pass_keys_are_found(model: Transformer, tokenizer: Tokenizer, text: np.ndarray):
     """As in reference.json, dense attention finds every key; the first prompts of each length."""
     for length, count in ((1024, 9), (2048, 4)):
@@ -80,7 +79,6 @@ def test_pass_keys_are_found(model: Transformer, tokenizer: Tokenizer, text: np.
         assert scores.best[:, -5:].all()
 
 
-@pytest.mark.slow
 def test_training_text_keeps_away_from_the_evaluation(tokenizer: Tokenizer, text: np.ndarray):
     rows = training_rows(tokenizer, 4096, length=512, count=6, keys=1, questions=2, seed=1)
     assert rows.shape == (6, 512)
