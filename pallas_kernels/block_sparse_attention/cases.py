@@ -80,3 +80,13 @@ TINY = (
     Case("bf16", Heads(4, 1, 64), 256, density=0.4),
     Case("bf16-ragged", Heads(4, 2, 128), 77, 205, lists=2, density=0.5, query_offset=128, lengths=(203,), block_size=128),
 )  # fmt: skip
+
+HALF = (
+    Case("half-own", Heads(2, 1, 128), 200, density=0.5),
+    Case("half-float16", Heads(4, 2, 64), 330, density=0.5, dtype="float16"),
+    Case("half-group-lists", Heads(2, 1, 128), 200, lists=1, density=0.5),
+    Case("half-128", Heads(2, 1, 64), 300, density=0.5, block_size=128),
+    Case("half-ragged", Heads(2, 1, 64), 131, 271, batch=2, density=0.5, query_offset=(40, 7), lengths=(171, 30)),
+    Case("half-ragged-group-lists", Heads(2, 1, 64), 131, 271, batch=2, lists=1, density=0.5, query_offset=(40, 7), lengths=(171, 30)),
+    Case("half-ragged-128", Heads(2, 1, 64), 131, 371, batch=2, density=0.5, query_offset=(140, 7), lengths=(171, 30), block_size=128),
+)  # fmt: skip
