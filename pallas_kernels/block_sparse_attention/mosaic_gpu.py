@@ -219,43 +219,57 @@ class _Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-    """What one warpgroup works on: 64 queries of one head, and the list of key blocks that they read.
+class _Queries:
+    """64 queries of one head: what one warpgroup works on.
 
     Attributes:
       sequence, head, kv_head: which.
       start: first query.
-      entry: `entry(i)` is block number i on the list.
-      count: blocks on it; 0 if the sequence ends before the queries.
-      position: of the first query, in tokens from the first key.
-      length: keys of the sequence.
+      list_row: which of the head's lists they read; may lie beyond the last one.
     """
 
     sequence: Array
     head: Array
     kv_head: Array
     start: Array
+    list_row: Array
+
+    def of(self, ref: Any) -> Any:
+        """Their part of q or of the output."""
+        return ref.at[self.sequence, pl.ds(self.start, QUERIES), self.head]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """The list of key blocks that some queries read, and what they may see.
+
+    Attributes:
+      entry: `entry(i)` is block number i on the list, for i below `width`.
+      width: N.
+      count: blocks on the list; 0 if the sequence ends before the queries, or the list does not exist.
+      position: of the first query, in tokens from the first key.
+      length: keys of the sequence.
+    """
+
     entry: Callable[[Array | int], Array]
+    width: int
     count: Array
     position: Array
     length: Array
 
     @classmethod
-    def read(
-        cls, shape: _Shape, refs: "_Inputs", sequence: Array, head: Array, kv_head: Array, start: Array, list_row: Array
-    ) -> "_Row":
-        """Reads the list's length; `list_row` may lie beyond the last one, for which the list is empty."""
-        list_head = lax.div(head * shape.lists, _i32(shape.heads))
-        inside = list_row < shape.rows
-        list_row = jnp.minimum(list_row, shape.rows - 1)
+    def read(cls, shape: _Shape, refs: "_Inputs", queries: _Queries) -> "_Row":
+        sequence, list_head = queries.sequence, lax.div(queries.head * shape.lists, _i32(shape.heads))
+        list_row = jnp.minimum(queries.list_row, shape.rows - 1)
         count = refs.counts[sequence, list_head, list_row]
         offset, length = refs.offsets[sequence, 0], refs.offsets[sequence, 1]
-        count = jnp.where(inside & (offset + list_row * shape.block_size < length), count, 0)
+        exists = (queries.list_row < shape.rows) & (offset + list_row * shape.block_size < length)
 
         def entry(i: Array | int) -> Array:
             return refs.indices[sequence, list_head, list_row, i]
 
-        return cls(sequence, head, kv_head, start, entry, count, offset + start, length)
+        width = refs.indices.shape[-1]
+        return cls(entry, width, jnp.where(exists, count, 0), offset + queries.start, length)
 
     def sees_all(self, block: Array, block_size: int) -> Array:
         """Whether every query sees all of a key block; the first query sees the fewest keys."""
@@ -341,14 +355,16 @@ def _accumulate(out: Array, weights: Array, v_tile: Any, interpret: Any) -> Arra
     return multiply(_accumulator.init(out))
 
 
-def _write(row: _Row, state: _Softmax, q_tile: Any, lse_row: Any, out_ref: Any, lse_ref: Any) -> None:
+def _write(
+    queries: _Queries, row: _Row, state: _Softmax, q_tile: Any, lse_row: Any, out_ref: Any, lse_ref: Any
+) -> None:
     """Sends the results off through shared memory; the query tile is not needed any more."""
     out, lse = row.finish(state)
     q_tile[...] = out.astype(q_tile.dtype)
     lse_row[...] = lse
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_tile, out_ref.at[row.sequence, pl.ds(row.start, QUERIES), row.head])
-    plgpu.copy_smem_to_gmem(lse_row, lse_ref.at[row.sequence, row.head, pl.ds(row.start, QUERIES)])
+    plgpu.copy_smem_to_gmem(q_tile, queries.of(out_ref))
+    plgpu.copy_smem_to_gmem(lse_row, lse_ref.at[queries.sequence, queries.head, pl.ds(queries.start, QUERIES)])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -365,9 +381,10 @@ def _solo_kernel(shape: _Shape, c: float, interpret: Any, dtype: Any) -> Callabl
     ):
         refs, (q_ready, k_ready, v_ready) = _Inputs(q_ref, k_ref, v_ref, counts, indices, offsets), ready
         sequence, kv_head, in_group, block = shape.place(lax.axis_index("cta"), shape.rows, shape.group)
-        row = _Row.read(shape, refs, sequence, kv_head * shape.group + in_group, kv_head, block * QUERIES, block)
+        queries = _Queries(sequence, kv_head * shape.group + in_group, kv_head, block * QUERIES, block)
+        plgpu.copy_gmem_to_smem(queries.of(refs.q), q_tile, q_ready)
+        row = _Row.read(shape, refs, queries)
         first = row.entry(0)
-        plgpu.copy_gmem_to_smem(refs.q.at[sequence, pl.ds(row.start, QUERIES), row.head], q_tile, q_ready)
 
         def load(source: Any, tile: Any, barrier: Any, t: Array, key_block: Array) -> None:
             @pl.when(t < row.count)
@@ -383,7 +400,7 @@ def _solo_kernel(shape: _Shape, c: float, interpret: Any, dtype: Any) -> Callabl
         def step(carry: tuple[Array, Array, _Softmax], *, masked: bool) -> tuple[Array, Array, _Softmax]:
             """Takes key block `key_block`, number t on the list, in."""
             t, key_block, state = carry
-            following = row.entry(jnp.minimum(t + 1, indices.shape[-1] - 1))  # read early: it takes a trip to L2
+            following = row.entry(jnp.minimum(t + 1, row.width - 1))  # read early: it takes a trip to L2
             plgpu.barrier_wait(k_ready)
             scores = _product(q_tile, k_tile)
             load_k(t + 1, following)
@@ -404,7 +421,7 @@ def _solo_kernel(shape: _Shape, c: float, interpret: Any, dtype: Any) -> Callabl
         carry = _i32(0), first, _Softmax.empty(shape.head_dim)
         carry = lax.while_loop(unmasked, functools.partial(step, masked=False), carry)
         carry = lax.while_loop(lambda carry: carry[0] < row.count, functools.partial(step, masked=True), carry)
-        _write(row, carry[2], q_tile, lse_row, out_ref, lse_ref)
+        _write(queries, row, carry[2], q_tile, lse_row, out_ref, lse_ref)
 
     return plgpu.kernel(
         kernel,
@@ -435,48 +452,54 @@ def _ring_kernel(shape: _Shape, config: Ring, c: float, interpret: Any, dtype: A
         case Sharing.QUERIES:
             per_head, per_group, per_cta = shape.rows, shape.group, consumers * QUERIES
 
-    def read_row(refs: _Inputs, consumer: Array) -> _Row:
+    def queries_of(consumer: Array) -> _Queries:
         sequence, kv_head, in_group, place = shape.place(lax.axis_index("cta"), per_head, per_group)
+        list_row, start = place, place * b
         match config.sharing:
             case Sharing.NONE:
-                in_head, list_row = in_group, place * consumers + consumer
+                list_row = place * consumers + consumer
                 start = list_row * QUERIES
             case Sharing.HEADS:
-                in_head, list_row = in_group * consumers + consumer, place
-                start = list_row * QUERIES
+                in_group = in_group * consumers + consumer
             case Sharing.QUERIES:
-                in_head, list_row = in_group, place
-                start = list_row * b + consumer * QUERIES
-        head = kv_head * shape.group + in_head
-        return _Row.read(shape, refs, sequence, head, kv_head, start, list_row)
+                start += consumer * QUERIES
+        return _Queries(sequence, kv_head * shape.group + in_group, kv_head, start, list_row)
 
     def num_tiles(row: _Row) -> Array:
         """A row without blocks takes one tile, all of it masked: so the loops have a first tile in any case."""
         return jnp.maximum(lax.div(row.count + (entries - 1), _i32(entries)), 1)
 
     def tile_entries(row: _Row, t: Array) -> list[Array]:
-        """Block numbers of a tile. In the place of an entry that is missing, the last one is read again; block 0 if there is none."""
-        last = jnp.maximum(row.count - 1, 0)
-        blocks = [row.entry(jnp.minimum(t * entries + i, last)) for i in range(entries)]
-        return [jnp.where(row.count > 0, block, 0) for block in blocks]
+        """Block numbers of a tile. In the place of an entry that is missing, the one before it is read again, or block 0."""
+        blocks = [jnp.where(row.count > 0, row.entry(t * entries), 0)]
+        for i in range(1, entries):  # no address waits for the count
+            at = t * entries + i
+            blocks.append(jnp.where(at < row.count, row.entry(jnp.minimum(at, row.width - 1)), blocks[0]))
+        return blocks
 
-    def fully_visible(row: _Row) -> Array:
+    def last_entries(row: _Row) -> tuple[Array, Array, Array]:
+        """The list's length and its last two entries."""
+        last, before = (row.entry(jnp.maximum(row.count - i, 0)) for i in (1, 2))
+        return row.count, last, before
+
+    def fully_visible(row: _Row, last_entries: tuple[Array, Array, Array]) -> Array:
         """How many entries, from the first on, every query sees in full. Lists ascend, so the rest is at the end."""
 
-        def hidden(carry: tuple[Array, Array]) -> Array:
+        def hidden(carry: tuple[Array, Array, Array]) -> Array:
             return (carry[0] > 0) & ~row.sees_all(carry[1], b)
 
-        def shorten(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            return carry[0] - 1, row.entry(jnp.maximum(carry[0] - 2, 0))
+        def shorten(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            return carry[0] - 1, carry[2], row.entry(jnp.maximum(carry[0] - 3, 0))
 
-        return lax.while_loop(hidden, shorten, (row.count, row.entry(jnp.maximum(row.count - 1, 0))))[0]
+        return lax.while_loop(hidden, shorten, last_entries)[0]
 
     def consume(consumer: Array, refs: _Inputs, out_ref: Any, lse_ref: Any, scratch: "_RingScratch") -> None:
         q_tile, q_ready = scratch.q_tiles.at[consumer], scratch.q_ready.at[consumer]
-        row = read_row(refs, consumer)
-        plgpu.copy_gmem_to_smem(refs.q.at[row.sequence, pl.ds(row.start, QUERIES), row.head], q_tile, q_ready)
+        queries = queries_of(consumer)
+        plgpu.copy_gmem_to_smem(queries.of(refs.q), q_tile, q_ready)
+        row = _Row.read(shape, refs, queries)
         tiles = num_tiles(row)
-        full = lax.div(fully_visible(row), _i32(entries))
+        last = last_entries(row)  # read early: it takes a trip to L2
         plgpu.barrier_wait(q_ready)
         q = q_tile[...] if config.queries_in_registers and not interpret else q_tile
         ring = consumer if rings == consumers else _i32(0)
@@ -540,7 +563,9 @@ def _ring_kernel(shape: _Shape, config: Ring, c: float, interpret: Any, dtype: A
             accumulators = [_accumulator((QUERIES, n), jnp.float32) for n in (width, shape.head_dim)]
             return pl.run_scoped(overlapped, *accumulators)
 
-        carry = lax.fori_loop(_i32(1), full, functools.partial(step, masked=False), first())
+        carry = first()
+        full = lax.div(fully_visible(row, last), _i32(entries))
+        carry = lax.fori_loop(_i32(1), full, functools.partial(step, masked=False), carry)
         carry = lax.fori_loop(jnp.maximum(full, 1), tiles, functools.partial(step, masked=True), carry)
         state, weights = carry
         v_slot = slot(tiles - 1, config.v_slots)
@@ -548,10 +573,11 @@ def _ring_kernel(shape: _Shape, config: Ring, c: float, interpret: Any, dtype: A
         out = _accumulate(state.out, weights, scratch.v_tiles.at[v_slot], interpret)
         plgpu.barrier_arrive(scratch.v_free.at[v_slot])
         state = dataclasses.replace(state, out=out)
-        _write(row, state, q_tile, scratch.lse_rows.at[consumer], out_ref, lse_ref)
+        _write(queries, row, state, q_tile, scratch.lse_rows.at[consumer], out_ref, lse_ref)
 
     def produce(ring: int, refs: _Inputs, scratch: "_RingScratch") -> None:
-        row = read_row(refs, _i32(ring))
+        queries = queries_of(_i32(ring))
+        row = _Row.read(shape, refs, queries)
         tiles = num_tiles(row)
 
         @pl.loop(_i32(0), tiles)
@@ -563,7 +589,7 @@ def _ring_kernel(shape: _Shape, config: Ring, c: float, interpret: Any, dtype: A
                 pl.when(t >= slots)(lambda: plgpu.barrier_wait(free.at[at]))
                 for i, block in enumerate(blocks):
                     part = target.at[at] if entries == 1 else target.at[at, pl.ds(i * b, b)]
-                    keys = source.at[row.sequence, pl.ds(block * b, b), row.kv_head]
+                    keys = source.at[queries.sequence, pl.ds(block * b, b), queries.kv_head]
                     plgpu.copy_gmem_to_smem(keys, part, ready.at[at])
 
             fill(refs.k, scratch.k_tiles, scratch.k_ready, scratch.k_free, config.k_slots)
