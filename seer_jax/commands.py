@@ -1,7 +1,6 @@
 """What `seer-jax generate` and `seer-jax info` do, and how policies are written on a command line."""
 
 import dataclasses
-import enum
 import importlib
 import importlib.metadata
 import os
@@ -16,6 +15,7 @@ import tyro
 
 import seer_jax
 from pallas_kernels.backends import Operation
+from seer_jax.config import DType
 from seer_jax.generate import Generated, stream
 from seer_jax.model import Transformer
 from seer_jax.policies import Dense, Gate, Oracle, Policy, Random, Scorer, SinkWindow, Threshold, TokenBudget, TopK
@@ -87,13 +87,6 @@ PolicyArgument = Annotated[
 ]
 
 
-class DType(enum.StrEnum):
-    """Arithmetic of the base model."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """Continues a prompt; the text appears while it is made.
@@ -163,8 +156,7 @@ def run_generate(config: GenerateConfig) -> Generated:
     """
     tokenizer = load_tokenizer(config.model)
     tokens = _prompt_tokens(config, tokenizer)
-    dtype = config.dtype or (DType.FLOAT32 if jax.default_backend() == "cpu" else DType.BFLOAT16)
-    model = from_pretrained(config.model, config.gates, dtype=dtype.value)
+    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default())
     clock = _Clock()
     result = _write_stream(config, model, tokenizer, tokens, clock)
     if config.stats:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.config import DecodeGateConfig, PrefillGateConfig
+from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig
 from seer_jax.evaluate import Method, PassKeyPrompt, Phase, Rows, Score, Setting, block_maps, compare, passkey_prompts
 from seer_jax.evaluate.plots import far_sighted_heads, plot_block_maps
 from seer_jax.evaluate.run import score_line
@@ -110,7 +110,7 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
     """Both gates from the same dense passes over text that the evaluation does not use."""
     from seer_jax.convert import save_gates
     from seer_jax.convert.hub import read_config
-    from seer_jax.train import DistillConfig, Gates, OptimizerConfig, Precision, distill
+    from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
 
     with stages.stage("Preparing training text"):
         data = training_rows(
@@ -130,7 +130,7 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
         batch_size=1,
         steps=config.steps,
         optimizer=OptimizerConfig(learning_rate=config.learning_rate, warmup_steps=config.steps // 20),
-        precision=Precision.FLOAT32,
+        precision=DType.FLOAT32,
         seed=config.seed,
     )
     with stages.stage("Distilling the gates", config.steps) as advance:

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
-from seer_jax.config import DecodeGateConfig, PrefillGateConfig
+from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig
 from seer_jax.train.data import DataConfig
 from seer_jax.train.packing import Packing
 
@@ -22,18 +20,6 @@ class Gates(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
-
-
-class Precision(enum.StrEnum):
-    """Number format of the base model. Gates are float32 always."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """As JAX knows it."""
-        return jnp.dtype(self.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +90,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     steps: int = 500
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    precision: Precision = Precision.BFLOAT16
+    precision: DType = DType.BFLOAT16
     seed: int = 0
     checkpoint_interval: int = 50
     keep_checkpoints: int = 2

@@ -80,7 +80,7 @@ def _load_model(config: TrainConfig, model: Transformer | None) -> Transformer:
         raise ValueError("Training needs a base model: set `model` to a folder or hub id; got ''.")
     from seer_jax.pretrained import from_pretrained
 
-    return from_pretrained(config.model, dtype=config.precision.dtype)
+    return from_pretrained(config.model, dtype=config.precision)
 
 
 def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]:

@@ -4,13 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Int
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.commands import DType, PolicyArgument, write_policy
+from seer_jax.commands import PolicyArgument, write_policy
+from seer_jax.config import DType
 from seer_jax.evaluate.comparison import Method, Phase, Rows, Score, Setting, compare
 from seer_jax.evaluate.passkey import passkey_prompts
 from seer_jax.evaluate.scoring import text_windows
@@ -86,8 +86,7 @@ def evaluate(config: EvalConfig) -> list[Score]:
 
     place = str(tiny_lm.path()) if config.model == "tiny-lm" else config.model
     text = (config.text or tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
-    kind = config.dtype or (DType.FLOAT32 if jax.default_backend() == "cpu" else DType.BFLOAT16)
-    model = from_pretrained(place, config.gates, dtype=kind.value)
+    model = from_pretrained(place, config.gates, dtype=config.dtype or DType.default())
     tokenizer = load_tokenizer(place)
     rows = make_rows(config, tokenizer, np.array(tokenizer.encode(text, special_tokens=False)), model.config.vocab_size)
     console, scores = Console(), []
