@@ -24,7 +24,7 @@ from seer_jax.convert.sources import ArraySource, SafetensorsSource
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.convert.torch_zip import read_torch_zip, write_torch_zip
 from seer_jax.families import config_from_hf
-from seer_jax.gate import DecodeGate, PrefillGate
+from seer_jax.gate import DecodeGate, PrefillGate, make_gate
 from seer_jax.layers import GateParam
 from seer_jax.policies import Policy
 
@@ -143,8 +143,7 @@ def gate_rules(config: GateConfig) -> tuple[Rule, ...]:
 
 def abstract_gate(config: GateConfig, model: ModelConfig) -> PrefillGate | DecodeGate:
     """A gate of shapes alone."""
-    kind = PrefillGate if isinstance(config, PrefillGateConfig) else DecodeGate
-    return nnx.eval_shape(lambda: kind(config, model, rngs=nnx.Rngs(0)))  # pyright: ignore[reportArgumentType]
+    return nnx.eval_shape(lambda: make_gate(config, model, rngs=nnx.Rngs(0)))
 
 
 def _weight_file(folder: Path) -> Path:

@@ -18,7 +18,19 @@ from pallas_kernels.backends import Operation
 from seer_jax.config import DType
 from seer_jax.generate import Generated, stream
 from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Gate, Oracle, Policy, Random, Scorer, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.policies import (
+    Dense,
+    Gate,
+    Oracle,
+    Policy,
+    Random,
+    RankingPolicy,
+    Scorer,
+    SinkWindow,
+    Threshold,
+    TokenBudget,
+    TopK,
+)
 from seer_jax.pretrained import from_pretrained, load_tokenizer
 from seer_jax.sampling import Greedy, Sample, Sampling
 from seer_jax.text import Tokenizer
@@ -63,7 +75,9 @@ def parse_policy(text: str) -> Policy:
 
 def write_policy(policy: Policy) -> str:
     """The inverse of `parse_policy`, for help texts."""
-    scorer = next((name for name, kind in SCORERS.items() if kind == getattr(policy, "scorer", None)), "gate")
+    if not isinstance(policy, RankingPolicy):
+        return "dense"
+    scorer = next(name for name, kind in SCORERS.items() if type(kind) is type(policy.scorer))
     suffix = "" if scorer == "gate" else f":{scorer}"
     match policy:
         case Threshold():
@@ -72,7 +86,6 @@ def write_policy(policy: Policy) -> str:
             return f"topk:{policy.density}{suffix}"
         case TokenBudget():
             return f"budget:{policy.tokens}{suffix}"
-    return "dense"
 
 
 PolicyArgument = Annotated[

@@ -68,7 +68,7 @@ class Setting:
         changes: dict[str, Any] = {"scorer": method.scorer}
         if hasattr(self.policy, "dense_last_rows"):
             changes["dense_last_rows"] = 0
-        return dataclasses.replace(self.policy, **changes)  # pyright: ignore
+        return dataclasses.replace(self.policy, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,11 @@ class Score:
     passkey_tokens: float
     prompts: int
     seconds: float
+
+    @property
+    def title(self) -> str:
+        """Of the method, as tables show it."""
+        return "dense" if self.method is None else self.method.title
 
 
 @dataclasses.dataclass(frozen=True)

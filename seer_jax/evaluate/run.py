@@ -15,7 +15,7 @@ from seer_jax.evaluate.comparison import Method, Phase, Rows, Score, Setting, co
 from seer_jax.evaluate.passkey import passkey_prompts
 from seer_jax.evaluate.scoring import text_windows
 from seer_jax.evaluate.table import print_scores, write_scores
-from seer_jax.policies import Dense, Given, Policy, TopK
+from seer_jax.policies import Policy, RankingPolicy, TopK
 from seer_jax.text import Tokenizer
 
 
@@ -68,7 +68,7 @@ class EvalConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is at least 0; got {getattr(self, name)}.")
         for policy in self.policies:
-            if isinstance(policy, Dense | Given):
+            if not isinstance(policy, RankingPolicy):
                 raise ValueError(
                     f"Methods are compared by policies that rank blocks (topk, budget, threshold); got {policy}. "
                     "Dense attention is measured anyway."
@@ -91,8 +91,9 @@ def evaluate(config: EvalConfig) -> list[Score]:
     rows = make_rows(config, tokenizer, np.array(tokenizer.encode(text, special_tokens=False)), model.config.vocab_size)
     console, scores = Console(), []
     settings = [Setting(policy_name(policy), policy) for policy in config.policies]
-    kinds = dict(methods=config.methods, phases=config.phases)
-    for score in compare(model, rows, settings, batch_size=config.batch_size, **kinds):  # pyright: ignore
+    for score in compare(
+        model, rows, settings, methods=config.methods, phases=config.phases, batch_size=config.batch_size
+    ):
         scores.append(score)
         console.print(score_line(score), highlight=False, soft_wrap=True)
     print_scores(console, scores)
@@ -127,7 +128,7 @@ def policy_name(policy: Policy) -> str:
 
 def score_line(score: Score) -> str:
     """One score as it comes in."""
-    method = "dense" if score.method is None else f"{score.method.title}, {score.setting}"
+    method = score.title if score.method is None else f"{score.title}, {score.setting}"
     found = f", pass keys {score.passkey:.0%}" if score.prompts else ""
     return (
         f"{score.phase} {method}: perplexity {score.perplexity:.3f}{found}, blocks read {score.kept:.1%} "

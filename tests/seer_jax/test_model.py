@@ -1,6 +1,7 @@
 """The model against itself: policies that keep everything are dense, decoding equals prefill, rows do not see each other."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from seer_jax.cache import Cache
-from seer_jax.config import DecodeGateConfig, ModelConfig, PrefillGateConfig
+from seer_jax.config import DecodeGateConfig, PrefillGateConfig
 from seer_jax.families import config_from_hf
 from seer_jax.model import Transformer
 from seer_jax.policies import Dense, Given, Oracle, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
@@ -268,10 +269,11 @@ BAD_INPUT = [
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("change", "message"), BAD_INPUT, ids=[m for _, m in BAD_INPUT])
-def test_bad_input_is_refused(change: dict, message: str):
+def test_bad_input_is_refused(change: dict[str, Any], message: str):
     model = tiny_model(gates=False)
+    arguments: dict[str, Any] = dict(tokens=np.zeros((1, 3), np.int32)) | change
     with pytest.raises(ValueError, match=message):
-        model(**(dict(tokens=np.zeros((1, 3), np.int32)) | change))  # pyright: ignore
+        model(**arguments)
 
 
 def test_a_prompt_longer_than_the_cache_is_refused():
@@ -283,11 +285,10 @@ def test_a_prompt_longer_than_the_cache_is_refused():
 
 
 def test_gates_of_another_model_are_refused():
-    def gate(config: ModelConfig):
-        return tiny_model(config).prefill_gate
-
+    gate = tiny_model(QWEN3).prefill_gate
+    assert gate is not None
     with pytest.raises(ValueError, match="expected num_kv_heads=2, got 4"):
-        tiny_model(gates=False).attach(gate(QWEN3))  # pyright: ignore
+        tiny_model(gates=False).attach(gate)
     with pytest.raises(ValueError, match="below 2; got 2"):
         tiny_model(gates=False).add_gate(DecodeGateConfig(gate_dim=16, start_layer=2), rngs=nnx.Rngs(0))
 
