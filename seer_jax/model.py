@@ -111,7 +111,7 @@ class Transformer(nnx.Module):
         return self.attach(make_gate(config, self.config, rngs=rngs))
 
     def scan(
-        self, tokens: Int[Array, "B T"], attend: Attend, state: Any = None
+        self, tokens: Int[Array, "B T"], attend: Attend, state: Any = None, *, remat: bool = False
     ) -> tuple[Float[Array, "B T E"], Any, Any]:
         """Runs all layers and the final norm.
 
@@ -119,6 +119,7 @@ class Transformer(nnx.Module):
           tokens: `[B, T]`.
           attend: `attend(context, state, q, k, v) -> (output, state, aux)`, with q and k before RoPE.
           state: carried from layer to layer, for example a cache.
+          remat: keep nothing for a backward pass but what goes from layer to layer, and compute each layer anew there.
 
         Returns:
           (hidden states after the final norm, state, aux of all layers stacked).
@@ -135,6 +136,8 @@ class Transformer(nnx.Module):
             x, (state, aux) = layer(x, hook)
             return (x, state), aux
 
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)  # the loop itself keeps both computations apart
         contexts = LayerContext(jnp.arange(self.config.num_layers), self.prefill_gate, self.decode_gate)
         start = (self.embed_tokens[...][tokens], state)
         (x, state), aux = jax.lax.scan(body, start, (self.layers, contexts))

@@ -61,7 +61,8 @@ def finetune(
     """Trains all base weights by the language-model loss; gates of the model stay as they are.
 
     Takes, returns and raises what `distill` does. Weights and moments are float32, so a weight takes 16 bytes with
-    its gradient; the arithmetic is of the model's dtype.
+    its gradient; the arithmetic is of the model's dtype. Of the activations the hidden states between layers are kept,
+    each layer is computed anew in the backward pass.
     """
     model = _load_model(config, model)
     dataset = _load_dataset(config, model, dataset, block_size=config.block_size)

@@ -112,7 +112,7 @@ class LanguageModelling:
                 q, k = rotate(q, k, batch.positions, model.config)
                 return dense_attention(q, k, v, segment_ids=segment_ids if self.packed else None), state, None
 
-            hidden = model.scan(tokens, attend)[0]
+            hidden = model.scan(tokens, attend, remat=True)[0]
             head = model.embed_tokens if model.lm_head is None else model.lm_head
             return lm_loss(hidden, head[...], lm_targets(tokens, segment_ids)[0], weights)
 
