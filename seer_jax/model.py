@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from seer_jax.attention import decode_attention, prefill_attention, rotate
 from seer_jax.cache import Cache
-from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig
+from seer_jax.config import GateConfig, ModelConfig
 from seer_jax.gate import DecodeGate, PrefillGate, make_gate
 from seer_jax.layers import MLP, BaseParam, Projections, rms_norm
 from seer_jax.policies import Dense, Policy, ranks_by_gate
@@ -272,6 +272,3 @@ class Transformer(nnx.Module):
 def _concrete(x: ArrayLike) -> Tracer | np.ndarray:
     """The values where they are known, so that they can be checked; a tracer as it is."""
     return x if isinstance(x, Tracer) else np.asarray(x)
-
-
-__all__ = ["DecodeGateConfig", "DecoderLayer", "LayerContext", "Transformer"]

@@ -78,9 +78,10 @@ class Threshold:
 class TopK:
     """The best blocks of each row, so many that a given share of the causal map is kept.
 
-    Prefill: with n blocks in a sequence (its own length, not what the batch is padded to) every row keeps its k = max(1, floor((1 - sqrt(1 - density)) n)) best; rows that have
-    fewer keep all. `density` is then the share of the causal map (SeerAttention's `nz_ratio`). Decode: a row that sees n blocks
-    keeps max(2, floor(density n)), the current and the first among them.
+    Prefill: with n blocks in a sequence (its own length, not what the batch is padded to) every row keeps its
+    k = max(1, floor((1 - sqrt(1 - density)) n)) best; rows that have fewer keep all. `density` is then the share of the causal
+    map (SeerAttention's `nz_ratio`). Decode: a row that sees n blocks keeps max(2, floor(density n)), the current and the first
+    among them.
 
     Attributes:
       density: in (0, 1].

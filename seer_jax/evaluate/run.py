@@ -134,6 +134,3 @@ def score_line(score: Score) -> str:
         f"{score.phase} {method}: perplexity {score.perplexity:.3f}{found}, blocks read {score.kept:.1%} "
         f"({score.seconds:.1f} s)"
     )
-
-
-__all__ = ["EvalConfig", "evaluate"]

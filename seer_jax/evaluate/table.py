@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from seer_jax.evaluate.comparison import Method, Phase, Score
+from seer_jax.evaluate.comparison import Method, Score
 
 MEANING = {
     "ppl": "perplexity: among how many equally likely tokens the model seems to choose at each step of held-out text; lower is better",
@@ -94,6 +94,3 @@ def beaten(scores: Sequence[Score], *, by: Method = Method.GATE) -> list[str]:
                     f"{phase} {setting}: {score.title} finds {score.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}"
                 )
     return lines
-
-
-__all__ = ["Phase", "beaten", "print_scores", "score_table", "write_scores"]
