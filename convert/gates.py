@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seer_jax.config import GateConfig, ModelConfig, PrefillGateConfig
-from seer_jax.convert.base import BASE_DTYPES, write_safetensors
+from seer_jax.config import DType, GateConfig, ModelConfig, PrefillGateConfig
+from seer_jax.convert.base import write_safetensors
 from seer_jax.convert.gate_config import PREFIX, gate_config_from_hf, gate_config_to_hf, policy_from_hf, policy_to_hf
 from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.hub import read_config, resolve, write_config
@@ -110,7 +110,7 @@ def save_gates(
       FileExistsError: the folder has weights in the other format, which would then belong to another gate.
     """
     folder = Path(folder)
-    if jnp.dtype(dtype) not in map(jnp.dtype, BASE_DTYPES):
+    if jnp.dtype(dtype) not in map(jnp.dtype, DType):
         raise ValueError(f"Gates are saved in float32 or bfloat16; got dtype={jnp.dtype(dtype)}.")
     other = next(f for f in GateFormat if f is not format)
     if (folder / other.file_name).exists():

@@ -126,7 +126,7 @@ def prefill_attention(
     if isinstance(policy, Dense):
         out = dense_attention(q_rotated, k_rotated, v, lengths=lengths)
         return out, k_rotated, jnp.ones(q.shape[0])
-    b = prefill_block_size(policy, gate)
+    b = block_size_of(policy, gate)
     num_blocks = -(-q.shape[1] // b)
     column = jnp.arange(num_blocks)[None, None, None]
     row = jnp.arange(num_blocks)[None, None, :, None]
@@ -146,7 +146,7 @@ def prefill_attention(
     return out, k_rotated, kept
 
 
-def prefill_block_size(policy: Policy, gate: PrefillGate | None) -> int:
+def block_size_of(policy: Policy, gate: PrefillGate | DecodeGate | None) -> int:
     """b: the gate's where there is one, so that yardsticks are compared at the same size."""
     if isinstance(policy, Given):
         return policy.block_size
@@ -272,13 +272,6 @@ def decode_attention(
     return jax.lax.cond(layer < start, dense, sparse) if start else sparse()
 
 
-def decode_block_size(policy: Policy, gate: DecodeGate | None) -> int:
-    """b: see `prefill_block_size`."""
-    if isinstance(policy, Given):
-        return policy.block_size
-    return gate.config.block_size if gate is not None else DEFAULT_BLOCK_SIZE
-
-
 def _select_decode(
     policy: Given | RankingPolicy,
     gate: DecodeGate | None,
@@ -287,7 +280,7 @@ def _select_decode(
     q_rotated: Float[Array, "B 1 H D"],
     cache: Cache,
 ) -> BlockIndices:
-    b = decode_block_size(policy, gate)
+    b = block_size_of(policy, gate)
     batch, capacity, kv_heads = cache.keys.shape[1:4]
     num_blocks = -(-capacity // b)
     column, current = jnp.arange(num_blocks)[None, None], (cache.lengths // b)[:, None, None]

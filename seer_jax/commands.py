@@ -15,28 +15,15 @@ import tyro
 
 import seer_jax
 from pallas_kernels.backends import Operation
+from seer_jax import tiny_lm
 from seer_jax.config import DType
 from seer_jax.generate import Generated, stream
 from seer_jax.model import Transformer
-from seer_jax.policies import (
-    Dense,
-    Gate,
-    Oracle,
-    Policy,
-    Random,
-    RankingPolicy,
-    Scorer,
-    SinkWindow,
-    Threshold,
-    TokenBudget,
-    TopK,
-)
+from seer_jax.policies import SCORERS, Dense, Policy, RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.pretrained import from_pretrained, load_tokenizer
 from seer_jax.sampling import Greedy, Sample, Sampling
 from seer_jax.text import Tokenizer
 
-TINY_LM = "tiny-lm"
-SCORERS: dict[str, Scorer] = {"gate": Gate(), "oracle": Oracle(), "window": SinkWindow(), "random": Random()}
 POLICY_SYNTAX = "dense|threshold:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random]"
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
@@ -126,7 +113,7 @@ class GenerateConfig:
       stats: report speed and kept blocks on standard error.
     """
 
-    model: str = TINY_LM
+    model: str = tiny_lm.NAME
     gates: tuple[str, ...] = ()
     prompt: str | None = None
     prompt_file: Path | None = None

@@ -15,6 +15,17 @@ def _positive(config: Any, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name} must be positive; got {getattr(config, name)}.")
 
 
+def check_at_least(least: int, config: Any, *names: str) -> None:
+    """Refuses a configuration in which a setting of these names is smaller.
+
+    Raises:
+      ValueError: one is.
+    """
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is at least {least}; got {getattr(config, name)}.")
+
+
 class DType(enum.StrEnum):
     """Number format of the base model's weights and arithmetic; JAX takes it as a dtype. Gates compute in float32 always."""
 

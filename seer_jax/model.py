@@ -86,6 +86,11 @@ class Transformer(nnx.Module):
         """Of the base weights, and so of hidden states and cache."""
         return self.embed_tokens.dtype
 
+    @property
+    def head(self) -> BaseParam:
+        """Of the output, `[V, E]`: the embedding where the two are tied."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
     def attach(self, *gates: PrefillGate | DecodeGate) -> "Transformer":
         """Sets one or both gates; each must have been made for a model of this shape.
 
@@ -145,8 +150,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b E"]) -> Float[Array, "*b V"]:
         """Output head, float32."""
-        table = self.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("...e,ve->...v", hidden, table[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("...e,ve->...v", hidden, self.head[...], preferred_element_type=jnp.float32)
 
     def hidden_states(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, sparsity: Policy = Dense()

@@ -45,6 +45,10 @@ class Random(Scorer):
     seed: int = dataclasses.field(default=0, metadata=dict(static=True))
 
 
+# By the names that a command line uses.
+SCORERS: dict[str, Scorer] = {"gate": Gate(), "oracle": Oracle(), "window": SinkWindow(), "random": Random()}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense:

@@ -18,7 +18,7 @@ from seer_jax.cache import Cache
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.scoring import TokenScores, perplexity, read_prompts, score_decoded, score_prompts
 from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Gate, Oracle, Policy, Random, Scorer, SinkWindow
+from seer_jax.policies import SCORERS, Dense, Policy, Scorer
 
 
 class Phase(enum.StrEnum):
@@ -39,7 +39,7 @@ class Method(enum.StrEnum):
     @property
     def scorer(self) -> Scorer:
         """As policies take it."""
-        return {"gate": Gate(), "window": SinkWindow(), "random": Random(), "oracle": Oracle()}[self]
+        return SCORERS[self]
 
     @property
     def title(self) -> str:
