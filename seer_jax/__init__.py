@@ -2,6 +2,7 @@
 
 from seer_jax.config import (
     DecodeGateConfig,
+    DType,
     ModelConfig,
     Pool,
     PrefillGateConfig,
@@ -33,6 +34,7 @@ from seer_jax.text import Tokenizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "DType",
     "DecodeGate",
     "DecodeGateConfig",
     "Dense",

@@ -22,6 +22,7 @@ from seer_jax.policies import (
     Oracle,
     Policy,
     Random,
+    RankingPolicy,
     Scorer,
     SinkWindow,
     Threshold,
@@ -125,7 +126,7 @@ def prefill_attention(
     if isinstance(policy, Dense):
         out = dense_attention(q_rotated, k_rotated, v, lengths=lengths)
         return out, k_rotated, jnp.ones(q.shape[0])
-    b = prefill_block_size(policy, gate)
+    b = block_size_of(policy, gate)
     num_blocks = -(-q.shape[1] // b)
     column = jnp.arange(num_blocks)[None, None, None]
     row = jnp.arange(num_blocks)[None, None, :, None]
@@ -137,14 +138,15 @@ def prefill_attention(
         mask |= keep & ~mask.any(-1, keepdims=True)  # a row that would keep no block keeps its diagonal
         blocks = select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
     else:
-        logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)  # pyright: ignore
+        logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)
         blocks = _select_prefill(policy, jnp.where(causal, logits, -jnp.inf), keep, causal, last, b)
     out = block_sparse_attention(q_rotated, k_rotated, v, blocks, lengths=lengths)
+    assert isinstance(out, jax.Array)  # without return_lse
     kept = blocks.counts.sum((1, 2)) / (blocks.counts.shape[1] * causal.sum((1, 2, 3)))
-    return out, k_rotated, kept  # pyright: ignore
+    return out, k_rotated, kept
 
 
-def prefill_block_size(policy: Policy, gate: PrefillGate | None) -> int:
+def block_size_of(policy: Policy, gate: PrefillGate | DecodeGate | None) -> int:
     """b: the gate's where there is one, so that yardsticks are compared at the same size."""
     if isinstance(policy, Given):
         return policy.block_size
@@ -152,7 +154,7 @@ def prefill_block_size(policy: Policy, gate: PrefillGate | None) -> int:
 
 
 def _select_prefill(
-    policy: Policy,
+    policy: RankingPolicy,
     logits: Float[Array, "B Hs Tb Tb"],
     keep: Bool[Array, "B 1 Tb Tb"],
     causal: Bool[Array, "B 1 Tb Tb"],
@@ -172,7 +174,6 @@ def _select_prefill(
             if most > 1:  # a budget of one block is for the current one
                 keep |= causal & (jnp.arange(num_blocks) == 0)[None, None, None]
             return select_blocks(logits, block_size=block_size, max_blocks=most, keep=keep)
-    raise TypeError(f"Expected a prefill policy (Dense, Threshold, TopK, TokenBudget or Given); got {policy!r}.")
 
 
 def _select_top_k(
@@ -212,7 +213,8 @@ def _prefill_logits(
             return gate(q, k, positions, positions < lengths[:, None])
         case Oracle():
             scored = attention_with_block_scores(q_rotated, k_rotated, v, block_size=block_size, lengths=lengths)
-            return jnp.log(scored.block_scores)  # pyright: ignore
+            assert scored.block_scores is not None
+            return jnp.log(scored.block_scores)
         case SinkWindow():
             return jnp.broadcast_to(_recency(num_blocks), (batch, 1, num_blocks, num_blocks))
         case Random():
@@ -254,36 +256,31 @@ def decode_attention(
         out = jax.nn.dot_product_attention(q_rotated, keys, values, key_value_seq_lengths=lengths)
         return out, jnp.ones(q.shape[0])
 
+    if isinstance(policy, Dense):
+        return dense()
+
     def sparse() -> tuple[jax.Array, jax.Array]:
         blocks = _select_decode(policy, gate, layer, q, q_rotated, cache)
         # A slice of this layer would be a copy of its whole cache, which takes longer than reading the few blocks.
-        stacked = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
         rows = layer * len(lengths) + jnp.arange(len(lengths))
-        out = sparse_decode_attention(q_rotated[:, 0], *stacked, blocks, lengths=lengths, cache_rows=rows)  # pyright: ignore
+        out = sparse_decode_attention(q_rotated[:, 0], keys, values, blocks, lengths=lengths, cache_rows=rows)
+        assert isinstance(out, jax.Array)  # without return_lse
         visible = cache.lengths // blocks.block_size + 1
         return out[:, None], blocks.counts.mean(1) / visible
 
-    if isinstance(policy, Dense):
-        return dense()
     return jax.lax.cond(layer < start, dense, sparse) if start else sparse()
 
 
-def decode_block_size(policy: Policy, gate: DecodeGate | None) -> int:
-    """b: see `prefill_block_size`."""
-    if isinstance(policy, Given):
-        return policy.block_size
-    return gate.config.block_size if gate is not None else DEFAULT_BLOCK_SIZE
-
-
 def _select_decode(
-    policy: Policy,
+    policy: Given | RankingPolicy,
     gate: DecodeGate | None,
     layer: Int[Array, ""],
     q: Float[Array, "B 1 H D"],
     q_rotated: Float[Array, "B 1 H D"],
     cache: Cache,
 ) -> BlockIndices:
-    b = decode_block_size(policy, gate)
+    b = block_size_of(policy, gate)
     batch, capacity, kv_heads = cache.keys.shape[1:4]
     num_blocks = -(-capacity // b)
     column, current = jnp.arange(num_blocks)[None, None], (cache.lengths // b)[:, None, None]
@@ -292,7 +289,7 @@ def _select_decode(
         mask = policy.mask[layer] & (column <= current)
         mask |= (column == current) & ~mask.any(-1, keepdims=True)
         return select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
-    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, cache, keep.shape, b)  # pyright: ignore
+    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, cache, keep.shape, b)
     logits = jnp.where(column < current, logits, -jnp.inf)
     match policy:
         case Threshold():
@@ -309,7 +306,6 @@ def _select_decode(
             width = max(2, int(policy.density * num_blocks))
             logits = jnp.where(rank < wanted, logits, -jnp.inf)
             return select_blocks(logits, block_size=b, keep=keep, width=min(width, num_blocks))
-    raise TypeError(f"Expected a decode policy (Dense, Threshold, TopK, TokenBudget or Given); got {policy!r}.")
 
 
 def _decode_logits(

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seer_jax import tiny_lm
+
 if TYPE_CHECKING:
     from seer_jax.model import Transformer
     from seer_jax.train import DistillConfig
 
 PROGRAM = "seer-jax"
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-TINY_LM = "tiny-lm"
 TRACEBACK = "--traceback"
 TRAIN_DESCRIPTION = """Distils gates from a frozen model.
 
@@ -86,7 +87,7 @@ Learned block-sparse attention for long-context language models.
 {commands}
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version tells the version.
-{TRACEBACK} with any command shows where an error came from. {TINY_LM} stands for the bundled model."""
+{TRACEBACK} with any command shows where an error came from. {tiny_lm.NAME} stands for the bundled model."""
 
 
 def _parse[C](kind: type[C], name: str, words: list[str], **settings: Any) -> C:
@@ -99,11 +100,9 @@ def _parse[C](kind: type[C], name: str, words: list[str], **settings: Any) -> C:
 
 def _located[C](config: C) -> C:
     """The configuration with the folder of the bundled model in place of its name."""
-    from seer_jax import tiny_lm
-
     fields: Any = config
     names = [field.name for field in dataclasses.fields(fields) if field.name in ("model", "base")]
-    folders = {name: str(tiny_lm.path()) for name in names if getattr(config, name) == TINY_LM}
+    folders = {name: str(tiny_lm.path()) for name in names if getattr(config, name) == tiny_lm.NAME}
     return dataclasses.replace(fields, **folders) if folders else config
 
 
