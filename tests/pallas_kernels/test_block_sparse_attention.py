@@ -32,6 +32,7 @@ class TestMosaicGpu(suite.HalfPrecision):
     implementation = "mosaic_gpu"
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicGpuInterpreted(suite.HalfPrecision):
     """Without a GPU, and with a look-out for races between copies and reads."""
@@ -67,7 +68,7 @@ def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str
         )
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="about machines without a Hopper GPU")
+@pytest.mark.cpu
 def test_mosaic_gpu_needs_a_hopper_gpu():
     arguments = Case("small", Heads(2, 1, 64), 64).arguments(KEY)
     with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 9.0 .*; got cpu"):
@@ -82,6 +83,7 @@ def test_real_shapes(case: Case):
     assert lse.shape == out.shape[:3] and lse.dtype == jnp.float32
 
 
+@pytest.mark.cpu
 def test_xla_needs_less_memory_than_its_inputs():
     """At Llama's shape and 32k tokens, where a T x S array would take 137 GB for all heads."""
     case = next(case for case in REAL if case.name == "llama-3.1-8b-32k")
@@ -90,6 +92,7 @@ def test_xla_needs_less_memory_than_its_inputs():
     assert used.temp_size_in_bytes < used.argument_size_in_bytes
 
 
+@pytest.mark.cpu
 def test_xla_backward_needs_no_array_of_all_pairs():
     case = Case("backward", Heads(8, 2, 64), 4096, block_size=16, dtype="float32")
     arguments, _ = shapes(case)
