@@ -22,6 +22,7 @@ import jax
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
 WARM_UP = 0.2  # seconds: an idle GPU takes a while to reach its clock
 LONG = 1.0  # seconds: a call that takes longer is not repeated as often
+QUEUED_BYTES = 2**32  # of results that wait in memory at once
 
 
 class Timing(NamedTuple):
@@ -83,12 +84,14 @@ def time_calls(function: Callable[..., Any], *arguments: Any, seconds: float = 0
 
 def _run(function: Callable[..., Any], arguments: Sequence[Any], calls: int) -> float:
     """Seconds that so many calls take, one after the other."""
-    one_by_one = jax.default_backend() == "cpu"  # which would run them side by side
-    start, results = time.perf_counter(), None
-    for _ in range(calls):
-        results = function(*arguments)
-        if one_by_one:
+    queue, start = 1, time.perf_counter()
+    results = function(*arguments)
+    if jax.default_backend() != "cpu":  # which would run queued calls side by side
+        queue = max(1, QUEUED_BYTES // max(1, sum(x.nbytes for x in jax.tree.leaves(results))))
+    for number in range(1, calls):
+        if number % queue == 0:
             jax.block_until_ready(results)
+        results = function(*arguments)
     jax.block_until_ready(results)
     return time.perf_counter() - start
 
