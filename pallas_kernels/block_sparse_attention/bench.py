@@ -102,7 +102,9 @@ class Bench:
         key_case, key_rows = jax.random.split(jax.random.key(self.seed))
         arguments = case.arguments(key_case)
         arguments.setdefault("lengths", jnp.full(case.batch, arguments["k"].shape[1], jnp.int32))
-        call = compiled(self.implementation, None if self.config is None else self.config[1])
+        call = compiled(
+            self.implementation, None if self.config is None else self.config[1], round(case.density + 1e-9)
+        )
         result = call(**arguments)
         errors = sampled_errors(key_rows, arguments, *result)
         failure = find_fault(errors, arguments, result, call(**arguments))
@@ -143,16 +145,22 @@ class Bench:
 
 
 @functools.cache
-def compiled(implementation: Implementation | None, config: Any | None) -> Call:
-    """The operation under `jax.jit`, giving (out, lse); with a configuration, the backend that it belongs to."""
+def compiled(implementation: Implementation | None, config: Any | None, hint: float) -> Call:
+    """The operation under `jax.jit`, giving (out, lse).
+
+    Args:
+      config: of the named backend, which is then called directly; None: the backend chooses.
+      hint: the density that is expected. A sweep rounds it to 0 or 1, so that it compiles few programs.
+    """
     if config is None:
-        return jax.jit(functools.partial(block_sparse_attention, return_lse=True, implementation=implementation))
+        call = functools.partial(block_sparse_attention, return_lse=True, implementation=implementation, density=hint)
+        return jax.jit(call)
     backend = importlib.import_module(f"{PACKAGE}.{implementation}").block_sparse_attention
 
     def run(q: Array, k: Array, v: Array, blocks: BlockIndices, query_offset: Array, lengths: Array) -> Any:
         offsets = jnp.broadcast_to(query_offset, lengths.shape).astype(jnp.int32)
-        scale = q.shape[-1] ** -0.5
-        return backend(q, k, v, blocks, scale=scale, query_offset=offsets, lengths=lengths, config=config)
+        numbers = dict(scale=q.shape[-1] ** -0.5, query_offset=offsets, lengths=lengths, density=hint)
+        return backend(q, k, v, blocks, **numbers, config=config)
 
     return jax.jit(run)
 
