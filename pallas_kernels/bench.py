@@ -103,12 +103,15 @@ def variants(package: str, implementation: str | None) -> dict[str, Any]:
     return dict(getattr(importlib.import_module(f"{package}.{implementation}"), "CONFIGS", {}))
 
 
-def guarded(measure: Callable[[], Measurement], blank: Measurement) -> Measurement:
-    """What `measure` returns; where it cannot be had, `blank` with the reason as a note or, if the device failed, as failure."""
+def guarded(measure: Callable[[], Measurement], blank: Measurement, *, required: bool = False) -> Measurement:
+    """What `measure` returns; where it cannot be had, `blank` with the reason.
+
+    What the device fails at is a failure. What is not implemented is one if it is `required`, else a note.
+    """
     try:
         return measure()
     except NotImplementedError as error:
-        return dataclasses.replace(blank, note=first_line(error))
+        return dataclasses.replace(blank, **{"failure" if required else "note": first_line(error)})
     except jax.errors.JaxRuntimeError as error:
         return dataclasses.replace(blank, failure=first_line(error))
 

@@ -88,7 +88,8 @@ class Bench:
         key = dataclasses.replace(case, name="")
         if key not in self._done:
             blank = Measurement(table, case.name, self.settings(case))
-            self._done[key] = guarded(lambda: self._measure(case, blank), blank)
+            named = self.implementation is not None and self.config is None  # who is asked for by name must be able
+            self._done[key] = guarded(lambda: self._measure(case, blank), blank, required=named)
         return dataclasses.replace(self._done[key], table=table, case=case.name)
 
     def settings(self, case: Case) -> dict[str, Any]:

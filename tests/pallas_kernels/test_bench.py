@@ -195,6 +195,8 @@ def test_what_cannot_be_had_says_why():
     assert guarded(fail(Unsupported("no such device\nmore")), blank) == dataclasses.replace(
         blank, note="no such device"
     )
+    needed = guarded(fail(Unsupported("no such device")), blank, required=True)
+    assert needed.failure == "no such device" and needed.note is None
     broken = guarded(fail(jax.errors.JaxRuntimeError("out of memory")), blank)
     assert broken.failure == "out of memory" and broken.note is None
     with pytest.raises(KeyError):

@@ -89,6 +89,14 @@ def test_a_wrong_kernel_makes_the_command_fail(
     assert "128, 64x64, own, 0.3 WRONG" in captured.out
 
 
+def test_an_implementation_asked_for_by_name_must_be_able(capsys: pytest.CaptureFixture[str]):
+    if jax.default_backend() == "cpu":
+        words = [*TINY, "--only", "attention", "--implementation", "mosaic_gpu"]
+        assert cli.main(words) == 1
+        assert "seer-jax bench: attention, 128, 64x64, own, 0.3: needs a GPU" in capsys.readouterr().err
+        assert cli.main([*words, "--variants"]) == 0
+
+
 REFUSED = [
     (dict(lengths=()), "one block of 64 tokens; got ()"),
     (dict(lengths=(8192, 32)), r"got \(8192, 32\)"),
