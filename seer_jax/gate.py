@@ -17,8 +17,13 @@ from seer_jax.rope import apply_rope
 
 NORM_EPS = 1e-6
 
-# Gates are tiny, and their scores are compared with thresholds: TF32 products would move blocks across them.
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+def _einsum(subscripts: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
+    """In float32: gates are tiny, and their scores are compared with thresholds; TF32 products would move blocks across them."""
+    # Three TF32 products carry all bits of a float32 one, and leave it to the matrix units.
+    gpu = jax.default_backend() == "gpu"
+    precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if gpu else jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, *operands, precision=precision, preferred_element_type=jnp.float32)
 
 
 def pool_blocks(
@@ -40,15 +45,18 @@ def pool_blocks(
     pad = -tokens % block_size
     if valid is None:
         valid = jnp.ones((1, tokens), bool)
-    valid = jnp.pad(valid, ((0, 0), (0, pad))).reshape(valid.shape[0], -1, block_size, 1, 1)
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(batch, -1, block_size, heads, dim)
+    valid = jnp.pad(valid, ((0, 0), (0, pad))).reshape(valid.shape[0], -1, block_size, 1)
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    # With the channels of all heads as one axis XLA reduces where the tokens lie; else it would write float32 copies of them.
+    x = x.reshape(batch, -1, block_size, heads * dim).astype(jnp.float32)
     count = valid.sum(2)
     pools = {
         Pool.MAX: lambda: jnp.where(valid, x, -jnp.inf).max(2),
         Pool.MIN: lambda: jnp.where(valid, x, jnp.inf).min(2),
         Pool.AVG: lambda: jnp.where(valid, x, 0).sum(2) / jnp.maximum(count, 1),
     }
-    return jnp.concatenate([jnp.where(count > 0, pools[kind](), 0.0) for kind in kinds], axis=-1)
+    pooled = [jnp.where(count > 0, pools[kind](), 0.0).reshape(batch, -1, heads, dim) for kind in kinds]
+    return jnp.concatenate(pooled, axis=-1)
 
 
 def _initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Pool, ...], head_dim: int) -> jax.Array:
@@ -110,9 +118,11 @@ class PrefillGate(nnx.Module):
             keys = _einsum("bnkp,kgpc->bnkgc", pooled_k, weight).reshape(*pooled_q.shape)
         queries = apply_rope(pooled_q, first, self.model.rope)
         keys = apply_rope(keys, first, self.model.rope)
-        grouped = queries.reshape(*queries.shape[:2], -1, queries.shape[2] // keys.shape[2], config.gate_dim)
-        logits = _einsum("bikgc,bjkc->bkgij", grouped, keys) * config.gate_dim**-0.5
-        logits = logits.reshape(logits.shape[0], -1, *logits.shape[3:])
+        # Heads that share keys become rows of one product: its result then lies in order.
+        batch, blocks, heads, _ = queries.shape
+        rows = queries.transpose(0, 2, 1, 3).reshape(batch, keys.shape[2], -1, config.gate_dim)
+        logits = _einsum("bkmc,bjkc->bkmj", rows, keys) * config.gate_dim**-0.5
+        logits = logits.reshape(batch, heads, blocks, blocks)
         causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         return jnp.where(causal[None, None], logits, -jnp.inf)
 
