@@ -186,6 +186,22 @@ def _eval(words: list[str]) -> int:
     return OK
 
 
+def _bench(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(f"{PROGRAM} bench", description=COMMANDS["bench"].summary)
+    parser.add_argument("what", choices=list(BENCHES), help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
+    return BENCHES[parser.parse_args(words[:1]).what].run(words[1:])
+
+
+def _bench_prefill(words: list[str]) -> int:
+    from seer_jax.bench import PrefillBench, bench_prefill
+
+    measurements = bench_prefill(_parse(PrefillBench, "bench prefill", words))
+    wrong = [m for m in measurements if m.failure]
+    for m in wrong:
+        print(f"{PROGRAM} bench: {m.table}, {m.case}: {m.failure}", file=sys.stderr)
+    return FAILED if wrong else OK
+
+
 def _info(words: list[str]) -> int:
     argparse.ArgumentParser(f"{PROGRAM} info", description=COMMANDS["info"].summary).parse_args(words)
     from seer_jax.commands import describe
@@ -201,7 +217,12 @@ COMMANDS = {
     "train": Command("distil gates: --config FILE or --recipe prefill|decode, then single settings", _train),
     "generate": Command("continue a prompt, densely or sparsely, while it is being made", _generate),
     "eval": Command("measure a model's quality at given densities", _eval),
+    "bench": Command("time this machine: bench prefill", _bench),
     "info": Command("tell versions, devices and implementations", _info),
+}
+
+BENCHES = {
+    "prefill": Command("the attention kernel, the choice of blocks and a whole model, on prompts", _bench_prefill),
 }
 
 if __name__ == "__main__":

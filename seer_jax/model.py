@@ -16,7 +16,7 @@ from seer_jax.attention import decode_attention, prefill_attention, rotate
 from seer_jax.cache import Cache
 from seer_jax.config import GateConfig, ModelConfig
 from seer_jax.gate import DecodeGate, PrefillGate, make_gate
-from seer_jax.layers import MLP, BaseParam, Projections, rms_norm
+from seer_jax.layers import MLP, BaseParam, Projections, rms_norm, update_tokens
 from seer_jax.policies import Dense, Policy, ranks_by_gate
 
 
@@ -34,8 +34,12 @@ class DecoderLayer(nnx.Module):
         """`attend(q, k, v) -> (output, aux)` gets queries and keys before RoPE; returns (x, aux)."""
         eps = self.config.rms_norm_eps
         attended, aux = attend(*self.self_attn.qkv(rms_norm(x, self.input_layernorm[...], eps)))
-        x = x + self.self_attn.out(attended)
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps)), aux
+
+        def finish(x: Float[Array, "B n E"], attended: Float[Array, "B n H D"]) -> Float[Array, "B n E"]:
+            x = x + self.self_attn.out(attended)
+            return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps))
+
+        return update_tokens(finish, x, attended), aux
 
 
 @jax.tree_util.register_dataclass
