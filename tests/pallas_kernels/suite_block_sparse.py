@@ -220,7 +220,7 @@ class HalfPrecision:
 
     @pytest.mark.parametrize("scale", [-0.3, 0.0])
     def test_any_scale(self, scale: float):
-        arguments = Case("scale", Heads(2, 1, 64), 128).arguments(KEY) | {"scale": scale}
+        arguments: dict[str, Any] = Case("scale", Heads(2, 1, 64), 128).arguments(KEY) | {"scale": scale}
         exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
         (out, lse), (truth, true_lse) = self.run(**arguments), compiled("reference")(**exact)
         assert_within_rounding(lse, true_lse)
