@@ -140,7 +140,8 @@ def prefill_attention(
     else:
         logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)
         blocks = _select_prefill(policy, jnp.where(causal, logits, -jnp.inf), keep, causal, last, b)
-    out = block_sparse_attention(q_rotated, k_rotated, v, blocks, lengths=lengths)
+    density = policy.density if isinstance(policy, TopK) else None
+    out = block_sparse_attention(q_rotated, k_rotated, v, blocks, lengths=lengths, density=density)
     assert isinstance(out, jax.Array)  # without return_lse
     kept = blocks.counts.sum((1, 2)) / (blocks.counts.shape[1] * causal.sum((1, 2, 3)))
     return out, k_rotated, kept
