@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
 
 class Unsupported(NotImplementedError):

@@ -1,0 +1,53 @@
+"""Where Mosaic GPU kernels run: on Hopper GPUs, and for tests in JAX's interpreter."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.backends import Unsupported
+
+COMPUTE_CAPABILITY = "9.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assumed:
+    interpret: plgpu.InterpretGPUParams | None
+
+
+_assumed: contextvars.ContextVar[_Assumed | None] = contextvars.ContextVar("assumed", default=None)
+
+
+@contextlib.contextmanager
+def assume_hopper(interpret: plgpu.InterpretGPUParams | None = None) -> Iterator[None]:
+    """Lets Mosaic GPU kernels be traced on any machine.
+
+    Args:
+      interpret: run them in JAX's interpreter, with these settings; None: for lowering alone
+        (`jax.jit(f).trace(...).lower(lowering_platforms=("cuda",))`).
+    """
+    token = _assumed.set(_Assumed(interpret))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def interpreter() -> plgpu.InterpretGPUParams | None:
+    """What a kernel passes on as `interpret`."""
+    assumed = _assumed.get()
+    return None if assumed is None else assumed.interpret
+
+
+def require_hopper() -> None:
+    """Raises Unsupported unless the default device is a Hopper GPU."""
+    if _assumed.get() is not None:
+        return
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    if capability != COMPUTE_CAPABILITY:
+        found = f"{device.device_kind}, {capability}" if capability else device.platform
+        raise Unsupported(f"needs a GPU of compute capability {COMPUTE_CAPABILITY} (H100, H200); got {found}.")
