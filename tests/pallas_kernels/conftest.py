@@ -1,6 +1,24 @@
 """Lets pytest explain the assertions of the suites, which are no test modules themselves."""
 
+from collections.abc import Iterator
+
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # the one place that tells of races
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import assume_hopper
 
 for module in ("comparison", "suite_block_sparse", "suite_ground_truth", "suite_decode", "suite_selection"):
     pytest.register_assert_rewrite(f"tests.pallas_kernels.{module}")
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Runs Mosaic GPU kernels in JAX's interpreter, and fails where it sees a race."""
+    try:
+        with assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
+            yield
+        races = interpret_pallas_call.get_races()
+        assert races is None or not races.races_found
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
