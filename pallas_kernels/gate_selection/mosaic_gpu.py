@@ -2,7 +2,7 @@
 
 A warp holds a whole row in registers, 32 columns to a register, so that sums over a row stay within the warp; a CTA of four warps
 takes four adjacent rows. Every rule ends in a cutoff for each row (`_Choice`). Thresholds give it by formula, the other rules by
-bisection (`_bisect`), which measures the row about a dozen times.
+bisection (`bisection.py`), which measures the row about a dozen times.
 
 Rows and columns need not come in multiples of 4 and 32. The last tile of a list starts early and does some rows once more; the last
 32 columns are loaded once more, into a register of their own, in which those that other registers hold are blanked.
@@ -11,7 +11,7 @@ Rows and columns need not come in multiples of 4 and 32. The last tile of a list
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.gate_selection.compaction import (
+from pallas_kernels.gate_selection.bisection import any_row, best, count, full, next_up
+from pallas_kernels.gate_selection.warps import (
     LANES,
     ROW_PER_WARP,
     ROWS,
@@ -38,7 +39,6 @@ from pallas_kernels.hopper import interpreter, require_hopper
 MAX_KEY_BLOCKS = 4096  # what a warp's registers hold: 256k tokens in blocks of 64
 
 _GROUP = 8 * LANES  # columns that are written at a time; more at once would take registers that other CTAs could use
-_AVERAGES = 24  # bisection steps by average; from there on it goes by bit pattern, which ends within 32
 _LOWEST, _TINY = float(jnp.finfo(jnp.float32).min), float(jnp.finfo(jnp.float32).tiny)
 
 _f32, _i32 = jnp.float32, jnp.int32
@@ -193,17 +193,19 @@ def _kernel(call: _Call, logits_ref, value_ref, *others) -> None:
     def select(columns: int) -> None:
         tile = _Tile(dataclasses.replace(call, columns=columns), logits_ref.at[index, rows], keep_ref, visible)
         choice = _RULES[call.rule](tile, plgpu.load(value_ref.at[index, rows], layout=ROWS, optimized=False))
-        length = _full(0)
+        length = full(0)
         for first, size in tile.call.groups:
             chosen, numbers = choice.columns(tile, first, size), tile.call.numbers(first, size)
             length = append_to_lists(chosen, numbers, length, done, indices_ref.at[index, rows], call.interpreted)
         counts = jnp.minimum(length, indices_ref.shape[-1])
         write_counts(counts, done, counts_ref.at[index, rows], call.interpreted)
 
-    *narrower, _ = call.prefixes
-    longer = sum((visible > prefix).astype(_i32) for prefix in narrower) if narrower else None
     branches = [functools.partial(select, prefix) for prefix in call.prefixes]
-    branches[0]() if longer is None else lax.switch(own_row(longer, call.interpreted), branches)
+    if visible is None or len(branches) == 1:
+        branches[-1]()
+    else:
+        longer = sum([(visible > prefix).astype(_i32) for prefix in call.prefixes[:-1]], full(0))
+        lax.switch(own_row(longer, call.interpreted), branches)
 
 
 class _Tile(NamedTuple):
@@ -262,12 +264,12 @@ class _Choice(NamedTuple):
 
 
 def _all(tile: _Tile, _: Array) -> _Choice:
-    return _Choice(tile.logits(), _full(_LOWEST))
+    return _Choice(tile.logits(), full(_LOWEST))
 
 
 def _by_threshold(tile: _Tile, threshold: Float32[Array, "4"]) -> _Choice:
     weights = _softmax_weights(tile.logits())
-    cutoff = _next_up(threshold * weights.sum(axis=1))
+    cutoff = next_up(threshold * weights.sum(axis=1))
     return _Choice(weights, jnp.maximum(cutoff, _TINY))
 
 
@@ -280,12 +282,13 @@ def _by_mass(tile: _Tile, mass: Float32[Array, "4"]) -> _Choice:
     def weigh(cutoff: Array) -> Array:
         return jnp.where(weights >= cutoff[:, None], weights, 0.0).sum(axis=1)
 
-    return _best(tile, weights, goal, weigh, weighted=True)
+    return _Choice(*best(weights, goal, weigh, weighted=True, interpreted=tile.call.interpreted))
 
 
 def _by_top_k(tile: _Tile, top_k: Float32[Array, "4"]) -> _Choice:
     logits = tile.logits()
-    return _best(tile, logits, top_k, functools.partial(_count, logits), weighted=False)
+    counted = functools.partial(count, logits)
+    return _Choice(*best(logits, top_k, counted, weighted=False, interpreted=tile.call.interpreted))
 
 
 def _by_max_blocks(tile: _Tile, max_blocks: Float32[Array, "4"]) -> _Choice:
@@ -295,16 +298,18 @@ def _by_max_blocks(tile: _Tile, max_blocks: Float32[Array, "4"]) -> _Choice:
     def keep() -> Array:
         return _join(tile.keep(*x) for x in tile.call.pieces)
 
+    interpreted = tile.call.interpreted
     left = max_blocks - keep().astype(_i32).sum(axis=1).astype(_f32)
     logits = jnp.where(keep(), -jnp.inf, tile.logits())
-    best = _best(tile, logits, jnp.maximum(left, 1), functools.partial(_count, logits), weighted=False)
-    x = jnp.where(keep(), jnp.inf, best.x)
+    counted = functools.partial(count, logits)
+    x, cutoff = best(logits, jnp.maximum(left, 1), counted, weighted=False, interpreted=interpreted)
+    x = jnp.where(keep(), jnp.inf, x)
     x = lax.cond(
-        _any(tile, left < 0),
-        lambda: drop_repeats(x, _full(jnp.inf), max_blocks.astype(_i32), tile.call.interpreted),
+        any_row(left < 0, interpreted),
+        lambda: drop_repeats(x, full(jnp.inf), max_blocks.astype(_i32), interpreted),
         lambda: x,
     )
-    return _Choice(x, jnp.where(left > 0, best.cutoff, jnp.inf), with_keep=False)
+    return _Choice(x, jnp.where(left > 0, cutoff, jnp.inf), with_keep=False)
 
 
 _RULES = {"threshold": _by_threshold, "mass": _by_mass, "top_k": _by_top_k, "max_blocks": _by_max_blocks, "all": _all}
@@ -314,130 +319,6 @@ def _softmax_weights(logits: Float32[Array, "4 W"]) -> Float32[Array, "4 W"]:
     """Softmax times a factor of each row; 0 throughout where a row has no finite logit."""
     maximum = logits.max(axis=1)
     return jnp.exp(logits - jnp.where(maximum > -jnp.inf, maximum, 0.0)[:, None])
-
-
-def _count(x: Float32[Array, "4 W"], cutoff: Float32[Array, "4"]) -> Float32[Array, "4"]:
-    """How many entries of each row reach the cutoff. A sign bit is added in one instruction, a comparison in two."""
-    cutoff = jnp.where(cutoff == 0, -0.0, cutoff)  # which leaves no sign when taken from zeros of either kind
-    sign = lax.bitcast_convert_type(x - cutoff[:, None], _i32)
-    below = lax.shift_right_logical(sign, jnp.full(x.shape, 31, _i32)).sum(axis=1)
-    return (x.shape[1] - below).astype(_f32)
-
-
-def _least(x: Float32[Array, "4 W"]) -> Float32[Array, "4"]:
-    """The least entry of each row above -inf, inf if there is none. Each step waits for the one before, which saves registers."""
-    size = min(_GROUP, x.shape[1])
-    least = jnp.full_like(x[:, :size], jnp.inf)
-    for first in (*range(0, x.shape[1] - size, size), x.shape[1] - size):
-        part = x[:, first : first + size]
-        least = jnp.minimum(least, jnp.where(part > -jnp.inf, part, least))
-    return least.min(axis=1)
-
-
-class _Bracket(NamedTuple):
-    """A cutoff `low` that holds enough, a higher one `high` that does not, and what they hold; [4] each."""
-
-    low: Array
-    high: Array
-    held: Array
-    above: Array
-
-
-def _best(
-    tile: _Tile,
-    x: Float32[Array, "4 W"],
-    goal: Float32[Array, "4"],
-    measure: Callable[[Array], Array],
-    *,
-    weighted: bool,
-) -> _Choice:
-    """The fewest best entries that reach the goal, or all above -inf if they don't; of equal ones the lower block numbers.
-
-    Args:
-      x: what entries are ranked by.
-      goal: at least 1 if entries are counted.
-      measure: what the entries from a cutoff on come to; never more for a higher cutoff.
-      weighted: whether each entry comes to itself, else to 1.
-    """
-    b = _bisect(tile, x, goal, measure, weighted=weighted)
-    tied = (b.held > goal) & (_pattern(b.high) <= _pattern(b.low) + 1)  # one value is left, but too much of it
-
-    def drop_higher_numbers() -> Array:
-        wanted = _round_up((goal - b.above) / b.low if weighted else goal - b.above)
-        return drop_repeats(x, b.low, jnp.where(tied, wanted, MAX_KEY_BLOCKS), tile.call.interpreted)
-
-    return _Choice(lax.cond(_any(tile, tied), drop_higher_numbers, lambda: x), b.low)
-
-
-def _bisect(
-    tile: _Tile,
-    x: Float32[Array, "4 W"],
-    goal: Float32[Array, "4"],
-    measure: Callable[[Array], Array],
-    *,
-    weighted: bool,
-) -> _Bracket:
-    """Where the best entries begin, see `_best`. If `low` holds more than the goal, it is the only value in the bracket."""
-    top, bottom = x.max(axis=1), _least(x)
-    above_top = _next_up(jnp.where(top > -jnp.inf, top, 0.0))
-    bracket = _Bracket(low=bottom, high=above_top, held=measure(bottom), above=_full(0.0))
-
-    def unsettled(state: tuple[Array, _Bracket]) -> Array:
-        b = state[1]
-        several = _pattern(b.high) > _pattern(b.low) + 1
-        if weighted:
-            several &= b.held - b.above > 1.5 * b.low  # whatever is in the bracket comes to `low` or more
-        return _any(tile, (b.held > goal) & several)
-
-    def halve(state: tuple[Array, _Bracket]) -> tuple[Array, _Bracket]:
-        step, b = state
-        middle = _middle(b, step, by_pattern=weighted)
-        held = measure(middle)
-        enough = held >= goal
-        low, high = jnp.where(enough, middle, b.low), jnp.where(enough, b.high, middle)
-        return step + 1, _Bracket(low, high, jnp.where(enough, held, b.held), jnp.where(enough, b.above, held))
-
-    return lax.while_loop(unsettled, halve, (_i32(0), bracket))[1]
-
-
-def _any(tile: _Tile, rows: Bool[Array, "4"]) -> Array:
-    return own_row(rows.astype(_i32), tile.call.interpreted) > 0
-
-
-def _middle(b: _Bracket, step: Array, *, by_pattern: bool) -> Float32[Array, "4"]:
-    """Between low and high. By bit pattern a bracket ends within 32 steps; the average is sooner there for ordinary logits."""
-    low, high = _pattern(b.low), _pattern(b.high)
-    middle = _from_pattern((low & high) + ((low ^ high) >> 1))  # the average of integers whose sum overflows
-    if by_pattern:
-        return middle
-    return jnp.where(jnp.broadcast_to(step, middle.shape) < _AVERAGES, 0.5 * b.low + 0.5 * b.high, middle)
-
-
-def _pattern(x: Float32[Array, "4"]) -> Int32[Array, "4"]:
-    """The bits of floats as integers in the same order."""
-    bits = lax.bitcast_convert_type(x, _i32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _from_pattern(pattern: Int32[Array, "4"]) -> Float32[Array, "4"]:
-    return lax.bitcast_convert_type(pattern ^ ((pattern >> 31) & 0x7FFFFFFF), _f32)
-
-
-def _next_up(x: Float32[Array, "4"]) -> Float32[Array, "4"]:
-    """The next higher float."""
-    return _from_pattern(_pattern(x) + 1)
-
-
-def _round_up(x: Float32[Array, "4"]) -> Int32[Array, "4"]:
-    """The least integer from x on, or a number above all blocks."""
-    x = jnp.minimum(x, float(MAX_KEY_BLOCKS))
-    whole = x.astype(_i32)
-    return whole + (whole.astype(_f32) < x).astype(_i32)
-
-
-def _full(value: float) -> Shaped[Array, "4"]:
-    dtype = _i32 if isinstance(value, int) else _f32
-    return plgpu.layout_cast(jnp.full((WARPS,), value, dtype), ROWS)
 
 
 def _join(parts: Iterable[Array]) -> Array:

@@ -29,7 +29,7 @@ class TestMosaicGpu(suite.Conformance):
 
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicGpuInterpreted(suite.Conformance):
-    """All but what is written below Pallas, see compaction.py."""
+    """All but what is written below Pallas, see warps.py."""
 
     implementation = "mosaic_gpu"
 
@@ -47,7 +47,8 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
 @pytest.mark.parametrize("rule", ["threshold", "mass", "top_k", "max_blocks"])
 def test_mosaic_gpu_lowers_for_cuda_under_vmap_and_grad(rule: str):
     def kept(logits: jax.Array, number: jax.Array) -> jax.Array:
-        blocks = select_blocks(logits, **{rule: number}, block_size=64, implementation="mosaic_gpu")
+        arguments: dict[str, Any] = {rule: number, "implementation": "mosaic_gpu"}
+        blocks = select_blocks(logits, **arguments, block_size=64)
         return jnp.where(blocks.counts > 1, logits.sum(-1), 0).sum()
 
     gradients = jax.jit(jax.vmap(jax.grad(kept)))

@@ -4,7 +4,6 @@ Pallas knows neither ballots, nor stores to computed places, nor loops that end 
 this is written in MLIR, below Pallas. JAX's interpreter does not run such code; there, the same is said in array operations.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
@@ -102,12 +101,12 @@ def _drop_repeats(
     ctx: mgpu.LaunchContext, x: mgpu.FragmentedArray, value: mgpu.FragmentedArray, wanted: mgpu.FragmentedArray
 ) -> mgpu.FragmentedArray:
     del ctx
-    value, wanted = (_scalar(v.registers.item()) for v in (value, wanted))
+    its_value, its_wanted = (_scalar(v.registers.item()) for v in (value, wanted))
     nothing = arith.constant(ir.F32Type.get(), -np.inf)
     places, registers = _Places(_constant(0)), np.empty(x.registers.shape, dtype=object)
     for i, register in np.ndenumerate(x.registers):
-        equal = arith.cmpf(arith.CmpFPredicate.OEQ, _scalar(register), value)
-        surplus = arith.cmpi(arith.CmpIPredicate.sge, places.take(equal), wanted)
+        equal = arith.cmpf(arith.CmpFPredicate.OEQ, _scalar(register), its_value)
+        surplus = arith.cmpi(arith.CmpIPredicate.sge, places.take(equal), its_wanted)
         registers[i] = _register(arith.select(arith.andi(equal, surplus), nothing, _scalar(register)))
     return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
