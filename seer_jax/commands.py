@@ -18,14 +18,26 @@ import seer_jax
 from pallas_kernels.backends import Operation
 from seer_jax.generate import Generated, stream
 from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Gate, Oracle, Policy, Random, Scorer, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.policies import (
+    CumulativeMass,
+    Dense,
+    Gate,
+    Oracle,
+    Policy,
+    Random,
+    Scorer,
+    SinkWindow,
+    Threshold,
+    TokenBudget,
+    TopK,
+)
 from seer_jax.pretrained import from_pretrained, load_tokenizer
 from seer_jax.sampling import Greedy, Sample, Sampling
 from seer_jax.text import Tokenizer
 
 TINY_LM = "tiny-lm"
 SCORERS: dict[str, Scorer] = {"gate": Gate(), "oracle": Oracle(), "window": SinkWindow(), "random": Random()}
-POLICY_SYNTAX = "dense|threshold:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random]"
+POLICY_SYNTAX = "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random]"
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "cuda13", "matplotlib": "plot", "tensorboardX": "train", "datasets": "data"}
@@ -52,6 +64,8 @@ def parse_policy(text: str) -> Policy:
         match name:
             case "threshold":
                 return Threshold(float(value), ranking)
+            case "mass":
+                return CumulativeMass(float(value), ranking)
             case "topk":
                 return TopK(float(value), ranking)
             case "budget":
@@ -68,6 +82,8 @@ def write_policy(policy: Policy) -> str:
     match policy:
         case Threshold():
             return f"threshold:{policy.threshold}{suffix}"
+        case CumulativeMass():
+            return f"mass:{policy.mass}{suffix}"
         case TopK():
             return f"topk:{policy.density}{suffix}"
         case TokenBudget():
@@ -98,7 +114,7 @@ class DType(enum.StrEnum):
 class GenerateConfig:
     """Continues a prompt; the text appears while it is made.
 
-    A policy is written dense, threshold:P, topk:DENSITY or budget:TOKENS, for example threshold:5e-4, topk:0.1, budget:4096;
+    A policy is written dense, threshold:P, mass:P, topk:DENSITY or budget:TOKENS, for example threshold:5e-4, mass:0.9, topk:0.1, budget:4096;
     with :oracle, :window or :random behind it blocks are ranked by something else than the learned gate.
 
     Attributes:
