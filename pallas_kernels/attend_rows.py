@@ -163,7 +163,8 @@ def _scores(
     block = jax.lax.dynamic_slice_in_dim(rows.indices, step * slots, slots, axis=1)
     valid = step * slots + jnp.arange(slots)[None] < rows.counts[:, None]
     # Fillers have no meaning: in their place the row's first block is read again, and masked.
-    position = jnp.where(valid, block, rows.indices[:, :1])[..., None] * b + jnp.arange(b)[None, None]
+    first = jnp.where(rows.counts[:, None] > 0, rows.indices[:, :1], 0)
+    position = jnp.where(valid, block, first)[..., None] * b + jnp.arange(b)[None, None]
     source = rows.start[:, None, None] + jnp.minimum(position, k.shape[1] - 1) * k.shape[2]
     position = jnp.where(valid[..., None], position, _NOWHERE)
     source, position = (x.reshape(len(q), slots * b) for x in (source, position))

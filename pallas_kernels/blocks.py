@@ -38,11 +38,11 @@ class BlockIndices:
       decode: counts [B, K], indices [B, K, N].
 
     The first `counts[r]` entries of `indices[r]` are block numbers, ascending and without repeats. The entries after them are
-    fillers: any block number in range, never read as a choice.
+    fillers without a meaning, which may be any integers: kernels that write lists leave that memory as they find it.
 
     Args:
       counts: how many blocks each row keeps, 0 to N.
-      indices: which ones, each from 0 to Sb - 1; N is the static width of the lists.
+      indices: which ones, from 0 to Sb - 1; N is the static width of the lists.
       block_size: b, tokens per block: 16, 32, 64 or 128.
 
     Raises:
@@ -181,7 +181,7 @@ class BlockIndices:
         for input from outside, not for inner loops.
 
         Raises:
-          ValueError: a count outside 0 to N, an index (fillers included) outside 0 to Sb - 1, or a list that does not ascend.
+          ValueError: a count outside 0 to N, a listed index outside 0 to Sb - 1, or a list that does not ascend.
         """
         if not _is_concrete(self.counts, self.indices):
             return self
@@ -190,13 +190,13 @@ class BlockIndices:
             raise ValueError(
                 f"BlockIndices: counts must lie from 0 to the width N={self.width}; got {counts.min()} to {counts.max()}."
             )
-        if indices.size and (indices.min() < 0 or indices.max() >= num_key_blocks):
+        listed = indices[np.arange(self.width) < counts[..., None]]
+        if listed.size and (listed.min() < 0 or listed.max() >= num_key_blocks):
             raise ValueError(
-                f"BlockIndices: indices, fillers included, must lie from 0 to Sb - 1 = {num_key_blocks - 1}; "
-                f"got {indices.min()} to {indices.max()}."
+                f"BlockIndices: indices must lie from 0 to Sb - 1 = {num_key_blocks - 1}; got {listed.min()} to {listed.max()}."
             )
-        listed = np.arange(1, self.width) < counts[..., None]
-        fallen = np.argwhere(listed & (np.diff(indices, axis=-1) <= 0))
+        follows = np.arange(1, self.width) < counts[..., None]
+        fallen = np.argwhere(follows & (indices[..., 1:] <= indices[..., :-1]))
         if fallen.size:
             row = tuple(int(i) for i in fallen[0][:-1])
             raise ValueError(

@@ -1,7 +1,6 @@
 """Where Mosaic GPU kernels run: on Hopper GPUs, and for tests in JAX's interpreter."""
 
 import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Iterator
 
@@ -18,7 +17,7 @@ class _Assumed:
     interpret: plgpu.InterpretGPUParams | None
 
 
-_assumed: contextvars.ContextVar[_Assumed | None] = contextvars.ContextVar("assumed", default=None)
+_assumed = jax.make_user_context(None)  # what is compiled under one assumption is not taken for another
 
 
 @contextlib.contextmanager
@@ -29,22 +28,19 @@ def assume_hopper(interpret: plgpu.InterpretGPUParams | None = None) -> Iterator
       interpret: run them in JAX's interpreter, with these settings; None: for lowering alone
         (`jax.jit(f).trace(...).lower(lowering_platforms=("cuda",))`).
     """
-    token = _assumed.set(_Assumed(interpret))
-    try:
+    with _assumed(_Assumed(interpret)):
         yield
-    finally:
-        _assumed.reset(token)
 
 
 def interpreter() -> plgpu.InterpretGPUParams | None:
     """What a kernel passes on as `interpret`."""
-    assumed = _assumed.get()
+    assumed = _assumed.value
     return None if assumed is None else assumed.interpret
 
 
 def require_hopper() -> None:
     """Raises Unsupported unless the default device is a Hopper GPU."""
-    if _assumed.get() is not None:
+    if _assumed.value is not None:
         return
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None

@@ -14,6 +14,7 @@ from seer_jax.gate import DecodeGate, PrefillGate
 from seer_jax.generate import Generated, generate, stream
 from seer_jax.model import Transformer
 from seer_jax.policies import (
+    CumulativeMass,
     Dense,
     Gate,
     Given,
@@ -34,6 +35,7 @@ from seer_jax.text import Tokenizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "CumulativeMass",
     "DType",
     "DecodeGate",
     "DecodeGateConfig",

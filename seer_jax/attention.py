@@ -1,9 +1,10 @@
 """Attention of one layer: dense, block-sparse over a prompt, and of one new token against the cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import (
     BlockIndices,
@@ -16,6 +17,7 @@ from seer_jax.cache import Cache
 from seer_jax.config import ModelConfig
 from seer_jax.gate import DecodeGate, PrefillGate
 from seer_jax.policies import (
+    CumulativeMass,
     Dense,
     Gate,
     Given,
@@ -128,22 +130,20 @@ def prefill_attention(
         return out, k_rotated, jnp.ones(q.shape[0])
     b = block_size_of(policy, gate)
     num_blocks = -(-q.shape[1] // b)
-    column = jnp.arange(num_blocks)[None, None, None]
-    row = jnp.arange(num_blocks)[None, None, :, None]
+    column, row = jnp.arange(num_blocks)[None, None, None], jnp.arange(num_blocks)[None, None, :, None]
     last = ((lengths - 1) // b)[:, None, None, None]  # block row that holds a sequence's last token
-    causal = (column <= row) & (row <= last)
-    keep = causal & (column == row)
+    visible = jnp.where(row <= last, row + 1, 0)
     if isinstance(policy, Given):
-        mask = causal & policy.mask[layer]
-        mask |= keep & ~mask.any(-1, keepdims=True)  # a row that would keep no block keeps its diagonal
-        blocks = select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
+        mask = policy.mask[layer] & (column < visible)
+        mask |= (column == row) & ~mask.any(-1, keepdims=True)  # a row that would keep no block keeps its diagonal
+        blocks = select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask, visible=visible)
     else:
         logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)
-        blocks = _select_prefill(policy, jnp.where(causal, logits, -jnp.inf), keep, causal, last, b)
+        blocks = _select_prefill(policy, logits, visible, last, b)
     density = policy.density if isinstance(policy, TopK) else None
     out = block_sparse_attention(q_rotated, k_rotated, v, blocks, lengths=lengths, density=density)
     assert isinstance(out, jax.Array)  # without return_lse
-    kept = blocks.counts.sum((1, 2)) / (blocks.counts.shape[1] * causal.sum((1, 2, 3)))
+    kept = blocks.counts.sum((1, 2)) / (blocks.counts.shape[1] * visible.sum((1, 2, 3)))
     return out, k_rotated, kept
 
 
@@ -157,40 +157,35 @@ def block_size_of(policy: Policy, gate: PrefillGate | DecodeGate | None) -> int:
 def _select_prefill(
     policy: RankingPolicy,
     logits: Float[Array, "B Hs Tb Tb"],
-    keep: Bool[Array, "B 1 Tb Tb"],
-    causal: Bool[Array, "B 1 Tb Tb"],
+    visible: Int[Array, "B 1 Tb 1"],
     last: Int[Array, "B 1 1 1"],
     block_size: int,
 ) -> BlockIndices:
+    """Lists of a prompt.
+
+    Args:
+      logits: scores before softmax; may hold anything where a block is not visible.
+      visible: how many blocks each row sees.
+      last: block row that holds a sequence's last token.
+    """
     num_blocks = logits.shape[-1]
+    column, row = jnp.arange(num_blocks)[None, None, None], jnp.arange(num_blocks)[None, None, :, None]
+    select = functools.partial(select_blocks, logits, block_size=block_size, visible=visible)
     match policy:
-        case Threshold() | TopK():
-            row = jnp.arange(num_blocks)[None, None, :, None]
-            keep |= causal & (row > last - policy.dense_last_rows)
+        case Threshold() | CumulativeMass() | TopK():
+            keep = (column == row) | (row > last - policy.dense_last_rows)
             if isinstance(policy, Threshold):
-                return select_blocks(logits, block_size=block_size, threshold=policy.threshold, keep=keep)
-            return _select_top_k(policy, logits, keep, last, block_size)
+                return select(threshold=policy.threshold, keep=keep)
+            if isinstance(policy, CumulativeMass):
+                return select(mass=policy.mass, keep=keep)
+            # As many as a sequence's own length asks for, whatever the batch is padded to.
+            counts = jnp.asarray([policy.blocks(n) for n in range(1, num_blocks + 1)])
+            return select(top_k=counts[last], keep=keep)
         case TokenBudget():
-            most = policy.blocks(block_size)
+            most, keep = policy.blocks(block_size), column == row
             if most > 1:  # a budget of one block is for the current one
-                keep |= causal & (jnp.arange(num_blocks) == 0)[None, None, None]
-            return select_blocks(logits, block_size=block_size, max_blocks=most, keep=keep)
-
-
-def _select_top_k(
-    policy: TopK,
-    logits: Float[Array, "B Hs Tb Tb"],
-    keep: Bool[Array, "B 1 Tb Tb"],
-    last: Int[Array, "B 1 1 1"],
-    block_size: int,
-) -> BlockIndices:
-    """The best blocks of each row, as many as the row's own length asks for, whatever the batch is padded to."""
-    num_blocks = logits.shape[-1]
-    counts = np.array([policy.blocks(n) for n in range(1, num_blocks + 1)])
-    best = jax.lax.top_k(logits, counts[-1])[0]
-    worst = jnp.take_along_axis(best, jnp.asarray(counts)[last] - 1, axis=-1)
-    logits = jnp.where(logits >= worst, logits, -jnp.inf)
-    return select_blocks(logits, block_size=block_size, top_k=int(counts[-1]), keep=keep)
+                keep |= column == 0
+            return select(max_blocks=most, keep=keep)
 
 
 def _prefill_logits(
@@ -211,7 +206,7 @@ def _prefill_logits(
                     "This policy ranks blocks by the prefill gate, but the model has none; load or train one."
                 )
             positions = jnp.arange(tokens)[None]
-            return gate(q, k, positions, positions < lengths[:, None])
+            return gate.scores(q, k, positions, positions < lengths[:, None])
         case Oracle():
             scored = attention_with_block_scores(q_rotated, k_rotated, v, block_size=block_size, lengths=lengths)
             assert scored.block_scores is not None
@@ -295,18 +290,18 @@ def _select_decode(
     match policy:
         case Threshold():
             return select_blocks(logits, block_size=b, threshold=policy.threshold, keep=keep)
+        case CumulativeMass():
+            return select_blocks(logits, block_size=b, mass=policy.mass, keep=keep)
         case TokenBudget():
             most = policy.blocks(b)
             if most == 1:  # a budget of one block is for the current one
                 keep &= column == current
             return select_blocks(logits, block_size=b, max_blocks=most, keep=keep)
         case TopK():
-            # The count follows the row's own length, so the cut is made by rank, forced blocks first.
-            rank = jnp.argsort(jnp.argsort(jnp.where(keep, -jnp.inf, -logits), axis=-1), axis=-1)
-            wanted = jnp.maximum(2, jnp.floor(policy.density * (current + 1)))
-            width = max(2, int(policy.density * num_blocks))
-            logits = jnp.where(rank < wanted, logits, -jnp.inf)
-            return select_blocks(logits, block_size=b, keep=keep, width=min(width, num_blocks))
+            width = min(max(2, int(policy.density * num_blocks)), num_blocks)
+            wanted = jnp.floor(policy.density * (current + 1)).astype(jnp.int32)  # by the row's own length
+            wanted = jnp.clip(wanted, min(2, width), width)
+            return select_blocks(logits, block_size=b, max_blocks=wanted, keep=keep, width=width)
 
 
 def _decode_logits(

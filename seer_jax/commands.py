@@ -19,12 +19,12 @@ from seer_jax import tiny_lm
 from seer_jax.config import DType
 from seer_jax.generate import Generated, stream
 from seer_jax.model import Transformer
-from seer_jax.policies import SCORERS, Dense, Policy, RankingPolicy, Threshold, TokenBudget, TopK
+from seer_jax.policies import SCORERS, CumulativeMass, Dense, Policy, RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.pretrained import from_pretrained, load_tokenizer
 from seer_jax.sampling import Greedy, Sample, Sampling
 from seer_jax.text import Tokenizer
 
-POLICY_SYNTAX = "dense|threshold:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random]"
+POLICY_SYNTAX = "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random]"
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "cuda13", "matplotlib": "plot", "tensorboardX": "train", "datasets": "data"}
@@ -51,6 +51,8 @@ def parse_policy(text: str) -> Policy:
         match name:
             case "threshold":
                 return Threshold(float(value), ranking)
+            case "mass":
+                return CumulativeMass(float(value), ranking)
             case "topk":
                 return TopK(float(value), ranking)
             case "budget":
@@ -69,6 +71,8 @@ def write_policy(policy: Policy) -> str:
     match policy:
         case Threshold():
             return f"threshold:{policy.threshold}{suffix}"
+        case CumulativeMass():
+            return f"mass:{policy.mass}{suffix}"
         case TopK():
             return f"topk:{policy.density}{suffix}"
         case TokenBudget():
@@ -91,7 +95,7 @@ PolicyArgument = Annotated[
 class GenerateConfig:
     """Continues a prompt; the text appears while it is made.
 
-    A policy is written dense, threshold:P, topk:DENSITY or budget:TOKENS, for example threshold:5e-4, topk:0.1, budget:4096;
+    A policy is written dense, threshold:P, mass:P, topk:DENSITY or budget:TOKENS, for example threshold:5e-4, mass:0.9, topk:0.1, budget:4096;
     with :oracle, :window or :random behind it blocks are ranked by something else than the learned gate.
 
     Attributes:

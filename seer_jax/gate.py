@@ -17,13 +17,23 @@ from seer_jax.rope import apply_rope
 
 NORM_EPS = 1e-6
 
+TENSOR_CORE_ROWS = 2048
 
-def _einsum(subscripts: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
-    """In float32: gates are tiny, and their scores are compared with thresholds; TF32 products would move blocks across them."""
-    # Three TF32 products carry all bits of a float32 one, and leave it to the matrix units.
-    gpu = jax.default_backend() == "gpu"
-    precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if gpu else jax.lax.Precision.HIGHEST
-    return jnp.einsum(subscripts, *operands, precision=precision, preferred_element_type=jnp.float32)
+
+def _einsum(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A product in float32 that errs by about 2e-7: scores are compared with thresholds, and plain TF32 would move blocks across.
+
+    Tensor cores take three passes over TF32 parts for that, and are faster where x holds many vectors.
+    """
+    many = x.size // x.shape[-1] >= TENSOR_CORE_ROWS
+    precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if many and _has_tf32() else jax.lax.Precision.HIGHEST
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _has_tf32() -> bool:
+    """NVIDIA GPUs have it from Ampere on."""
+    capability = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
+    return capability.replace(".", "").isdigit() and float(capability) >= 8
 
 
 def pool_blocks(
@@ -99,7 +109,19 @@ class PrefillGate(nnx.Module):
         positions: Int[Array, "#B T"],
         valid: Bool[Array, "#B T"] | None = None,
     ) -> Float[Array, "B H Tb Tb"]:
-        """Logits of one layer (weights without their L axis), -inf above the diagonal.
+        """Logits of one layer (weights without their L axis), -inf above the diagonal; arguments as in `scores`."""
+        logits = self.scores(q, k, positions, valid)
+        causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        return jnp.where(causal[None, None], logits, -jnp.inf)
+
+    def scores(
+        self,
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B T K D"],
+        positions: Int[Array, "#B T"],
+        valid: Bool[Array, "#B T"] | None = None,
+    ) -> Float[Array, "B H Tb Tb"]:
+        """Logits of one layer, above the diagonal too, where they mean nothing: to leave them costs less than to blank them.
 
         Args:
           q, k: before RoPE (after q/k norm where the family has them).
@@ -118,13 +140,10 @@ class PrefillGate(nnx.Module):
             keys = _einsum("bnkp,kgpc->bnkgc", pooled_k, weight).reshape(*pooled_q.shape)
         queries = apply_rope(pooled_q, first, self.model.rope)
         keys = apply_rope(keys, first, self.model.rope)
-        # Heads that share keys become rows of one product: its result then lies in order.
-        batch, blocks, heads, _ = queries.shape
-        rows = queries.transpose(0, 2, 1, 3).reshape(batch, keys.shape[2], -1, config.gate_dim)
-        logits = _einsum("bkmc,bjkc->bkmj", rows, keys) * config.gate_dim**-0.5
-        logits = logits.reshape(batch, heads, blocks, blocks)
-        causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        return jnp.where(causal[None, None], logits, -jnp.inf)
+        # One matrix product per key/value head, in the order of its result: what it writes needs no transposition.
+        batch, blocks, heads, dim = queries.shape
+        queries = (queries * dim**-0.5).transpose(0, 2, 1, 3).reshape(batch, keys.shape[2], -1, dim)
+        return _einsum("bkmc,bkjc->bkmj", queries, keys.transpose(0, 2, 1, 3)).reshape(batch, heads, blocks, blocks)
 
 
 class DecodeGate(nnx.Module):

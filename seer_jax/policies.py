@@ -79,6 +79,29 @@ class Threshold:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class CumulativeMass:
+    """The fewest best blocks of each row whose scores after softmax add up to a given share.
+
+    Rows that spread their attention keep more blocks than rows that know where to look.
+
+    Attributes:
+      mass: in (0, 1]; 1 keeps every block. A scalar, or an array `[H, 1, 1]` (prefill) or `[K, 1]` (decode) with one value
+        per head.
+      scorer: what ranks the blocks.
+      dense_last_rows: as in `Threshold`.
+    """
+
+    mass: float | Float[Array, "..."]
+    scorer: Scorer = Gate()
+    dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mass, (int, float)) and not 0 < self.mass <= 1:
+            raise ValueError(f"A share of the softmax scores lies in (0, 1]; got {self.mass}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TopK:
     """The best blocks of each row, so many that a given share of the causal map is kept.
 
@@ -148,7 +171,7 @@ class Given:
 
 
 # These keep the best blocks by the ranking of their scorer.
-RankingPolicy = Threshold | TopK | TokenBudget
+RankingPolicy = Threshold | CumulativeMass | TopK | TokenBudget
 Policy = Dense | Given | RankingPolicy
 
 

@@ -1,13 +1,13 @@
 """`select_blocks`: from gate logits to lists of key blocks."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_block_size
 
-_run = Operation("select_blocks", "pallas_kernels.gate_selection")
+_run = Operation("select_blocks", "pallas_kernels.gate_selection", preferred=("mosaic_gpu", "xla"))
 
 
 def select_blocks(
@@ -15,35 +15,41 @@ def select_blocks(
     *,
     block_size: int,
     threshold: float | Float[Array, "..."] | None = None,
-    top_k: int | None = None,
-    max_blocks: int | None = None,
+    mass: float | Float[Array, "..."] | None = None,
+    top_k: int | Int[Array, "..."] | None = None,
+    max_blocks: int | Int[Array, "..."] | None = None,
     keep: Bool[Array, "..."] | None = None,
+    visible: Int[Array, "..."] | None = None,
     width: int | None = None,
     implementation: Implementation | None = None,
 ) -> BlockIndices:
     """Chooses key blocks by their gate logits.
 
-    A row may choose the blocks whose logit is above -inf. At most one rule is given:
+    A row may choose the visible blocks whose logit is above -inf. At most one rule is given:
 
       threshold: softmax over the row > threshold;
+      mass: the fewest best blocks whose softmax comes to `mass` or more, at least one; all blocks if `mass` is 1;
       top_k: the k best logits;
       max_blocks: the best logits, after the kept blocks, until there are max_blocks in all;
       none: every block that may be chosen.
 
-    Blocks in `keep` are chosen besides, whatever their logit is; they count against max_blocks only (where they alone are more,
+    Visible blocks in `keep` are chosen besides, whatever their logit is; they count against max_blocks only (where they alone are more,
     the lowest numbers stay). Among equal logits the lower block number wins.
 
     Args:
       logits: gate scores before softmax, float32; -inf where a block must not be chosen by score. NaN counts as -inf, +inf is
         outside the domain.
       block_size: b, tokens per block, carried along in the result.
-      threshold: from 0 to 1, a number or an array that broadcasts to [..., R, 1], for example [H, 1, 1].
+      threshold: from 0 to 1.
+      mass: above 0, 1 at most.
       top_k: k, at least 1.
       max_blocks: at least 1.
       keep: blocks that are always chosen; broadcasts to the shape of `logits`.
-      width: N of the result. If None, the least that always holds the choice: min(top_k, Sb) for top_k without keep,
-        min(max_blocks, Sb) for max_blocks, else Sb. Give less where you know that rows choose less.
-      implementation: "reference", "xla", or None for the best that works here.
+      visible: blocks from this number on are not chosen, and their logits are not looked at: kernels are faster for it. Broadcasts
+        to [..., R, 1]; None: every block is visible. Causal prefill passes r + 1 for row r.
+      width: N of the result. If None, the least that always holds the choice: min(top_k, Sb) for an int top_k without keep,
+        min(max_blocks, Sb) for an int max_blocks, else Sb. Give less where you know that rows choose less.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; Sb up to 4096), or None for the best that works here.
 
     Returns:
       BlockIndices with counts [..., R] and indices [..., R, N].
@@ -53,7 +59,8 @@ def select_blocks(
         more than `width` blocks. Under `jax.jit` the last cannot be seen: the row then loses its highest blocks.
       NotImplementedError: the named implementation cannot do this.
 
-    Source: threshold and top-k of SeerAttention, arXiv 2410.13276; token budget of SeerAttention-R, arXiv 2506.08889.
+    Source: threshold and top-k of SeerAttention, arXiv 2410.13276; token budget of SeerAttention-R, arXiv 2506.08889; cumulative
+    mass as nucleus sampling has it, arXiv 1904.09751.
 
     >>> logits = jnp.array([[0.0, 2.0, 1.0, -jnp.inf]])
     >>> select_blocks(logits, block_size=64, top_k=2).indices.tolist()
@@ -65,41 +72,49 @@ def select_blocks(
     check_block_size(name, block_size)
     if logits.dtype != jnp.float32 or logits.ndim < 2:
         raise ValueError(f"{name}: logits must be a float32 array [..., R, Sb]; got {logits.dtype} {logits.shape}.")
-    rules = {"threshold": threshold, "top_k": top_k, "max_blocks": max_blocks}
-    given = [rule for rule, value in rules.items() if value is not None]
+    rules = {"threshold": threshold, "mass": mass, "top_k": top_k, "max_blocks": max_blocks}
+    given = {rule: value for rule, value in rules.items() if value is not None}
     if len(given) > 1:
         raise ValueError(
-            f"{name}: at most one of threshold, top_k and max_blocks may be given; got {' and '.join(given)}."
+            f"{name}: at most one of threshold, mass, top_k and max_blocks may be given; got {' and '.join(given)}."
         )
     for rule, value in (("top_k", top_k), ("max_blocks", max_blocks), ("width", width)):
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"{name}: {rule} must be at least 1 block; got {value}.")
     if isinstance(threshold, int | float) and not 0 <= threshold <= 1:
         raise ValueError(f"{name}: threshold is compared with a softmax and must lie from 0 to 1; got {threshold}.")
-    if threshold is not None:
-        threshold = _broadcast(name, "threshold", "[..., R, 1]", jnp.asarray(threshold), (*logits.shape[:-1], 1))
+    if isinstance(mass, int | float) and not 0 < mass <= 1:
+        raise ValueError(f"{name}: mass is a share of a softmax and must lie above 0 and be 1 at most; got {mass}.")
+    rules = {rule: _rule_value(name, rule, value, logits.shape) for rule, value in rules.items()}
     if keep is not None:
         if keep.dtype != jnp.bool_:
             raise ValueError(f"{name}: keep must be bool; got {keep.dtype}.")
-        keep = _broadcast(name, "keep", "[..., R, Sb]", keep, logits.shape)
+        _check_broadcast(name, "keep", "[..., R, Sb]", keep.shape, logits.shape)
+        keep = keep.reshape((1,) * (logits.ndim - keep.ndim) + keep.shape)
+    if visible is not None:
+        if not jnp.issubdtype(visible.dtype, jnp.integer):
+            raise ValueError(f"{name}: visible must hold integers; got {visible.dtype}.")
+        _check_broadcast(name, "visible", "[..., R, 1]", visible.shape, (*logits.shape[:-1], 1))
+        visible = jnp.broadcast_to(visible.astype(jnp.int32), (*logits.shape[:-1], 1))
     if width is None:
-        bound = max_blocks if keep is not None else max_blocks or top_k
-        width = min(bound or logits.shape[-1], logits.shape[-1])
-    return _run(
-        implementation,
-        logits,
-        block_size=block_size,
-        threshold=threshold,
-        top_k=top_k,
-        max_blocks=max_blocks,
-        keep=keep,
-        width=width,
-    )
+        bound = max_blocks if keep is not None else max_blocks if top_k is None else top_k
+        width = min(bound, logits.shape[-1]) if isinstance(bound, int) else logits.shape[-1]
+    return _run(implementation, logits, block_size=block_size, **rules, keep=keep, visible=visible, width=width)
 
 
-def _broadcast(name: str, argument: str, letters: str, array: Array, target: tuple[int, ...]) -> Array:
-    own = array.shape
+def _rule_value(name: str, rule: str, value: float | Array | None, shape: tuple[int, ...]) -> int | Array | None:
+    """An int for an int number of blocks, else an array [..., R, 1]."""
+    counted = rule in ("top_k", "max_blocks")
+    if value is None or (counted and isinstance(value, int)):
+        return value
+    array = jnp.asarray(value)
+    if counted and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name}: {rule} must hold integers; got {array.dtype}.")
+    _check_broadcast(name, rule, "[..., R, 1]", array.shape, (*shape[:-1], 1))
+    return jnp.broadcast_to(array.astype(jnp.int32 if counted else jnp.float32), (*shape[:-1], 1))
+
+
+def _check_broadcast(name: str, argument: str, letters: str, own: tuple[int, ...], target: tuple[int, ...]) -> None:
     fits = len(own) <= len(target) and all(a in (1, b) for a, b in zip(own[::-1], target[::-1], strict=False))
     if not fits:
         raise ValueError(f"{name}: {argument} must broadcast to {letters} = {target}; got {own}.")
-    return jnp.broadcast_to(array, target)

@@ -16,7 +16,7 @@ class Case:
     Args:
       name: what a report calls it.
       shape: of the logits: [B, H, Tb, Sb] in prefill, [B, K, Sb] in decode.
-      threshold, top_k, max_blocks: the rule.
+      threshold, mass, top_k, max_blocks: the rule.
       block_size: b.
       distinct: number of different values the logits take, which makes ties; all differ if None.
     """
@@ -24,14 +24,17 @@ class Case:
     name: str
     shape: tuple[int, ...]
     threshold: float | None = None
+    mass: float | None = None
     top_k: int | None = None
     max_blocks: int | None = None
     block_size: int = 64
     distinct: int | None = None
 
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Random arguments: causal logits with the diagonal block kept, or decode logits with the first and last block kept."""
-        rule = {name: getattr(self, name) for name in ("threshold", "top_k", "max_blocks", "block_size")}
+        """Random arguments: in prefill, rows that see up to the diagonal block, which is kept; in decode, the first and the last
+        block kept, the last without a logit.
+        """
+        rule = {name: getattr(self, name) for name in ("threshold", "mass", "top_k", "max_blocks", "block_size")}
         return self._arrays(key) | rule
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -41,16 +44,17 @@ class Case:
             logits = jnp.clip(jnp.round(logits), 0, self.distinct - 1)
         block = jax.lax.broadcasted_iota(jnp.int32, self.shape, len(self.shape) - 1)
         if len(self.shape) == 4:
-            row = jax.lax.broadcasted_iota(jnp.int32, self.shape, 2)
-            seen, keep = block <= row, block == row
-        else:
-            seen, keep = block < self.shape[-1] - 1, (block == 0) | (block == self.shape[-1] - 1)
-        return {"logits": jnp.where(seen, logits, -jnp.inf), "keep": keep}
+            row = jax.lax.broadcasted_iota(jnp.int32, self.shape[2:], 0)
+            return {"logits": logits, "keep": block[0, 0] == row, "visible": row[:, :1] + 1}
+        last = block == self.shape[-1] - 1
+        return {"logits": jnp.where(last, -jnp.inf, logits), "keep": (block == 0) | last}
 
 
 REAL = (
     *(Case(f"llama-3.1-8b-{n}k-threshold", (1, 32, n * 16, n * 16), threshold=5e-4) for n in (8, 32, 128)),
+    *(Case(f"llama-3.1-8b-{n}k-mass", (1, 32, n * 16, n * 16), mass=0.9) for n in (8, 32, 128)),
     *(Case(f"llama-3.1-8b-{n}k-top-k", (1, 32, n * 16, n * 16), top_k=n) for n in (8, 32, 128)),
+    Case("qwen2.5-7b-100000-top-k", (1, 28, 1563, 1563), top_k=80),
     *(Case(f"qwen3-4b-b{batch}-{n}k-budget", (batch, 8, n * 16), max_blocks=n) for batch, n in ((1, 32), (8, 128))),
 )
 
@@ -58,9 +62,12 @@ TINY = (
     Case("prefill-threshold", (2, 4, 9, 9), threshold=0.1),
     Case("prefill-top-k", (1, 2, 33, 33), top_k=5),
     Case("prefill-top-k-ties", (1, 2, 33, 33), top_k=5, distinct=3),
+    Case("prefill-mass", (2, 4, 9, 9), mass=0.7),
+    Case("prefill-mass-ties", (1, 2, 33, 33), mass=0.437, distinct=3),
     Case("prefill-all", (1, 2, 7, 7)),
     Case("decode-budget", (3, 2, 40), max_blocks=6, block_size=16),
     Case("decode-budget-ties", (3, 2, 40), max_blocks=6, distinct=2),
     Case("decode-budget-of-all", (1, 2, 5), max_blocks=64),
+    Case("decode-mass", (3, 2, 40), mass=0.9),
     Case("decode-threshold", (3, 2, 40), threshold=0.02, block_size=128),
 )

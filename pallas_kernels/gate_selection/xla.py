@@ -1,37 +1,63 @@
-"""`select_blocks` in XLA, for any device: no sort but `top_k`, and a running count that turns the mask into lists."""
+"""`select_blocks` in XLA, for any device: no sort but those of `top_k` and `mass`, and a running count that turns the mask into lists."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from pallas_kernels.blocks import BlockIndices
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "top_k", "max_blocks", "width"))
 def select_blocks(
     logits: Float32[Array, "*lists R Sb"],
     *,
     block_size: int,
-    threshold: Float[Array, "*lists R 1"] | None,
-    top_k: int | None,
-    max_blocks: int | None,
-    keep: Bool[Array, "*lists R Sb"] | None,
+    threshold: Float32[Array, "*lists R 1"] | None,
+    mass: Float32[Array, "*lists R 1"] | None,
+    top_k: int | Int32[Array, "*lists R 1"] | None,
+    max_blocks: int | Int32[Array, "*lists R 1"] | None,
+    keep: Bool[Array, "..."] | None,
+    visible: Int32[Array, "*lists R 1"] | None,
     width: int,
 ) -> BlockIndices:
     """See the function of this name in api.py."""
-    logits = jnp.where(logits > -jnp.inf, logits, -jnp.inf)  # NaN is not greater than anything
-    keep = jnp.zeros(logits.shape, bool) if keep is None else keep
+    number = max_blocks if top_k is None else top_k
+    most = min(number, logits.shape[-1]) if isinstance(number, int) else logits.shape[-1]
+    if isinstance(number, int):
+        number = jnp.full((1,) * logits.ndim, number)
+    return _select(block_size, width, max_blocks is not None, most, logits, threshold, mass, number, keep, visible)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _select(
+    block_size: int,
+    width: int,
+    counts_keep: bool,
+    most: int,
+    logits: Float32[Array, "*lists R Sb"],
+    threshold: Float32[Array, "*lists R 1"] | None,
+    mass: Float32[Array, "*lists R 1"] | None,
+    number: Int32[Array, "..."] | None,
+    keep: Bool[Array, "..."] | None,
+    visible: Int32[Array, "*lists R 1"] | None,
+) -> BlockIndices:
+    """`number`, at most `most`, is how many blocks are best; `counts_keep` says whether `keep` is among them."""
+    seen = True if visible is None else jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < visible
+    allowed = (logits > -jnp.inf) & seen  # NaN is not greater than anything
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    keep = jnp.broadcast_to(False if keep is None else keep, logits.shape) & seen
     if threshold is not None:
         chosen = _softmax(logits) > threshold
-    elif top_k is not None:
-        chosen = _best(logits, top_k)
-    elif max_blocks is not None:
-        chosen = keep = _best(jnp.where(keep, jnp.inf, logits), max_blocks)
+    elif mass is not None:
+        chosen = _best_by_mass(jnp.where(allowed, _softmax(logits), -jnp.inf), mass)
+    elif number is not None:
+        priority = jnp.where(keep, jnp.inf, logits) if counts_keep else logits
+        chosen = _best(priority, number, jax.lax.top_k(priority, most)[0])
     else:
-        chosen = logits > -jnp.inf
-    return BlockIndices.from_mask(chosen | keep, block_size=block_size, max_blocks=width)
+        chosen = allowed
+    chosen = chosen if counts_keep else chosen | keep
+    return BlockIndices.from_mask(chosen, block_size=block_size, max_blocks=width)
 
 
 def _softmax(logits: Float32[Array, "*lists R Sb"]) -> Float32[Array, "*lists R Sb"]:
@@ -41,10 +67,23 @@ def _softmax(logits: Float32[Array, "*lists R Sb"]) -> Float32[Array, "*lists R 
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
-def _best(priority: Float32[Array, "*lists R Sb"], number: int) -> Bool[Array, "*lists R Sb"]:
-    """The `number` best entries of each row above -inf, ties to the lower number."""
-    number = min(number, priority.shape[-1])
-    worst = jax.lax.top_k(priority, number)[0][..., -1:]
+def _best_by_mass(
+    probabilities: Float32[Array, "*lists R Sb"], mass: Float32[Array, "*lists R 1"]
+) -> Bool[Array, "*lists R Sb"]:
+    """See `mass` in api.py; -inf where a block must not be chosen."""
+    descending = jnp.sort(probabilities, axis=-1, descending=True)
+    weights = jnp.maximum(descending, 0)
+    better = jnp.cumsum(weights, axis=-1) - weights
+    number = ((better < mass) | (mass >= 1)).sum(-1, keepdims=True)
+    return _best(probabilities, number, descending)
+
+
+def _best(
+    priority: Float32[Array, "*lists R Sb"], number: Int32[Array, "..."], descending: Float32[Array, "*lists R most"]
+) -> Bool[Array, "*lists R Sb"]:
+    """The `number` best entries of each row above -inf, ties to the lower number; `descending` are the best values in order."""
+    number = jnp.broadcast_to(jnp.clip(number, 1, descending.shape[-1]), (*priority.shape[:-1], 1))
+    worst = jnp.take_along_axis(descending, number - 1, axis=-1)
     above = priority > worst
     ties = (priority == worst) & (priority > -jnp.inf)
     return above | (ties & (jnp.cumsum(ties, axis=-1) <= number - above.sum(-1, keepdims=True)))

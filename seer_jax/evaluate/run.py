@@ -22,7 +22,7 @@ from seer_jax.text import Tokenizer
 class EvalConfig:
     """Measures perplexity on a text and how often pass keys are found, with dense attention and with each way to choose blocks.
 
-    How many blocks are kept is written topk:DENSITY, budget:TOKENS or threshold:P. The last rows of a prompt, which hold the
+    How many blocks are kept is written topk:DENSITY, budget:TOKENS, threshold:P or mass:P. The last rows of a prompt, which hold the
     question, are as sparse as the others here.
 
     Attributes:
@@ -65,7 +65,7 @@ class EvalConfig:
         for policy in self.policies:
             if not isinstance(policy, RankingPolicy):
                 raise ValueError(
-                    f"Methods are compared by policies that rank blocks (topk, budget, threshold); got {policy}. "
+                    f"Methods are compared by policies that rank blocks (topk, budget, threshold, mass); got {policy}. "
                     "Dense attention is measured anyway."
                 )
 

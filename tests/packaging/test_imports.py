@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 
 from tests.packaging.checkout import PROJECT, modules
 
-KERNELS_MAY_IMPORT = {"jax", "numpy", "jaxtyping", "pallas_kernels"}
+KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "jaxtyping", "pallas_kernels"}
+COMES_WITH_JAX = {"jaxlib"}  # in the one version that fits
 # These lead to the rest of the product, and only from inside functions.
 MAY_LEAD_FURTHER = {"seer_jax.cli", "seer_jax.demo", "seer_jax.pretrained"}
 HEAVY = ["torch", "tensorflow", "transformers", "orbax", "matplotlib", "datasets", "pyarrow", "tensorboardX"]
@@ -105,7 +106,8 @@ def test_heavy_packages_are_imported_when_needed(module: str):
 def third_party() -> set[str]:
     """Returns the distributions that the packages import."""
     names = set().union(*(imports(*module, module_level=False) for module in modules().items()))
-    tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"seer_jax", "pallas_kernels"}
+    tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    tops -= COMES_WITH_JAX | {"seer_jax", "pallas_kernels"}
     provided_by = importlib.metadata.packages_distributions()
     return {canonicalize_name(provided_by[top][0]) for top in tops if top in provided_by}
 

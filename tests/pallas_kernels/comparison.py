@@ -48,6 +48,14 @@ def assert_bitwise_equal(a: Any, b: Any) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+def assert_same_lists(a: BlockIndices, b: BlockIndices) -> None:
+    """Whatever the fillers are."""
+    assert (a.block_size, a.indices.shape) == (b.block_size, b.indices.shape)
+    np.testing.assert_array_equal(a.counts, b.counts)
+    listed = np.arange(a.width) < np.asarray(a.counts)[..., None]
+    np.testing.assert_array_equal(np.where(listed, a.indices, 0), np.where(listed, b.indices, 0))
+
+
 def with_fillers(blocks: BlockIndices, filler: int) -> BlockIndices:
     """The same lists with another filler."""
     return BlockIndices(blocks.counts, jax.numpy.where(blocks.valid, blocks.indices, filler), blocks.block_size)

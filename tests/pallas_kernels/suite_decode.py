@@ -117,8 +117,9 @@ class Conformance(Definition):
         tokens = jnp.arange(arguments["k"].shape[1]) // blocks.block_size == unlisted
         for name in ("k", "v"):
             arguments[name] = jnp.where(tokens[None, :, None, None], jnp.nan, arguments[name])
-        poisoned = self.run(**arguments | {"blocks": with_fillers(arguments["blocks"], unlisted)})
-        assert_bitwise_equal(clean, poisoned)
+        for filler in (unlisted, -(2**31), 2**31 - 1):
+            poisoned = self.run(**arguments | {"blocks": with_fillers(arguments["blocks"], filler)})
+            assert_bitwise_equal(clean, poisoned)
 
     def test_scans_over_a_growing_sequence(self):
         """Inside the loop of a decoder, each step gives what it gives alone."""

@@ -1,5 +1,6 @@
 """`select_blocks`: its implementations, and what it says to wrong calls."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from pallas_kernels import select_blocks
 from pallas_kernels.gate_selection.cases import REAL, Case
+from pallas_kernels.hopper import assume_hopper
 from tests.pallas_kernels import suite_selection as suite
 from tests.pallas_kernels.comparison import shapes
 
@@ -18,6 +20,54 @@ class TestReference(suite.Definition):
 
 class TestXla(suite.Conformance):
     implementation = "xla"
+
+
+@pytest.mark.gpu
+class TestMosaicGpu(suite.Conformance):
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicGpuInterpreted(suite.Conformance):
+    """All but what is written below Pallas, see warps.py."""
+
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+def test_mosaic_gpu_lowers_for_cuda(case: Case):
+    """The whole of Mosaic's own lowering at real sizes, what is written below Pallas included."""
+    arguments, static = shapes(case)
+    call = functools.partial(select_blocks, **static, implementation="mosaic_gpu")
+    with assume_hopper():
+        lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("rule", ["threshold", "mass", "top_k", "max_blocks"])
+def test_mosaic_gpu_lowers_for_cuda_under_vmap_and_grad(rule: str):
+    def kept(logits: jax.Array, number: jax.Array) -> jax.Array:
+        arguments: dict[str, Any] = {rule: number, "implementation": "mosaic_gpu"}
+        blocks = select_blocks(logits, **arguments, block_size=64)
+        return jnp.where(blocks.counts > 1, logits.sum(-1), 0).sum()
+
+    gradients = jax.jit(jax.vmap(jax.grad(kept)))
+    number = jnp.ones((2, 8, 1), "int32" if rule in ("top_k", "max_blocks") else "float32")
+    with assume_hopper():
+        gradients.trace(jnp.zeros((2, 8, 70)), number).lower(lowering_platforms=("cuda",))
+
+
+def test_mosaic_gpu_leaves_longer_rows_to_xla():
+    with assume_hopper():
+        with pytest.raises(NotImplementedError, match="takes rows of at most 4096 key blocks; got 4097"):
+            select_blocks(jnp.zeros((1, 4097)), block_size=64, implementation="mosaic_gpu")
+        assert select_blocks(jnp.zeros((1, 4097)), block_size=64).counts[0] == 4097
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="about machines without a Hopper GPU")
+def test_mosaic_gpu_needs_a_hopper_gpu():
+    with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 9.0 .*; got cpu"):
+        select_blocks(jnp.zeros((1, 4)), block_size=64, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
@@ -35,19 +85,29 @@ def test_real_shapes(case: Case):
         ({"logits": jnp.zeros((2, 3, 5), "bfloat16")}, r"logits must be a float32 array .*; got bfloat16 \(2, 3, 5\)"),
         ({"logits": jnp.zeros(5)}, r"logits must be a float32 array \[..., R, Sb\]; got float32 \(5,\)"),
         ({"block_size": 8}, r"select_blocks: block_size must be one of .* tokens; got 8"),
-        ({"top_k": 2, "max_blocks": 3}, r"at most one of threshold, top_k and max_blocks .*; got top_k and max_blocks"),
-        ({"threshold": 0.1, "top_k": 2}, r"got threshold and top_k"),
+        (
+            {"top_k": 2, "max_blocks": 3},
+            r"at most one of threshold, mass, top_k and max_blocks .*; got top_k and max_blocks",
+        ),
+        ({"threshold": 0.1, "mass": 0.5, "top_k": 2}, r"got threshold and mass and top_k"),
         ({"top_k": 0}, r"top_k must be at least 1 block; got 0"),
         ({"max_blocks": 0}, r"max_blocks must be at least 1 block; got 0"),
         ({"width": 0}, r"width must be at least 1 block; got 0"),
         ({"threshold": 1.5}, r"threshold is compared with a softmax and must lie from 0 to 1; got 1.5"),
         ({"threshold": -0.1}, r"must lie from 0 to 1; got -0.1"),
+        ({"mass": 0}, r"mass is a share of a softmax and must lie above 0 and be 1 at most; got 0"),
+        ({"mass": 1.01}, r"must lie above 0 and be 1 at most; got 1.01"),
+        ({"mass": jnp.ones((3, 5))}, r"mass must broadcast to \[..., R, 1\] = \(2, 3, 1\); got \(3, 5\)"),
+        ({"top_k": jnp.ones((3, 1))}, r"top_k must hold integers; got float32"),
+        ({"max_blocks": jnp.ones((4, 1), int)}, r"max_blocks must broadcast to .* = \(2, 3, 1\); got \(4, 1\)"),
         ({"threshold": jnp.zeros(5)}, r"threshold must broadcast to \[..., R, 1\] = \(2, 3, 1\); got \(5,\)"),
         ({"keep": jnp.zeros((3, 5), int)}, r"keep must be bool; got int32"),
         (
             {"keep": jnp.zeros((2, 1, 1, 1), bool)},
             r"keep must broadcast to \[..., R, Sb\] = \(2, 3, 5\); got \(2, 1, 1, 1\)",
         ),
+        ({"visible": jnp.ones((3, 1))}, r"visible must hold integers; got float32"),
+        ({"visible": jnp.ones((3, 5), int)}, r"visible must broadcast to .* = \(2, 3, 1\); got \(3, 5\)"),
         ({"implementation": "numpy"}, r"implementation must be None or one of .*; got 'numpy'"),
     ],
 )

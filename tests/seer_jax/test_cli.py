@@ -21,7 +21,17 @@ import seer_jax
 from seer_jax import Generated, Transformer, cli, from_pretrained, load_tokenizer, stream
 from seer_jax.commands import parse_policy, write_policy
 from seer_jax.convert import load_gates, save_base, save_gates
-from seer_jax.policies import Dense, Oracle, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.policies import (
+    CumulativeMass,
+    Dense,
+    Oracle,
+    Policy,
+    Random,
+    SinkWindow,
+    Threshold,
+    TokenBudget,
+    TopK,
+)
 from seer_jax.sampling import Sample
 from tests.seer_jax.conftest import LLAMA, tiny_model
 from tests.seer_jax.test_text import TINY_LM
@@ -170,6 +180,8 @@ POLICIES = [
     ("dense", Dense()),
     ("threshold:0.0005", Threshold(5e-4)),
     ("threshold:0.0", Threshold(0.0)),
+    ("mass:0.9", CumulativeMass(0.9)),
+    ("mass:1.0:oracle", CumulativeMass(1.0, Oracle())),
     ("topk:0.1", TopK(0.1)),
     ("topk:0.1:oracle", TopK(0.1, Oracle())),
     ("budget:4096", TokenBudget(4096)),
@@ -193,6 +205,8 @@ def test_policies_are_written_as_words(text: str, policy: Policy):
         "threshold",
         "threshold:",
         "threshold:1",
+        "mass:0",
+        "mass:1.5",
         "topk:x",
         "budget:1.5",
         "budget:0",

@@ -14,7 +14,18 @@ from seer_jax.cache import Cache
 from seer_jax.config import DecodeGateConfig, PrefillGateConfig
 from seer_jax.families import config_from_hf
 from seer_jax.model import LayerContext, Transformer
-from seer_jax.policies import Dense, Given, Oracle, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.policies import (
+    CumulativeMass,
+    Dense,
+    Given,
+    Oracle,
+    Policy,
+    Random,
+    SinkWindow,
+    Threshold,
+    TokenBudget,
+    TopK,
+)
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -47,6 +58,7 @@ def counted(logits: jax.Array) -> jax.Array:
 
 EVERYTHING = [
     Threshold(0.0),
+    CumulativeMass(1.0),
     TopK(1.0),
     TokenBudget(80),
     TopK(1.0, Oracle()),
@@ -65,6 +77,7 @@ def test_a_policy_that_keeps_everything_is_dense(policy: Policy):
 
 SPARSE = [
     Threshold(0.2, dense_last_rows=0),
+    CumulativeMass(0.5, dense_last_rows=0),
     TopK(0.3),
     TopK(0.4, Oracle()),
     TokenBudget(32),
@@ -132,7 +145,9 @@ def test_a_row_of_a_given_mask_that_keeps_nothing_keeps_its_diagonal():
     )
 
 
-@pytest.mark.parametrize("policy", [Dense(), Threshold(0.0), TopK(1.0), TokenBudget(96), TopK(1.0, Oracle())], ids=str)
+@pytest.mark.parametrize(
+    "policy", [Dense(), Threshold(0.0), CumulativeMass(1.0), TopK(1.0), TokenBudget(96), TopK(1.0, Oracle())], ids=str
+)
 def test_decoding_equals_prefill_for_ragged_rows_across_block_boundaries(policy: Policy):
     """Each step's logits equal those of the dense forward pass over the same tokens."""
     decode_equals_prefill(tiny_model(), policy)
@@ -314,6 +329,8 @@ def test_gates_of_another_model_are_refused():
 BAD_POLICIES = [
     (lambda: Threshold(1.0), r"\[0, 1\); got 1.0"),
     (lambda: Threshold(-0.1), r"got -0.1"),
+    (lambda: CumulativeMass(0), r"\(0, 1\]; got 0"),
+    (lambda: CumulativeMass(1.1), r"got 1.1"),
     (lambda: TopK(0.0), r"\(0, 1\]; got 0.0"),
     (lambda: TopK(1.5), r"got 1.5"),
     (lambda: TokenBudget(0), "positive; got 0"),

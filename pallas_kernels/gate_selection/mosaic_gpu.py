@@ -1,0 +1,326 @@
+"""`select_blocks` for Hopper GPUs, in Pallas Mosaic GPU: reads the logits once and writes the lists once, in one kernel.
+
+A warp holds a whole row in registers, 32 columns to a register, so that sums over a row stay within the warp; a CTA of four warps
+takes four adjacent rows. Every rule ends in a cutoff for each row (`_Choice`). Thresholds give it by formula, the other rules by
+bisection (`bisection.py`), which measures the row about a dozen times.
+
+Rows and columns need not come in multiples of 4 and 32. The last tile of a list starts early and does some rows once more; the last
+32 columns are loaded once more, into a register of their own, in which those that other registers hold are blanked.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+
+from pallas_kernels.backends import Unsupported
+from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.gate_selection.bisection import any_row, best, count, full, next_up
+from pallas_kernels.gate_selection.warps import (
+    LANES,
+    ROW_PER_WARP,
+    ROWS,
+    WARPS,
+    append_to_lists,
+    drop_repeats,
+    own_row,
+    write_counts,
+)
+from pallas_kernels.hopper import interpreter, require_hopper
+
+MAX_KEY_BLOCKS = 4096  # what a warp's registers hold: 256k tokens in blocks of 64
+
+_GROUP = 8 * LANES  # columns that are written at a time; more at once would take registers that other CTAs could use
+_LOWEST, _TINY = float(jnp.finfo(jnp.float32).min), float(jnp.finfo(jnp.float32).tiny)
+
+_f32, _i32 = jnp.float32, jnp.int32
+
+
+def select_blocks(
+    logits: Float32[Array, "*lists R Sb"],
+    *,
+    block_size: int,
+    threshold: Float[Array, "*lists R 1"] | None,
+    mass: Float[Array, "*lists R 1"] | None,
+    top_k: int | Int32[Array, "*lists R 1"] | None,
+    max_blocks: int | Int32[Array, "*lists R 1"] | None,
+    keep: Bool[Array, "..."] | None,
+    visible: Int32[Array, "*lists R 1"] | None,
+    width: int,
+) -> BlockIndices:
+    """See the function of this name in api.py."""
+    require_hopper()
+    if logits.shape[-1] > MAX_KEY_BLOCKS:
+        raise Unsupported(f"takes rows of at most {MAX_KEY_BLOCKS} key blocks; got {logits.shape[-1]}.")
+    rules = dict(threshold=threshold, mass=mass, top_k=top_k, max_blocks=max_blocks)
+    rule, value = next(((name, value) for name, value in rules.items() if value is not None), ("all", 0))
+    value = jnp.broadcast_to(jnp.asarray(value, _f32), (*logits.shape[:-1], 1))[..., 0]  # counts are exact in float32
+    visible = None if visible is None else visible[..., 0]
+    logits, value = lax.stop_gradient((logits, value))
+    counts, indices = _select(rule, width, interpreter(), logits, value, visible, keep)
+    return BlockIndices(counts, indices, block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What a kernel is compiled for: A lists of R rows of S key blocks, and which of the A' lists of `keep` each one uses.
+
+    Attributes:
+      rule: which one.
+      lists, keep_lists: leading axes; A and A' are their products. Those of `keep` are as long or 1; None: no `keep`.
+      rows: R, at least 4.
+      columns: S, at least 32.
+      limited: whether rows have a number of visible blocks.
+      interpreted: whether JAX's interpreter runs the kernel.
+    """
+
+    rule: str
+    lists: tuple[int, ...]
+    keep_lists: tuple[int, ...] | None
+    rows: int
+    columns: int
+    limited: bool
+    interpreted: bool
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 4 rows in each list."""
+        return -(-self.rows // WARPS)
+
+    @property
+    def whole(self) -> int:
+        """Columns in registers of 32; what remains shares a register with some of them."""
+        return self.columns // LANES * LANES
+
+    def place(self, tile: Array) -> tuple[Array, Array, Array, Array]:
+        """(list, list of `keep`, first row, how many of its rows belong to the tile before) of a tile."""
+        index, tile = lax.div(tile, _i32(self.tiles)), lax.rem(tile, _i32(self.tiles))
+        keep_index, rest, stride = _i32(0), index, 1
+        for size, own in zip(self.lists[::-1], (self.keep_lists or self.lists)[::-1], strict=True):
+            if own > 1:
+                keep_index += lax.rem(rest, _i32(size)) * stride
+            rest, stride = lax.div(rest, _i32(size)), stride * own
+        start = jnp.minimum(tile * WARPS, self.rows - WARPS)
+        return index, keep_index, start, tile * WARPS - start
+
+    @property
+    def prefixes(self) -> list[int]:
+        """For how many columns the kernel is written out: a row takes the fewest that hold what it sees."""
+        if not self.limited or self.columns < 8 * LANES:
+            return [self.columns]
+        quarter = -(-self.columns // (4 * LANES)) * LANES
+        return [*range(quarter, self.columns, quarter), self.columns]
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """(first column, size) of the registers that are loaded alike: the whole ones, and the one of the last columns."""
+        return [(0, self.whole)] + ([(self.whole, LANES)] if self.columns > self.whole else [])
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """(first column, size) of what is written at a time."""
+        whole, *last = self.pieces
+        return [(first, min(_GROUP, whole[1] - first)) for first in range(0, whole[1], _GROUP)] + last
+
+    def source(self, first: int) -> int:
+        """The block number that stands in a column which begins a piece or a group."""
+        return first if first < self.whole else self.columns - LANES
+
+    def numbers(self, first: int, size: int) -> Int32[Array, "4 size"]:
+        """Block numbers of columns of one piece."""
+        return plgpu.broadcasted_iota(_i32, (WARPS, size), 1, layout=ROW_PER_WARP) + self.source(first)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _select(
+    rule: str,
+    width: int,
+    interpret: Any,
+    logits: Float32[Array, "*lists R Sb"],
+    value: Float32[Array, "*lists R"],
+    visible: Int32[Array, "*lists R"] | None,
+    keep: Bool[Array, "..."] | None,
+) -> tuple[Int32[Array, "*lists R"], Int32[Array, "*lists R N"]]:
+    """Counts and indices; `value` is what the rule compares with."""
+    *lists, rows, columns = logits.shape
+    keep_lists = lists
+    if keep is not None:
+        keep_lists = lists if rows < WARPS else keep.shape[:-2]
+        keep = jnp.broadcast_to(keep, (*keep_lists, rows, columns)).astype(jnp.int8)
+    if keep is None or keep.shape == logits.shape:  # nothing is shared: all rows make one list
+        lists, keep_lists, rows = [], [], math.prod(lists) * rows
+    shared = None if keep is None else tuple(keep_lists)
+    sizes = tuple(lists), shared, max(rows, WARPS), max(columns, LANES)
+    call = _Call(rule, *sizes, visible is not None, interpret is not None)
+
+    def fold(x: Array, own: Any, axes: tuple[int, ...], fill: float) -> Array:
+        x = x.reshape(math.prod(own), rows, *axes)
+        pad = [(0, 0), (0, call.rows - rows), (0, call.columns - columns)]
+        return jnp.pad(x, pad[: x.ndim], constant_values=fill)  # nothing to pad unless the array is tiny
+
+    operands = [fold(logits, lists, (columns,), -jnp.inf), fold(value, lists, (), 1)]
+    operands += [] if visible is None else [fold(visible, lists, (), 0)]
+    operands += [] if keep is None else [fold(keep, keep_lists, (columns,), 0)]
+    outputs = math.prod(lists), call.rows
+    counts, indices = plgpu.kernel(
+        functools.partial(_kernel, call),
+        out_type=[jax.ShapeDtypeStruct(outputs, _i32), jax.ShapeDtypeStruct((*outputs, width), _i32)],
+        grid=(outputs[0] * call.tiles,),
+        grid_names=("tile",),
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        interpret=interpret,
+    )(*operands)
+    counts, indices = counts[:, :rows], indices[:, :rows]
+    return counts.reshape(logits.shape[:-1]), indices.reshape(*logits.shape[:-1], width)
+
+
+def _kernel(call: _Call, logits_ref, value_ref, *others) -> None:
+    """Four rows: logits [A, R, S], value [A, R] and perhaps visible [A, R] and keep [A', R, S] to counts [A, R], indices [A, R, N]."""
+    *others, counts_ref, indices_ref = others
+    index, keep_index, start, done = call.place(lax.axis_index("tile"))
+    rows = pl.ds(start, WARPS)
+    visible = plgpu.load(others[0].at[index, rows], layout=ROWS, optimized=False) if call.limited else None
+    keep_ref = None if call.keep_lists is None else others[-1].at[keep_index, rows]
+
+    def select(columns: int) -> None:
+        tile = _Tile(dataclasses.replace(call, columns=columns), logits_ref.at[index, rows], keep_ref, visible)
+        choice = _RULES[call.rule](tile, plgpu.load(value_ref.at[index, rows], layout=ROWS, optimized=False))
+        length = full(0)
+        for first, size in tile.call.groups:
+            chosen, numbers = choice.columns(tile, first, size), tile.call.numbers(first, size)
+            length = append_to_lists(chosen, numbers, length, done, indices_ref.at[index, rows], call.interpreted)
+        counts = jnp.minimum(length, indices_ref.shape[-1])
+        write_counts(counts, done, counts_ref.at[index, rows], call.interpreted)
+
+    branches = [functools.partial(select, prefix) for prefix in call.prefixes]
+    if visible is None or len(branches) == 1:
+        branches[-1]()
+    else:
+        longer = sum([(visible > prefix).astype(_i32) for prefix in call.prefixes[:-1]], full(0))
+        lax.switch(own_row(longer, call.interpreted), branches)
+
+
+class _Tile(NamedTuple):
+    """Four rows of the inputs.
+
+    Fields:
+      call: the sizes.
+      logits_ref, keep_ref: [4, S]; None if there is no `keep`.
+      visible: [4], how many of the first blocks may be chosen; None: all.
+    """
+
+    call: _Call
+    logits_ref: Any
+    keep_ref: Any
+    visible: Array | None
+
+    def logits(self) -> Float32[Array, "4 W"]:
+        """All columns; -inf where a logit is no number, and in columns that are there a second time."""
+
+        def piece(first: int, size: int) -> Array:
+            x = self._load(self.logits_ref, first, size)
+            return jnp.where(self._may_be_chosen(x > -jnp.inf, first, size), x, -jnp.inf)  # NaN is not above anything
+
+        return _join(piece(*x) for x in self.call.pieces)
+
+    def keep(self, first: int, size: int) -> Bool[Array, "4 size"]:
+        """Some columns of one piece."""
+        return self._may_be_chosen(self._load(self.keep_ref, first, size).astype(_i32) != 0, first, size)
+
+    def _may_be_chosen(self, asked: Bool[Array, "4 size"], first: int, size: int) -> Bool[Array, "4 size"]:
+        """Which of the columns asked for are visible, and not there a second time."""
+        numbers = self.call.numbers(first, size)
+        if first == self.call.whole:
+            asked &= numbers >= first
+        if self.visible is None:
+            return asked
+        return asked & (numbers < self.visible[:, None])
+
+    def _load(self, ref: Any, first: int, size: int) -> Shaped[Array, "4 size"]:
+        return plgpu.load(ref.at[:, pl.ds(self.call.source(first), size)], layout=ROW_PER_WARP, optimized=False)
+
+
+class _Choice(NamedTuple):
+    """Columns of x [4, W] that reach the cutoff [4] of their row and, unless x counts them in, those in `keep`."""
+
+    x: Array
+    cutoff: Array
+    with_keep: bool = True
+
+    def columns(self, tile: _Tile, first: int, size: int) -> Bool[Array, "4 size"]:
+        """The choice among some columns of one piece."""
+        chosen = self.x[:, first : first + size] >= self.cutoff[:, None]
+        if tile.keep_ref is None or not self.with_keep:
+            return chosen
+        return chosen | tile.keep(first, size)
+
+
+def _all(tile: _Tile, _: Array) -> _Choice:
+    return _Choice(tile.logits(), full(_LOWEST))
+
+
+def _by_threshold(tile: _Tile, threshold: Float32[Array, "4"]) -> _Choice:
+    weights = _softmax_weights(tile.logits())
+    cutoff = next_up(threshold * weights.sum(axis=1))
+    return _Choice(weights, jnp.maximum(cutoff, _TINY))
+
+
+def _by_mass(tile: _Tile, mass: Float32[Array, "4"]) -> _Choice:
+    logits = tile.logits()
+    weights = _softmax_weights(logits)
+    goal = jnp.where(mass < 1, mass * weights.sum(axis=1), jnp.inf)  # all mass is all blocks, however little they weigh
+    weights = jnp.where(logits > -jnp.inf, weights, -jnp.inf)
+
+    def weigh(cutoff: Array) -> Array:
+        return jnp.where(weights >= cutoff[:, None], weights, 0.0).sum(axis=1)
+
+    return _Choice(*best(weights, goal, weigh, weighted=True, interpreted=tile.call.interpreted))
+
+
+def _by_top_k(tile: _Tile, top_k: Float32[Array, "4"]) -> _Choice:
+    logits = tile.logits()
+    counted = functools.partial(count, logits)
+    return _Choice(*best(logits, top_k, counted, weighted=False, interpreted=tile.call.interpreted))
+
+
+def _by_max_blocks(tile: _Tile, max_blocks: Float32[Array, "4"]) -> _Choice:
+    if tile.keep_ref is None:
+        return _by_top_k(tile, max_blocks)
+
+    def keep() -> Array:
+        return _join(tile.keep(*x) for x in tile.call.pieces)
+
+    interpreted = tile.call.interpreted
+    left = max_blocks - keep().astype(_i32).sum(axis=1).astype(_f32)
+    logits = jnp.where(keep(), -jnp.inf, tile.logits())
+    counted = functools.partial(count, logits)
+    x, cutoff = best(logits, jnp.maximum(left, 1), counted, weighted=False, interpreted=interpreted)
+    x = jnp.where(keep(), jnp.inf, x)
+    x = lax.cond(
+        any_row(left < 0, interpreted),
+        lambda: drop_repeats(x, full(jnp.inf), max_blocks.astype(_i32), interpreted),
+        lambda: x,
+    )
+    return _Choice(x, jnp.where(left > 0, cutoff, jnp.inf), with_keep=False)
+
+
+_RULES = {"threshold": _by_threshold, "mass": _by_mass, "top_k": _by_top_k, "max_blocks": _by_max_blocks, "all": _all}
+
+
+def _softmax_weights(logits: Float32[Array, "4 W"]) -> Float32[Array, "4 W"]:
+    """Softmax times a factor of each row; 0 throughout where a row has no finite logit."""
+    maximum = logits.max(axis=1)
+    return jnp.exp(logits - jnp.where(maximum > -jnp.inf, maximum, 0.0)[:, None])
+
+
+def _join(parts: Iterable[Array]) -> Array:
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
