@@ -5,6 +5,7 @@ Tb = ceil(T/b), Sb = ceil(S/b), N width of the block lists.
 """
 
 from pallas_kernels.block_ground_truth.api import AttentionWithScores, attention_with_block_scores
+from pallas_kernels.block_pooling.api import pool_blocks
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.gate_selection.api import select_blocks
@@ -15,6 +16,7 @@ __all__ = [
     "BlockIndices",
     "attention_with_block_scores",
     "block_sparse_attention",
+    "pool_blocks",
     "select_blocks",
     "sparse_decode_attention",
 ]

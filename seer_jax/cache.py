@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import pool_blocks
 from seer_jax.config import DecodeGateConfig, ModelConfig
-from seer_jax.gate import DecodeGate, pool_blocks
+from seer_jax.gate import DecodeGate
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +91,7 @@ class Cache:
         if self.gate is None:
             return self
         b = gate.config.block_size
-        pooled = pool_blocks(k, gate.config.k_pooling, b)
+        pooled = pool_blocks(k, gate.config.k_pooling, block_size=b)
         compressed = gate.keys(pooled, jnp.arange(pooled.shape[1])[None] * b)
         unfinished = (lengths // b)[:, None] * b + jnp.arange(b)[None]
         pending = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
@@ -110,7 +111,8 @@ class Cache:
         rows = jnp.arange(k.shape[0])
         pending = self.gate.pending.at[layer, rows, self.lengths % b].set(k.astype(self.gate.pending.dtype))
         block = self.lengths // b
-        compressed = gate.keys(pool_blocks(pending[layer], gate.config.k_pooling, b), (block * b)[:, None])[:, 0]
+        pooled = pool_blocks(pending[layer], gate.config.k_pooling, block_size=b)
+        compressed = gate.keys(pooled, (block * b)[:, None])[:, 0]
         complete = (self.lengths % b == b - 1)[:, None, None]
         old = self.gate.keys[layer, rows, block]
         keys = self.gate.keys.at[layer, rows, block].set(jnp.where(complete, compressed, old))

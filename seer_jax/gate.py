@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import pool_blocks
 from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.layers import GateParam, rms_norm
 from seer_jax.rope import apply_rope
@@ -34,39 +35,6 @@ def _has_tf32() -> bool:
     """NVIDIA GPUs have it from Ampere on."""
     capability = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
     return capability.replace(".", "").isdigit() and float(capability) >= 8
-
-
-def pool_blocks(
-    x: Float[Array, "B T heads D"], kinds: tuple[Pool, ...], block_size: int, valid: Bool[Array, "B T"] | None = None
-) -> Float[Array, "B Tb heads P"]:
-    """Pools blocks of `block_size` tokens; P = len(kinds) * D, kinds concatenated in the order max, min, avg.
-
-    Args:
-      x: queries or keys before RoPE, any float dtype.
-      kinds: which pools.
-      block_size: b, tokens.
-      valid: tokens that count; a block pools over those it has (avg divides by their number). None: all. The end of a
-        partial last block never counts. A block with no valid token gives zeros.
-
-    Returns:
-      float32.
-    """
-    batch, tokens, heads, dim = x.shape
-    pad = -tokens % block_size
-    if valid is None:
-        valid = jnp.ones((1, tokens), bool)
-    valid = jnp.pad(valid, ((0, 0), (0, pad))).reshape(valid.shape[0], -1, block_size, 1)
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    # With the channels of all heads as one axis XLA reduces where the tokens lie; else it would write float32 copies of them.
-    x = x.reshape(batch, -1, block_size, heads * dim).astype(jnp.float32)
-    count = valid.sum(2)
-    pools = {
-        Pool.MAX: lambda: jnp.where(valid, x, -jnp.inf).max(2),
-        Pool.MIN: lambda: jnp.where(valid, x, jnp.inf).min(2),
-        Pool.AVG: lambda: jnp.where(valid, x, 0).sum(2) / jnp.maximum(count, 1),
-    }
-    pooled = [jnp.where(count > 0, pools[kind](), 0.0).reshape(batch, -1, heads, dim) for kind in kinds]
-    return jnp.concatenate(pooled, axis=-1)
 
 
 def _initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Pool, ...], head_dim: int) -> jax.Array:
@@ -129,8 +97,8 @@ class PrefillGate(nnx.Module):
           valid: tokens that count, see `pool_blocks`.
         """
         config, group = self.config, self.model.group_size
-        pooled_q = pool_blocks(q, config.q_pooling, config.block_size, valid)
-        pooled_k = pool_blocks(k, config.k_pooling, config.block_size, valid)
+        pooled_q = pool_blocks(q, config.q_pooling, block_size=config.block_size, valid=valid)
+        pooled_k = pool_blocks(k, config.k_pooling, block_size=config.block_size, valid=valid)
         first = positions[:, :: config.block_size]
         if self.linear_q is not None:
             pooled_q = _einsum("bnhp,hpc->bnhc", pooled_q, self.linear_q[...])

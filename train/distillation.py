@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels import attention_with_block_scores
+from pallas_kernels import attention_with_block_scores, pool_blocks
 from seer_jax.attention import rotate
-from seer_jax.gate import DecodeGate, PrefillGate, pool_blocks
+from seer_jax.gate import DecodeGate, PrefillGate
 from seer_jax.model import LayerContext, Transformer
 from seer_jax.train.data import Batch
 from seer_jax.train.loss import block_recall, row_kl
@@ -116,7 +116,7 @@ def packed_decode_logits(
     """Logits of one layer for packed sequences, -inf outside the completed earlier blocks of a token's own one; q and k
     before RoPE."""
     b = gate.config.block_size
-    pooled = pool_blocks(k, gate.config.k_pooling, b, segment_ids > 0)
+    pooled = pool_blocks(k, gate.config.k_pooling, block_size=b, valid=segment_ids > 0)
     completed = jnp.broadcast_to(jnp.arange(q.shape[1]) // b, positions.shape)  # in the row; other sequences go below
     logits = gate.logits(gate.queries(q, positions), gate.keys(pooled, positions[:, ::b]), completed)
     same = (segment_ids[:, :, None] == segment_ids[:, None, ::b]) & (segment_ids > 0)[:, :, None]

@@ -8,7 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import assume_hopper
 
-for module in ("comparison", "suite_block_sparse", "suite_ground_truth", "suite_decode", "suite_selection"):
+SUITES = ("suite_block_sparse", "suite_ground_truth", "suite_decode", "suite_selection", "suite_pooling")
+for module in ("comparison", *SUITES):
     pytest.register_assert_rewrite(f"tests.pallas_kernels.{module}")
 
 

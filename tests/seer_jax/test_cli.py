@@ -172,7 +172,8 @@ def test_info_tells_versions_devices_and_implementations(capsys: pytest.CaptureF
     assert lines[0].startswith(f"seer-jax {seer_jax.__version__}, Python 3.")
     assert any(line.split() == ["jax", jax.__version__] for line in lines)
     assert any(line.split()[:1] == [f"{jax.devices()[0].platform}:0"] for line in lines)
-    for name in ("block_sparse_attention", "attention_with_block_scores", "sparse_decode_attention", "select_blocks"):
+    attention = ("block_sparse_attention", "attention_with_block_scores", "sparse_decode_attention")
+    for name in (*attention, "select_blocks", "pool_blocks"):
         assert any(line.split()[:1] == [name] and "reference" in line for line in lines)
 
 

@@ -1,0 +1,1 @@
+"""Blocks of tokens as one vector each."""

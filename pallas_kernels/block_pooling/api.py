@@ -1,0 +1,56 @@
+"""`pool_blocks`: blocks of tokens as one vector each."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+from pallas_kernels.backends import Implementation, Operation
+from pallas_kernels.checks import check_block_size
+
+KINDS = ("max", "min", "avg")
+
+_run = Operation("pool_blocks", "pallas_kernels.block_pooling", preferred=("mosaic_gpu", "xla"))
+
+
+def pool_blocks(
+    x: Float[Array, "B T heads D"],
+    kinds: tuple[str, ...],
+    *,
+    block_size: int,
+    valid: Bool[Array, "#B T"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float32[Array, "B Tb heads P"]:
+    """Pools each block of tokens, channel by channel: the largest, the least, the mean of what its valid tokens hold.
+
+    Differentiable. What comes out does not depend on what tokens hold that are not valid, be it NaN.
+
+    Args:
+      x: queries or keys before RoPE: float32, bfloat16 or float16. The last block may have fewer than b tokens.
+      kinds: "max", "min", "avg"; the pooled vectors are concatenated in this order.
+      block_size: b, tokens per block.
+      valid: tokens that count; None: all. A block without any gives zeros.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; heads * D a multiple of 256), or None for the best that
+        works here.
+
+    Returns:
+      float32, P = len(kinds) * D.
+
+    Raises:
+      ValueError: kinds that do not exist, or shapes and dtypes that do not fit each other.
+      NotImplementedError: the named implementation cannot do this.
+
+    Source: SeerAttention, arXiv 2410.13276, sec. 3.1.
+
+    >>> x = jnp.arange(40.0).reshape(1, 20, 1, 2)
+    >>> pool_blocks(x, ("min", "avg"), block_size=16)[0, :, 0].tolist()
+    [[0.0, 1.0, 15.0, 16.0], [32.0, 33.0, 35.0, 36.0]]
+    """
+    name = "pool_blocks"
+    check_block_size(name, block_size)
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"{name}: kinds must be some of {KINDS}; got {kinds}.")
+    if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: x must be floats [B, T, heads, D], no axis empty; got {x.dtype} {x.shape}.")
+    shapes = (x.shape[:2], (1, x.shape[1]))
+    if valid is not None and (valid.dtype != jnp.bool_ or valid.shape not in shapes):
+        raise ValueError(f"{name}: valid must be bool, one of {shapes}; got {valid.dtype} {valid.shape}.")
+    return _run(implementation, x, kinds=tuple(str(kind) for kind in kinds), block_size=block_size, valid=valid)
