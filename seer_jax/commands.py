@@ -248,8 +248,9 @@ def describe() -> str:
     lines += [f"  {device.platform}:{device.id}  {device.device_kind}" for device in jax.devices()]
     lines += [f"  CPU cores         {os.cpu_count()}", "", "Operations"]
     for operation in map(_operation, OPERATION_FOLDERS):
-        first, *further = operation.preferred + operation.others
-        lines.append(f"  {operation.name:<28} {first} (also there: {', '.join(further)})")
+        used = operation.used_here()
+        others = [name for name in operation.preferred + operation.others if name != used]
+        lines.append(f"  {operation.name:<28} {used} (also there: {', '.join(others)})")
     return "\n".join(lines)
 
 
