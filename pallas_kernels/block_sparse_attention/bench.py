@@ -103,9 +103,7 @@ class Bench:
         key_case, key_rows = jax.random.split(jax.random.key(self.seed))
         arguments = case.arguments(key_case)
         arguments.setdefault("lengths", jnp.full(case.batch, arguments["k"].shape[1], jnp.int32))
-        call = compiled(
-            self.implementation, None if self.config is None else self.config[1], round(case.density + 1e-9)
-        )
+        call = compiled(self.implementation, None if self.config is None else self.config[1], case.density)
         result = call(**arguments)
         errors = sampled_errors(key_rows, arguments, *result)
         failure = find_fault(errors, arguments, result, call(**arguments))
@@ -151,7 +149,7 @@ def compiled(implementation: Implementation | None, config: Any | None, hint: fl
 
     Args:
       config: of the named backend, which is then called directly; None: the backend chooses.
-      hint: the density that is expected. A sweep rounds it to 0 or 1, so that it compiles few programs.
+      hint: the density that is expected.
     """
     if config is None:
         call = functools.partial(block_sparse_attention, return_lse=True, implementation=implementation, density=hint)

@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import BlockIndices, block_sparse_attention
 from pallas_kernels.attend_rows import Tiling
 from pallas_kernels.backends import Implementation
+from pallas_kernels.block_sparse_attention import mosaic_gpu
 from pallas_kernels.block_sparse_attention.cases import REAL, Case
 from pallas_kernels.hopper import assume_hopper
 from pallas_kernels.shapes import Heads
@@ -66,6 +67,26 @@ def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str
         assert_bitwise_equal(
             block_sparse_attention(**arguments), block_sparse_attention(**arguments, implementation="xla")
         )
+
+
+@pytest.mark.parametrize(
+    ("heads", "lists", "block_size", "num_key_blocks", "density", "name"),
+    [
+        (Heads(32, 8, 128), 32, 64, 512, None, "solo"),
+        (Heads(32, 8, 128), 32, 64, 512, 0.5, "solo"),
+        (Heads(32, 8, 128), 32, 64, 512, 1.0, "own"),
+        (Heads(32, 8, 128), 8, 64, 512, None, "heads"),
+        (Heads(32, 8, 128), 1, 64, 512, 0.1, "heads"),
+        (Heads(32, 8, 128), 8, 64, 128, 0.1, "solo"),
+        (Heads(28, 4, 128), 4, 64, 512, None, "solo"),  # 7 heads in a group
+        (Heads(32, 8, 128), 8, 128, 256, None, "queries"),
+    ],
+)
+def test_mosaic_gpu_chooses_a_kernel(
+    heads: Heads, lists: int, block_size: int, num_key_blocks: int, density: float | None, name: str
+):
+    choice = mosaic_gpu.choose_config(heads.heads, heads.kv_heads, lists, block_size, num_key_blocks, density)
+    assert choice is mosaic_gpu.CONFIGS[name]
 
 
 @pytest.mark.cpu
