@@ -8,6 +8,7 @@ from pallas_kernels.block_ground_truth.api import AttentionWithScores, attention
 from pallas_kernels.block_pooling.api import pool_blocks
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.gate_scores.api import score_blocks
 from pallas_kernels.gate_selection.api import select_blocks
 from pallas_kernels.sparse_decode.api import sparse_decode_attention
 
@@ -17,6 +18,7 @@ __all__ = [
     "attention_with_block_scores",
     "block_sparse_attention",
     "pool_blocks",
+    "score_blocks",
     "select_blocks",
     "sparse_decode_attention",
 ]

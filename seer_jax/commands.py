@@ -28,7 +28,14 @@ POLICY_SYNTAX = "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:gate|oracl
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "cuda13", "matplotlib": "plot", "tensorboardX": "train", "datasets": "data"}
-OPERATION_FOLDERS = ("block_sparse_attention", "block_ground_truth", "sparse_decode", "gate_selection", "block_pooling")
+OPERATION_FOLDERS = (
+    "block_sparse_attention",
+    "block_ground_truth",
+    "sparse_decode",
+    "gate_selection",
+    "block_pooling",
+    "gate_scores",
+)
 
 
 def parse_policy(text: str) -> Policy:

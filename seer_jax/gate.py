@@ -11,30 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import pool_blocks
+from pallas_kernels import pool_blocks, score_blocks
+from pallas_kernels.precision import precise_einsum
 from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.layers import GateParam, rms_norm
 from seer_jax.rope import apply_rope
 
 NORM_EPS = 1e-6
-
-TENSOR_CORE_ROWS = 2048
-
-
-def _einsum(equation: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A product in float32 that errs by about 2e-7: scores are compared with thresholds, and plain TF32 would move blocks across.
-
-    Tensor cores take three passes over TF32 parts for that, and are faster where x holds many vectors.
-    """
-    many = x.size // x.shape[-1] >= TENSOR_CORE_ROWS
-    precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if many and _has_tf32() else jax.lax.Precision.HIGHEST
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _has_tf32() -> bool:
-    """NVIDIA GPUs have it from Ampere on."""
-    capability = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
-    return capability.replace(".", "").isdigit() and float(capability) >= 8
 
 
 def _initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Pool, ...], head_dim: int) -> jax.Array:
@@ -101,17 +84,14 @@ class PrefillGate(nnx.Module):
         pooled_k = pool_blocks(k, config.k_pooling, block_size=config.block_size, valid=valid)
         first = positions[:, :: config.block_size]
         if self.linear_q is not None:
-            pooled_q = _einsum("bnhp,hpc->bnhc", pooled_q, self.linear_q[...])
-            keys = _einsum("bnkp,kpc->bnkc", pooled_k, self.linear_k[...])
+            pooled_q = precise_einsum("bnhp,hpc->bnhc", pooled_q, self.linear_q[...])
+            keys = precise_einsum("bnkp,kpc->bnkc", pooled_k, self.linear_k[...])
         else:
             weight = self.linear_k[...].reshape(-1, group, *self.linear_k.shape[1:])
-            keys = _einsum("bnkp,kgpc->bnkgc", pooled_k, weight).reshape(*pooled_q.shape)
+            keys = precise_einsum("bnkp,kgpc->bnkgc", pooled_k, weight).reshape(*pooled_q.shape)
         queries = apply_rope(pooled_q, first, self.model.rope)
         keys = apply_rope(keys, first, self.model.rope)
-        # One matrix product per key/value head, in the order of its result: what it writes needs no transposition.
-        batch, blocks, heads, dim = queries.shape
-        queries = (queries * dim**-0.5).transpose(0, 2, 1, 3).reshape(batch, keys.shape[2], -1, dim)
-        return _einsum("bkmc,bkjc->bkmj", queries, keys.transpose(0, 2, 1, 3)).reshape(batch, heads, blocks, blocks)
+        return score_blocks(queries, keys, causal=True)
 
 
 class DecodeGate(nnx.Module):
@@ -154,14 +134,14 @@ class DecodeGate(nnx.Module):
         if self.linear_q is None:
             out = grouped.mean(3)
         elif self.config.query_reduction is QueryReduction.PROJ:
-            out = _einsum("btkgd,kgdc->btkc", grouped, self.linear_q[...])
+            out = precise_einsum("btkgd,kgdc->btkc", grouped, self.linear_q[...])
         else:
-            out = _einsum("btkd,kdc->btkc", grouped.mean(3), self.linear_q[...])
+            out = precise_einsum("btkd,kdc->btkc", grouped.mean(3), self.linear_q[...])
         return self._finish(out, self.q_norm, positions)
 
     def keys(self, pooled: Float[Array, "B Sb K P"], first_positions: Int[Array, "#B Sb"]) -> Float[Array, "B Sb K C"]:
         """Compressed keys of one layer from pooled keys (`pool_blocks`); positions are those of each block's first token."""
-        return self._finish(_einsum("bnkp,kpc->bnkc", pooled, self.linear_k[...]), self.k_norm, first_positions)
+        return self._finish(precise_einsum("bnkp,kpc->bnkc", pooled, self.linear_k[...]), self.k_norm, first_positions)
 
     def _finish(self, x: jax.Array, norm: GateParam | None, positions: jax.Array) -> jax.Array:
         if norm is not None:
@@ -176,7 +156,7 @@ class DecodeGate(nnx.Module):
         Args:
           completed: number of completed earlier blocks of each query token, floor(t / b).
         """
-        logits = _einsum("btkc,bnkc->bktn", queries, keys) * self.config.gate_dim**-0.5
+        logits = score_blocks(queries, keys)
         visible = jnp.arange(keys.shape[1])[None, None, None] < completed[:, None, :, None]
         return jnp.where(visible, logits, -jnp.inf)
 

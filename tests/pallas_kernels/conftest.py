@@ -8,8 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import assume_hopper
 
-SUITES = ("suite_block_sparse", "suite_ground_truth", "suite_decode", "suite_selection", "suite_pooling")
-for module in ("comparison", *SUITES):
+SUITES = ("block_sparse", "ground_truth", "decode", "selection", "pooling", "gate_scores")
+for module in ("comparison", *(f"suite_{name}" for name in SUITES)):
     pytest.register_assert_rewrite(f"tests.pallas_kernels.{module}")
 
 

@@ -173,7 +173,7 @@ def test_info_tells_versions_devices_and_implementations(capsys: pytest.CaptureF
     assert any(line.split() == ["jax", jax.__version__] for line in lines)
     assert any(line.split()[:1] == [f"{jax.devices()[0].platform}:0"] for line in lines)
     attention = ("block_sparse_attention", "attention_with_block_scores", "sparse_decode_attention")
-    for name in (*attention, "select_blocks", "pool_blocks"):
+    for name in (*attention, "select_blocks", "pool_blocks", "score_blocks"):
         assert any(line.split()[:1] == [name] and "reference" in line for line in lines)
 
 

@@ -1,0 +1,1 @@
+"""Scores of key blocks for queries, before softmax."""

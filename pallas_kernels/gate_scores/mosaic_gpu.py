@@ -1,0 +1,224 @@
+"""`score_blocks` for Hopper GPUs, in Pallas Mosaic GPU: three float16 products for one float32 product.
+
+Each number is scaled by a power of two that its head has in common, and split into two float16 parts, which hold 22 bits. The tensor
+cores multiply low by high, high by low and high by high, sum in float32, and leave out what low by low would add, 2^-22 of it.
+
+A CTA of one warpgroup takes 64 queries of one head and walks the key blocks 64 at a time. Several CTAs on a multiprocessor hide each
+other's waits.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref
+from jaxtyping import Array, Float16, Float32
+
+from pallas_kernels.backends import Unsupported
+from pallas_kernels.hopper import interpreter, require_hopper
+from pallas_kernels.precision import precise_einsum
+
+TILE = 64  # queries, and key blocks, that are multiplied at a time
+
+_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
+_ACCUMULATOR = plgpu.ACC((TILE, TILE), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+_LARGEST = 7  # exponent of the largest number of a head once it is scaled
+_f32, _i32 = jnp.float32, jnp.int32
+
+
+def score_blocks(
+    queries: Float32[Array, "B T H C"], keys: Float32[Array, "B Sb K C"], *, scale: float, causal: bool
+) -> Float32[Array, "B H T Sb"]:
+    """See the function of this name in api.py."""
+    require_hopper()
+    if queries.shape[3] not in (64, 128):
+        raise Unsupported(f"takes vectors of 64 and 128 numbers; got {queries.shape[3]}.")
+    if queries.shape[1] < TILE:  # a decoder's few queries are not worth splitting all its keys for
+        raise Unsupported(f"takes {TILE} queries or more; got {queries.shape[1]}.")
+    return _differentiable(scale, causal, interpreter(), queries, keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(scale, causal, interpret, queries, keys):
+    return _score(scale, causal, interpret, queries, keys)
+
+
+def _forward_rule(scale, causal, interpret, queries, keys):
+    return _score(scale, causal, interpret, queries, keys), (queries, keys)
+
+
+def _backward_rule(scale, causal, interpret, residuals, cotangent):
+    del interpret
+    (batch, rows, heads, dim), (_, blocks, kv_heads, _) = residuals[0].shape, residuals[1].shape
+    queries, keys = (x.transpose(0, 2, 1, 3) for x in residuals)
+    if causal:
+        cotangent = jnp.where(jnp.tril(jnp.ones((1, 1, rows, blocks), bool)), cotangent, 0)
+    grouped = (scale * cotangent).reshape(batch, kv_heads, -1, blocks)
+    d_queries = precise_einsum("bkmj,bkjc->bkmc", grouped, keys).reshape(batch, heads, rows, dim)
+    d_keys = precise_einsum("bkmj,bkmc->bkjc", grouped, queries.reshape(batch, kv_heads, -1, dim))
+    return d_queries.transpose(0, 2, 1, 3), d_keys.transpose(0, 2, 1, 3)
+
+
+_differentiable.defvjp(_forward_rule, _backward_rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What a kernel is compiled for: T, H, Sb, K, C, whether it stops at the diagonal, and for the interpreter."""
+
+    rows: int
+    heads: int
+    blocks: int
+    kv_heads: int
+    dim: int
+    causal: bool
+    interpreted: bool
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.rows // TILE)
+
+    @property
+    def scores_shape(self) -> tuple[int, int]:
+        """Of one head; in the interpreter whole tiles, since it does not run what keeps within the borders."""
+        shape = self.rows, self.blocks
+        return (_round_up(shape[0]), _round_up(shape[1])) if self.interpreted else shape
+
+    def place(self, cta: Array) -> tuple[Array, Array, Array]:
+        """(sequence, head, first row) of a CTA. Late rows, which see most, come first; heads one after the other."""
+        tile, rest = lax.rem(cta, _i32(self.row_tiles)), lax.div(cta, _i32(self.row_tiles))
+        row = (self.row_tiles - 1 - tile) * TILE
+        return lax.div(rest, _i32(self.heads)), lax.rem(rest, _i32(self.heads)), row
+
+    def tiles(self, row: Array) -> Array:
+        """How many tiles of key blocks the queries from `row` on need."""
+        every = _i32(-(-self.blocks // TILE))
+        return jnp.minimum(lax.div(row, _i32(TILE)) + 1, every) if self.causal else every
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _score(
+    scale: float,
+    causal: bool,
+    interpret: Any,
+    queries: Float32[Array, "B T H C"],
+    keys: Float32[Array, "B Sb K C"],
+) -> Float32[Array, "B H T Sb"]:
+    (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
+    call = _Call(rows, heads, blocks, kv_heads, dim, causal, interpret is not None)
+    (queries_parts, query_factor), (keys_parts, key_factor) = _split(queries), _split(keys)
+    factor = scale * query_factor * jnp.repeat(key_factor, heads // kv_heads, axis=1)
+    scores = plgpu.kernel(
+        functools.partial(_kernel, call),
+        out_type=jax.ShapeDtypeStruct((batch, heads, *call.scores_shape), _f32),
+        grid=(batch * heads * call.row_tiles,),
+        grid_names=("cta",),
+        scratch_types=[
+            plgpu.SMEM((2, TILE, dim), jnp.float16, transforms=_TILED),
+            plgpu.SMEM((2, TILE, dim), jnp.float16, transforms=_TILED),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        interpret=interpret,
+    )(queries_parts, keys_parts, factor)
+    return scores[:, :, :rows, :blocks]
+
+
+def _split(x: Float32[Array, "B N heads C"]) -> tuple[Float16[Array, "2 B padded heads C"], Float32[Array, "B heads"]]:
+    """High and low parts of x over a factor, filled up to whole tiles, and that factor, a power of two for each head."""
+    x = jnp.pad(x, ((0, 0), (0, _round_up(x.shape[1]) - x.shape[1]), (0, 0), (0, 0)))
+    exponent = jnp.frexp(jnp.abs(x).max((1, 3)))[1] - _LARGEST
+    scaled = jnp.ldexp(x, -exponent[:, None, :, None])
+    high = scaled.astype(jnp.float16)
+    low = (scaled - high.astype(_f32)).astype(jnp.float16)
+    return jnp.stack([high, low]), jnp.ldexp(jnp.ones_like(exponent, _f32), exponent)
+
+
+def _kernel(
+    call: _Call, queries_ref, keys_ref, factor_ref, scores_ref, query_tile, key_tile, queries_ready, keys_ready
+) -> None:
+    """queries [2, B, T, H, C], keys [2, B, Sb, K, C] in parts and factor [B, H] to scores [B, H, T, Sb]."""
+    sequence, head, row = call.place(lax.axis_index("cta"))
+    kv_head = lax.div(head, _i32(call.heads // call.kv_heads))
+    tiles = call.tiles(row)
+
+    def load_keys(tile: Array) -> None:
+        @pl.when(tile < tiles)
+        def _():
+            columns = pl.ds(tile * TILE, TILE)
+            for part in range(2):
+                source = keys_ref.at[part, sequence, columns, kv_head]
+                plgpu.copy_gmem_to_smem(source, key_tile.at[part], keys_ready)
+
+    def multiply(accumulator: Any) -> Array:
+        for query_part, key_part in ((1, 0), (0, 1), (0, 0)):  # small terms first
+            plgpu.wgmma(accumulator, query_tile.at[query_part], key_tile.at[key_part].transpose((1, 0)))
+        return accumulator[...]
+
+    for part in range(2):
+        source = queries_ref.at[part, sequence, pl.ds(row, TILE), head]
+        plgpu.copy_gmem_to_smem(source, query_tile.at[part], queries_ready)
+    load_keys(_i32(0))
+    factor = factor_ref[sequence, head]
+    plgpu.barrier_wait(queries_ready)
+
+    @pl.loop(_i32(0), tiles)
+    def _(tile: Array) -> None:
+        plgpu.barrier_wait(keys_ready)
+        scores = pl.run_scoped(multiply, _ACCUMULATOR) * factor
+        load_keys(tile + 1)
+        _store(call, scores, row, tile * TILE, scores_ref.at[sequence, head])
+
+
+def _store(call: _Call, scores: Float32[Array, "64 64"], row: Array, column: Array, ref: Any) -> None:
+    """Writes a tile to the scores [T, Sb] of a head, as far as it lies within them."""
+    rows, columns = call.scores_shape
+
+    def store_whole() -> None:
+        ref[pl.ds(row, TILE), pl.ds(column, TILE)] = scores
+
+    def store_inside() -> None:
+        types = plgpu.Layout.WGMMA, _SCALAR, _SCALAR, plgpu.RefType()
+        plgpu.inline_mgpu(arg_types=types)(_store_inside)(scores, row, column, ref)
+
+    if rows % TILE == 0 and columns % TILE == 0:
+        store_whole()
+    elif columns % 2:  # no aligned pairs of numbers, as which they stand in registers
+        store_inside()
+    else:
+        lax.cond((row + TILE <= rows) & (column + TILE <= columns), store_whole, store_inside)
+
+
+def _store_inside(
+    ctx: mgpu.LaunchContext,
+    scores: mgpu.FragmentedArray,
+    row: mgpu.FragmentedArray,
+    column: mgpu.FragmentedArray,
+    ref: ir.Value,
+) -> None:
+    """Number by number: Pallas has no word for it."""
+    del ctx
+    index = ir.IndexType.get()
+    starts = [arith.index_cast(index, x.registers.item()) for x in (row, column)]
+    ends = [arith.constant(index, size) for size in ir.MemRefType(ref.type).shape]
+
+    def store(value: ir.Value, place: tuple[ir.Value, ...]) -> None:
+        target = [arith.addi(start, i) for start, i in zip(starts, place, strict=True)]
+        inside = [arith.cmpi(arith.CmpIPredicate.slt, i, end) for i, end in zip(target, ends, strict=True)]
+        with mgpu.when(arith.andi(*inside)):
+            memref.store(value, ref, target)
+
+    scores.foreach(store)
+
+
+def _round_up(size: int) -> int:
+    return -(-size // TILE) * TILE

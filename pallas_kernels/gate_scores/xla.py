@@ -1,0 +1,21 @@
+"""`score_blocks` in XLA, for any device."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float32
+
+from pallas_kernels.precision import precise_einsum
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "causal"))
+def score_blocks(
+    queries: Float32[Array, "B T H C"], keys: Float32[Array, "B Sb K C"], *, scale: float, causal: bool
+) -> Float32[Array, "B H T Sb"]:
+    """See the function of this name in api.py. What `causal` allows to be left out is there as well."""
+    del causal
+    (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
+    # One matrix product per key head, in the order of its result: what it writes needs no transposition.
+    queries = (queries * scale).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, dim)
+    scores = precise_einsum("bkmc,bkjc->bkmj", queries, keys.transpose(0, 2, 1, 3))
+    return scores.reshape(batch, heads, rows, blocks)

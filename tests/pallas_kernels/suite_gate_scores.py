@@ -1,0 +1,76 @@
+"""What every implementation of `score_blocks` must do."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import score_blocks
+from pallas_kernels.backends import Implementation
+from pallas_kernels.gate_scores.cases import TINY, Case
+from tests.pallas_kernels.comparison import KEY, array
+
+_compiled = jax.jit(score_blocks, static_argnames=("scale", "causal", "implementation"))
+
+
+def scores_by_hand(queries: Any, keys: Any, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [B, H, T, Sb] in float64, and the products of the norms they come from."""
+    queries, keys = array(queries), array(keys)
+    keys = keys.repeat(queries.shape[2] // keys.shape[2], axis=2)
+    norms = (np.linalg.norm(x, axis=-1) for x in (queries, keys))
+    scores, bounds = np.einsum("bthc,bjhc->bhtj", queries, keys), np.einsum("bth,bjh->bhtj", *norms)
+    return scale * scores, abs(scale) * bounds
+
+
+def assert_accurate(got: jax.Array, queries: Any, keys: Any, *, causal: bool, scale: float | None = None) -> None:
+    truth, bounds = scores_by_hand(queries, keys, queries.shape[-1] ** -0.5 if scale is None else scale)
+    needed = np.tril(np.ones(truth.shape, bool)) | (not causal)
+    assert got.dtype == jnp.float32 and got.shape == truth.shape
+    assert (np.abs(array(got) - truth)[needed] <= 1e-6 * bounds[needed]).all()
+
+
+class Definition:
+    """Properties that the definition and every backend share."""
+
+    implementation: ClassVar[Implementation]
+
+    def run(self, queries: Any, keys: Any, **arguments: Any) -> jax.Array:
+        return _compiled(queries, keys, **arguments, implementation=self.implementation)
+
+    @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+    def test_is_accurate_to_float32(self, case: Case):
+        arguments = case.arguments(KEY)
+        assert_accurate(self.run(**arguments), **arguments)
+
+    def test_heads_of_any_size(self):
+        """Each head has its own; one is zero throughout."""
+        arguments = Case("heads", 4, 2, 64, 70, 70).arguments(KEY)
+        factors = jnp.asarray([1.0, 1e-20, 0.0, 1e15])[None, None, :, None]
+        arguments["queries"] *= factors
+        assert_accurate(self.run(**arguments, scale=3.0), **arguments, scale=3.0)
+
+
+class Conformance(Definition):
+    """What a backend must do besides: give the definition's gradients, and map."""
+
+    def test_gradients(self):
+        arguments = Case("gradients", 4, 2, 64, 70, 70).arguments(KEY)
+
+        def loss(implementation: Implementation):
+            def square(queries: jax.Array, keys: jax.Array) -> jax.Array:
+                scores = score_blocks(queries, keys, causal=True, implementation=implementation)
+                return (jnp.where(jnp.tril(jnp.ones((1, 1, 70, 70), bool)), scores, 0) ** 2).sum()
+
+            return jax.jit(jax.grad(square, argnums=(0, 1)))
+
+        gradients = [loss(name)(arguments["queries"], arguments["keys"]) for name in (self.implementation, "reference")]
+        for got, truth in zip(*gradients, strict=True):
+            np.testing.assert_allclose(got, truth, rtol=0, atol=4e-6 * float(jnp.abs(truth).max()))
+
+    def test_maps(self):
+        arguments = Case("mapped", 2, 2, 64, 64, 64, batch=3).arguments(KEY)
+        queries, keys = arguments["queries"], arguments["keys"]
+        one = jax.vmap(lambda q, k: score_blocks(q[None], k[None], implementation=self.implementation)[0])
+        assert_accurate(one(queries, keys), queries, keys, causal=False)

@@ -1,0 +1,85 @@
+"""`score_blocks`: its implementations, and what it says to wrong calls."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import score_blocks
+from pallas_kernels.gate_scores.cases import REAL, Case
+from pallas_kernels.hopper import assume_hopper
+from tests.pallas_kernels import suite_gate_scores as suite
+from tests.pallas_kernels.comparison import assert_bitwise_equal, shapes
+
+
+class TestReference(suite.Definition):
+    implementation = "reference"
+
+
+class TestXla(suite.Conformance):
+    implementation = "xla"
+
+
+@pytest.mark.gpu
+class TestMosaicGpu(suite.Conformance):
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicGpuInterpreted(suite.Conformance):
+    """All but the borders of scores that are no whole tiles."""
+
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+def test_mosaic_gpu_lowers_for_cuda(case: Case):
+    arguments, static = shapes(case)
+    call = functools.partial(score_blocks, **static, implementation="mosaic_gpu")
+    with assume_hopper():
+        lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 64, 2, 32), "takes vectors of 64 and 128 numbers; got 32"),
+        ((1, 63, 2, 64), "takes 64 queries or more; got 63"),
+    ],
+)
+def test_mosaic_gpu_leaves_the_rest_to_xla(shape: tuple[int, ...], message: str):
+    x = jnp.ones(shape)
+    with assume_hopper():
+        with pytest.raises(NotImplementedError, match=message):
+            score_blocks(x, x, implementation="mosaic_gpu")
+        scores = score_blocks(x, x)
+    assert_bitwise_equal(scores, score_blocks(x, x, implementation="xla"))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="about machines without a Hopper GPU")
+def test_mosaic_gpu_needs_a_hopper_gpu():
+    x = jnp.ones((1, 64, 2, 64))
+    with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 9.0 .*; got cpu"):
+        score_blocks(x, x, implementation="mosaic_gpu")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"queries": jnp.ones((1, 4, 4, 8), "bfloat16")}, r"queries must be float32 .*; got bfloat16 \(1, 4, 4, 8\)"),
+        ({"keys": jnp.ones((4, 2, 8))}, r"keys float32 \[B, Sb, K, C\]; got .* float32 \(4, 2, 8\)"),
+        ({"keys": jnp.ones((2, 4, 2, 8))}, r"must agree in B and C, and H be a multiple of K; got .* \(2, 4, 2, 8\)"),
+        ({"keys": jnp.ones((1, 4, 2, 16))}, r"must agree in B and C"),
+        ({"keys": jnp.ones((1, 4, 3, 8))}, r"H be a multiple of K; got \(1, 4, 4, 8\) and \(1, 4, 3, 8\)"),
+        ({"keys": jnp.ones((1, 0, 2, 8))}, r"no axis may be empty; got .* \(1, 0, 2, 8\)"),
+        ({"scale": float("inf")}, r"scale must be a finite number; got inf"),
+    ],
+)
+def test_refuses(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        score_blocks(**{"queries": jnp.ones((1, 4, 4, 8)), "keys": jnp.ones((1, 4, 2, 8))} | changes)  # pyright: ignore
