@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seer_jax.config import ModelConfig
+from seer_jax.config import DType, ModelConfig
 from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.hub import read_config, resolve, write_config
 from seer_jax.convert.rules import BASE_RULES, ROTARY_BUFFERS, TIED_HEAD
@@ -23,7 +23,6 @@ from seer_jax.layers import BaseParam
 from seer_jax.model import Transformer
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-BASE_DTYPES = (jnp.bfloat16, jnp.float32)
 SHARD_BYTES = 5 * 10**9
 
 _WEIGHTS = "model.safetensors"
@@ -48,7 +47,7 @@ def load_base(
       ValueError: a model type or RoPE that is not supported, or a checkpoint that is incomplete, has tensors too many, or
         tensors of wrong shape or dtype or with NaN.
     """
-    if jnp.dtype(dtype) not in map(jnp.dtype, BASE_DTYPES):
+    if jnp.dtype(dtype) not in map(jnp.dtype, DType):
         raise ValueError(f"Base weights are bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
     folder = resolve(path_or_id, BASE_PATTERNS)
     hf = read_config(folder)

@@ -1,13 +1,11 @@
 """What `seer-jax convert` and `seer-jax verify` do."""
 
 import dataclasses
-import enum
 import os
 import shutil
 from pathlib import Path
 
-import jax.numpy as jnp
-
+from seer_jax.config import DType
 from seer_jax.convert.base import BASE_PATTERNS, load_base
 from seer_jax.convert.gate_config import policy_from_hf
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates
@@ -17,13 +15,6 @@ from seer_jax.families import config_from_hf
 from seer_jax.text import TOKENIZER_PATTERNS
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
-
-
-class DType(enum.StrEnum):
-    """Arithmetic and storage of the base model."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +88,13 @@ def convert(config: ConvertConfig) -> Path:
         hf_config=hf,
         format=config.format,
         policy=policy,
-        dtype=jnp.dtype(config.dtype.value),
+        dtype=config.dtype,
     )
 
 
 def verify(config: VerifyConfig) -> LogitsReport:
     """Does what `VerifyConfig` says; print the report, and look at its `passed`."""
-    model = load_base(config.base, dtype=jnp.dtype(config.dtype.value))
+    model = load_base(config.base, dtype=config.dtype)
     return verify_logits(model, config.reference, config.bounds)
 
 

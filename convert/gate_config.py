@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from seer_jax.config import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
-from seer_jax.policies import Gate, Policy, Threshold, TokenBudget, TopK
+from seer_jax.policies import Gate, Policy, RankingPolicy, Threshold, TokenBudget, TopK
 
 PREFIX = "seerattn_"
 _POOLS = "(max)?(min)?(avg)?"
@@ -140,8 +140,7 @@ def policy_to_hf(policy: Policy, config: GateConfig) -> dict[str, Any]:
     Raises:
       ValueError: the release's keys can't express it.
     """
-    scorer = getattr(policy, "scorer", None)
-    if not isinstance(policy, (Threshold, TopK, TokenBudget)) or not isinstance(scorer, Gate):
+    if not isinstance(policy, RankingPolicy) or not isinstance(policy.scorer, Gate):
         raise ValueError(
             f"A gate can recommend Threshold, TopK or TokenBudget, ranked by the gate itself; got {policy!r}."
         )

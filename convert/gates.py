@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seer_jax.config import GateConfig, ModelConfig, PrefillGateConfig
-from seer_jax.convert.base import BASE_DTYPES, write_safetensors
+from seer_jax.config import DType, GateConfig, ModelConfig, PrefillGateConfig
+from seer_jax.convert.base import write_safetensors
 from seer_jax.convert.gate_config import PREFIX, gate_config_from_hf, gate_config_to_hf, policy_from_hf, policy_to_hf
 from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.hub import read_config, resolve, write_config
@@ -24,7 +24,7 @@ from seer_jax.convert.sources import ArraySource, SafetensorsSource
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.convert.torch_zip import read_torch_zip, write_torch_zip
 from seer_jax.families import config_from_hf
-from seer_jax.gate import DecodeGate, PrefillGate
+from seer_jax.gate import DecodeGate, PrefillGate, make_gate
 from seer_jax.layers import GateParam
 from seer_jax.policies import Policy
 
@@ -110,7 +110,7 @@ def save_gates(
       FileExistsError: the folder has weights in the other format, which would then belong to another gate.
     """
     folder = Path(folder)
-    if jnp.dtype(dtype) not in map(jnp.dtype, BASE_DTYPES):
+    if jnp.dtype(dtype) not in map(jnp.dtype, DType):
         raise ValueError(f"Gates are saved in float32 or bfloat16; got dtype={jnp.dtype(dtype)}.")
     other = next(f for f in GateFormat if f is not format)
     if (folder / other.file_name).exists():
@@ -143,8 +143,7 @@ def gate_rules(config: GateConfig) -> tuple[Rule, ...]:
 
 def abstract_gate(config: GateConfig, model: ModelConfig) -> PrefillGate | DecodeGate:
     """A gate of shapes alone."""
-    kind = PrefillGate if isinstance(config, PrefillGateConfig) else DecodeGate
-    return nnx.eval_shape(lambda: kind(config, model, rngs=nnx.Rngs(0)))  # pyright: ignore[reportArgumentType]
+    return nnx.eval_shape(lambda: make_gate(config, model, rngs=nnx.Rngs(0)))
 
 
 def _weight_file(folder: Path) -> Path:

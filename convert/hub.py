@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from seer_jax.files import read_json
+
 
 def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revision: str | None = None) -> Path:
     """The local folder of a model, downloaded if need be.
@@ -83,13 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"A model folder needs config.json; {folder} has none. Check that the download is complete."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON; {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object; got a {type(config).__name__}.")
-    return config
+    return read_json(path)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -87,8 +87,16 @@ def _forward(q, k, v, rows, tiling):
     return (out, lse), (q, k, v, rows, out, lse)
 
 
-def _backward(tiling, residuals, cotangents):
-    """Walks the lists once more, with the weights recomputed from lse."""
+def attend_rows_gradients(
+    tiling: Tiling, residuals: tuple[Array, Array, Array, Rows, Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Float[Array, "R M D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+    """Gradients in q, k and v: walks the lists once more, with the weights recomputed from lse.
+
+    Args:
+      tiling: as in `attend_rows`.
+      residuals: (q, k, v, rows, out, lse), arguments and results of `attend_rows`.
+      cotangents: gradients in (out, lse).
+    """
     q, k, v, rows, out, lse = residuals
     d_out, d_lse = cotangents
     seen = lse > -jnp.inf
@@ -117,7 +125,11 @@ def _backward(tiling, residuals, cotangents):
     zeros = jnp.zeros((k.size // k.shape[-1], k.shape[-1]), jnp.float32)
     (d_k, d_v), d_q = jax.lax.scan(chunk, (zeros, zeros), chunks)
     d_k, d_v = (x.reshape(k.shape).astype(k.dtype) for x in (d_k, d_v))
-    return _unsort(order, d_q, len(q)), d_k, d_v, None
+    return _unsort(order, d_q, len(q)), d_k, d_v
+
+
+def _backward(tiling, residuals, cotangents):
+    return *attend_rows_gradients(tiling, residuals, cotangents), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -50,6 +50,18 @@ class Operation:
                 reasons.append(f"{backend}: {error}")
         raise Unsupported(f"{self.name}: no backend can do this. " + "; ".join(reasons))
 
+    def used_here(self) -> str:
+        """The backend that `implementation=None` tries first on this machine's default device."""
+        from pallas_kernels.hopper import require_hopper  # which needs this module
+
+        for backend in self.preferred[:-1]:
+            try:
+                require_hopper()  # all backends but the last are for Hopper GPUs
+                return backend
+            except Unsupported:
+                continue
+        return self.preferred[-1]
+
     def _load(self, backend: str) -> Callable[..., Any]:
         known = self.preferred + self.others
         if backend not in known:

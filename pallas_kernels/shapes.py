@@ -6,7 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pallas_kernels.blocks import BlockIndices
 
@@ -34,7 +34,12 @@ def random_arrays(key: PRNGKeyArray, dtype: str, **shapes: tuple[int, ...]) -> d
 
 
 def random_blocks(
-    key: PRNGKeyArray, last: Int[Array, "*lists R"], num_key_blocks: int, *, block_size: int, density: float
+    key: PRNGKeyArray,
+    last: Int[Array, "*lists R"],
+    num_key_blocks: int,
+    *,
+    block_size: int,
+    density: float | Float[Array, ""],
 ) -> BlockIndices:
     """Lists of a row's last block and, with probability `density` each, of those before it.
 

@@ -2,6 +2,7 @@
 
 from seer_jax.config import (
     DecodeGateConfig,
+    DType,
     ModelConfig,
     Pool,
     PrefillGateConfig,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CumulativeMass",
+    "DType",
     "DecodeGate",
     "DecodeGateConfig",
     "Dense",

@@ -24,6 +24,7 @@ from seer_jax.policies import (
     Oracle,
     Policy,
     Random,
+    RankingPolicy,
     Scorer,
     SinkWindow,
     Threshold,
@@ -36,7 +37,6 @@ QUERY_CHUNK = 256
 CHUNKS_PER_SPAN = 4  # fewer waste less work on the future, more compile faster
 MAX_SPANS = 8
 DEFAULT_BLOCK_SIZE = 64
-POLICIES = "Dense, Threshold, CumulativeMass, TopK, TokenBudget or Given"
 
 
 def dense_attention(
@@ -128,7 +128,7 @@ def prefill_attention(
     if isinstance(policy, Dense):
         out = dense_attention(q_rotated, k_rotated, v, lengths=lengths)
         return out, k_rotated, jnp.ones(q.shape[0])
-    b = prefill_block_size(policy, gate)
+    b = block_size_of(policy, gate)
     num_blocks = -(-q.shape[1] // b)
     column, row = jnp.arange(num_blocks)[None, None, None], jnp.arange(num_blocks)[None, None, :, None]
     last = ((lengths - 1) // b)[:, None, None, None]  # block row that holds a sequence's last token
@@ -138,14 +138,16 @@ def prefill_attention(
         mask |= (column == row) & ~mask.any(-1, keepdims=True)  # a row that would keep no block keeps its diagonal
         blocks = select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask, visible=visible)
     else:
-        logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)  # pyright: ignore
+        logits = _prefill_logits(policy.scorer, gate, layer, (q, k, q_rotated, k_rotated, v), lengths, b)
         blocks = _select_prefill(policy, logits, visible, last, b)
-    out = block_sparse_attention(q_rotated, k_rotated, v, blocks, lengths=lengths)
+    density = policy.density if isinstance(policy, TopK) else None
+    out = block_sparse_attention(q_rotated, k_rotated, v, blocks, lengths=lengths, density=density)
+    assert isinstance(out, jax.Array)  # without return_lse
     kept = blocks.counts.sum((1, 2)) / (blocks.counts.shape[1] * visible.sum((1, 2, 3)))
-    return out, k_rotated, kept  # pyright: ignore
+    return out, k_rotated, kept
 
 
-def prefill_block_size(policy: Policy, gate: PrefillGate | None) -> int:
+def block_size_of(policy: Policy, gate: PrefillGate | DecodeGate | None) -> int:
     """b: the gate's where there is one, so that yardsticks are compared at the same size."""
     if isinstance(policy, Given):
         return policy.block_size
@@ -153,7 +155,7 @@ def prefill_block_size(policy: Policy, gate: PrefillGate | None) -> int:
 
 
 def _select_prefill(
-    policy: Policy,
+    policy: RankingPolicy,
     logits: Float[Array, "B Hs Tb Tb"],
     visible: Int[Array, "B 1 Tb 1"],
     last: Int[Array, "B 1 1 1"],
@@ -184,7 +186,6 @@ def _select_prefill(
             if most > 1:  # a budget of one block is for the current one
                 keep |= column == 0
             return select(max_blocks=most, keep=keep)
-    raise TypeError(f"Expected a prefill policy ({POLICIES}); got {policy!r}.")
 
 
 def _prefill_logits(
@@ -208,7 +209,8 @@ def _prefill_logits(
             return gate.scores(q, k, positions, positions < lengths[:, None])
         case Oracle():
             scored = attention_with_block_scores(q_rotated, k_rotated, v, block_size=block_size, lengths=lengths)
-            return jnp.log(scored.block_scores)  # pyright: ignore
+            assert scored.block_scores is not None
+            return jnp.log(scored.block_scores)
         case SinkWindow():
             return jnp.broadcast_to(_recency(num_blocks), (batch, 1, num_blocks, num_blocks))
         case Random():
@@ -250,36 +252,31 @@ def decode_attention(
         out = jax.nn.dot_product_attention(q_rotated, keys, values, key_value_seq_lengths=lengths)
         return out, jnp.ones(q.shape[0])
 
+    if isinstance(policy, Dense):
+        return dense()
+
     def sparse() -> tuple[jax.Array, jax.Array]:
         blocks = _select_decode(policy, gate, layer, q, q_rotated, cache)
         # A slice of this layer would be a copy of its whole cache, which takes longer than reading the few blocks.
-        stacked = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
         rows = layer * len(lengths) + jnp.arange(len(lengths))
-        out = sparse_decode_attention(q_rotated[:, 0], *stacked, blocks, lengths=lengths, cache_rows=rows)  # pyright: ignore
+        out = sparse_decode_attention(q_rotated[:, 0], keys, values, blocks, lengths=lengths, cache_rows=rows)
+        assert isinstance(out, jax.Array)  # without return_lse
         visible = cache.lengths // blocks.block_size + 1
         return out[:, None], blocks.counts.mean(1) / visible
 
-    if isinstance(policy, Dense):
-        return dense()
     return jax.lax.cond(layer < start, dense, sparse) if start else sparse()
 
 
-def decode_block_size(policy: Policy, gate: DecodeGate | None) -> int:
-    """b: see `prefill_block_size`."""
-    if isinstance(policy, Given):
-        return policy.block_size
-    return gate.config.block_size if gate is not None else DEFAULT_BLOCK_SIZE
-
-
 def _select_decode(
-    policy: Policy,
+    policy: Given | RankingPolicy,
     gate: DecodeGate | None,
     layer: Int[Array, ""],
     q: Float[Array, "B 1 H D"],
     q_rotated: Float[Array, "B 1 H D"],
     cache: Cache,
 ) -> BlockIndices:
-    b = decode_block_size(policy, gate)
+    b = block_size_of(policy, gate)
     batch, capacity, kv_heads = cache.keys.shape[1:4]
     num_blocks = -(-capacity // b)
     column, current = jnp.arange(num_blocks)[None, None], (cache.lengths // b)[:, None, None]
@@ -288,7 +285,7 @@ def _select_decode(
         mask = policy.mask[layer] & (column <= current)
         mask |= (column == current) & ~mask.any(-1, keepdims=True)
         return select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=b, keep=mask)
-    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, cache, keep.shape, b)  # pyright: ignore
+    logits = _decode_logits(policy.scorer, gate, layer, q, q_rotated, cache, keep.shape, b)
     logits = jnp.where(column < current, logits, -jnp.inf)
     match policy:
         case Threshold():
@@ -305,7 +302,6 @@ def _select_decode(
             wanted = jnp.floor(policy.density * (current + 1)).astype(jnp.int32)  # by the row's own length
             wanted = jnp.clip(wanted, min(2, width), width)
             return select_blocks(logits, block_size=b, max_blocks=wanted, keep=keep, width=width)
-    raise TypeError(f"Expected a decode policy ({POLICIES}); got {policy!r}.")
 
 
 def _decode_logits(

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seer_jax import tiny_lm
+
 if TYPE_CHECKING:
     from seer_jax.model import Transformer
     from seer_jax.train import DistillConfig
 
 PROGRAM = "seer-jax"
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-TINY_LM = "tiny-lm"
 TRACEBACK = "--traceback"
 TRAIN_DESCRIPTION = """Distils gates from a frozen model.
 
@@ -86,7 +87,7 @@ Learned block-sparse attention for long-context language models.
 {commands}
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version tells the version.
-{TRACEBACK} with any command shows where an error came from. {TINY_LM} stands for the bundled model."""
+{TRACEBACK} with any command shows where an error came from. {tiny_lm.NAME} stands for the bundled model."""
 
 
 def _parse[C](kind: type[C], name: str, words: list[str], **settings: Any) -> C:
@@ -99,11 +100,9 @@ def _parse[C](kind: type[C], name: str, words: list[str], **settings: Any) -> C:
 
 def _located[C](config: C) -> C:
     """The configuration with the folder of the bundled model in place of its name."""
-    from seer_jax import tiny_lm
-
     fields: Any = config
     names = [field.name for field in dataclasses.fields(fields) if field.name in ("model", "base")]
-    folders = {name: str(tiny_lm.path()) for name in names if getattr(config, name) == TINY_LM}
+    folders = {name: str(tiny_lm.path()) for name in names if getattr(config, name) == tiny_lm.NAME}
     return dataclasses.replace(fields, **folders) if folders else config
 
 
@@ -187,6 +186,22 @@ def _eval(words: list[str]) -> int:
     return OK
 
 
+def _bench(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(f"{PROGRAM} bench", description=COMMANDS["bench"].summary)
+    parser.add_argument("what", choices=list(BENCHES), help="; ".join(f"{n}: {b.summary}" for n, b in BENCHES.items()))
+    return BENCHES[parser.parse_args(words[:1]).what].run(words[1:])
+
+
+def _bench_prefill(words: list[str]) -> int:
+    from seer_jax.bench import PrefillBench, bench_prefill
+
+    measurements = bench_prefill(_parse(PrefillBench, "bench prefill", words))
+    wrong = [m for m in measurements if m.failure]
+    for m in wrong:
+        print(f"{PROGRAM} bench: {m.table}, {m.case}: {m.failure}", file=sys.stderr)
+    return FAILED if wrong else OK
+
+
 def _info(words: list[str]) -> int:
     argparse.ArgumentParser(f"{PROGRAM} info", description=COMMANDS["info"].summary).parse_args(words)
     from seer_jax.commands import describe
@@ -202,7 +217,12 @@ COMMANDS = {
     "train": Command("distil gates: --config FILE or --recipe prefill|decode, then single settings", _train),
     "generate": Command("continue a prompt, densely or sparsely, while it is being made", _generate),
     "eval": Command("measure a model's quality at given densities", _eval),
+    "bench": Command("time this machine: bench prefill", _bench),
     "info": Command("tell versions, devices and implementations", _info),
+}
+
+BENCHES = {
+    "prefill": Command("the attention kernel, the choice of blocks and a whole model, on prompts", _bench_prefill),
 }
 
 if __name__ == "__main__":

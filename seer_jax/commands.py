@@ -1,7 +1,6 @@
 """What `seer-jax generate` and `seer-jax info` do, and how policies are written on a command line."""
 
 import dataclasses
-import enum
 import importlib
 import importlib.metadata
 import os
@@ -16,27 +15,15 @@ import tyro
 
 import seer_jax
 from pallas_kernels.backends import Operation
+from seer_jax import tiny_lm
+from seer_jax.config import DType
 from seer_jax.generate import Generated, stream
 from seer_jax.model import Transformer
-from seer_jax.policies import (
-    CumulativeMass,
-    Dense,
-    Gate,
-    Oracle,
-    Policy,
-    Random,
-    Scorer,
-    SinkWindow,
-    Threshold,
-    TokenBudget,
-    TopK,
-)
+from seer_jax.policies import SCORERS, CumulativeMass, Dense, Policy, RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.pretrained import from_pretrained, load_tokenizer
 from seer_jax.sampling import Greedy, Sample, Sampling
 from seer_jax.text import Tokenizer
 
-TINY_LM = "tiny-lm"
-SCORERS: dict[str, Scorer] = {"gate": Gate(), "oracle": Oracle(), "window": SinkWindow(), "random": Random()}
 POLICY_SYNTAX = "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random]"
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
@@ -84,7 +71,9 @@ def parse_policy(text: str) -> Policy:
 
 def write_policy(policy: Policy) -> str:
     """The inverse of `parse_policy`, for help texts."""
-    scorer = next((name for name, kind in SCORERS.items() if kind == getattr(policy, "scorer", None)), "gate")
+    if not isinstance(policy, RankingPolicy):
+        return "dense"
+    scorer = next(name for name, kind in SCORERS.items() if type(kind) is type(policy.scorer))
     suffix = "" if scorer == "gate" else f":{scorer}"
     match policy:
         case Threshold():
@@ -95,7 +84,6 @@ def write_policy(policy: Policy) -> str:
             return f"topk:{policy.density}{suffix}"
         case TokenBudget():
             return f"budget:{policy.tokens}{suffix}"
-    return "dense"
 
 
 PolicyArgument = Annotated[
@@ -108,13 +96,6 @@ PolicyArgument = Annotated[
         str_from_instance=lambda policy: [write_policy(policy)],
     ),
 ]
-
-
-class DType(enum.StrEnum):
-    """Arithmetic of the base model."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +124,7 @@ class GenerateConfig:
       stats: report speed and kept blocks on standard error.
     """
 
-    model: str = TINY_LM
+    model: str = tiny_lm.NAME
     gates: tuple[str, ...] = ()
     prompt: str | None = None
     prompt_file: Path | None = None
@@ -186,8 +167,7 @@ def run_generate(config: GenerateConfig) -> Generated:
     """
     tokenizer = load_tokenizer(config.model)
     tokens = _prompt_tokens(config, tokenizer)
-    dtype = config.dtype or (DType.FLOAT32 if jax.default_backend() == "cpu" else DType.BFLOAT16)
-    model = from_pretrained(config.model, config.gates, dtype=dtype.value)
+    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default())
     clock = _Clock()
     result = _write_stream(config, model, tokenizer, tokens, clock)
     if config.stats:
@@ -275,8 +255,9 @@ def describe() -> str:
     lines += [f"  {device.platform}:{device.id}  {device.device_kind}" for device in jax.devices()]
     lines += [f"  CPU cores         {os.cpu_count()}", "", "Operations"]
     for operation in map(_operation, OPERATION_FOLDERS):
-        first, *further = operation.preferred + operation.others
-        lines.append(f"  {operation.name:<28} {first} (also there: {', '.join(further)})")
+        used = operation.used_here()
+        others = [name for name in operation.preferred + operation.others if name != used]
+        lines.append(f"  {operation.name:<28} {used} (also there: {', '.join(others)})")
     return "\n".join(lines)
 
 

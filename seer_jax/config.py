@@ -6,11 +6,36 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"{type(config).__name__}.{name} must be positive; got {getattr(config, name)}.")
+
+
+def check_at_least(least: int, config: Any, *names: str) -> None:
+    """Refuses a configuration in which a setting of these names is smaller.
+
+    Raises:
+      ValueError: one is.
+    """
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is at least {least}; got {getattr(config, name)}.")
+
+
+class DType(enum.StrEnum):
+    """Number format of the base model's weights and arithmetic; JAX takes it as a dtype. Gates compute in float32 always."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+    @classmethod
+    def default(cls) -> "DType":
+        """bfloat16, on a CPU float32."""
+        return cls.FLOAT32 if jax.default_backend() == "cpu" else cls.BFLOAT16
 
 
 class RopeKind(enum.StrEnum):

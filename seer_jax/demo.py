@@ -1,7 +1,6 @@
 """`seer-jax demo`: distils gates for the bundled model and compares them with other ways to choose blocks, in minutes on a CPU."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -10,11 +9,10 @@ from jaxtyping import Int
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.config import DecodeGateConfig, PrefillGateConfig
-from seer_jax.evaluate import Method, PassKeyPrompt, Phase, Rows, Score, Setting, block_maps, compare, passkey_prompts
+from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig, check_at_least
+from seer_jax.evaluate import Method, PassKeyPrompt, Phase, Rows, Score, Setting, block_maps, compare
 from seer_jax.evaluate.plots import far_sighted_heads, plot_block_maps
-from seer_jax.evaluate.run import score_line
-from seer_jax.evaluate.scoring import text_windows
+from seer_jax.evaluate.run import EvalConfig, make_rows, score_line
 from seer_jax.evaluate.table import beaten, print_scores, write_scores
 from seer_jax.generate import generate
 from seer_jax.model import Transformer
@@ -65,11 +63,20 @@ class DemoConfig:
             raise ValueError(
                 f"length is a multiple of block_size = {self.block_size}, four or more; got {self.length}."
             )
-        for name in ("windows", "passkeys", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1; got {getattr(self, name)}.")
+        check_at_least(1, self, "windows", "passkeys", "new_tokens")
         if self.steps < 2:
             raise ValueError(f"Training takes at least 2 steps; got {self.steps}.")
+
+    @property
+    def evaluation(self) -> EvalConfig:
+        """Which rows are measured."""
+        return EvalConfig(
+            length=self.length,
+            windows=self.windows,
+            passkeys=self.passkeys,
+            decoded=self.decoded,
+            seed=self.seed,
+        )
 
 
 def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
@@ -81,7 +88,8 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
         folder = tiny_lm.path()
         base = from_pretrained(folder, dtype="float32")
         tokenizer = Tokenizer.load(folder)
-        rows = _evaluation_rows(config, tokenizer, base.config.vocab_size)
+        text = (folder / "eval_text.txt").read_text(encoding="utf-8")
+        rows = make_rows(config.evaluation, tokenizer, text, base.config.vocab_size)
     model = _distil(config, stages, base, tokenizer)
     scores = _compare(config, stages, model, rows)
     with stages.stage("Drawing block maps"):
@@ -96,21 +104,11 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
     return scores
 
 
-def _evaluation_rows(config: DemoConfig, tokenizer: Tokenizer, vocab_size: int) -> Rows:
-    folder = tiny_lm.path()
-    text = np.array(tokenizer.encode((folder / "eval_text.txt").read_text(encoding="utf-8"), special_tokens=False))
-    words = json.loads((folder / "words.json").read_text())["eval"]
-    prompts = passkey_prompts(
-        tokenizer, text, words, length=config.length, count=config.passkeys, vocab_size=vocab_size, seed=config.seed
-    )
-    return Rows(text_windows(text, config.length, config.windows), prompts, config.decoded)
-
-
 def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: Tokenizer) -> Transformer:
     """Both gates from the same dense passes over text that the evaluation does not use."""
     from seer_jax.convert import save_gates
     from seer_jax.convert.hub import read_config
-    from seer_jax.train import DistillConfig, Gates, OptimizerConfig, Precision, distill
+    from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
 
     with stages.stage("Preparing training text"):
         data = training_rows(
@@ -130,14 +128,14 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
         batch_size=1,
         steps=config.steps,
         optimizer=OptimizerConfig(learning_rate=config.learning_rate, warmup_steps=config.steps // 20),
-        precision=Precision.FLOAT32,
+        precision=DType.FLOAT32,
         seed=config.seed,
     )
     with stages.stage("Distilling the gates", config.steps) as advance:
         model = distill(settings, model=base, dataset=data, progress=lambda report: advance(report.summary)).model
     for kind, gate in (("prefill", model.prefill_gate), ("decode", model.decode_gate)):
         assert gate is not None
-        save_gates(gate, config.output / f"{kind}_gate", base_model="tiny-lm", hf_config=read_config(tiny_lm.path()))
+        save_gates(gate, config.output / f"{kind}_gate", base_model=tiny_lm.NAME, hf_config=read_config(tiny_lm.path()))
     return model
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import pool_blocks, score_blocks
 from pallas_kernels.precision import precise_einsum
-from seer_jax.config import DecodeGateConfig, ModelConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.layers import GateParam, rms_norm
 from seer_jax.rope import apply_rope
 
@@ -131,12 +131,12 @@ class DecodeGate(nnx.Module):
     def queries(self, q: Float[Array, "B T H D"], positions: Int[Array, "#B T"]) -> Float[Array, "B T K C"]:
         """The gate's queries of one layer, one per key/value head; q before RoPE."""
         grouped = q.astype(jnp.float32).reshape(*q.shape[:2], self.model.num_kv_heads, -1, q.shape[-1])
-        if self.config.query_reduction is QueryReduction.PROJ:
-            out = precise_einsum("btkgd,kgdc->btkc", grouped, self.linear_q[...])  # pyright: ignore
-        else:
+        if self.linear_q is None:
             out = grouped.mean(3)
-            if self.linear_q is not None:
-                out = precise_einsum("btkd,kdc->btkc", out, self.linear_q[...])
+        elif self.config.query_reduction is QueryReduction.PROJ:
+            out = precise_einsum("btkgd,kgdc->btkc", grouped, self.linear_q[...])
+        else:
+            out = precise_einsum("btkd,kdc->btkc", grouped.mean(3), self.linear_q[...])
         return self._finish(out, self.q_norm, positions)
 
     def keys(self, pooled: Float[Array, "B Sb K P"], first_positions: Int[Array, "#B Sb"]) -> Float[Array, "B Sb K C"]:
@@ -159,3 +159,10 @@ class DecodeGate(nnx.Module):
         logits = score_blocks(queries, keys)
         visible = jnp.arange(keys.shape[1])[None, None, None] < completed[:, None, :, None]
         return jnp.where(visible, logits, -jnp.inf)
+
+
+def make_gate(config: GateConfig, model: ModelConfig, *, rngs: nnx.Rngs) -> PrefillGate | DecodeGate:
+    """A fresh, untrained gate of the kind that the configuration describes."""
+    if isinstance(config, PrefillGateConfig):
+        return PrefillGate(config, model, rngs=rngs)
+    return DecodeGate(config, model, rngs=rngs)

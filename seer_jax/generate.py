@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from seer_jax.cache import Cache
 from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Gate, Policy
+from seer_jax.policies import Dense, Policy, ranks_by_gate
 from seer_jax.prompts import Lengths, Prompts, check_prompts
 from seer_jax.sampling import Greedy, Keys, Sample, Sampling, row_keys
 
@@ -185,8 +185,7 @@ def _begin(model: Transformer, job: _Job) -> _State:
     """Reads the prompts and draws the first token of each row."""
     batch, layers = job.lengths.shape[0], model.config.num_layers
     # The gate's part of the cache costs time at every step: leave it out where no one reads it.
-    ranks_by_gate = isinstance(getattr(job.decode, "scorer", None), Gate)
-    gate = model.decode_gate.config if ranks_by_gate and model.decode_gate is not None else None
+    gate = model.decode_gate.config if ranks_by_gate(job.decode) and model.decode_gate is not None else None
     cache = Cache.create(model.config, batch, job.capacity, model.dtype, gate)
     logits, cache, kept = model.prefill(job.tokens, job.lengths, cache, sparsity=job.prefill)
     filler = job.eos[0] if job.eos.shape[0] else 0

@@ -1,14 +1,18 @@
 """Building blocks of the decoder. Weights keep names and layout of the Hugging Face checkpoint, stacked over layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from seer_jax.config import ModelConfig
+
+TOKENS_AT_ONCE = 8192  # fill the matrix units of a large GPU; more only take memory
+TOKENS_PER_TILE = 128
 
 
 class BaseParam(nnx.Param):
@@ -37,6 +41,32 @@ def rms_norm(x: Float[Array, "*b dim"], weight: Float[Array, "dim"], eps: float)
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * jnp.broadcast_to(weight.astype(x.dtype), x.shape)
+
+
+def update_tokens(
+    function: Callable[..., Float[Array, "B n E"]], x: Float[Array, "B T E"], *others: Float[Array, "B T ..."]
+) -> Float[Array, "B T E"]:
+    """function(x, *others) of a function that takes each token by itself, a chunk of tokens at a time where there are many.
+
+    What the function makes on its way exists for one chunk alone, and the results are written over `x`.
+    """
+    batch, tokens = x.shape[:2]
+    most = max(TOKENS_AT_ONCE // batch // TOKENS_PER_TILE, 1) * TOKENS_PER_TILE
+    if tokens <= most:
+        return function(x, *others)
+    even = -(-tokens // -(-tokens // most))  # chunks as equal as whole tiles allow
+    size = -(-even // TOKENS_PER_TILE) * TOKENS_PER_TILE
+
+    def chunk(i: Int[Array, ""], x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        start = jnp.minimum(i * size, tokens - size)
+        before, *rest = (jax.lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in (x, *others))
+        after = function(before, *rest)
+        if tokens % size:  # the last chunk reaches back over tokens that are done
+            done = start + jnp.arange(size) < i * size
+            after = jnp.where(done[None, :, None], before, after)
+        return jax.lax.dynamic_update_slice_in_dim(x, after, start, axis=1)
+
+    return jax.lax.fori_loop(0, -(-tokens // size), chunk, x)
 
 
 class Projections(nnx.Module):

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from seer_jax.attention import decode_attention, prefill_attention, rotate
 from seer_jax.cache import Cache
-from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, PrefillGateConfig
-from seer_jax.gate import DecodeGate, PrefillGate
-from seer_jax.layers import MLP, BaseParam, Projections, rms_norm
-from seer_jax.policies import Dense, Gate, Policy
+from seer_jax.config import GateConfig, ModelConfig
+from seer_jax.gate import DecodeGate, PrefillGate, make_gate
+from seer_jax.layers import MLP, BaseParam, Projections, rms_norm, update_tokens
+from seer_jax.policies import Dense, Policy, ranks_by_gate
 
 
 class DecoderLayer(nnx.Module):
@@ -33,8 +34,12 @@ class DecoderLayer(nnx.Module):
         """`attend(q, k, v) -> (output, aux)` gets queries and keys before RoPE; returns (x, aux)."""
         eps = self.config.rms_norm_eps
         attended, aux = attend(*self.self_attn.qkv(rms_norm(x, self.input_layernorm[...], eps)))
-        x = x + self.self_attn.out(attended)
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps)), aux
+
+        def finish(x: Float[Array, "B n E"], attended: Float[Array, "B n H D"]) -> Float[Array, "B n E"]:
+            x = x + self.self_attn.out(attended)
+            return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps))
+
+        return update_tokens(finish, x, attended), aux
 
 
 @jax.tree_util.register_dataclass
@@ -85,6 +90,11 @@ class Transformer(nnx.Module):
         """Of the base weights, and so of hidden states and cache."""
         return self.embed_tokens.dtype
 
+    @property
+    def head(self) -> BaseParam:
+        """Of the output, `[V, E]`: the embedding where the two are tied."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
     def attach(self, *gates: PrefillGate | DecodeGate) -> "Transformer":
         """Sets one or both gates; each must have been made for a model of this shape.
 
@@ -107,11 +117,10 @@ class Transformer(nnx.Module):
 
     def add_gate(self, config: GateConfig, *, rngs: nnx.Rngs) -> "Transformer":
         """Attaches a fresh, untrained gate."""
-        kind = PrefillGate if isinstance(config, PrefillGateConfig) else DecodeGate
-        return self.attach(kind(config, self.config, rngs=rngs))  # pyright: ignore[reportArgumentType]
+        return self.attach(make_gate(config, self.config, rngs=rngs))
 
     def scan(
-        self, tokens: Int[Array, "B T"], attend: Attend, state: Any = None
+        self, tokens: Int[Array, "B T"], attend: Attend, state: Any = None, *, remat: bool = False
     ) -> tuple[Float[Array, "B T E"], Any, Any]:
         """Runs all layers and the final norm.
 
@@ -119,6 +128,7 @@ class Transformer(nnx.Module):
           tokens: `[B, T]`.
           attend: `attend(context, state, q, k, v) -> (output, state, aux)`, with q and k before RoPE.
           state: carried from layer to layer, for example a cache.
+          remat: keep nothing for a backward pass but what goes from layer to layer, and compute each layer anew there.
 
         Returns:
           (hidden states after the final norm, state, aux of all layers stacked).
@@ -135,6 +145,8 @@ class Transformer(nnx.Module):
             x, (state, aux) = layer(x, hook)
             return (x, state), aux
 
+        if remat:
+            body = jax.checkpoint(body, prevent_cse=False)  # the loop itself keeps both computations apart
         contexts = LayerContext(jnp.arange(self.config.num_layers), self.prefill_gate, self.decode_gate)
         start = (self.embed_tokens[...][tokens], state)
         (x, state), aux = jax.lax.scan(body, start, (self.layers, contexts))
@@ -142,8 +154,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b E"]) -> Float[Array, "*b V"]:
         """Output head, float32."""
-        table = self.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("...e,ve->...v", hidden, table[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("...e,ve->...v", hidden, self.head[...], preferred_element_type=jnp.float32)
 
     def hidden_states(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, sparsity: Policy = Dense()
@@ -237,38 +248,35 @@ class Transformer(nnx.Module):
 
     def check(self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None) -> Int[Array, "B"]:
         """Checks tokens and lengths (their values where they are concrete) and returns the lengths."""
-        tokens = _concrete(tokens)
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
-            raise ValueError(f"tokens are integers [B, T] with B, T >= 1; got {tokens.dtype} {tokens.shape}.")
-        batch, width = tokens.shape
-        if isinstance(tokens, np.ndarray) and not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
+        ids = _concrete(tokens)
+        if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer) or 0 in ids.shape:
+            raise ValueError(f"tokens are integers [B, T] with B, T >= 1; got {ids.dtype} {ids.shape}.")
+        batch, width = ids.shape
+        if isinstance(ids, np.ndarray) and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
             raise ValueError(
-                f"Tokens lie in [0, {self.config.vocab_size}), the model's vocabulary; got {tokens.min()} .. {tokens.max()}. "
+                f"Tokens lie in [0, {self.config.vocab_size}), the model's vocabulary; got {ids.min()} .. {ids.max()}. "
                 "Use the tokenizer that belongs to the model."
             )
         if lengths is None:
             return jnp.full(batch, width, jnp.int32)
-        lengths = _concrete(lengths)
-        if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):  # pyright: ignore
-            raise ValueError(f"lengths are integers [B] with B = {batch}; got {lengths.dtype} {lengths.shape}.")  # pyright: ignore
-        if isinstance(lengths, np.ndarray) and not (lengths.min() >= 1 and lengths.max() <= width):
+        counts = _concrete(lengths)
+        if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
+            raise ValueError(f"lengths are integers [B] with B = {batch}; got {counts.dtype} {counts.shape}.")
+        if isinstance(counts, np.ndarray) and not (counts.min() >= 1 and counts.max() <= width):
             raise ValueError(
-                f"Each row has 1 to T = {width} tokens (no empty prompt); got lengths {lengths.min()} .. {lengths.max()}."
+                f"Each row has 1 to T = {width} tokens (no empty prompt); got lengths {counts.min()} .. {counts.max()}."
             )
-        return jnp.asarray(lengths, jnp.int32)
+        return jnp.asarray(counts, jnp.int32)
 
     def check_policy(self, policy: Policy, gate: PrefillGate | DecodeGate | None) -> None:
         """Refuses a policy that ranks by a gate which the model does not have."""
-        if isinstance(getattr(policy, "scorer", None), Gate) and gate is None:
+        if ranks_by_gate(policy) and gate is None:
             raise ValueError(
                 f"{policy} ranks blocks by a learned gate, but the model has none of this kind; "
                 "load one (from_pretrained(..., gates=...)), train one, or use Dense()."
             )
 
 
-def _concrete(x: Any) -> Any:
+def _concrete(x: ArrayLike) -> Tracer | np.ndarray:
     """The values where they are known, so that they can be checked; a tracer as it is."""
-    return x if isinstance(x, jax.core.Tracer) else np.asarray(x)  # pyright: ignore
-
-
-__all__ = ["DecodeGateConfig", "DecoderLayer", "LayerContext", "Transformer"]
+    return x if isinstance(x, Tracer) else np.asarray(x)

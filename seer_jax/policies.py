@@ -45,19 +45,19 @@ class Random(Scorer):
     seed: int = dataclasses.field(default=0, metadata=dict(static=True))
 
 
-class Policy:
-    """Base of the sparsity policies."""
+# By the names that a command line uses.
+SCORERS: dict[str, Scorer] = {"gate": Gate(), "oracle": Oracle(), "window": SinkWindow(), "random": Random()}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dense(Policy):
+class Dense:
     """Every block."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Threshold(Policy):
+class Threshold:
     """Blocks whose score after softmax is above a threshold.
 
     Attributes:
@@ -79,7 +79,7 @@ class Threshold(Policy):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CumulativeMass(Policy):
+class CumulativeMass:
     """The fewest best blocks of each row whose scores after softmax add up to a given share.
 
     Rows that spread their attention keep more blocks than rows that know where to look.
@@ -102,12 +102,13 @@ class CumulativeMass(Policy):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TopK(Policy):
+class TopK:
     """The best blocks of each row, so many that a given share of the causal map is kept.
 
-    Prefill: with n blocks in a sequence (its own length, not what the batch is padded to) every row keeps its k = max(1, floor((1 - sqrt(1 - density)) n)) best; rows that have
-    fewer keep all. `density` is then the share of the causal map (SeerAttention's `nz_ratio`). Decode: a row that sees n blocks
-    keeps max(2, floor(density n)), the current and the first among them.
+    Prefill: with n blocks in a sequence (its own length, not what the batch is padded to) every row keeps its
+    k = max(1, floor((1 - sqrt(1 - density)) n)) best; rows that have fewer keep all. `density` is then the share of the causal
+    map (SeerAttention's `nz_ratio`). Decode: a row that sees n blocks keeps max(2, floor(density n)), the current and the first
+    among them.
 
     Attributes:
       density: in (0, 1].
@@ -130,7 +131,7 @@ class TopK(Policy):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenBudget(Policy):
+class TokenBudget:
     """At most floor(tokens / b) blocks in each row: the current one, the first one, then the best.
 
     Attributes:
@@ -156,7 +157,7 @@ class TokenBudget(Policy):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Given(Policy):
+class Given:
     """Masks of the caller's own, one per layer.
 
     Attributes:
@@ -167,3 +168,13 @@ class Given(Policy):
 
     mask: Bool[Array, "L B ..."]
     block_size: int = dataclasses.field(default=64, metadata=dict(static=True))
+
+
+# These keep the best blocks by the ranking of their scorer.
+RankingPolicy = Threshold | CumulativeMass | TopK | TokenBudget
+Policy = Dense | Given | RankingPolicy
+
+
+def ranks_by_gate(policy: Policy) -> bool:
+    """Whether a policy works only with a learned gate."""
+    return isinstance(policy, RankingPolicy) and isinstance(policy.scorer, Gate)

@@ -1,7 +1,6 @@
 """Models as users name them: a folder or hub id, with the gates that belong to it."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from seer_jax.files import read_json
 from seer_jax.model import Transformer
 from seer_jax.text import TOKENIZER_PATTERNS, Tokenizer
 
@@ -85,10 +85,7 @@ def _eos_tokens(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return default
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} must hold a JSON object; {error}. Download it again.") from error
+    eos = read_json(path).get("eos_token_id")
     return default if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
 
 

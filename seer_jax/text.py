@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seer_jax.files import read_json
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -52,8 +54,8 @@ class Tokenizer:
           ValueError: a file is damaged.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        tokens = _read_json(folder / "special_tokens_map.json") | config
+        config = _read_optional(folder / "tokenizer_config.json")
+        tokens = _read_optional(folder / "special_tokens_map.json") | config
         names = [name for name in tokens if name.endswith("_token") and tokens[name]]
         return cls(
             _load_backend(folder),
@@ -188,16 +190,8 @@ def _load_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON; {error}. Download it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object; got a {type(values).__name__}.")
-    return values
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

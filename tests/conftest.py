@@ -15,6 +15,8 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Float32 models are held to float32 bounds; a GPU would multiply in TF32.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 # Shapes and types of the public signatures are checked at every call, in tests alone.
 if importlib.util.find_spec("beartype"):
@@ -42,9 +44,9 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that need a GPU where there is none."""
-    if jax.default_backend() != "gpu":
-        skip = pytest.mark.skip(reason="needs an NVIDIA GPU (SEER_JAX_TEST_PLATFORM=cuda)")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    """Skips the tests that are for another device."""
+    other, reason = ("cpu", "for a CPU") if jax.default_backend() == "gpu" else ("gpu", "for an NVIDIA GPU")
+    skip = pytest.mark.skip(reason=f"{reason} (SEER_JAX_TEST_PLATFORM)")
+    for item in items:
+        if item.get_closest_marker(other):
+            item.add_marker(skip)

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
-from seer_jax.config import DecodeGateConfig, PrefillGateConfig
+from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig, check_at_least
 from seer_jax.train.data import DataConfig
 from seer_jax.train.packing import Packing
 
@@ -22,18 +20,6 @@ class Gates(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
-
-
-class Precision(enum.StrEnum):
-    """Number format of the base model. Gates are float32 always."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """As JAX knows it."""
-        return jnp.dtype(self.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +90,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     steps: int = 500
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    precision: Precision = Precision.BFLOAT16
+    precision: DType = DType.BFLOAT16
     seed: int = 0
     checkpoint_interval: int = 50
     keep_checkpoints: int = 2
@@ -112,10 +98,9 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        names = ("sequence_length", "batch_size", "micro_batch_size", "steps")
-        for name in (*names, "checkpoint_interval", "keep_checkpoints", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1; got {getattr(self, name)}.")
+        check_at_least(1, self, "sequence_length", "batch_size", "micro_batch_size", "steps")
+        check_at_least(1, self, "checkpoint_interval", "keep_checkpoints", "log_interval")
+        check_at_least(0, self, "seed")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 "micro_batch_size divides batch_size, so that a step's parts are equal; "
@@ -125,8 +110,6 @@ class TrainConfig:
             raise ValueError(
                 f"The warmup ends before the run does; got {self.optimizer.warmup_steps} warmup steps of {self.steps}."
             )
-        if self.seed < 0:
-            raise ValueError(f"seed is at least 0; got {self.seed}.")
 
     @property
     def block_size(self) -> int:

@@ -61,7 +61,8 @@ def finetune(
     """Trains all base weights by the language-model loss; gates of the model stay as they are.
 
     Takes, returns and raises what `distill` does. Weights and moments are float32, so a weight takes 16 bytes with
-    its gradient; the arithmetic is of the model's dtype.
+    its gradient; the arithmetic is of the model's dtype. Of the activations the hidden states between layers are kept,
+    each layer is computed anew in the backward pass.
     """
     model = _load_model(config, model)
     dataset = _load_dataset(config, model, dataset, block_size=config.block_size)
@@ -80,7 +81,7 @@ def _load_model(config: TrainConfig, model: Transformer | None) -> Transformer:
         raise ValueError("Training needs a base model: set `model` to a folder or hub id; got ''.")
     from seer_jax.pretrained import from_pretrained
 
-    return from_pretrained(config.model, dtype=config.precision.dtype)
+    return from_pretrained(config.model, dtype=config.precision)
 
 
 def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]:

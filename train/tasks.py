@@ -112,9 +112,8 @@ class LanguageModelling:
                 q, k = rotate(q, k, batch.positions, model.config)
                 return dense_attention(q, k, v, segment_ids=segment_ids if self.packed else None), state, None
 
-            hidden = model.scan(tokens, attend)[0]
-            head = model.embed_tokens if model.lm_head is None else model.lm_head
-            return lm_loss(hidden, head[...], lm_targets(tokens, segment_ids)[0], weights)
+            hidden = model.scan(tokens, attend, remat=True)[0]
+            return lm_loss(hidden, model.head[...], lm_targets(tokens, segment_ids)[0], weights)
 
         loss, gradients = jax.value_and_grad(loss_of)(trained)
         return gradients, {"loss": loss}

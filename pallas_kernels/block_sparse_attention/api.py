@@ -7,7 +7,7 @@ from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_attention_inputs, check_integers, resolve_scale
 
-_run = Operation("block_sparse_attention", "pallas_kernels.block_sparse_attention")
+_run = Operation("block_sparse_attention", "pallas_kernels.block_sparse_attention", preferred=("mosaic_gpu", "xla"))
 
 
 def block_sparse_attention(
@@ -19,6 +19,7 @@ def block_sparse_attention(
     scale: float | None = None,
     query_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
     lengths: Int[Array, "B"] | None = None,
+    density: float | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T H D"] | tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
@@ -38,8 +39,11 @@ def block_sparse_attention(
       scale: factor on the scores; 1 / sqrt(D) if None.
       query_offset: position of the first query, in tokens from the first key; one for all rows of the batch or one each.
       lengths: number of keys of each sequence, right-padded up to S; S if None or more.
+      density: share of the blocks in sight that you expect on the lists, 0 to 1; None if unknown. Picks the faster of two kernels,
+        and changes nothing else.
       return_lse: also return the log of the sum of exp(scores) per query, natural logarithm.
-      implementation: "reference", "xla", or None for the best that works here.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, b 64 and 128), or None
+        for the best that works here.
 
     Returns:
       out [B, T, H, D] of q's dtype, or (out, lse [B, T, H] float32).
@@ -83,5 +87,6 @@ def block_sparse_attention(
         scale=resolve_scale(name, scale, head_dim),
         query_offset=jnp.broadcast_to(query_offset, (batch,)).astype(jnp.int32),
         lengths=jnp.minimum(lengths, k.shape[1]).astype(jnp.int32),
+        density=density,
     )
     return (out, lse) if return_lse else out

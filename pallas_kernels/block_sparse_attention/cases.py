@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float32, PRNGKeyArray
 
 from pallas_kernels.shapes import LLAMA_3_1_8B, QWEN2_5_7B, Heads, random_arrays, random_blocks
 
@@ -41,9 +41,13 @@ class Case:
     lengths: tuple[int, ...] | None = None
     dtype: str = "bfloat16"
 
-    @functools.partial(jax.jit, static_argnums=0)
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
         """Random arguments of the call."""
+        # One program draws them at every density.
+        return dataclasses.replace(self, name="", density=0.0)._draw(key, jnp.float32(self.density))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _draw(self, key: PRNGKeyArray, density: Float32[Array, ""]) -> dict[str, Any]:
         num_keys, b = self.num_keys or self.num_queries, self.block_size
         keys = self.batch, num_keys, self.heads.kv_heads, self.heads.head_dim
         key_qkv, key_blocks = jax.random.split(key)
@@ -54,7 +58,7 @@ class Case:
         ends = jnp.broadcast_to(jnp.asarray(self.query_offset), (self.batch,))[:, None, None] + ends[None, None]
         last = jnp.minimum((ends - 1) // b, -(-num_keys // b) - 1)
         last = jnp.broadcast_to(last, (self.batch, self.lists or self.heads.heads, last.shape[-1]))
-        blocks = random_blocks(key_blocks, last, -(-num_keys // b), block_size=b, density=self.density)
+        blocks = random_blocks(key_blocks, last, -(-num_keys // b), block_size=b, density=density)
         arguments |= {"blocks": blocks, "query_offset": jnp.asarray(self.query_offset)}
         return arguments if self.lengths is None else arguments | {"lengths": jnp.asarray(self.lengths)}
 
@@ -79,4 +83,14 @@ TINY = (
          dtype="float32", block_size=16),
     Case("bf16", Heads(4, 1, 64), 256, density=0.4),
     Case("bf16-ragged", Heads(4, 2, 128), 77, 205, lists=2, density=0.5, query_offset=128, lengths=(203,), block_size=128),
+)  # fmt: skip
+
+HALF = (
+    Case("half-own", Heads(2, 1, 128), 200, density=0.5),
+    Case("half-float16", Heads(4, 2, 64), 330, density=0.5, dtype="float16"),
+    Case("half-group-lists", Heads(2, 1, 128), 200, lists=1, density=0.5),
+    Case("half-128", Heads(2, 1, 64), 300, density=0.5, block_size=128),
+    Case("half-ragged", Heads(2, 1, 64), 131, 271, batch=2, density=0.5, query_offset=(40, 7), lengths=(171, 30)),
+    Case("half-ragged-group-lists", Heads(2, 1, 64), 131, 271, batch=2, lists=1, density=0.5, query_offset=(40, 7), lengths=(171, 30)),
+    Case("half-ragged-128", Heads(2, 1, 64), 131, 371, batch=2, density=0.5, query_offset=(140, 7), lengths=(171, 30), block_size=128),
 )  # fmt: skip

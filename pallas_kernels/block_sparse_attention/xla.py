@@ -1,18 +1,19 @@
 """`block_sparse_attention` in XLA, for any device: time follows the number of listed blocks. Differentiable in q, k and v."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
-from pallas_kernels.attend_rows import Rows, Tiling, attend_rows
+from pallas_kernels.attend_rows import Rows, Tiling, attend_rows, attend_rows_gradients
 from pallas_kernels.blocks import BlockIndices
 
 _KEYS_PER_STEP = 128  # wide enough for matrix units; wider wastes work on short lists
 
 
-@functools.partial(jax.jit, static_argnames=("scale",))
+@functools.partial(jax.jit, static_argnames=("scale", "density"))
 def block_sparse_attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
@@ -22,16 +23,79 @@ def block_sparse_attention(
     scale: float,
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
+    density: float | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    """See the function of this name in api.py."""
-    (batch, length, heads, head_dim), kv_heads, b = q.shape, k.shape[2], blocks.block_size
-    num_rows = blocks.counts.shape[2]
-    lists = max(blocks.counts.shape[1], kv_heads)  # heads that share a list and the keys go into one row of queries
-    group = heads // lists
-    axes = (batch, lists, num_rows)
+    """See the function of this name in api.py. `density` changes nothing here."""
+    folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
+    out, lse = attend_rows(folding.fold(q), k, v, rows, Tiling(blocks.block_size, scale, _KEYS_PER_STEP))
+    return folding.unfold(out), folding.unfold(lse[..., None])[..., 0]
 
-    q = jnp.pad(q, ((0, 0), (0, num_rows * b - length), (0, 0), (0, 0)))
-    q = q.reshape(batch, num_rows, b, lists, group, head_dim).transpose(0, 3, 1, 4, 2, 5)
+
+@functools.partial(jax.jit, static_argnames=("scale",))
+def block_sparse_attention_gradients(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    blocks: BlockIndices,
+    out: Float[Array, "B T H D"],
+    lse: Float32[Array, "B T H"],
+    d_out: Float[Array, "B T H D"],
+    d_lse: Float32[Array, "B T H"],
+    *,
+    scale: float,
+    query_offset: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+    """Gradients in q, k and v from the results (out, lse) of any implementation and the gradients in those."""
+    folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
+    lse, d_lse = (folding.fold(x[..., None], fill)[..., 0] for x, fill in ((lse, -jnp.inf), (d_lse, 0)))
+    residuals = folding.fold(q), k, v, rows, folding.fold(out), lse
+    tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
+    d_q, d_k, d_v = attend_rows_gradients(tiling, residuals, (folding.fold(d_out), d_lse))
+    return folding.unfold(d_q), d_k, d_v
+
+
+class _Folding(NamedTuple):
+    """How queries become rows: those of a block, of all heads that share its list and their keys, make one row.
+
+    Fields:
+      axes: (B, lists or key/value heads, Tb); their product is the number of rows.
+      group: heads in a row.
+      block_size: b.
+      length: T.
+    """
+
+    axes: tuple[int, int, int]
+    group: int
+    block_size: int
+    length: int
+
+    def fold(self, x: Shaped[Array, "B T H D"], fill: float = 0) -> Shaped[Array, "R M D"]:
+        """Rows, the last of each sequence filled up."""
+        (batch, lists, num_rows), b = self.axes, self.block_size
+        x = jnp.pad(x, ((0, 0), (0, num_rows * b - self.length), (0, 0), (0, 0)), constant_values=fill)
+        x = x.reshape(batch, num_rows, b, lists, self.group, x.shape[-1]).transpose(0, 3, 1, 4, 2, 5)
+        return x.reshape(-1, self.group * b, x.shape[-1])
+
+    def unfold(self, x: Shaped[Array, "R M D"]) -> Shaped[Array, "B T H D"]:
+        """The reverse of `fold`."""
+        (batch, lists, _), b = self.axes, self.block_size
+        x = x.reshape(*self.axes, self.group, b, x.shape[-1]).transpose(0, 2, 4, 1, 3, 5)
+        return x.reshape(batch, -1, lists * self.group, x.shape[-1])[:, : self.length]
+
+
+def _fold_rows(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    blocks: BlockIndices,
+    query_offset: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+) -> tuple[_Folding, Rows]:
+    """How queries become rows, and what each row may see."""
+    (batch, length, heads, _), kv_heads, b = q.shape, k.shape[2], blocks.block_size
+    num_rows = blocks.counts.shape[2]
+    lists = max(blocks.counts.shape[1], kv_heads)
+    folding = _Folding((batch, lists, num_rows), heads // lists, b, length)
 
     token = jnp.arange(num_rows * b)
     position = query_offset[:, None] + token[None]
@@ -39,14 +103,9 @@ def block_sparse_attention(
     limit = jnp.where(visible, position + 1, 0)
     limit = limit.reshape(batch, 1, num_rows, 1, b)
     start = jnp.arange(batch)[:, None] * (k.shape[1] * kv_heads) + jnp.arange(lists)[None] * kv_heads // lists
-
-    rows = Rows(
-        counts=jnp.broadcast_to(blocks.counts, axes).reshape(-1),
-        indices=jnp.broadcast_to(blocks.indices, (*axes, blocks.width)).reshape(-1, blocks.width),
-        start=jnp.broadcast_to(start[..., None], axes).reshape(-1),
-        limit=jnp.broadcast_to(limit, (*axes, group, b)).reshape(-1, group * b),
+    return folding, Rows(
+        counts=jnp.broadcast_to(blocks.counts, folding.axes).reshape(-1),
+        indices=jnp.broadcast_to(blocks.indices, (*folding.axes, blocks.width)).reshape(-1, blocks.width),
+        start=jnp.broadcast_to(start[..., None], folding.axes).reshape(-1),
+        limit=jnp.broadcast_to(limit, (*folding.axes, folding.group, b)).reshape(-1, folding.group * b),
     )
-    out, lse = attend_rows(q.reshape(-1, group * b, head_dim), k, v, rows, Tiling(b, scale, _KEYS_PER_STEP))
-    out = out.reshape(*axes, group, b, head_dim).transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, heads, head_dim)
-    lse = lse.reshape(*axes, group, b).transpose(0, 2, 4, 1, 3).reshape(batch, -1, heads)
-    return out[:, :length], lse[:, :length]

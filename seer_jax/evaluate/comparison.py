@@ -18,7 +18,7 @@ from seer_jax.cache import Cache
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.scoring import TokenScores, perplexity, read_prompts, score_decoded, score_prompts
 from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Gate, Oracle, Policy, Random, Scorer, SinkWindow
+from seer_jax.policies import SCORERS, Dense, Policy, Scorer
 
 
 class Phase(enum.StrEnum):
@@ -39,7 +39,7 @@ class Method(enum.StrEnum):
     @property
     def scorer(self) -> Scorer:
         """As policies take it."""
-        return {"gate": Gate(), "window": SinkWindow(), "random": Random(), "oracle": Oracle()}[self]
+        return SCORERS[self]
 
     @property
     def title(self) -> str:
@@ -68,7 +68,7 @@ class Setting:
         changes: dict[str, Any] = {"scorer": method.scorer}
         if hasattr(self.policy, "dense_last_rows"):
             changes["dense_last_rows"] = 0
-        return dataclasses.replace(self.policy, **changes)  # pyright: ignore
+        return dataclasses.replace(self.policy, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,11 @@ class Score:
     passkey_tokens: float
     prompts: int
     seconds: float
+
+    @property
+    def title(self) -> str:
+        """Of the method, as tables show it."""
+        return "dense" if self.method is None else self.method.title
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def secret_name(rng: np.random.Generator, words: Sequence[str]) -> str:
     """One word, or two of them."""
 
     def pick() -> str:
-        return words[rng.integers(len(words))]  # pyright: ignore
+        return words[int(rng.integers(len(words)))]
 
     return pick() if rng.random() < ONE_WORD else f"{pick()}_{pick()}"
 

@@ -4,18 +4,17 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
-from jaxtyping import Int
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.commands import DType, PolicyArgument, write_policy
+from seer_jax.commands import PolicyArgument, write_policy
+from seer_jax.config import DType, check_at_least
 from seer_jax.evaluate.comparison import Method, Phase, Rows, Score, Setting, compare
 from seer_jax.evaluate.passkey import passkey_prompts
 from seer_jax.evaluate.scoring import text_windows
 from seer_jax.evaluate.table import print_scores, write_scores
-from seer_jax.policies import Dense, Given, Policy, TopK
+from seer_jax.policies import Policy, RankingPolicy, TopK
 from seer_jax.text import Tokenizer
 
 
@@ -44,7 +43,7 @@ class EvalConfig:
       output: folder for scores.json; None: none is written.
     """
 
-    model: str = "tiny-lm"
+    model: str = tiny_lm.NAME
     gates: tuple[str, ...] = ()
     text: Path | None = None
     policies: tuple[PolicyArgument, ...] = (TopK(0.1), TopK(0.2), TopK(0.4))
@@ -61,14 +60,10 @@ class EvalConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("length", "windows", "decoded", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1; got {getattr(self, name)}.")
-        for name in ("passkeys", "distractors", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is at least 0; got {getattr(self, name)}.")
+        check_at_least(1, self, "length", "windows", "decoded", "batch_size")
+        check_at_least(0, self, "passkeys", "distractors", "seed")
         for policy in self.policies:
-            if isinstance(policy, Dense | Given):
+            if not isinstance(policy, RankingPolicy):
                 raise ValueError(
                     f"Methods are compared by policies that rank blocks (topk, budget, threshold, mass); got {policy}. "
                     "Dense attention is measured anyway."
@@ -84,16 +79,15 @@ def evaluate(config: EvalConfig) -> list[Score]:
     """
     from seer_jax.pretrained import from_pretrained, load_tokenizer
 
-    place = str(tiny_lm.path()) if config.model == "tiny-lm" else config.model
+    place = str(tiny_lm.path()) if config.model == tiny_lm.NAME else config.model
     text = (config.text or tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
-    kind = config.dtype or (DType.FLOAT32 if jax.default_backend() == "cpu" else DType.BFLOAT16)
-    model = from_pretrained(place, config.gates, dtype=kind.value)
-    tokenizer = load_tokenizer(place)
-    rows = make_rows(config, tokenizer, np.array(tokenizer.encode(text, special_tokens=False)), model.config.vocab_size)
+    model = from_pretrained(place, config.gates, dtype=config.dtype or DType.default())
+    rows = make_rows(config, load_tokenizer(place), text, model.config.vocab_size)
     console, scores = Console(), []
     settings = [Setting(policy_name(policy), policy) for policy in config.policies]
-    kinds = dict(methods=config.methods, phases=config.phases)
-    for score in compare(model, rows, settings, batch_size=config.batch_size, **kinds):  # pyright: ignore
+    for score in compare(
+        model, rows, settings, methods=config.methods, phases=config.phases, batch_size=config.batch_size
+    ):
         scores.append(score)
         console.print(score_line(score), highlight=False, soft_wrap=True)
     print_scores(console, scores)
@@ -104,11 +98,12 @@ def evaluate(config: EvalConfig) -> list[Score]:
     return scores
 
 
-def make_rows(config: EvalConfig, tokenizer: Tokenizer, text: Int[np.ndarray, "tokens"], vocab_size: int) -> Rows:
+def make_rows(config: EvalConfig, tokenizer: Tokenizer, text: str, vocab_size: int) -> Rows:
     """Windows and pass-key prompts as the configuration wants them."""
+    tokens = np.array(tokenizer.encode(text, special_tokens=False))
     prompts = passkey_prompts(
         tokenizer,
-        text,
+        tokens,
         json.loads((tiny_lm.path() / "words.json").read_text())["eval"],
         length=config.length,
         count=config.passkeys,
@@ -116,7 +111,7 @@ def make_rows(config: EvalConfig, tokenizer: Tokenizer, text: Int[np.ndarray, "t
         seed=config.seed,
         distractors=config.distractors,
     )
-    return Rows(text_windows(text, config.length, config.windows), prompts, config.decoded)
+    return Rows(text_windows(tokens, config.length, config.windows), prompts, config.decoded)
 
 
 def policy_name(policy: Policy) -> str:
@@ -128,12 +123,9 @@ def policy_name(policy: Policy) -> str:
 
 def score_line(score: Score) -> str:
     """One score as it comes in."""
-    method = "dense" if score.method is None else f"{score.method.title}, {score.setting}"
+    method = score.title if score.method is None else f"{score.title}, {score.setting}"
     found = f", pass keys {score.passkey:.0%}" if score.prompts else ""
     return (
         f"{score.phase} {method}: perplexity {score.perplexity:.3f}{found}, blocks read {score.kept:.1%} "
         f"({score.seconds:.1f} s)"
     )
-
-
-__all__ = ["EvalConfig", "evaluate"]

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from seer_jax.evaluate.comparison import Method, Phase, Score
+from seer_jax.evaluate.comparison import Method, Score
 
 MEANING = {
     "ppl": "perplexity: among how many equally likely tokens the model seems to choose at each step of held-out text; lower is better",
@@ -61,7 +61,7 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
     """The table, and what each word in it means in one line."""
     console.print(score_table(scores))
     console.print()
-    shown = {"dense"} | {s.method.title for s in scores if s.method} | {s.phase.value for s in scores}
+    shown = {s.title for s in scores} | {s.phase.value for s in scores}
     for word, meaning in MEANING.items():
         if word in shown or word in ("ppl", "keys", "read"):
             console.print(f"[bold]{word}[/bold]: {meaning}", highlight=False, soft_wrap=True)
@@ -87,13 +87,10 @@ def beaten(scores: Sequence[Score], *, by: Method = Method.GATE) -> list[str]:
         if method in (Method.WINDOW, Method.RANDOM) and ours is not None:
             if score.perplexity <= ours.perplexity:
                 lines.append(
-                    f"{phase} {setting}: {method.title} has perplexity {score.perplexity:.3f}, ours {ours.perplexity:.3f}"  # pyright: ignore
+                    f"{phase} {setting}: {score.title} has perplexity {score.perplexity:.3f}, ours {ours.perplexity:.3f}"
                 )
             if score.passkey >= ours.passkey:
                 lines.append(
-                    f"{phase} {setting}: {method.title} finds {score.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}"  # pyright: ignore
+                    f"{phase} {setting}: {score.title} finds {score.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}"
                 )
     return lines
-
-
-__all__ = ["Phase", "beaten", "print_scores", "score_table", "write_scores"]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+NAME = "tiny-lm"  # stands for the folder on a command line
+
 
 def path() -> Path:
     """The folder of the model: a Hugging Face checkpoint, held-out text, words for pass keys and reference figures."""

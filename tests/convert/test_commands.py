@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from seer_jax.config import PrefillGateConfig
+from seer_jax.config import DType, PrefillGateConfig
 from seer_jax.convert import (
     Bounds,
     ConvertConfig,
-    DType,
     GateFormat,
     VerifyConfig,
     compare_logits,

@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import BlockIndices, block_sparse_attention
 from pallas_kernels.backends import Implementation
-from pallas_kernels.block_sparse_attention.cases import TINY, Case
+from pallas_kernels.block_sparse_attention.cases import HALF, TINY, Case
 from pallas_kernels.shapes import Heads, random_arrays
 from tests.pallas_kernels.comparison import (
     KEY,
@@ -32,7 +32,54 @@ def named(name: str) -> Case:
 @functools.cache
 def compiled(implementation: Implementation) -> Callable[..., tuple[jax.Array, jax.Array]]:
     call = functools.partial(block_sparse_attention, return_lse=True, implementation=implementation)
-    return jax.jit(call, static_argnames="scale")
+    return jax.jit(call, static_argnames=("scale", "density"))
+
+
+def compare_with_plain_attention(arguments: dict[str, Any], run: Callable[[], tuple[jax.Array, jax.Array]]) -> None:
+    """Errors against float32 are at most twice those of plain attention in the same precision; two runs are equal."""
+    out, lse = run()
+    exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
+    truth, true_lse = compiled("reference")(**exact)
+    plain = masked_attention(arguments["q"], arguments["k"], arguments["v"], prefill_mask(arguments))
+    assert_as_good_as(plain, out, truth)
+    assert_within_rounding(lse, true_lse)
+    assert_bitwise_equal((out, lse), run())
+
+
+def compare_with_poisoned(arguments: dict[str, Any], run: Callable[..., tuple[jax.Array, jax.Array]]) -> None:
+    """A block that no list holds, but every filler names, is NaN: nothing may change."""
+    blocks = arguments["blocks"]
+    unlisted = 1
+    listed = blocks.to_mask(blocks.width).at[..., unlisted].set(False)
+    arguments["blocks"] = BlockIndices.from_mask(listed, block_size=blocks.block_size)
+    clean = run(**arguments)
+    tokens = jnp.arange(arguments["k"].shape[1]) // blocks.block_size == unlisted
+    for name in ("k", "v"):
+        arguments[name] = jnp.where(tokens[None, :, None, None], jnp.nan, arguments[name])
+    poisoned = run(**arguments | {"blocks": with_fillers(arguments["blocks"], unlisted)})
+    assert_bitwise_equal(clean, poisoned)
+
+
+def compare_gradients(case: Case, implementation: Implementation) -> None:
+    """Errors of gradients against float32 are at most twice those of plain attention in the same precision."""
+    arguments = case.arguments(KEY)
+    qkv = {name: arguments[name] for name in ("q", "k", "v")}
+    mask = prefill_mask(arguments)
+
+    def gradients(attention, qkv):
+        return jax.jit(jax.grad(lambda qkv: (attention(qkv) * qkv["q"]).astype("float32").sum()))(qkv)
+
+    def sparse(implementation):
+        return lambda qkv: block_sparse_attention(**arguments | qkv, implementation=implementation)
+
+    def dense(qkv):
+        return jax.nn.dot_product_attention(qkv["q"], qkv["k"], qkv["v"], mask=mask)
+
+    got = gradients(sparse(implementation), qkv)
+    plain = gradients(dense, qkv)
+    truth = gradients(sparse("reference"), jax.tree.map(lambda x: x.astype("float32"), qkv))
+    for name in qkv:
+        assert_as_good_as(plain[name], got[name], truth[name])
 
 
 class Definition:
@@ -93,26 +140,10 @@ class Conformance(Definition):
     @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
     def test_errs_no_more_than_plain_attention(self, case: Case):
         arguments = case.arguments(KEY)
-        out, lse = self.run(**arguments)
-        exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
-        truth, true_lse = compiled("reference")(**exact)
-        plain = masked_attention(arguments["q"], arguments["k"], arguments["v"], prefill_mask(arguments))
-        assert_as_good_as(plain, out, truth)
-        assert_within_rounding(lse, true_lse)
-        assert_bitwise_equal((out, lse), self.run(**arguments))
+        compare_with_plain_attention(arguments, lambda: self.run(**arguments))
 
     def test_fillers_and_unlisted_blocks_are_not_read(self):
-        arguments = named("one-list").arguments(KEY)
-        blocks = arguments["blocks"]
-        unlisted = 1
-        listed = blocks.to_mask(blocks.width).at[..., unlisted].set(False)
-        arguments["blocks"] = BlockIndices.from_mask(listed, block_size=blocks.block_size)
-        clean = self.run(**arguments)
-        tokens = jnp.arange(arguments["k"].shape[1]) // blocks.block_size == unlisted
-        for name in ("k", "v"):
-            arguments[name] = jnp.where(tokens[None, :, None, None], jnp.nan, arguments[name])
-        poisoned = self.run(**arguments | {"blocks": with_fillers(arguments["blocks"], unlisted)})
-        assert_bitwise_equal(clean, poisoned)
+        compare_with_poisoned(named("one-list").arguments(KEY), self.run)
 
     def test_maps_and_scans(self):
         """Under vmap over a batch of calls and inside a scan, the results are those of single calls."""
@@ -145,21 +176,64 @@ class Conformance(Definition):
             assert_within_rounding(got[name], truth[name])
 
     def test_gradients_err_no_more_than_those_of_plain_attention(self):
-        arguments = named("bf16").arguments(KEY)
-        qkv = {name: arguments[name] for name in ("q", "k", "v")}
-        mask = prefill_mask(arguments)
+        compare_gradients(named("bf16"), self.implementation)
 
-        def gradients(attention, qkv):
-            return jax.jit(jax.grad(lambda qkv: (attention(qkv) * qkv["q"]).astype("float32").sum()))(qkv)
 
-        def sparse(implementation):
-            return lambda qkv: block_sparse_attention(**arguments | qkv, implementation=implementation)
+class HalfPrecision:
+    """What a backend for GPUs must do, which takes bfloat16 and float16, and blocks of 64 and 128 tokens."""
 
-        def dense(qkv):
-            return jax.nn.dot_product_attention(qkv["q"], qkv["k"], qkv["v"], mask=mask)
+    implementation: ClassVar[Implementation]
 
-        got = gradients(sparse(self.implementation), qkv)
-        plain = gradients(dense, qkv)
-        truth = gradients(sparse("reference"), jax.tree.map(lambda x: x.astype("float32"), qkv))
-        for name in qkv:
-            assert_as_good_as(plain[name], got[name], truth[name])
+    def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
+        return compiled(self.implementation)(**arguments)
+
+    @pytest.mark.parametrize("case", HALF, ids=lambda case: case.name)
+    def test_errs_no_more_than_plain_attention(self, case: Case):
+        arguments = case.arguments(KEY)
+        compare_with_plain_attention(arguments, lambda: self.run(**arguments))
+
+    @pytest.mark.parametrize(
+        "case", [c for c in HALF if c.name in ("half-own", "half-ragged")], ids=lambda case: case.name
+    )
+    def test_expecting_density_changes_no_result(self, case: Case):
+        """But may pick another kernel."""
+        arguments = case.arguments(KEY)
+        compare_with_plain_attention(arguments, lambda: self.run(**arguments, density=1.0))
+
+    def test_fillers_and_unlisted_blocks_are_not_read(self):
+        case = Case("few", Heads(2, 1, 64), 256, lists=1, density=0.5)
+        compare_with_poisoned(case.arguments(KEY), self.run)
+
+    @pytest.mark.parametrize(("lists", "density"), [(2, None), (2, 1.0), (1, None)])
+    def test_a_query_that_sees_nothing_gets_zero(self, lists: int, density: float | None):
+        """Empty lists, queries beyond the sequence, lists of blocks that lie ahead, an empty sequence."""
+        arguments = Case("empty", Heads(2, 1, 64), 256, batch=3, lists=lists).arguments(KEY)
+        counts = jnp.full((3, lists, 4), 1).at[0, :, 1].set(0)
+        ahead = jnp.broadcast_to(jnp.asarray([0, 0, 3, 3])[:, None], (3, lists, 4, 1))
+        arguments["blocks"] = BlockIndices(counts.astype("int32"), ahead.astype("int32"), 64)
+        out, lse = self.run(**arguments | {"lengths": jnp.asarray([256, 80, 0])}, density=density)
+        seen = np.asarray([[True, False, False, True], [True, True, False, False], [False] * 4]).repeat(64, axis=1)
+        seen[1, 80:] = False
+        np.testing.assert_array_equal(lse > -jnp.inf, np.broadcast_to(seen[..., None], lse.shape))
+        np.testing.assert_array_equal(np.asarray(out, np.float32)[np.logical_not(seen)], 0)
+        assert np.isfinite(np.asarray(out, np.float32)).all() and not np.isnan(lse).any()
+
+    @pytest.mark.parametrize("scale", [-0.3, 0.0])
+    def test_any_scale(self, scale: float):
+        arguments: dict[str, Any] = Case("scale", Heads(2, 1, 64), 128).arguments(KEY) | {"scale": scale}
+        exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
+        (out, lse), (truth, true_lse) = self.run(**arguments), compiled("reference")(**exact)
+        assert_within_rounding(lse, true_lse)
+        np.testing.assert_allclose(np.asarray(out, np.float32), truth, rtol=2**-7, atol=2**-7)
+
+    def test_maps(self):
+        """Under vmap over a batch of calls the results are those of single calls."""
+        calls = [Case("small", Heads(2, 1, 64), 128).arguments(key) for key in jax.random.split(KEY, 2)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *calls)
+        call = functools.partial(block_sparse_attention, return_lse=True, implementation=self.implementation)
+        mapped = jax.jit(jax.vmap(lambda arguments: call(**arguments)))(stacked)
+        for i, arguments in enumerate(calls):
+            assert_bitwise_equal([x[i] for x in mapped], self.run(**arguments))
+
+    def test_gradients_err_no_more_than_those_of_plain_attention(self):
+        compare_gradients(Case("gradients", Heads(2, 1, 64), 128, density=0.5), self.implementation)

@@ -5,9 +5,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import pytest
 
 from pallas_kernels.backends import Operation, Unsupported
+from pallas_kernels.hopper import assume_hopper
 
 OPERATION = Operation("add", "made_up", preferred=("fast", "steady"), others=("reference",))
 
@@ -63,3 +65,11 @@ def test_an_error_of_a_backend_is_not_passed_over(monkeypatch: pytest.MonkeyPatc
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"add: implementation must be None or one of .*'reference'\); got 'best'"):
         OPERATION("best", 1, b=2)
+
+
+def test_the_backend_used_here_is_the_first_that_this_device_runs():
+    operation = Operation("attend", "made_up", preferred=("mosaic_gpu", "xla"))
+    with assume_hopper():
+        assert operation.used_here() == "mosaic_gpu"
+    if jax.default_backend() == "cpu":
+        assert operation.used_here() == "xla"

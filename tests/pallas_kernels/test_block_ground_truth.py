@@ -31,6 +31,7 @@ def test_real_shapes(case: Case):
     assert not case.token_scores or got.token_scores.shape == (batch, case.heads.kv_heads, length, num_blocks)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", ["llama-3.1-8b-64k", "qwen3-4b-32k-packed"])
 def test_xla_needs_less_memory_than_its_inputs(name: str):
     """Although a T x S array would take hundreds of GB for all heads."""

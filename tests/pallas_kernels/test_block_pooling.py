@@ -27,6 +27,7 @@ class TestMosaicGpu(suite.Conformance):
     implementation = "mosaic_gpu"
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicGpuInterpreted(suite.Conformance):
     implementation = "mosaic_gpu"

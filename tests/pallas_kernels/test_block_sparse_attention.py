@@ -1,5 +1,6 @@
 """`block_sparse_attention`: its implementations, the memory they take, and what it says to wrong calls."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from pallas_kernels import BlockIndices, block_sparse_attention
 from pallas_kernels.attend_rows import Tiling
 from pallas_kernels.backends import Implementation
+from pallas_kernels.block_sparse_attention import mosaic_gpu
 from pallas_kernels.block_sparse_attention.cases import REAL, Case
+from pallas_kernels.hopper import assume_hopper
 from pallas_kernels.shapes import Heads
 from tests.pallas_kernels import suite_block_sparse as suite
-from tests.pallas_kernels.comparison import KEY, assert_within_rounding, memory, shapes
+from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, assert_within_rounding, memory, shapes
 
 
 class TestReference(suite.Definition):
@@ -25,6 +28,74 @@ class TestXla(suite.Conformance):
     implementation = "xla"
 
 
+@pytest.mark.gpu
+class TestMosaicGpu(suite.HalfPrecision):
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicGpuInterpreted(suite.HalfPrecision):
+    """Without a GPU, and with a look-out for races between copies and reads."""
+
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+def test_mosaic_gpu_lowers_for_cuda(case: Case):
+    """The whole of Mosaic's own lowering at real sizes: layouts, shared memory, limits of the copy engine."""
+    arguments, _ = shapes(case)
+    call = functools.partial(block_sparse_attention, density=case.density, return_lse=True, implementation="mosaic_gpu")
+    with assume_hopper():
+        lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float32"}, "takes bfloat16 and float16; got float32"),
+        ({"heads": Heads(2, 1, 32)}, "takes head dims 64 and 128; got 32"),
+        ({"block_size": 32}, "takes blocks of 64 and 128 tokens; got 32"),
+    ],
+)
+def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str):
+    arguments = dataclasses.replace(Case("small", Heads(2, 1, 64), 64), **changes).arguments(KEY)
+    with assume_hopper():
+        with pytest.raises(NotImplementedError, match=message):
+            block_sparse_attention(**arguments, implementation="mosaic_gpu")
+        assert_bitwise_equal(
+            block_sparse_attention(**arguments), block_sparse_attention(**arguments, implementation="xla")
+        )
+
+
+@pytest.mark.parametrize(
+    ("heads", "lists", "block_size", "num_key_blocks", "density", "name"),
+    [
+        (Heads(32, 8, 128), 32, 64, 512, None, "solo"),
+        (Heads(32, 8, 128), 32, 64, 512, 0.5, "solo"),
+        (Heads(32, 8, 128), 32, 64, 512, 1.0, "own"),
+        (Heads(32, 8, 128), 8, 64, 512, None, "heads"),
+        (Heads(32, 8, 128), 1, 64, 512, 0.1, "heads"),
+        (Heads(32, 8, 128), 8, 64, 128, 0.1, "solo"),
+        (Heads(28, 4, 128), 4, 64, 512, None, "solo"),  # 7 heads in a group
+        (Heads(32, 8, 128), 8, 128, 256, None, "queries"),
+    ],
+)
+def test_mosaic_gpu_chooses_a_kernel(
+    heads: Heads, lists: int, block_size: int, num_key_blocks: int, density: float | None, name: str
+):
+    choice = mosaic_gpu.choose_config(heads.heads, heads.kv_heads, lists, block_size, num_key_blocks, density)
+    assert choice is mosaic_gpu.CONFIGS[name]
+
+
+@pytest.mark.cpu
+def test_mosaic_gpu_needs_a_hopper_gpu():
+    arguments = Case("small", Heads(2, 1, 64), 64).arguments(KEY)
+    with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 9.0 .*; got cpu"):
+        block_sparse_attention(**arguments, implementation="mosaic_gpu")
+
+
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_real_shapes(case: Case):
     arguments, _ = shapes(case)
@@ -33,6 +104,7 @@ def test_real_shapes(case: Case):
     assert lse.shape == out.shape[:3] and lse.dtype == jnp.float32
 
 
+@pytest.mark.cpu
 def test_xla_needs_less_memory_than_its_inputs():
     """At Llama's shape and 32k tokens, where a T x S array would take 137 GB for all heads."""
     case = next(case for case in REAL if case.name == "llama-3.1-8b-32k")
@@ -41,6 +113,7 @@ def test_xla_needs_less_memory_than_its_inputs():
     assert used.temp_size_in_bytes < used.argument_size_in_bytes
 
 
+@pytest.mark.cpu
 def test_xla_backward_needs_no_array_of_all_pairs():
     case = Case("backward", Heads(8, 2, 64), 4096, block_size=16, dtype="float32")
     arguments, _ = shapes(case)
@@ -110,7 +183,10 @@ def zeros(*shape: int, dtype: str = "float32") -> jax.Array:
         ({"lengths": jnp.ones(2)}, r"lengths must hold integers; got float32"),
         ({"lengths": jnp.ones((1, 2), int)}, r"lengths must have shape \[B\] = \(2,\); got \(1, 2\)"),
         ({"scale": float("nan")}, r"scale must be a finite number; got nan"),
-        ({"implementation": "triton"}, r"implementation must be None or one of \('xla', 'reference'\); got 'triton'"),
+        (
+            {"implementation": "triton"},
+            r"implementation must be None or one of \('mosaic_gpu', 'xla', 'reference'\); got 'triton'",
+        ),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str):

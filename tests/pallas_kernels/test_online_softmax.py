@@ -13,7 +13,8 @@ def test_products_have_the_precision_of_their_inputs_and_sum_in_float32(
 ):
     """Accelerators multiply float32 in fewer bits unless they are told not to."""
     x = jnp.ones((4, 4), dtype)
-    jaxpr = jax.make_jaxpr(lambda x: dot("qd,sd->qs", x, x))(x)
+    with jax.default_matmul_precision(None):
+        jaxpr = jax.make_jaxpr(lambda x: dot("qd,sd->qs", x, x))(x)
     (parameters,) = [eqn.params for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
     assert parameters["precision"] == (precision and (precision, precision))
     assert parameters["preferred_element_type"] == jnp.float32

@@ -29,6 +29,7 @@ def test_real_shapes(case: Case):
     assert lse.shape == out.shape[:2] and lse.dtype == jnp.float32
 
 
+@pytest.mark.cpu
 def test_xla_never_copies_the_cache():
     arguments, _ = shapes(next(case for case in REAL if case.name == "qwen3-4b-b8-128k"))
     used = memory(lambda x: sparse_decode_attention(**x, implementation="xla"), arguments)

@@ -60,7 +60,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in ("demo", "convert", "verify", "train", "generate", "eval", "info"))
+    assert all(
+        f"\n  {name} " in text for name in ("demo", "convert", "verify", "train", "generate", "eval", "bench", "info")
+    )
     assert cli.main([]) == 2
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.endswith(f"seer-jax {seer_jax.__version__}\n")

@@ -85,12 +85,12 @@ def test_the_report_is_the_mean_share_of_blocks():
 
 def test_a_budget_of_one_block_keeps_the_current_block():
     layers, batch, kv_heads = 2, len(LENGTHS), 2
-    own = dict(
+    own: dict[str, Any] = dict(
         prefill=Given(jnp.zeros((layers, batch, 1, 3, 3), bool), block_size=16),
         decode=Given(jnp.zeros((layers, batch, kv_heads, 4), bool), block_size=16),
     )
     one = TokenBudget(16, SinkWindow())
-    assert run(prefill=one, decode=one).rows() == run(**own).rows()  # pyright: ignore
+    assert run(prefill=one, decode=one).rows() == run(**own).rows()
 
 
 def test_sparse_phases_are_independent():

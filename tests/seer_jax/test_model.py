@@ -1,6 +1,7 @@
 """The model against itself: policies that keep everything are dense, decoding equals prefill, rows do not see each other."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from seer_jax.attention import dense_attention, rotate
 from seer_jax.cache import Cache
-from seer_jax.config import DecodeGateConfig, ModelConfig, PrefillGateConfig
+from seer_jax.config import DecodeGateConfig, PrefillGateConfig
 from seer_jax.families import config_from_hf
-from seer_jax.model import Transformer
+from seer_jax.model import LayerContext, Transformer
 from seer_jax.policies import (
     CumulativeMass,
     Dense,
@@ -251,10 +253,27 @@ def test_whole_sizes_trace_without_memory(name: str):
     assert first.dtype == second.dtype == jnp.float32
 
 
+def test_rematerialised_layers_have_the_same_gradients():
+    tokens, _ = batch()
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(model: Transformer, remat: bool) -> tuple[jax.Array, Transformer]:
+        def loss_of(model: Transformer) -> jax.Array:
+            def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+                q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config)
+                return dense_attention(q, k, v), state, None
+
+            return jax.nn.logsumexp(model.logits(model.scan(tokens, attend, remat=remat)[0]), axis=-1).mean()
+
+        return jax.value_and_grad(loss_of)(model)
+
+    model = tiny_model(QWEN3, gates=False)
+    kept, anew = (jax.tree.leaves(gradients(model, remat)) for remat in (False, True))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(anew, kept, strict=True))
+
+
 def test_a_chunked_dense_pass_equals_one_piece():
     """Longer than a chunk of queries and a span of chunks, at a length that divides neither."""
-    from seer_jax.attention import dense_attention
-
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 2611, h, 8)), jnp.float32) for h in (2, 1, 1))
     ids = jnp.asarray(np.repeat([1, 2, 3], [700, 1500, 411])[None], jnp.int32)
@@ -283,10 +302,11 @@ BAD_INPUT = [
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("change", "message"), BAD_INPUT, ids=[m for _, m in BAD_INPUT])
-def test_bad_input_is_refused(change: dict, message: str):
+def test_bad_input_is_refused(change: dict[str, Any], message: str):
     model = tiny_model(gates=False)
+    arguments: dict[str, Any] = dict(tokens=np.zeros((1, 3), np.int32)) | change
     with pytest.raises(ValueError, match=message):
-        model(**(dict(tokens=np.zeros((1, 3), np.int32)) | change))  # pyright: ignore
+        model(**arguments)
 
 
 def test_a_prompt_longer_than_the_cache_is_refused():
@@ -298,11 +318,10 @@ def test_a_prompt_longer_than_the_cache_is_refused():
 
 
 def test_gates_of_another_model_are_refused():
-    def gate(config: ModelConfig):
-        return tiny_model(config).prefill_gate
-
+    gate = tiny_model(QWEN3).prefill_gate
+    assert gate is not None
     with pytest.raises(ValueError, match="expected num_kv_heads=2, got 4"):
-        tiny_model(gates=False).attach(gate(QWEN3))  # pyright: ignore
+        tiny_model(gates=False).attach(gate)
     with pytest.raises(ValueError, match="below 2; got 2"):
         tiny_model(gates=False).add_gate(DecodeGateConfig(gate_dim=16, start_layer=2), rngs=nnx.Rngs(0))
 

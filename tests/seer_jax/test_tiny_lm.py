@@ -48,6 +48,7 @@ def test_the_text_is_tokenised_as_it_was(text: np.ndarray):
     assert text[:16].tolist() == REFERENCE["perplexity"]["first_tokens"]
 
 
+@pytest.mark.timeout(1800)  # the long ones take minutes, and more on a busy machine
 @pytest.mark.parametrize(
     "length", [1024, pytest.param(4096, marks=pytest.mark.slow), pytest.param(8192, marks=pytest.mark.slow)]
 )

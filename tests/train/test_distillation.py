@@ -20,7 +20,7 @@ from seer_jax.train.packing import Packing, pack
 from seer_jax.train.step import make_step
 from seer_jax.train.tasks import Distillation, LanguageModelling
 from seer_jax.train.tokens import TokenStore
-from tests.train.tiny import BLOCK, DECODE, LENGTH, PREFILL, distill_config, make_model, make_rows
+from tests.train.tiny import BLOCK, CONFIG, DECODE, LENGTH, PREFILL, distill_config, make_model, make_rows
 
 
 @functools.cache
@@ -175,6 +175,20 @@ def test_memory_is_that_of_one_layer():
     gates = sum(x.nbytes for x in jax.tree.leaves(make_task(Gates.PREFILL, layers=8)[1]))
     assert gates < few / 20  # of two layers, activations and all
     assert many - few <= 2 * gates  # eight layers more: the gradients of their gates
+
+
+def test_finetuning_keeps_one_hidden_state_per_layer():
+    batch = make_batch(make_rows(2, 4 * LENGTH))
+
+    def scratch_bytes(layers: int) -> int:
+        task, trained, frozen, *_ = make_task(None, layers)
+        gradients = jax.jit(task.gradients).lower(trained, frozen, batch, task.weigh(batch))
+        memory = gradients.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    hidden = batch.tokens.size * CONFIG.hidden_size * 4  # float32; the activations of a layer are 35 times that
+    assert scratch_bytes(10) - scratch_bytes(2) == pytest.approx(8 * hidden, rel=0.1)
 
 
 def test_schedule():

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 
-import jax.numpy as jnp
 import pytest
 import tyro
 
-from seer_jax.config import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
-from seer_jax.train import DistillConfig, FinetuneConfig, Gates, OptimizerConfig, Packing, Precision
+from seer_jax.config import DecodeGateConfig, DType, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.train import DistillConfig, FinetuneConfig, Gates, OptimizerConfig, Packing
 from seer_jax.train.config import TrainConfig, from_dict, load_config, to_dict
 from seer_jax.train.data import DataConfig
 
@@ -67,7 +66,7 @@ FULL = DistillConfig(
     gates=Gates.DECODE,
     decode=DecodeGateConfig(k_pooling=(Pool.MAX, Pool.AVG), query_reduction=QueryReduction.AVG_PROJ),
     optimizer=OptimizerConfig(clip_norm=None, learning_rate=3e-4),
-    precision=Precision.FLOAT32,
+    precision=DType.FLOAT32,
 )
 
 
@@ -102,7 +101,7 @@ def test_recipes_are_those_of_the_papers():
     assert (decode.sequence_length, decode.batch_size, decode.optimizer.end_learning_rate) == (32768, 16, 1e-5)
     for recipe in (prefill, decode):
         assert recipe.optimizer.learning_rate == 1e-3 and recipe.optimizer.weight_decay == 0
-        assert recipe.optimizer.warmup_steps == 20 and recipe.precision.dtype == jnp.bfloat16
+        assert recipe.optimizer.warmup_steps == 20 and recipe.precision is DType.BFLOAT16
     assert prefill.block_size == PrefillGateConfig().block_size == decode.block_size == 64
 
 
@@ -134,5 +133,5 @@ def test_command_line():
         optimizer=OptimizerConfig(learning_rate=1e-4),
         prefill=PrefillGateConfig(gate_dim=64),
         decode=DecodeGateConfig(query_reduction=QueryReduction.AVG),
-        precision=Precision.FLOAT32,
+        precision=DType.FLOAT32,
     )

@@ -1,0 +1,147 @@
+"""Whole models with random weights: time to first token and memory."""
+
+import dataclasses
+import enum
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from pallas_kernels.bench import Measurement, guarded, time_calls
+from pallas_kernels.shapes import Heads
+from seer_jax.cache import Cache
+from seer_jax.config import ModelConfig, PrefillGateConfig, RopeConfig, RopeKind
+from seer_jax.model import Transformer
+from seer_jax.policies import Dense, Policy, TopK
+
+GIB = 2**30
+ROWS_AT_ONCE = 512  # of a weight, when it is drawn: little memory besides the weight itself
+
+
+class Shape(enum.StrEnum):
+    """Model shapes to measure; tiny is for trying the command on a CPU."""
+
+    LLAMA_3_1_8B = "llama-3.1-8b"
+    TINY = "tiny"
+
+
+CONFIGS = {
+    Shape.LLAMA_3_1_8B: ModelConfig(
+        family="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope=RopeConfig(theta=5e5, kind=RopeKind.LLAMA3, factor=8.0, original_max_position=8192),
+        max_position_embeddings=131072,
+    ),
+    Shape.TINY: ModelConfig(
+        family="llama",
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+    ),
+}
+
+
+def heads_of(config: ModelConfig) -> Heads:
+    """H, K and D."""
+    return Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+
+
+def random_model(config: ModelConfig, *, seed: int = 0) -> Transformer:
+    """A bfloat16 model with an untrained prefill gate, drawn on the device in little more memory than it takes."""
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
+    drawn = [
+        jnp.ones(leaf.shape, leaf.dtype) if "norm" in jax.tree_util.keystr(path) else _draw(key, leaf.shape, leaf.dtype)
+        for key, (path, leaf) in zip(keys, leaves, strict=True)
+    ]
+    model = nnx.merge(graph, jax.tree.unflatten(structure, drawn))
+    return model.add_gate(PrefillGateConfig(), rngs=nnx.Rngs(seed))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
+    """Normal with variance 1 / fan-in, a few rows at a time."""
+    rows = math.prod(shape[:-1])
+    parts = next(n for n in range(-(-rows // ROWS_AT_ONCE), rows + 1) if rows % n == 0)
+
+    def part(key: PRNGKeyArray) -> Float[Array, "rows in"]:
+        return jax.random.normal(key, (rows // parts, shape[-1]), dtype) * shape[-1] ** -0.5
+
+    return jax.lax.map(part, jax.random.split(key, parts)).reshape(shape)
+
+
+def first_token(
+    shape: Shape, lengths: Sequence[int], densities: Sequence[float], *, seed: int = 0
+) -> Iterator[Measurement]:
+    """Time from a prompt's tokens to the logits after it, dense and at each density, the shortest prompts first."""
+    model = random_model(CONFIGS[shape], seed=seed)
+    for length in sorted(lengths):
+        for policy in (Dense(), *map(TopK, sorted(densities))):
+            density = policy.density if isinstance(policy, TopK) else None
+            settings = dict(model=shape.value, length=length, density=density, dtype=str(model.dtype))
+            name = f"{length}, " + ("dense" if density is None else f"{density:g}")
+            blank = Measurement("model", name, settings)
+            yield guarded(functools.partial(_first_token, model, length, policy, seed, blank), blank)
+
+
+def _first_token(model: Transformer, length: int, policy: Policy, seed: int, blank: Measurement) -> Measurement:
+    tokens = jax.random.randint(jax.random.key(seed), (1, length), 0, model.config.vocab_size)
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def prefill(model: Transformer, tokens: Int[Array, "B T"], cache: Cache) -> tuple:
+        return model.prefill(tokens, None, cache, sparsity=policy)
+
+    latest: list[Any] = [None, model.make_cache(1, length), None]
+    before = _peak_bytes() or 0
+    start = time.perf_counter()
+    compiled = prefill.lower(model, tokens, latest[1]).compile()
+    seconds = time.perf_counter() - start
+
+    def run() -> Float[Array, "B V"]:
+        latest[:] = compiled(model, tokens, latest[1])  # each run gives the cache to the next one
+        return latest[0]
+
+    timing = time_calls(run)
+    logits, _, kept = latest
+    peak = _peak_bytes()
+    results = {
+        "milliseconds": timing.milliseconds,
+        "spread": timing.spread,
+        "density": float(kept.mean()),
+        "compile_seconds": seconds,
+        # The device remembers its highest peak alone: what needed more before hides this one.
+        "peak_gib": peak / GIB if peak and peak > before else None,
+        "planned_gib": _planned_bytes(compiled) / GIB,
+    }
+    note = "peak memory: something before needed more" if peak and results["peak_gib"] is None else None
+    fault = None if bool(jnp.isfinite(logits).all()) else "the logits are not finite"
+    return dataclasses.replace(blank, results=results, failure=fault, note=note)
+
+
+def _peak_bytes() -> int | None:
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _planned_bytes(compiled: Any) -> int:
+    """What the compiler lays out for one run: arguments, results that do not take an argument's place, and scratch."""
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes

@@ -1,0 +1,196 @@
+"""`seer-jax bench`: runs at tiny sizes on a CPU, its tables and pictures, what makes it fail, and what it refuses."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from pallas_kernels import block_sparse_attention
+from pallas_kernels.bench import Measurement, Timing
+from pallas_kernels.block_sparse_attention import bench as attention_bench
+from seer_jax import cli
+from seer_jax.attention import prefill_attention
+from seer_jax.bench import PrefillBench, measure_prefill
+from seer_jax.bench import models as models_bench
+from seer_jax.bench import selection as selection_bench
+from seer_jax.bench.models import CONFIGS, Shape, random_model
+from seer_jax.bench.plots import plot_prefill
+from seer_jax.bench.selection import chosen_blocks
+from seer_jax.bench.table import beside_each_other, print_measurements
+from seer_jax.gate import PrefillGate
+from seer_jax.policies import Policy, Threshold, TopK
+from tests.seer_jax.conftest import LLAMA, tiny_model
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+TINY = ["bench", "prefill", "--shape", "tiny", "--lengths", "128", "--densities", "0.3"]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions run once, and are said to take 2 ms."""
+
+    def fixed(function: Callable[..., Any], *arguments: Any) -> Timing:
+        jax.block_until_ready(function(*arguments))
+        return Timing(2.0, 0.1, 3)
+
+    for module in (attention_bench, models_bench, selection_bench):
+        monkeypatch.setattr(module, "time_calls", fixed)
+
+
+@pytest.mark.usefixtures("unchecked")  # compiling ahead of time puts descriptions in the place of arrays
+def test_a_whole_run(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """All parts but the odd cases, which tests of the kernels run."""
+    output, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    words = [*TINY, "--only", "attention", "selection", "model", "--implementation", "xla"]
+    assert cli.main([*words, "--output", str(output), "--plot", str(plot)]) == 0
+    text = capsys.readouterr().out
+    for title in ("Attention kernel", "Gate and choice of blocks, one layer", "Whole model, time to first token"):
+        assert f"\n{title}" in text
+    assert "128, 64x64, own, 0.3" in text and "times faster: dense attention's" in text and "odd cases" not in text
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    report = json.loads(output.read_text())
+    lines = {
+        name: [m for m in report["measurements"] if m["table"] == name] for name in ("attention", "selection", "model")
+    }
+    assert {name: len(found) for name, found in lines.items()} == {"attention": 3, "selection": 3, "model": 2}
+    assert not any(m["failure"] for m in report["measurements"])
+    dense, sparse = lines["model"]
+    assert (
+        dense["settings"]["density"] is None and dense["results"]["density"] == 1 and sparse["results"]["density"] <= 1
+    )
+    assert all(m["results"]["compile_seconds"] > 0 and m["results"]["planned_gib"] > 0 for m in lines["model"])
+    assert all(m["results"]["error"] < 5e-3 and m["results"]["speedup"] == 1 for m in lines["attention"])
+
+
+def test_a_wrong_kernel_makes_the_command_fail(
+    clock: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def wrong(*_: Any) -> Callable[..., Any]:
+        def run(**arguments: Any) -> Any:
+            out, lse = block_sparse_attention(**arguments, return_lse=True)
+            return out, lse + 0.01
+
+        return run
+
+    monkeypatch.setattr(attention_bench, "compiled", wrong)
+    assert cli.main([*TINY, "--only", "attention"]) == 1
+    captured = capsys.readouterr()
+    assert "seer-jax bench: attention, 128, 64x64, own, 0.3: lse errs by 1.00e-02" in captured.err
+    assert "128, 64x64, own, 0.3 WRONG" in captured.out
+
+
+def test_an_implementation_asked_for_by_name_must_be_able(capsys: pytest.CaptureFixture[str]):
+    if jax.default_backend() == "cpu":
+        words = [*TINY, "--only", "attention", "--implementation", "mosaic_gpu"]
+        assert cli.main(words) == 1
+        assert "seer-jax bench: attention, 128, 64x64, own, 0.3: needs a GPU" in capsys.readouterr().err
+        assert cli.main([*words, "--variants"]) == 0
+
+
+REFUSED = [
+    (dict(lengths=()), "one block of 64 tokens; got ()"),
+    (dict(lengths=(8192, 32)), r"got \(8192, 32\)"),
+    (dict(densities=(0.1, 1.5)), r"\(0, 1\]; got 1.5"),
+    (dict(model_density=0.0), "got 0.0"),
+    (dict(densities=()), "at given densities; got none"),
+    (dict(plot=Path("x.png"), only=("model",)), "got no attention"),
+    (dict(variants=True), "variants without implementation"),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_settings_that_make_no_sense_are_refused(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        PrefillBench(**settings)
+
+
+def test_a_cpu_is_not_asked_for_gpu_sizes():
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match=r"llama-3\.1-8b is for GPUs; on a CPU measure --shape tiny"):
+            next(measure_prefill(PrefillBench()))
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]):
+    for words, code, text in (
+        (["bench", "prefill", "--help"], 0, "usage: seer-jax bench prefill"),
+        (["bench", "--help"], 0, "{prefill}"),
+        (["bench", "cooking"], 2, "invalid choice: 'cooking'"),
+        (["bench"], 2, "required: what"),
+        (["bench", "prefill", "--lengths", "3"], 2, "at least one block"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(words)
+        captured = capsys.readouterr()
+        assert end.value.code == code and text in " ".join((captured.out + captured.err).replace("│", " ").split())
+
+
+@pytest.mark.parametrize("policy", [Threshold(0.2), TopK(0.3)], ids=str)
+def test_chosen_blocks_are_those_of_the_model(policy: Policy):
+    gate = tiny_model().prefill_gate
+    assert isinstance(gate, PrefillGate)
+    gate = jax.tree.map(lambda x: x[0], gate)
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((1, 150, heads, LLAMA.head_dim)), jnp.float32) for heads in (4, 2))
+    blocks = chosen_blocks(policy, gate, q, k, LLAMA)
+    blocks.check(10)
+    _, _, kept = prefill_attention(policy, gate, jnp.int32(0), q, k, k, jnp.full(1, 150, jnp.int32), LLAMA)
+    np.testing.assert_allclose(blocks.density().mean(), kept[0], rtol=1e-6)
+    assert kept[0] < 1
+
+
+def test_random_models_have_weights_of_the_right_size():
+    config = dataclasses.replace(CONFIGS[Shape.TINY], vocab_size=1003)  # rows that are no multiple of a chunk
+    model = random_model(config, seed=3)
+    assert model.dtype == jnp.bfloat16 and model.prefill_gate is not None
+    np.testing.assert_array_equal(model.layers.input_layernorm[...], 1)
+    for weight in (model.embed_tokens, model.layers.mlp.down_proj.weight, model.layers.self_attn.q_proj.weight):
+        value = np.asarray(weight[...], np.float32)
+        assert abs(value.std() * value.shape[-1] ** 0.5 - 1) < 0.05 and abs(value.mean()) < 0.01
+        assert len(np.unique(value.reshape(-1, value.shape[-1])[:, :8], axis=0)) == value.size // value.shape[-1]
+    expected = nnx.eval_shape(lambda: type(model)(config, rngs=nnx.Rngs(0)))
+    assert model.layers.mlp.up_proj.weight.shape == expected.layers.mlp.up_proj.weight.shape
+
+
+def line(table: str, milliseconds: float, **settings: Any) -> Measurement:
+    return Measurement(table, f"{table} case", settings, dict(milliseconds=milliseconds))
+
+
+def test_lines_that_belong_together_stand_beside_each_other():
+    lines = [
+        line("attention", 3.0, num_queries=64, density=0.1),
+        line("attention", 5.0, num_queries=64, density=0.1),  # other lists
+        line("selection", 1.0, length=64, density=0.1),
+        line("selection", 1.0, length=128, density=0.1),
+        line("model", 8.0, length=64, density=None),
+        line("model", 2.0, length=64, density=0.1),
+    ]
+    found = [m.results for m in beside_each_other(lines)]
+    assert found[2]["attention_milliseconds"] == 3 and found[3]["attention_milliseconds"] is None
+    assert found[4]["speedup"] == 1 and found[5]["speedup"] == 4
+
+
+def test_what_does_not_apply_is_a_dash():
+    console = Console(file=io.StringIO(), width=100)
+    print_measurements(
+        console, [dataclasses.replace(line("model", 2.0, length=64, density=None), note="no memory is told")]
+    )
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    row = next(x for x in text.splitlines() if x.startswith("model case"))
+    assert row.split() == ["model", "case", "-", "2", "1.00", "-", "-", "-"]
+    assert "-: no memory is told" in text
+
+
+def test_a_picture_needs_something_to_compare_with(tmp_path: Path):
+    with pytest.raises(ValueError, match="got none to draw"):
+        plot_prefill(tmp_path / "x.png", [line("attention", 1.0)])
