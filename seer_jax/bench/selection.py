@@ -16,9 +16,10 @@ from pallas_kernels.bench import Measurement, guarded, time_calls
 from seer_jax import attention
 from seer_jax.config import ModelConfig, PrefillGateConfig
 from seer_jax.gate import PrefillGate
-from seer_jax.policies import Policy, Threshold, TopK
+from seer_jax.policies import CumulativeMass, Policy, Threshold, TopK
 
 THRESHOLD = 5e-4
+MASS = 0.9
 LOGITS_SPREAD = 3.0  # standard deviation, as a trained gate's: thresholds keep few blocks then
 
 
@@ -46,8 +47,12 @@ def measure_selection(
     stacked = PrefillGate(PrefillGateConfig(), one_layer, rngs=nnx.Rngs(seed))
     gate = jax.tree.map(lambda x: x[0], stacked)  # as the scan over layers hands it out
     for length in lengths:
-        for policy in (Threshold(THRESHOLD), TopK(density)):
-            rule = f"threshold {THRESHOLD:g}" if isinstance(policy, Threshold) else f"top {density:g}"
+        rules = {
+            f"threshold {THRESHOLD:g}": Threshold(THRESHOLD),
+            f"mass {MASS:g}": CumulativeMass(MASS),
+            f"top {density:g}": TopK(density),
+        }
+        for rule, policy in rules.items():
             settings = dict(
                 length=length, rule=rule, density=density, block_size=gate.config.block_size, heads=config.num_heads
             )
@@ -56,7 +61,12 @@ def measure_selection(
 
 
 def _measure(
-    config: ModelConfig, gate: PrefillGate, policy: Threshold | TopK, length: int, seed: int, blank: Measurement
+    config: ModelConfig,
+    gate: PrefillGate,
+    policy: Threshold | CumulativeMass | TopK,
+    length: int,
+    seed: int,
+    blank: Measurement,
 ) -> Measurement:
     keys = jax.random.split(jax.random.key(seed))
     q = jax.random.normal(keys[0], (1, length, config.num_heads, config.head_dim), jnp.bfloat16)
@@ -64,17 +74,24 @@ def _measure(
 
     @jax.jit
     def score(gate: PrefillGate, q: Array, k: Array) -> Array:
-        return gate(q, k, jnp.arange(length)[None])
+        return gate.scores(q, k, jnp.arange(length)[None])
 
     @jax.jit
     def choose(logits: Array) -> BlockIndices:
-        size, keep = gate.config.block_size, jnp.eye(logits.shape[-1], dtype=bool)[None, None]
-        if isinstance(policy, Threshold):
-            return select_blocks(logits, block_size=size, threshold=policy.threshold, keep=keep)
-        return select_blocks(logits, block_size=size, top_k=policy.blocks(logits.shape[-1]), keep=keep)
+        blocks = logits.shape[-1]
+        keep, visible = jnp.eye(blocks, dtype=bool), jnp.arange(1, blocks + 1)[:, None]
+        select = functools.partial(select_blocks, logits, block_size=gate.config.block_size, keep=keep, visible=visible)
+        match policy:
+            case Threshold():
+                return select(threshold=policy.threshold)
+            case CumulativeMass():
+                return select(mass=policy.mass)
+            case TopK():
+                return select(top_k=policy.blocks(blocks))
 
     logits = score(gate, q, k)
-    q = (q * (LOGITS_SPREAD / logits.std(where=logits > -jnp.inf))).astype(q.dtype)  # they grow with q
+    needed = jnp.tril(jnp.ones((1, 1, *logits.shape[2:]), bool))
+    q = (q * (LOGITS_SPREAD / logits.std(where=needed))).astype(q.dtype)  # they grow with q
     del logits
     together = jax.jit(lambda gate, q, k: chosen_blocks(policy, gate, q, k, config))
     blocks = together(gate, q, k)

@@ -62,7 +62,7 @@ def test_a_whole_run(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[
     lines = {
         name: [m for m in report["measurements"] if m["table"] == name] for name in ("attention", "selection", "model")
     }
-    assert {name: len(found) for name, found in lines.items()} == {"attention": 3, "selection": 2, "model": 2}
+    assert {name: len(found) for name, found in lines.items()} == {"attention": 3, "selection": 3, "model": 2}
     assert not any(m["failure"] for m in report["measurements"])
     dense, sparse = lines["model"]
     assert (
