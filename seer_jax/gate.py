@@ -88,7 +88,9 @@ class PrefillGate(nnx.Module):
             keys = precise_einsum("bnkp,kpc->bnkc", pooled_k, self.linear_k[...])
         else:
             weight = self.linear_k[...].reshape(-1, group, *self.linear_k.shape[1:])
-            keys = precise_einsum("bnkp,kgpc->bnkgc", pooled_k, weight).reshape(*pooled_q.shape)
+            # One product with all of a group's weights would have XLA keep a second, transposed copy of every layer's.
+            keys = [precise_einsum("bnkp,kpc->bnkc", pooled_k, weight[:, g]) for g in range(group)]
+            keys = jnp.stack(keys, axis=3).reshape(*pooled_q.shape)
         queries = apply_rope(pooled_q, first, self.model.rope)
         keys = apply_rope(keys, first, self.model.rope)
         return score_blocks(queries, keys, causal=True)

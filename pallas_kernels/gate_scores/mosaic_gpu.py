@@ -26,6 +26,7 @@ from pallas_kernels.hopper import interpreter, require_hopper
 from pallas_kernels.precision import precise_einsum
 
 TILE = 64  # queries, and key blocks, that are multiplied at a time
+SLOTS = 2  # tiles of keys in flight
 
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 _ACCUMULATOR = plgpu.ACC((TILE, TILE), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
@@ -123,9 +124,9 @@ def _score(
         grid_names=("cta",),
         scratch_types=[
             plgpu.SMEM((2, TILE, dim), jnp.float16, transforms=_TILED),
-            plgpu.SMEM((2, TILE, dim), jnp.float16, transforms=_TILED),
+            plgpu.SMEM((SLOTS, 2, TILE, dim), jnp.float16, transforms=_TILED),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         ],
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         interpret=interpret,
@@ -138,13 +139,12 @@ def _split(x: Float32[Array, "B N heads C"]) -> tuple[Float16[Array, "2 B padded
     x = jnp.pad(x, ((0, 0), (0, _round_up(x.shape[1]) - x.shape[1]), (0, 0), (0, 0)))
     exponent = jnp.frexp(jnp.abs(x).max((1, 3)))[1] - _LARGEST
     scaled = jnp.ldexp(x, -exponent[:, None, :, None])
-    high = scaled.astype(jnp.float16)
-    low = (scaled - high.astype(_f32)).astype(jnp.float16)
-    return jnp.stack([high, low]), jnp.ldexp(jnp.ones_like(exponent, _f32), exponent)
+    high = lax.reduce_precision(scaled, 5, 10)  # XLA may take a conversion to float16 and back for the number itself
+    return jnp.stack([high, scaled - high]).astype(jnp.float16), jnp.ldexp(jnp.ones_like(exponent, _f32), exponent)
 
 
 def _kernel(
-    call: _Call, queries_ref, keys_ref, factor_ref, scores_ref, query_tile, key_tile, queries_ready, keys_ready
+    call: _Call, queries_ref, keys_ref, factor_ref, scores_ref, query_tile, key_tiles, queries_ready, keys_ready
 ) -> None:
     """queries [2, B, T, H, C], keys [2, B, Sb, K, C] in parts and factor [B, H] to scores [B, H, T, Sb]."""
     sequence, head, row = call.place(lax.axis_index("cta"))
@@ -154,28 +154,30 @@ def _kernel(
     def load_keys(tile: Array) -> None:
         @pl.when(tile < tiles)
         def _():
-            columns = pl.ds(tile * TILE, TILE)
+            columns, slot = pl.ds(tile * TILE, TILE), lax.rem(tile, _i32(SLOTS))
             for part in range(2):
                 source = keys_ref.at[part, sequence, columns, kv_head]
-                plgpu.copy_gmem_to_smem(source, key_tile.at[part], keys_ready)
+                plgpu.copy_gmem_to_smem(source, key_tiles.at[slot, part], keys_ready.at[slot])
 
-    def multiply(accumulator: Any) -> Array:
+    def multiply(slot: Array, accumulator: Any) -> Array:
         for query_part, key_part in ((1, 0), (0, 1), (0, 0)):  # small terms first
-            plgpu.wgmma(accumulator, query_tile.at[query_part], key_tile.at[key_part].transpose((1, 0)))
+            plgpu.wgmma(accumulator, query_tile.at[query_part], key_tiles.at[slot, key_part].transpose((1, 0)))
         return accumulator[...]
 
     for part in range(2):
         source = queries_ref.at[part, sequence, pl.ds(row, TILE), head]
         plgpu.copy_gmem_to_smem(source, query_tile.at[part], queries_ready)
-    load_keys(_i32(0))
+    for tile in range(SLOTS):
+        load_keys(_i32(tile))
     factor = factor_ref[sequence, head]
     plgpu.barrier_wait(queries_ready)
 
     @pl.loop(_i32(0), tiles)
     def _(tile: Array) -> None:
-        plgpu.barrier_wait(keys_ready)
-        scores = pl.run_scoped(multiply, _ACCUMULATOR) * factor
-        load_keys(tile + 1)
+        slot = lax.rem(tile, _i32(SLOTS))
+        plgpu.barrier_wait(keys_ready.at[slot])
+        scores = pl.run_scoped(functools.partial(multiply, slot), _ACCUMULATOR) * factor
+        load_keys(tile + SLOTS)
         _store(call, scores, row, tile * TILE, scores_ref.at[sequence, head])
 
 

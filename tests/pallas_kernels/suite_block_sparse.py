@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import BlockIndices, block_sparse_attention
 from pallas_kernels.backends import Implementation
@@ -47,7 +49,7 @@ def compare_with_plain_attention(arguments: dict[str, Any], run: Callable[[], tu
 
 
 def compare_with_poisoned(arguments: dict[str, Any], run: Callable[..., tuple[jax.Array, jax.Array]]) -> None:
-    """A block that no list holds, but every filler names, is NaN: nothing may change."""
+    """A block that no list holds is NaN, and fillers name it, or no block at all: nothing may change."""
     blocks = arguments["blocks"]
     unlisted = 1
     listed = blocks.to_mask(blocks.width).at[..., unlisted].set(False)
@@ -56,8 +58,26 @@ def compare_with_poisoned(arguments: dict[str, Any], run: Callable[..., tuple[ja
     tokens = jnp.arange(arguments["k"].shape[1]) // blocks.block_size == unlisted
     for name in ("k", "v"):
         arguments[name] = jnp.where(tokens[None, :, None, None], jnp.nan, arguments[name])
-    poisoned = run(**arguments | {"blocks": with_fillers(arguments["blocks"], unlisted)})
-    assert_bitwise_equal(clean, poisoned)
+    for filler in (unlisted, -(2**31), 2**31 - 1):
+        poisoned = run(**arguments | {"blocks": with_fillers(arguments["blocks"], filler)})
+        assert_bitwise_equal(clean, poisoned)
+
+
+def compare_with_sharded(arguments: dict[str, Any], run: Callable[..., tuple[jax.Array, jax.Array]]) -> None:
+    """Inside `jax.shard_map`, each device with key/value heads of its own, the results are those of a plain call."""
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
+    heads = {
+        "q": P(None, None, "model"),
+        "k": P(None, None, "model"),
+        "v": P(None, None, "model"),
+        "blocks": P(None, "model"),
+    }
+    specs = ({name: heads.get(name, P()) for name in arguments},)
+    # check_vma: kernels do not say which axes their results vary over.
+    sharded = jax.shard_map(
+        lambda x: run(**x), mesh=mesh, in_specs=specs, out_specs=P(None, None, "model"), check_vma=False
+    )
+    assert_bitwise_equal(jax.jit(sharded)(arguments), run(**arguments))
 
 
 def compare_gradients(case: Case, implementation: Implementation) -> None:
@@ -145,6 +165,9 @@ class Conformance(Definition):
     def test_fillers_and_unlisted_blocks_are_not_read(self):
         compare_with_poisoned(named("one-list").arguments(KEY), self.run)
 
+    def test_runs_under_shard_map(self):
+        compare_with_sharded(named("own-lists").arguments(KEY), self.run)
+
     def test_maps_and_scans(self):
         """Under vmap over a batch of calls and inside a scan, the results are those of single calls."""
         case = Case("small", Heads(4, 2, 64), 40, density=0.5, dtype="float32", block_size=16)
@@ -225,6 +248,9 @@ class HalfPrecision:
         (out, lse), (truth, true_lse) = self.run(**arguments), compiled("reference")(**exact)
         assert_within_rounding(lse, true_lse)
         np.testing.assert_allclose(np.asarray(out, np.float32), truth, rtol=2**-7, atol=2**-7)
+
+    def test_runs_under_shard_map(self):
+        compare_with_sharded(Case("small", Heads(2, 2, 64), 128).arguments(KEY), self.run)
 
     def test_maps(self):
         """Under vmap over a batch of calls the results are those of single calls."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax.attention import dense_attention, rotate
+from seer_jax.attention import decode_attention, dense_attention, rotate
 from seer_jax.cache import Cache
 from seer_jax.config import DecodeGateConfig, PrefillGateConfig
 from seer_jax.families import config_from_hf
@@ -215,6 +215,19 @@ def test_decode_top_k_follows_the_length_of_each_row(density: float):
     blocks = np.asarray(LENGTHS) // 16 + 1
     wanted = np.minimum(np.maximum(2, np.floor(density * blocks)), blocks)
     np.testing.assert_allclose(kept[0], wanted / blocks, rtol=1e-6)
+
+
+def test_decode_top_k_where_its_product_rounds_up():
+    """0.29 of 100 blocks is 28.999... in Python and 29 in float32; the lists hold what fits them, the best of it."""
+    b, blocks = 64, 100
+    keys = jax.random.normal(jax.random.key(0), (2, 1, 1, b * blocks, 1, 8))
+    cache = Cache(keys[0], keys[1], jnp.asarray([b * blocks - 1]))
+    q = jax.random.normal(jax.random.key(1), (1, 1, 2, 8))
+    out, kept = decode_attention(TopK(0.29, SinkWindow()), None, jnp.int32(0), q, q, cache)
+    np.testing.assert_allclose(kept, 28 / blocks, rtol=1e-6)
+    seen = jnp.asarray([0, *range(blocks - 27, blocks)])
+    k, v = (x.reshape(1, blocks, b, 1, 8)[:, seen].reshape(1, -1, 1, 8) for x in keys[:, 0])
+    np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v), atol=1e-6)
 
 
 WHOLE_SIZES = {
