@@ -87,10 +87,11 @@ class PrefillGate(nnx.Module):
             pooled_q = precise_einsum("bnhp,hpc->bnhc", pooled_q, self.linear_q[...])
             keys = precise_einsum("bnkp,kpc->bnkc", pooled_k, self.linear_k[...])
         else:
-            weight = self.linear_k[...].reshape(-1, group, *self.linear_k.shape[1:])
-            # One product with all of a group's weights would have XLA keep a second, transposed copy of every layer's.
-            keys = [precise_einsum("bnkp,kpc->bnkc", pooled_k, weight[:, g]) for g in range(group)]
-            keys = jnp.stack(keys, axis=3).reshape(*pooled_q.shape)
+            weight = self.linear_k[...].reshape(-1, group, *self.linear_k.shape[1:]).swapaxes(1, 2)
+            weight = weight.reshape(*weight.shape[:2], -1)  # [K, P, G C]
+            # Without a barrier XLA would keep a second, transposed copy of the weights of all layers.
+            weight = jax.lax.optimization_barrier(weight)
+            keys = precise_einsum("bnkp,kpc->bnkc", pooled_k, weight).reshape(*pooled_q.shape)
         queries = apply_rope(pooled_q, first, self.model.rope)
         keys = apply_rope(keys, first, self.model.rope)
         return score_blocks(queries, keys, causal=True)

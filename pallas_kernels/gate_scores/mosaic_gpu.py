@@ -19,7 +19,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
-from jaxtyping import Array, Float16, Float32
+from jaxtyping import Array, Float16, Float32, Int32
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.hopper import interpreter, require_hopper
@@ -32,6 +32,7 @@ _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyrigh
 _ACCUMULATOR = plgpu.ACC((TILE, TILE), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _LARGEST = 7  # exponent of the largest number of a head once it is scaled
+_EXPONENTS = 126
 _f32, _i32 = jnp.float32, jnp.int32
 
 
@@ -138,9 +139,14 @@ def _split(x: Float32[Array, "B N heads C"]) -> tuple[Float16[Array, "2 B padded
     """High and low parts of x over a factor, filled up to whole tiles, and that factor, a power of two for each head."""
     x = jnp.pad(x, ((0, 0), (0, _round_up(x.shape[1]) - x.shape[1]), (0, 0), (0, 0)))
     exponent = jnp.frexp(jnp.abs(x).max((1, 3)))[1] - _LARGEST
-    scaled = jnp.ldexp(x, -exponent[:, None, :, None])
+    exponent = jnp.clip(exponent, -_EXPONENTS, _EXPONENTS)  # both factors are float32
+    scaled = x * _power_of_two(-exponent)[:, None, :, None]
     high = lax.reduce_precision(scaled, 5, 10)  # XLA may take a conversion to float16 and back for the number itself
-    return jnp.stack([high, scaled - high]).astype(jnp.float16), jnp.ldexp(jnp.ones_like(exponent, _f32), exponent)
+    return jnp.stack([high, scaled - high]).astype(jnp.float16), _power_of_two(exponent)
+
+
+def _power_of_two(exponent: Int32[Array, "B heads"]) -> Float32[Array, "B heads"]:
+    return jnp.ldexp(jnp.ones_like(exponent, _f32), exponent)
 
 
 def _kernel(
