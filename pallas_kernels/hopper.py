@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.backends import Unsupported
 
@@ -14,25 +14,27 @@ COMPUTE_CAPABILITY = "9.0"
 
 @dataclasses.dataclass(frozen=True)
 class _Assumed:
-    interpret: plgpu.InterpretGPUParams | None
+    interpret: Any
 
 
-_assumed = jax.make_user_context(None)  # what is compiled under one assumption is not taken for another
+# What is compiled under one assumption is not taken for another. Nor is what was compiled before this context was made: the package
+# imports this module at once, or a program's first call would be compiled a second time at its second.
+_assumed = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def assume_hopper(interpret: plgpu.InterpretGPUParams | None = None) -> Iterator[None]:
+def assume_hopper(interpret: Any = None) -> Iterator[None]:
     """Lets Mosaic GPU kernels be traced on any machine.
 
     Args:
-      interpret: run them in JAX's interpreter, with these settings; None: for lowering alone
+      interpret: run them in JAX's interpreter, with these settings (`InterpretGPUParams`); None: for lowering alone
         (`jax.jit(f).trace(...).lower(lowering_platforms=("cuda",))`).
     """
     with _assumed(_Assumed(interpret)):
         yield
 
 
-def interpreter() -> plgpu.InterpretGPUParams | None:
+def interpreter() -> Any:
     """What a kernel passes on as `interpret`."""
     assumed = _assumed.value
     return None if assumed is None else assumed.interpret

@@ -1,6 +1,6 @@
 """Generation: a prompt is read in one pass, then tokens follow one by one, all in one compiled program.
 
-The cache has a fixed size, so a program is compiled once per batch size, prompt width, number of new tokens and policy.
+The cache has a fixed size, so a program is compiled once per batch size, prompt width (in eights), number of new tokens and policy.
 Everything that depends on values (lengths, tokens, logits that are not finite) is checked on the host, before or after.
 """
 
@@ -19,6 +19,7 @@ from seer_jax.prompts import Lengths, Prompts, check_prompts
 from seer_jax.sampling import Greedy, Keys, Sample, Sampling, row_keys
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
+PROMPT_MULTIPLE = 8  # tokens; the prompts' width is rounded up to what GPU kernels take without copies in every layer
 
 
 @jax.tree_util.register_dataclass
@@ -265,6 +266,8 @@ def _make_job(
 ) -> _Job:
     config = model.config
     prompts, counts = check_prompts(tokens, lengths, vocab_size=config.vocab_size)
+    width = prompts.shape[1]
+    prompts = np.pad(prompts, ((0, 0), (0, -width % PROMPT_MULTIPLE)))
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is at least 1; got {max_new_tokens}.")
     for name, policy in (("prefill", prefill), ("decode", decode)):
@@ -285,9 +288,7 @@ def _make_job(
         decode=decode,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
-        capacity=_check_capacity(
-            model, prompts.shape[1], int(counts.max()), max_new_tokens, cache_capacity, beyond_context
-        ),
+        capacity=_check_capacity(model, width, int(counts.max()), max_new_tokens, cache_capacity, beyond_context),
     )
 
 

@@ -1,5 +1,6 @@
 """How an operation picks its implementation."""
 
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -73,3 +74,18 @@ def test_the_backend_used_here_is_the_first_that_this_device_runs():
         assert operation.used_here() == "mosaic_gpu"
     if jax.default_backend() == "cpu":
         assert operation.used_here() == "xla"
+
+
+def test_the_second_call_of_a_program_compiles_nothing():
+    """In a fresh interpreter: what the first call imports must not change what JAX tells programs apart by."""
+    code = """
+import jax, jax.numpy as jnp
+from pallas_kernels import score_blocks
+traces = []
+call = jax.jit(lambda x: traces.append(1) or score_blocks(x, x))
+for _ in range(3):
+    call(jnp.ones((1, 1024, 1, 64)))
+print(len(traces))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "1\n", done.stdout + done.stderr

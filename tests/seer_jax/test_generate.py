@@ -217,6 +217,7 @@ def test_only_shapes_and_static_fields_compile_anew(monkeypatch: pytest.MonkeyPa
     assert count() == 1
     assert count(tokens=tokens[::-1], lengths=lengths[::-1]) == 0
     assert count(lengths=None) == 0
+    assert count(tokens=np.pad(tokens, ((0, 0), (0, 3)))) == 0  # 44 tokens instead of 41: widths go in eights
     assert count(decode=Threshold(0.3), sampling=Sample(0.9), key=jax.random.key(1), eos=3) == 0
     assert count(model=tiny_model(seed=8)) == 0
     assert count(decode=Threshold(0.1, dense_last_rows=1)) == 1
