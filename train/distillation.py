@@ -15,7 +15,9 @@ from seer_jax.rope import apply_rope
 from seer_jax.train.data import Batch
 from seer_jax.train.loss import block_recall, recall_of_rows, recall_stride, row_kl
 
-QUERIES_AT_ONCE = 8192  # tokens whose decode targets and logits exist at once; fewer leave a large GPU idle between them
+QUERIES_AT_ONCE = (
+    8192  # tokens whose decode targets and logits exist at once; fewer leave a large GPU idle between them
+)
 
 
 class RowWeights(NamedTuple):
