@@ -11,8 +11,9 @@ import optax
 import pytest
 from flax import nnx
 
+from seer_jax.config import Gates
 from seer_jax.train import distillation
-from seer_jax.train.config import Gates, OptimizerConfig
+from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data import Batch
 from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, prefill_rows, recall_stride, row_weights
