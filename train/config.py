@@ -1,6 +1,7 @@
 """What a training run does: frozen dataclasses that check themselves, to and from YAML and JSON."""
 
 import dataclasses
+import enum
 import json
 import types
 import typing

@@ -270,10 +270,13 @@ def _teach_decode(
     carry, samples = jax.lax.scan(chunk, (jnp.zeros_like(q), blocks, nothing), jnp.arange(-(-tokens // size)))
     output, blocks, taught = carry
     gradient = jax.tree.map(jnp.add, taught.gradient, pull_back(taught.key_gradient)[0])
-    # [chunks, B, ..., m, Sb] to [B, ..., rows, Sb], [chunks, B, m] to [B, rows].
-    scores = (jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1]) for x in samples[:2])
-    recall = recall_of_rows(*scores, jnp.moveaxis(samples.weights, 0, 1).reshape(batch, -1), recall_density)
-    return output, blocks, GateReport(taught.loss, *recall, gradient)
+    # [chunks, B, K, m, Sb] to [B, K, rows, Sb], and [chunks, B, m] to [B, rows].
+    target, logits = (
+        jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1]) for x in (samples.target, samples.logits)
+    )
+    row_weights = jnp.moveaxis(samples.weights, 0, 1).reshape(batch, -1)
+    recall, recall_weight = recall_of_rows(target, logits, row_weights, recall_density)
+    return output, blocks, GateReport(taught.loss, recall, recall_weight, gradient)
 
 
 def _chunks(tokens: int, batch: int, block_size: int) -> tuple[Any, int]:

@@ -104,9 +104,9 @@ def test_chunks_of_queries_teach_what_the_whole_does(monkeypatch: pytest.MonkeyP
 
 
 def test_memory_for_decode_gates_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch):
-    task, trained, frozen, *_ = make_task(Gates.DECODE)
+    task, trained, frozen = Distillation.start(make_model(gates=(DECODE,)), distill_config(gates=Gates.DECODE))
     length = 512 * BLOCK
-    batch = Batch(*(jax.ShapeDtypeStruct((1, length), jnp.int32) for _ in range(3)))
+    batch = Batch(*(jnp.zeros((1, length), jnp.int32) for _ in range(3)))
     scratch = []
     for at_once in (length, length // 16):
         monkeypatch.setattr(distillation, "QUERIES_AT_ONCE", at_once)
