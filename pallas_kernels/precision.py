@@ -9,7 +9,6 @@ from jaxtyping import Array, Float32
 TENSOR_CORE_ROWS = 2048
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def precise_einsum(equation: str, x: Float32[Array, "..."], y: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """An einsum of two arrays that errs by about 2e-7 relative to the norms of the vectors it multiplies.
 
@@ -20,11 +19,16 @@ def precise_einsum(equation: str, x: Float32[Array, "..."], y: Float32[Array, ".
     Args:
       equation: each index of x and of y is one of the result or of the other array.
     """
+    return _differentiable(equation, x, y)  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return _einsum(equation, x, y, jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if _many(x) else None)
 
 
-def _forward_rule(equation: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return precise_einsum(equation, x, y), (x, y)
+def _forward_rule(equation: str, x: jax.Array, y: jax.Array) -> tuple:
+    return _differentiable(equation, x, y), (x, y)
 
 
 def _backward_rule(equation: str, inputs: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple:
@@ -37,7 +41,7 @@ def _backward_rule(equation: str, inputs: tuple[jax.Array, jax.Array], cotangent
     )
 
 
-precise_einsum.defvjp(_forward_rule, _backward_rule)
+_differentiable.defvjp(_forward_rule, _backward_rule)
 
 
 def _einsum(equation: str, x: jax.Array, y: jax.Array, algorithm: jax.lax.DotAlgorithmPreset | None) -> jax.Array:
