@@ -272,6 +272,14 @@ class DecodeGateConfig:
 GateConfig = PrefillGateConfig | DecodeGateConfig
 
 
+class Gates(enum.StrEnum):
+    """Which gates a run distils; both come from the same dense pass."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
 def _check_gate_sizes(block_size: int, gate_dim: int) -> None:
     if block_size not in (16, 32, 64, 128):
         raise ValueError(f"block_size is one of 16, 32, 64, 128 tokens; got {block_size}.")

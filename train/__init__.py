@@ -1,9 +1,9 @@
 """Training: distillation of gates, and of all weights by the language-model loss."""
 
+from seer_jax.config import Gates
 from seer_jax.train.config import (
     DistillConfig,
     FinetuneConfig,
-    Gates,
     OptimizerConfig,
     from_dict,
     load_config,

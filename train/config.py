@@ -9,17 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig, check_at_least
+from seer_jax.config import DecodeGateConfig, DType, Gates, PrefillGateConfig, check_at_least
 from seer_jax.train.data import DataConfig
 from seer_jax.train.packing import Packing
-
-
-class Gates(enum.StrEnum):
-    """Which gates a run distils; both come from the same dense pass."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    BOTH = "both"
 
 
 @dataclasses.dataclass(frozen=True)

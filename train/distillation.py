@@ -1,18 +1,23 @@
 """One pass through the frozen model that teaches its gates, layer by layer."""
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import attention_with_block_scores, pool_blocks
-from seer_jax.attention import rotate
+from seer_jax.config import RopeConfig
 from seer_jax.gate import DecodeGate, PrefillGate
 from seer_jax.model import LayerContext, Transformer
+from seer_jax.rope import apply_rope
 from seer_jax.train.data import Batch
-from seer_jax.train.loss import block_recall, row_kl
+from seer_jax.train.loss import block_recall, recall_of_rows, recall_stride, row_kl
+
+QUERIES_AT_ONCE = (
+    8192  # tokens whose decode targets and logits exist at once; fewer leave a large GPU idle between them
+)
 
 
 class RowWeights(NamedTuple):
@@ -56,38 +61,32 @@ def distillation_pass(
 
     Each layer attends densely, and the same attention yields the targets of its gates; its losses and their gradients
     are taken right there, inside the scan over layers. Nothing but the hidden states goes on to the next layer, and no
-    gradient does: the pass needs the memory of a single layer.
+    gradient does: the pass needs the memory of a single layer. Targets of a decode gate, one row per token, are made
+    and used for `QUERIES_AT_ONCE` tokens at a time.
 
     Args:
       model: with the gates to train.
-      batch: tokens and their sequences, each starting at a multiple of the gates' block size.
+      batch: tokens and their sequences, each starting at a multiple of the gates' block size; where a decode gate
+        learns, T is such a multiple too.
       weights: of the rows; a gate without weights is left alone.
       recall_density: see `block_recall`.
 
     Source: SeerAttention, arXiv 2410.13276, sec. 3.2; SeerAttention-R, arXiv 2506.08889, sec. 3.2.
     """
     block_size = _block_size(model, weights)
-    segment_ids, positions = batch.segment_ids, batch.positions
 
     def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        q_rotated, k_rotated = rotate(q, k, positions, model.config)
-        scored = attention_with_block_scores(
-            q_rotated,
-            k_rotated,
-            v,
-            block_size=block_size,
-            block_scores=weights.prefill is not None,
-            token_scores=weights.decode is not None,
-            segment_ids=segment_ids,
-        )
-        inputs, prefill, decode = (q, k, positions, segment_ids), None, None
+        layer = _Layer(q, k, v, apply_rope(k, batch.positions, model.config.rope), batch, block_size, model.config.rope)
+        prefill = decode = None
+        if weights.decode is None:
+            scored = layer.attend(layer.rotated(q, batch.positions), block_scores=True)
+            output, block_scores = scored.output, scored.block_scores
+        else:
+            lesson = (context.decode_gate, weights.decode, recall_density)
+            output, block_scores, decode = _teach_decode(layer, *lesson, block_scores=weights.prefill is not None)
         if weights.prefill is not None:
-            lesson = (scored.block_scores, weights.prefill, recall_density)
-            prefill = _teach(context.prefill_gate, packed_prefill_logits, inputs, *lesson)
-        if weights.decode is not None:
-            lesson = (scored.token_scores, weights.decode, recall_density)
-            decode = _teach(context.decode_gate, packed_decode_logits, inputs, *lesson)
-        return scored.output, state, PassReport(prefill, decode)
+            prefill = _teach_prefill(layer, context.prefill_gate, block_scores, weights.prefill, recall_density)
+        return output, state, PassReport(prefill, decode)
 
     return model.scan(batch.tokens, attend)[2]
 
@@ -106,21 +105,59 @@ def packed_prefill_logits(
     return jnp.where(same[:, None], logits, -jnp.inf)
 
 
-def packed_decode_logits(
-    gate: DecodeGate,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-) -> Float32[Array, "B K T Sb"]:
-    """Logits of one layer for packed sequences, -inf outside the completed earlier blocks of a token's own one; q and k
-    before RoPE."""
+def packed_decode_keys(
+    gate: DecodeGate, k: Float[Array, "B S K D"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
+) -> Float32[Array, "B Sb K C"]:
+    """Compressed keys of one layer for packed sequences; k before RoPE."""
     b = gate.config.block_size
     pooled = pool_blocks(k, gate.config.k_pooling, block_size=b, valid=segment_ids > 0)
-    completed = jnp.broadcast_to(jnp.arange(q.shape[1]) // b, positions.shape)  # in the row; other sequences go below
-    logits = gate.logits(gate.queries(q, positions), gate.keys(pooled, positions[:, ::b]), completed)
-    same = (segment_ids[:, :, None] == segment_ids[:, None, ::b]) & (segment_ids > 0)[:, :, None]
+    # The prefill gate projects the same pooled keys: XLA would make one product of both, which it then cannot compile.
+    return gate.keys(jax.lax.optimization_barrier(pooled), positions[:, ::b])
+
+
+def packed_decode_logits(
+    gate: DecodeGate,
+    q: Float[Array, "B n H D"],
+    keys: Float32[Array, "B Sb K C"],
+    positions: Int[Array, "B n"],
+    segment_ids: Int[Array, "B S"],
+    start: int | Int[Array, ""] = 0,
+) -> Float32[Array, "B K n Sb"]:
+    """Logits of one layer for queries in packed sequences, -inf outside the completed earlier blocks of a token's own one.
+
+    Args:
+      q: before RoPE.
+      keys: see `packed_decode_keys`.
+      positions: of the queries in their sequences.
+      segment_ids: of all tokens.
+      start: place of the first query among them.
+    """
+    b, place = gate.config.block_size, start + jnp.arange(q.shape[1])
+    completed = jnp.broadcast_to(place // b, positions.shape)  # in the row; other sequences go below
+    logits = gate.logits(gate.queries(q, positions), keys, completed)
+    own = segment_ids[:, place]
+    same = (own[:, :, None] == segment_ids[:, None, ::b]) & (own > 0)[:, :, None]
     return jnp.where(same[:, None], logits, -jnp.inf)
+
+
+class _Layer(NamedTuple):
+    """Queries, keys and values of one layer before RoPE, rotated keys, and what they belong to."""
+
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B T K D"]
+    v: Float[Array, "B T K D"]
+    k_rotated: Float[Array, "B T K D"]
+    batch: Batch
+    block_size: int
+    rope: RopeConfig
+
+    def rotated(self, q: Float[Array, "B n H D"], positions: Int[Array, "B n"]) -> Float[Array, "B n H D"]:
+        return apply_rope(q, positions, self.rope)
+
+    def attend(self, q_rotated: Float[Array, "B n H D"], **settings: Any) -> Any:
+        """Attention of some queries to all keys; settings are those of `attention_with_block_scores`."""
+        own = dict(block_size=self.block_size, segment_ids=self.batch.segment_ids)
+        return attention_with_block_scores(q_rotated, self.k_rotated, self.v, **own, **settings)
 
 
 def _block_size(model: Transformer, weights: RowWeights) -> int:
@@ -134,24 +171,124 @@ def _block_size(model: Transformer, weights: RowWeights) -> int:
             "A pass teaches the gates that have weights: one at least, all attached to the model, of one block size; "
             f"got block sizes {sizes} (None: no such gate)."
         )
+    if weights.decode is not None and weights.decode.shape[1] % sizes[0]:
+        raise ValueError(
+            f"A decode gate learns from rows of whole blocks of {sizes[0]} tokens; got {weights.decode.shape[1]} tokens."
+        )
     return sizes[0]
 
 
-def _teach(
+def _teach_prefill(
+    layer: _Layer,
     gate: Any,
-    logits_of: Callable[..., jax.Array],
-    inputs: tuple,
-    target: Float32[Array, "B heads R Sb"] | None,
-    weights: Float32[Array, "B R"],
+    target: Float32[Array, "B H Tb Tb"] | None,
+    weights: Float32[Array, "B Tb"],
     recall_density: float,
 ) -> GateReport:
-    """Loss, recall and gradient of one gate in one layer."""
+    """Loss, recall and gradient of the prefill gate in one layer."""
     assert target is not None
 
     def loss_of(gate: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        logits = logits_of(gate, *inputs)
+        logits = packed_prefill_logits(gate, layer.q, layer.k, layer.batch.positions, layer.batch.segment_ids)
         loss = (row_kl(target, logits).mean(1) * weights).sum()
         return loss, block_recall(target, logits, weights, recall_density)
 
     (loss, (recall, recall_weight)), gradient = jax.value_and_grad(loss_of, has_aux=True)(gate)
     return GateReport(loss, recall, recall_weight, gradient)
+
+
+class _Taught(NamedTuple):
+    """What a chunk of queries taught the decode gate.
+
+    Fields:
+      loss: its part of the loss.
+      gradient: of it, as if the compressed keys were constants.
+      key_gradient: of it, with respect to the compressed keys.
+    """
+
+    loss: Float32[Array, ""]
+    gradient: Any
+    key_gradient: Float32[Array, "B Sb K C"]
+
+
+class _Sample(NamedTuple):
+    """The rows of a chunk that block recall looks at."""
+
+    target: Float32[Array, "B K m Sb"]
+    logits: Float32[Array, "B K m Sb"]
+    weights: Float32[Array, "B m"]
+
+
+def _teach_decode(
+    layer: _Layer, gate: Any, weights: Float32[Array, "B T"], recall_density: float, *, block_scores: bool
+) -> tuple[Float[Array, "B T H D"], Float32[Array, "B H Tb Tb"] | None, GateReport]:
+    """Attention of one layer, the targets of its prefill gate if they are asked for, and what its decode gate learned.
+
+    The queries come in chunks. Each has its targets, its logits and their gradient with respect to the gate and to the
+    compressed keys; the gradient of all chunks passes through the making of those once, at the end.
+    """
+    q, (_, segment_ids, positions) = layer.q, layer.batch
+    (batch, tokens, heads, _), b = q.shape, layer.block_size
+    start_of, size = _chunks(tokens, batch, b)
+    keys, pull_back = jax.vjp(lambda gate: packed_decode_keys(gate, layer.k, positions, segment_ids), gate)
+    stride = recall_stride(tokens)
+
+    def chunk(carry: tuple, i: Int[Array, ""]) -> tuple[tuple, _Sample]:
+        output, blocks, taught = carry
+        start, fresh = start_of(i)
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
+        q_chunk, position, weight = cut(q), cut(positions), jnp.where(fresh[None], cut(weights), 0)
+        attend = functools.partial(layer.attend, layer.rotated(q_chunk, position), query_offset=start)
+        sampled = jnp.arange(-(-size // stride)) * stride + (-start) % stride
+        row_numbers, within = jnp.minimum(sampled, size - 1), sampled < size
+
+        def loss_of(gate: Any, keys: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = packed_decode_logits(gate, q_chunk, keys, position, segment_ids, start)
+            return (row_kl(target, logits).mean(1) * weight).sum(), logits[:, :, row_numbers]
+
+        def learn() -> tuple:
+            scored = attend(block_scores=block_scores, token_scores=True)
+            target = scored.token_scores
+            take = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+            (loss, logits), gradients = take(gate, keys, target)
+            return scored.output, scored.block_scores, _Taught(loss, *gradients), target[:, :, row_numbers], logits
+
+        def pass_by() -> tuple:
+            scored = attend(block_scores=block_scores)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn)[2:])
+            return scored.output, scored.block_scores, *nothing
+
+        out, new_blocks, new_taught, target, logits = jax.lax.cond((weight != 0).any(), learn, pass_by)
+        output = jax.lax.dynamic_update_slice_in_dim(output, out, start, axis=1)
+        if blocks is not None:
+            blocks = jax.lax.dynamic_update_slice_in_dim(blocks, new_blocks, start // b, axis=2)
+        sample = _Sample(target, logits, jnp.where(within[None], weight[:, row_numbers], 0))
+        return (output, blocks, jax.tree.map(jnp.add, taught, new_taught)), sample
+
+    blocks = jnp.zeros((batch, heads, tokens // b, tokens // b)) if block_scores else None
+    nothing = _Taught(jnp.float32(0), *jax.tree.map(jnp.zeros_like, (gate, keys)))
+    carry, samples = jax.lax.scan(chunk, (jnp.zeros_like(q), blocks, nothing), jnp.arange(-(-tokens // size)))
+    output, blocks, taught = carry
+    gradient = jax.tree.map(jnp.add, taught.gradient, pull_back(taught.key_gradient)[0])
+    # [chunks, B, K, m, Sb] to [B, K, rows, Sb], and [chunks, B, m] to [B, rows].
+    target, logits = (
+        jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1]) for x in (samples.target, samples.logits)
+    )
+    row_weights = jnp.moveaxis(samples.weights, 0, 1).reshape(batch, -1)
+    recall, recall_weight = recall_of_rows(target, logits, row_weights, recall_density)
+    return output, blocks, GateReport(taught.loss, recall, recall_weight, gradient)
+
+
+def _chunks(tokens: int, batch: int, block_size: int) -> tuple[Any, int]:
+    """Equal chunks of tokens: (i -> (first token of chunk i, which of its tokens no earlier chunk has), tokens in each).
+
+    The last one reaches back where the chunks would end beyond the last token.
+    """
+    blocks, most = tokens // block_size, max(QUERIES_AT_ONCE // batch // block_size, 1)
+    size = -(-blocks // -(-blocks // most)) * block_size
+
+    def start_of(i: Int[Array, ""]) -> tuple[Int[Array, ""], Bool[Array, "n"]]:
+        start = jnp.minimum(i * size, tokens - size)
+        return start, start + jnp.arange(size) >= i * size
+
+    return start_of, size

@@ -8,6 +8,7 @@ RECALL_ROWS = 128  # block recall sorts rows, so it looks at a sample of them
 LM_CHUNK = 512  # tokens whose logits are held at once
 
 
+@jax.custom_vjp
 def row_kl(target: Float[Array, "*b Sb"], logits: Float[Array, "*b Sb"]) -> Float32[Array, "*b"]:
     """KL(target || softmax(logits)) of each row: sum_j target_j (log target_j - log softmax(logits)_j).
 
@@ -16,18 +17,38 @@ def row_kl(target: Float[Array, "*b Sb"], logits: Float[Array, "*b Sb"]) -> Floa
     hardly notices.
 
     Args:
-      target: rows that sum to 1, or to 0 where there is nothing to learn: those have loss and gradient 0.
+      target: rows that sum to 1, or to 0 where there is nothing to learn: those have loss and gradient 0. A constant: no
+        gradient reaches it.
       logits: -inf where a block cannot be chosen; the target is 0 there.
 
     Returns:
       float32, in nats. NaN where an input is NaN: it must not pass for a mask.
     """
+    return _row_kl(target, logits)[0]
+
+
+def _row_kl(target: jax.Array, logits: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The divergence, and of what its gradient is made: the arguments and the log of each row's sum, no array besides."""
     masked = logits == -jnp.inf
-    # Masked entries are taken out before the logarithms: afterwards they would still make the gradient NaN.
-    finite = jnp.where(masked, jnp.finfo(jnp.float32).min, logits.astype(jnp.float32))
-    log_probability = jnp.where(masked, 0.0, jax.nn.log_softmax(finite, axis=-1))
+    total = jax.nn.logsumexp(_finite(logits), axis=-1)
+    log_probability = jnp.where(masked, 0.0, logits.astype(jnp.float32) - total[..., None])
     log_target = jnp.log(jnp.where(target == 0, 1.0, target))
-    return (target * (log_target - log_probability)).sum(-1)
+    return (target * (log_target - log_probability)).sum(-1), (target, logits, total)
+
+
+def _row_kl_gradient(saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[None, jax.Array]:
+    target, logits, total = saved
+    probability = jnp.where(logits == -jnp.inf, 0.0, jnp.exp(_finite(logits) - total[..., None]))
+    gradient = cotangent[..., None] * (probability * target.sum(-1, keepdims=True) - target)
+    return None, gradient.astype(logits.dtype)
+
+
+row_kl.defvjp(_row_kl, _row_kl_gradient)
+
+
+def _finite(logits: jax.Array) -> jax.Array:
+    """A row of -inf alone has no softmax; one of very low numbers has."""
+    return jnp.where(logits == -jnp.inf, jnp.finfo(jnp.float32).min, logits.astype(jnp.float32))
 
 
 def sequence_lengths(
@@ -81,8 +102,22 @@ def block_recall(
     Returns:
       (sum of weight * recall over the rows, sum of their weights): divide to get the mean.
     """
-    stride = max(1, target.shape[2] // RECALL_ROWS)
-    target, logits, weights = target[:, :, ::stride], logits[:, :, ::stride], weights[:, ::stride]
+    stride = recall_stride(target.shape[2])
+    return recall_of_rows(target[:, :, ::stride], logits[:, :, ::stride], weights[:, ::stride], density)
+
+
+def recall_stride(rows: int) -> int:
+    """Block recall looks at rows 0, n, 2 n, ... for this n."""
+    return max(1, rows // RECALL_ROWS)
+
+
+def recall_of_rows(
+    target: Float[Array, "B heads R Sb"],
+    logits: Float[Array, "B heads R Sb"],
+    weights: Float[Array, "B R"],
+    density: float,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """`block_recall` of every row that it is given."""
     seen = (logits > -jnp.inf).sum(-1, keepdims=True)
     kept = jnp.ceil(density * seen - 1e-3)  # 0.6 of 5 blocks is 3, however float32 rounds
     kept = jnp.arange(target.shape[-1])[None, None, None] < kept

@@ -8,9 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float32
 
 from seer_jax.attention import dense_attention, rotate
+from seer_jax.config import Gates
 from seer_jax.layers import BaseParam
 from seer_jax.model import LayerContext, Transformer
-from seer_jax.train.config import DistillConfig, Gates
+from seer_jax.train.config import DistillConfig
 from seer_jax.train.data import Batch
 from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, lm_loss, lm_targets, prefill_rows, row_weights

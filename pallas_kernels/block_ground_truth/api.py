@@ -11,7 +11,6 @@ from pallas_kernels.checks import (
     check_attention_inputs,
     check_block_size,
     check_integers,
-    check_shape,
     resolve_scale,
 )
 
@@ -36,15 +35,16 @@ class AttentionWithScores(NamedTuple):
 
 def attention_with_block_scores(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
     *,
     block_size: int = 64,
     scale: float | None = None,
     block_scores: bool = True,
     token_scores: bool = False,
     lengths: Int[Array, "B"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    query_offset: int | Int[Array, ""] = 0,
     implementation: Implementation | None = None,
 ) -> AttentionWithScores:
     """Dense causal attention, with the largest attention weight of each block.
@@ -64,9 +64,11 @@ def attention_with_block_scores(
       scale: factor on the scores; 1 / sqrt(D) if None.
       block_scores: whether to return `block_scores`.
       token_scores: whether to return `token_scores`.
-      lengths: number of tokens of each sequence, right-padded up to T; T if None.
+      lengths: number of tokens of each sequence, right-padded up to S; S if None.
       segment_ids: sequence of each token where several are packed in a row, each starting at a multiple of b; from 1 up, 0 is
         padding. Tokens attend within their sequence only. Not together with `lengths`.
+      query_offset: place of the first query among the keys, a multiple of b; the queries are tokens query_offset up to
+        query_offset + T <= S. The rows i and t of the results count from there, their columns from the first key.
       implementation: "reference", "xla", or None for the best that works here.
 
     Returns:
@@ -87,15 +89,20 @@ def attention_with_block_scores(
     check_attention_inputs(name, q, k, v, query_axes="B T H D")
     check_block_size(name, block_size)
     batch, length, _, head_dim = q.shape
-    check_shape(name, "k", k, "[B, T, K, D]", (batch, length, *k.shape[2:]))
+    keys = k.shape[1]
+    if isinstance(query_offset, int) and not (query_offset % block_size == 0 <= query_offset <= keys - length):
+        raise ValueError(
+            f"{name}: query_offset is a multiple of block_size from 0 to S - T, so that each query is one of the keys; "
+            f"got {query_offset} with block_size={block_size}, T={length} and S={keys}."
+        )
     if lengths is not None and segment_ids is not None:
         raise ValueError(f"{name}: lengths and segment_ids exclude each other; got both. Mark padding by segment id 0.")
     if segment_ids is None:
-        lengths = jnp.full((batch,), length) if lengths is None else lengths
+        lengths = jnp.full((batch,), keys) if lengths is None else lengths
         check_integers(name, "lengths", lengths, "[B]", (batch,))
-        segment_ids = jnp.arange(length)[None] < lengths[:, None]
+        segment_ids = jnp.arange(keys)[None] < lengths[:, None]
     else:
-        check_integers(name, "segment_ids", segment_ids, "[B, T]", (batch, length))
+        check_integers(name, "segment_ids", segment_ids, "[B, S]", (batch, keys))
     output = _run(
         implementation,
         *_without_gradient((q, k, v)),
@@ -104,6 +111,7 @@ def attention_with_block_scores(
         block_scores=block_scores,
         token_scores=token_scores,
         segment_ids=segment_ids.astype(jnp.int32),
+        query_offset=jnp.asarray(query_offset, jnp.int32),
     )
     return AttentionWithScores(*output)
 

@@ -19,30 +19,30 @@ _QUERY_AXIS = {"output": 1, "lse": 1, "block": 2, "token": 2}  # of each result
 @functools.partial(jax.jit, static_argnames=("block_size", "scale", "block_scores", "token_scores"))
 def attention_with_block_scores(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
     *,
     block_size: int,
     scale: float,
     block_scores: bool,
     token_scores: bool,
-    segment_ids: Int[Array, "B T"],
+    segment_ids: Int[Array, "B S"],
+    query_offset: Int[Array, ""],
 ) -> tuple:
     """See the function of this name in api.py; padding has segment id 0."""
     (batch, length, heads, head_dim), kv_heads, b = q.shape, k.shape[2], block_size
-    num_blocks = -(-length // b)
+    rows, num_blocks = -(-length // b), -(-k.shape[1] // b)
     tile = min(_TILE, num_blocks * b)
-    pad = -length % tile
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    padded = length + pad
-    per_tile = tile // b
+    padded, per_tile = -(-length // tile) * tile, tile // b
+    q = jnp.pad(q, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
+    k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (k, v))
+    # The last tile of queries may reach a tile beyond the keys.
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, k.shape[2] + tile - segment_ids.shape[1])))
 
     def query_tile(results, operands):
         i, first = operands
         q_tile = jax.lax.dynamic_slice_in_dim(q, i * tile, tile, axis=1)
-        out, lse, largest = _attend(q_tile, k, v, segment_ids, i, first, b, scale)
+        out, lse, largest = _attend(q_tile, k, v, segment_ids, query_offset + i * tile, first, b, scale)
         new = {"output": out.transpose(0, 2, 1, 3).astype(q.dtype), "lse": lse.transpose(0, 2, 1)}
         # The largest weight of each block: [B, H, tile, Sb].
         weights = jnp.exp(largest[..., :num_blocks] - finite(lse)[..., None])
@@ -50,7 +50,8 @@ def attention_with_block_scores(
             new["block"] = _normalise(weights.reshape(batch, heads, per_tile, b, num_blocks).max(3))
         if token_scores:
             grouped = weights.reshape(batch, kv_heads, heads // kv_heads, tile, num_blocks).max(2)
-            completed = jnp.arange(num_blocks)[None] < (i * per_tile + jnp.arange(tile) // b)[:, None]
+            current = query_offset // b + i * per_tile + jnp.arange(tile) // b
+            completed = jnp.arange(num_blocks)[None] < current[:, None]
             new["token"] = _normalise(jnp.where(completed[None, None], grouped, 0))
         return {name: _put(x, new[name], i, _QUERY_AXIS[name]) for name, x in results.items()}, None
 
@@ -60,13 +61,14 @@ def attention_with_block_scores(
     if token_scores:
         shapes["token"] = (batch, kv_heads, padded, num_blocks)
     results = {name: jnp.zeros(shape, q.dtype if name == "output" else jnp.float32) for name, shape in shapes.items()}
-    tiles = (jnp.arange(padded // tile), _first_tiles(segment_ids[:, ::b], per_tile))
+    first = _first_tiles(segment_ids[:, ::b], per_tile, query_offset // b, padded // b)
+    tiles = (jnp.arange(padded // tile), first)
     results, _ = jax.lax.scan(query_tile, results, tiles)
     block, token = results.get("block"), results.get("token")
     return (
         results["output"][:, :length],
         results["lse"][:, :length],
-        None if block is None else block[:, :, :num_blocks],
+        None if block is None else block[:, :, :rows],
         None if token is None else token[:, :, :length],
     )
 
@@ -76,11 +78,11 @@ def _put(result: Array, rows: Array, i: Array, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(result, rows, i * rows.shape[axis], axis)
 
 
-def _attend(q, k, v, segment_ids, i, first, b, scale):
-    """Attention of tile number i over key tiles `first` to i.
+def _attend(q, k, v, segment_ids, start, first, b, scale):
+    """Attention of a tile of queries, the first one token number `start`, over key tiles from `first` on.
 
     Args:
-      q: [B, tile, H, D]; k, v: [B, K, S, D]; segment_ids: [B, S].
+      q: [B, tile, H, D]; k, v: [B, K, S, D]; segment_ids: [B, S] and beyond.
 
     Returns:
       output [B, H, tile, D], lse [B, H, tile], and the largest score of each block [B, H, tile, S / b], -inf if unseen.
@@ -92,8 +94,8 @@ def _attend(q, k, v, segment_ids, i, first, b, scale):
         .transpose(0, 2, 3, 1, 4)
         .reshape(batch, kv_heads, -1, head_dim)
     )
-    ids = jax.lax.dynamic_slice_in_dim(segment_ids, i * tile, tile, axis=1)[:, :, None]
-    query = i * tile + jnp.arange(tile)[None, :, None]
+    ids = jax.lax.dynamic_slice_in_dim(segment_ids, start, tile, axis=1)[:, :, None]
+    query = start + jnp.arange(tile)[None, :, None]
     rows = (batch, kv_heads, group * tile)
 
     def step(j, carry):
@@ -110,17 +112,20 @@ def _attend(q, k, v, segment_ids, i, first, b, scale):
         largest = jax.lax.dynamic_update_slice_in_dim(largest, of_blocks, j * (tile // b), axis=3)
         return state.add(scores, v_tile), largest
 
-    start = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf))
-    state, largest = jax.lax.fori_loop(first, i + 1, step, start)
+    last = jnp.minimum(-(-(start + tile) // tile), k.shape[2] // tile)
+    empty = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf))
+    state, largest = jax.lax.fori_loop(first, last, step, empty)
     return tuple(x.reshape(batch, heads, tile, *x.shape[3:]) for x in (*state.finish(), largest))
 
 
-def _first_tiles(block_ids: Int[Array, "B Sb"], per_tile: int) -> Int[Array, "n"]:
-    """The first key tile that any query of each query tile may see; a block holds one sequence, so its id tells."""
+def _first_tiles(block_ids: Int[Array, "B Sb"], per_tile: int, start: Int[Array, ""], rows: int) -> Int[Array, "n"]:
+    """The first key tile that any query of each tile may see; the tiles are block rows `start` to `start + rows`. A block
+    holds one sequence, so its id tells."""
     blocks = jnp.arange(block_ids.shape[1])
     first = jnp.argmax(block_ids[:, :, None] == block_ids[:, None, :], axis=-1)
     first = jnp.where(block_ids > 0, first, blocks[None])
-    return first.min(0).reshape(-1, per_tile).min(1) // per_tile
+    first = jax.lax.dynamic_slice_in_dim(first.min(0), start, rows)
+    return first.reshape(-1, per_tile).min(1) // per_tile
 
 
 def _normalise(scores: Float32[Array, "... Sb"]) -> Float32[Array, "... Sb"]:

@@ -57,6 +57,12 @@ CONFIGS = {
 }
 
 
+def check_device(shape: Shape) -> None:
+    """Raises ValueError for a shape that this device is too slow for."""
+    if shape is not Shape.TINY and jax.default_backend() == "cpu":
+        raise ValueError(f"The shape {shape.value} is for GPUs; on a CPU measure --shape {Shape.TINY.value}.")
+
+
 def heads_of(config: ModelConfig) -> Heads:
     """H, K and D."""
     return Heads(config.num_heads, config.num_kv_heads, config.head_dim)
@@ -110,7 +116,7 @@ def _first_token(model: Transformer, length: int, policy: Policy, seed: int, bla
         return model.prefill(tokens, None, cache, sparsity=policy)
 
     latest: list[Any] = [None, model.make_cache(1, length), None]
-    before = _peak_bytes() or 0
+    before = peak_bytes() or 0
     start = time.perf_counter()
     compiled = prefill.lower(model, tokens, latest[1]).compile()
     seconds = time.perf_counter() - start
@@ -121,26 +127,38 @@ def _first_token(model: Transformer, length: int, policy: Policy, seed: int, bla
 
     timing = time_calls(run)
     logits, _, kept = latest
-    peak = _peak_bytes()
+    memory, note = memory_results(compiled, before)
     results = {
         "milliseconds": timing.milliseconds,
         "spread": timing.spread,
         "density": float(kept.mean()),
         "compile_seconds": seconds,
-        # The device remembers its highest peak alone: what needed more before hides this one.
-        "peak_gib": peak / GIB if peak and peak > before else None,
-        "planned_gib": _planned_bytes(compiled) / GIB,
+        **memory,
     }
-    note = "peak memory: something before needed more" if peak and results["peak_gib"] is None else None
     fault = None if bool(jnp.isfinite(logits).all()) else "the logits are not finite"
     return dataclasses.replace(blank, results=results, failure=fault, note=note)
 
 
-def _peak_bytes() -> int | None:
+def peak_bytes() -> int | None:
+    """Most memory in use on the device so far, where it tells."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _planned_bytes(compiled: Any) -> int:
+def memory_results(compiled: Any, before: int) -> tuple[dict[str, float | None], str | None]:
+    """Results of a program that has run, and a note where the peak is not known.
+
+    Args:
+      compiled: the program.
+      before: `peak_bytes` before it ran.
+    """
+    peak = peak_bytes()
+    # The device remembers its highest peak alone: what needed more before hides this one.
+    own = peak / GIB if peak and peak > before else None
+    note = "peak memory: something before needed more" if peak and own is None else None
+    return {"peak_gib": own, "planned_gib": planned_bytes(compiled) / GIB}, note
+
+
+def planned_bytes(compiled: Any) -> int:
     """What the compiler lays out for one run: arguments, results that do not take an argument's place, and scratch."""
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -1,12 +1,14 @@
 """Measurements as tables for people."""
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels.bench import Measurement, hardware
+from pallas_kernels.bench import Measurement, hardware, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,9 @@ PLAIN = Column(
 )
 LSE = Column("lse\nerror", "lse_error", ".1e", "largest difference of the log of the softmax's sum on those rows")
 DENSE = Column("dense\nms", "dense_milliseconds", ".4g", "dense causal attention of the same shape (cuDNN on a GPU)")
+COMPILE = Column("compile\ns", "compile_seconds", ".1f", "tracing and compiling")
+PEAK = Column("peak\nGiB", "peak_gib", ".1f", "most memory in use on the device, weights and cache included")
+PLANNED = Column("planned\nGiB", "planned_gib", ".1f", "what the compiler lays out for a run")
 SPEEDUP = Column("times\nfaster", "speedup", ".2f", "dense attention's (the dense model's) ms over ms")
 
 TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
@@ -64,9 +69,28 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             DENSITY,
             MILLISECONDS,
             SPEEDUP,
-            Column("compile\ns", "compile_seconds", ".1f", "tracing and compiling"),
-            Column("peak\nGiB", "peak_gib", ".1f", "most memory in use on the device, weights and cache included"),
-            Column("planned\nGiB", "planned_gib", ".1f", "what the compiler lays out for a run"),
+            COMPILE,
+            PEAK,
+            PLANNED,
+        ),
+    ),
+    "training": (
+        "Distillation, one step",
+        (
+            MILLISECONDS,
+            Column(
+                "forward\nms",
+                "forward_milliseconds",
+                ".4g",
+                "dense forward of the same rows up to the last hidden states",
+            ),
+            Column("of\nforward", "of_forward", ".3f", "the step's ms over the forward's"),
+            Column("model\nTFLOP/s", "tflops", ".3g", "flop of that forward alone, over the time of the step"),
+            Column("of 700", "share_of_700", ".0%", "that rate over 700 TFLOP/s"),
+            COMPILE,
+            PEAK,
+            PLANNED,
+            Column("GPU\nhours", "recipe_hours", ".3g", "for the 0.52 billion tokens of the authors' prefill recipe"),
         ),
     ),
 }
@@ -106,6 +130,30 @@ def progress_line(m: Measurement) -> str:
     time = m.results.get("milliseconds")
     outcome = f"[bold red]{m.failure}[/bold red]" if m.failure else f"{_written(time, '.4g')} ms"
     return f"{m.table}: {_name(m)}: {outcome}" + (f" ({m.note})" if m.note else "")
+
+
+def report(measurements: Iterable[Measurement], output: Path | None) -> tuple[list[Measurement], Console]:
+    """Prints measurements as they come in and then their tables; writes them if they are asked for.
+
+    Args:
+      measurements: made while this runs.
+      output: file for them (JSON); None: none is written.
+
+    Returns:
+      (the measurements, where to print more).
+    """
+    console, found = Console(), []
+    if not console.is_terminal:
+        console = Console(width=120)  # of a file; the tables are made for a wide terminal
+    for measurement in measurements:
+        found.append(measurement)
+        console.print(progress_line(measurement), highlight=False, soft_wrap=True)
+        if output is not None:  # after each one, so that an interrupted run leaves what it has
+            write_report(output, found, command=sys.argv)
+    print_measurements(console, found)
+    if output is not None:
+        console.print(f"Written: {output}", highlight=False, soft_wrap=True)
+    return found, console
 
 
 def print_measurements(console: Console, measurements: Sequence[Measurement]) -> None:

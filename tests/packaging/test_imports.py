@@ -17,7 +17,7 @@ from tests.packaging.checkout import PROJECT, modules
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "jaxtyping", "pallas_kernels"}
 COMES_WITH_JAX = {"jaxlib"}  # in the one version that fits
 # These lead to the rest of the product, and only from inside functions.
-MAY_LEAD_FURTHER = {"seer_jax.cli", "seer_jax.demo", "seer_jax.pretrained"}
+MAY_LEAD_FURTHER = {"seer_jax.bench.training", "seer_jax.cli", "seer_jax.demo", "seer_jax.pretrained"}
 HEAVY = ["torch", "tensorflow", "transformers", "orbax", "matplotlib", "datasets", "pyarrow", "tensorboardX"]
 
 

@@ -107,6 +107,19 @@ class Definition:
         np.testing.assert_array_equal(got.output[:, 288:], 0)
         np.testing.assert_array_equal(got.block_scores[:, :, 9:], 0)
 
+    @pytest.mark.parametrize("case", [named("ragged"), named("packed")], ids=lambda case: case.name)
+    def test_some_queries_get_their_rows_of_the_whole(self, case: Case):
+        arguments = case.arguments(KEY)
+        whole, b = self.run(**arguments), case.block_size
+        for start, size in ((0, 3 * b), (2 * b, 5 * b), (7 * b, case.length - 7 * b)):
+            queries = {"q": arguments["q"][:, start : start + size], "query_offset": jnp.int32(start)}
+            got = self.run(**arguments | queries)
+            tokens, blocks = slice(start, start + size), slice(start // b, -(-(start + size) // b))
+            assert_within_rounding(got.output, whole.output[:, tokens])
+            assert_within_rounding(got.lse, whole.lse[:, tokens])
+            assert_within_rounding(got.block_scores, whole.block_scores[:, :, blocks])
+            assert_within_rounding(got.token_scores, whole.token_scores[:, :, tokens])
+
     def test_scores_are_made_when_asked_for(self):
         arguments = named("token-scores").arguments(KEY) | {"token_scores": False}
         got = self.run(**arguments)

@@ -51,14 +51,15 @@ def call(**changes: Any) -> Any:
     [
         ({"q": jnp.zeros((2, 40, 256))}, r"attention_with_block_scores: q must be \[B, T, H, D\]"),
         (
-            dict.fromkeys("kv", jnp.zeros((2, 41, 2, 64))),
-            r"k must have shape \[B, T, K, D\] = \(2, 40, 2, 64\); got \(2, 41",
+            {"q": jnp.zeros((2, 41, 4, 64))},
+            r"query_offset .* from 0 to S - T, .*; got 0 with block_size=64, T=41 and S=40",
         ),
+        ({"query_offset": 16}, r"query_offset is a multiple of block_size from 0 .*; got 16 with block_size=64"),
         ({"block_size": 48}, r"block_size must be one of \(16, 32, 64, 128\) tokens; got 48"),
         ({"lengths": jnp.ones(2, int), "segment_ids": jnp.ones((2, 40), int)}, r"exclude each other; got both"),
         ({"lengths": jnp.ones(3, int)}, r"lengths must have shape \[B\] = \(2,\); got \(3,\)"),
         ({"segment_ids": jnp.ones((2, 40))}, r"segment_ids must hold integers; got float32"),
-        ({"segment_ids": jnp.ones((2, 41), int)}, r"segment_ids must have shape \[B, T\] = \(2, 40\); got \(2, 41\)"),
+        ({"segment_ids": jnp.ones((2, 41), int)}, r"segment_ids must have shape \[B, S\] = \(2, 40\); got \(2, 41\)"),
         ({"scale": float("inf")}, r"scale must be a finite number; got inf"),
         ({"implementation": "cudnn"}, r"implementation must be None or one of .*; got 'cudnn'"),
     ],

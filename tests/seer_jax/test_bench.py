@@ -19,13 +19,15 @@ from pallas_kernels.bench import Measurement, Timing
 from pallas_kernels.block_sparse_attention import bench as attention_bench
 from seer_jax import cli
 from seer_jax.attention import prefill_attention
-from seer_jax.bench import PrefillBench, measure_prefill
+from seer_jax.bench import PrefillBench, TrainBench, measure_prefill
 from seer_jax.bench import models as models_bench
 from seer_jax.bench import selection as selection_bench
+from seer_jax.bench import training as training_bench
 from seer_jax.bench.models import CONFIGS, Shape, random_model
 from seer_jax.bench.plots import plot_prefill
 from seer_jax.bench.selection import chosen_blocks
 from seer_jax.bench.table import beside_each_other, print_measurements
+from seer_jax.bench.training import forward_flop
 from seer_jax.gate import PrefillGate
 from seer_jax.policies import Policy, Threshold, TopK
 from tests.seer_jax.conftest import LLAMA, tiny_model
@@ -42,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         jax.block_until_ready(function(*arguments))
         return Timing(2.0, 0.1, 3)
 
-    for module in (attention_bench, models_bench, selection_bench):
+    for module in (attention_bench, models_bench, selection_bench, training_bench):
         monkeypatch.setattr(module, "time_calls", fixed)
 
 
@@ -97,6 +99,49 @@ def test_an_implementation_asked_for_by_name_must_be_able(capsys: pytest.Capture
         assert cli.main([*words, "--variants"]) == 0
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_training(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "bench.json"
+    words = ["bench", "train", "--shape", "tiny", "--lengths", "256", "--batch-size", "2", "--gates", "prefill", "both"]
+    assert cli.main([*words, "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert "\nDistillation, one step" in text and "256, both" in text and "of forward: the step's ms" in text
+    lines = json.loads(output.read_text())["measurements"]
+    assert [m["case"] for m in lines] == ["256, prefill", "256, both"] and not any(m["failure"] for m in lines)
+    for m in lines:
+        results, tokens = m["results"], 2 * 256
+        assert results["of_forward"] == 2 / (
+            2 * 2
+        )  # a step of two rows takes 2 ms here, and so does each row's forward
+        assert results["tflops"] == pytest.approx(2 * forward_flop(CONFIGS[Shape.TINY], 256) / 2e-3 / 1e12)
+        assert results["recipe_hours"] == pytest.approx(500 * 16 * 65536 / tokens * 2e-3 / 3600)
+        assert results["compile_seconds"] > 0 and results["planned_gib"] > 0 and results["prefill_loss"] > 0
+    assert lines[1]["results"]["decode_recall"] > 0
+
+
+def test_flop_of_a_forward():
+    config = CONFIGS[Shape.TINY]
+    matrices = [x.size for x in jax.tree.leaves(nnx.eval_shape(lambda: random_model(config)).layers) if x.ndim == 3]
+    attention = config.num_layers * 4 * config.num_heads * config.head_dim * sum(range(1, 101))
+    assert forward_flop(config, 100) == 2 * 100 * sum(matrices) + attention
+    assert forward_flop(CONFIGS[Shape.LLAMA_3_1_8B], 65536) == pytest.approx(2.04e15, rel=1e-2)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(lengths=(256, 100)), r"whole blocks of 64 tokens, two at least; got \(256, 100\)"),
+        (dict(lengths=(64,)), "two at least; got"),
+        (dict(gates=()), r"some gates on one row at least; got gates \(\)"),
+        (dict(batch_size=0), "batch_size=0"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        TrainBench(**settings)
+
+
 REFUSED = [
     (dict(lengths=()), "one block of 64 tokens; got ()"),
     (dict(lengths=(8192, 32)), r"got \(8192, 32\)"),
@@ -124,7 +169,8 @@ def test_a_cpu_is_not_asked_for_gpu_sizes():
 def test_the_command_line(capsys: pytest.CaptureFixture[str]):
     for words, code, text in (
         (["bench", "prefill", "--help"], 0, "usage: seer-jax bench prefill"),
-        (["bench", "--help"], 0, "{prefill}"),
+        (["bench", "--help"], 0, "{prefill,train}"),
+        (["bench", "train", "--help"], 0, "usage: seer-jax bench train"),
         (["bench", "cooking"], 2, "invalid choice: 'cooking'"),
         (["bench"], 2, "required: what"),
         (["bench", "prefill", "--lengths", "3"], 2, "at least one block"),

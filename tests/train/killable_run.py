@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from seer_jax.config import Gates
 from seer_jax.train import distill
-from seer_jax.train.config import Gates
 from tests.train.tiny import distill_config, make_model, make_rows
 
 CONFIG = distill_config(gates=Gates.DECODE, steps=10, checkpoint_interval=1)

@@ -11,10 +11,12 @@ import optax
 import pytest
 from flax import nnx
 
-from seer_jax.train.config import Gates, OptimizerConfig
+from seer_jax.config import Gates
+from seer_jax.train import distillation
+from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data import Batch
 from seer_jax.train.distillation import RowWeights, distillation_pass
-from seer_jax.train.loss import decode_rows, prefill_rows, row_weights
+from seer_jax.train.loss import decode_rows, prefill_rows, recall_stride, row_weights
 from seer_jax.train.optimizer import make_optimizer, make_schedule
 from seer_jax.train.packing import Packing, pack
 from seer_jax.train.step import make_step
@@ -79,6 +81,47 @@ def test_one_gate_or_both_from_one_pass():
         assert getattr(alone, other) is None
         ours, theirs = getattr(alone, kind), getattr(both, kind)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+
+
+@pytest.mark.parametrize(("kinds", "sizes"), [(("decode",), (10,)), (("prefill", "decode"), (2, 10, 24))])
+def test_chunks_of_queries_teach_what_the_whole_does(monkeypatch: pytest.MonkeyPatch, kinds: tuple, sizes: tuple):
+    """Two rows of 24 blocks, of which recall takes every third token: chunks of 1, 5 (the last one reaches back) and 12."""
+    length = 24 * BLOCK
+    documents = [row[:n] for row, n in zip(make_rows(4, length), (150, 80, 100, 300), strict=True)]
+    data = pack(TokenStore.from_documents(documents), Packing.BEST_FIT, row_length=length, block_size=BLOCK)
+    batch = Batch(*(jnp.stack(x) for x in zip(*(map(jnp.asarray, data[i]) for i in range(2)), strict=True)))
+    weights = RowWeights(**{kind: x if kind in kinds else None for kind, x in weigh(batch)._asdict().items()})
+    assert [len(np.unique(ids)) for ids in np.asarray(batch.segment_ids)] == [3, 3]  # two sequences and padding
+    assert recall_stride(length) == 3
+    reports = []
+    for size in (2 * length, *(blocks * BLOCK for blocks in sizes)):
+        monkeypatch.setattr(distillation, "QUERIES_AT_ONCE", size)
+        reports.append(jax.jit(lambda *x: distillation_pass(*x))(model_with_gates(), batch, weights))
+    whole, *chunked = reports
+    for report in chunked:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), report, whole)
+    assert all((getattr(whole, kind).recall_weight > 0).all() for kind in kinds)
+
+
+def test_memory_for_decode_gates_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch):
+    task, trained, frozen = Distillation.start(make_model(gates=(DECODE,)), distill_config(gates=Gates.DECODE))
+    length = 512 * BLOCK
+    batch = Batch(*(jnp.zeros((1, length), jnp.int32) for _ in range(3)))
+    scratch = []
+    for at_once in (length, length // 16):
+        monkeypatch.setattr(distillation, "QUERIES_AT_ONCE", at_once)
+        gradients = jax.jit(lambda batch: task.gradients(trained, frozen, batch, task.weigh(batch))).lower(batch)
+        memory = gradients.compile().memory_analysis()
+        assert memory is not None
+        scratch.append(memory.temp_size_in_bytes)
+    targets = CONFIG.num_kv_heads * length * (length // BLOCK) * 4  # of one layer
+    assert scratch[0] > 2 * targets and scratch[1] < targets
+
+
+def test_decode_gates_learn_from_whole_blocks():
+    batch = make_batch(make_rows(1)[:, :-3])
+    with pytest.raises(ValueError, match=f"whole blocks of {BLOCK} tokens; got {LENGTH - 3} tokens"):
+        distillation_pass(model_with_gates(), batch, weigh(batch)._replace(prefill=None))
 
 
 def test_no_row_that_counts_teaches_nothing():

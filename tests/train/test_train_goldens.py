@@ -16,6 +16,7 @@ from seer_jax.train.data import Batch
 from seer_jax.train.distillation import (
     RowWeights,
     distillation_pass,
+    packed_decode_keys,
     packed_decode_logits,
     packed_prefill_logits,
 )
@@ -166,7 +167,8 @@ def test_decode_gradient(decode, layer):
     weights = decode.weights  # a cached property: computed inside jit it would keep a tracer
 
     def loss_of(gate):
-        logits = packed_decode_logits(gate, q, k, batch.positions, batch.segment_ids)
+        keys = packed_decode_keys(gate, k, batch.positions, batch.segment_ids)
+        logits = packed_decode_logits(gate, q, keys, batch.positions, batch.segment_ids)
         return (row_kl(target, logits).mean(1) * weights).sum() / 8
 
     gradient = jax.jit(jax.grad(loss_of))(decode.layer_gate(layer))

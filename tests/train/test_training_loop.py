@@ -19,9 +19,10 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
+from seer_jax.config import Gates
 from seer_jax.gate import DecodeGate, PrefillGate
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
-from seer_jax.train.config import Gates, OptimizerConfig
+from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data import DataConfig
 from seer_jax.train.metrics import MetricsLog, read_metrics
 from seer_jax.train.packing import Packing, pack

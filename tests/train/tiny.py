@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seer_jax.config import DecodeGateConfig, ModelConfig, PrefillGateConfig
+from seer_jax.config import DecodeGateConfig, Gates, ModelConfig, PrefillGateConfig
 from seer_jax.model import Transformer
-from seer_jax.train.config import DistillConfig, FinetuneConfig, Gates, OptimizerConfig
+from seer_jax.train.config import DistillConfig, FinetuneConfig, OptimizerConfig
 
 CONFIG = ModelConfig(
     family="qwen3",
