@@ -110,7 +110,7 @@ class Bench:
         failure = find_fault(errors, arguments, result, (attend(arguments), call(**arguments)[1]))
         del result
         flops = listed_flops(arguments)
-        density = float(np.mean(arguments["blocks"].density(_blocks_in_sight(arguments))))
+        density = listed_share(arguments)
         results: dict[str, float | None] = {"density": density, "error": errors.out, "plain_error": errors.plain}
         results["lse_error"] = errors.lse
         if failure is not None:
@@ -179,16 +179,21 @@ def dense_attention(
 def listed_flops(arguments: dict[str, Any]) -> float:
     """4 b^2 D for each block on the list of a query head, whole also where the mask cuts it; rows beyond a sequence have none."""
     blocks, q = arguments["blocks"], arguments["q"]
-    starts = jnp.arange(blocks.counts.shape[-1]) * blocks.block_size
-    starts = jnp.broadcast_to(arguments["query_offset"], (len(q),))[:, None] + starts[None]
-    counts = jnp.where((starts < arguments["lengths"][:, None])[:, None], blocks.counts, 0)
-    listed = np.asarray(counts).sum(dtype=np.int64) * q.shape[2] // counts.shape[1]
+    starts = _offsets(arguments) + np.arange(blocks.counts.shape[-1]) * blocks.block_size
+    counts = np.where(starts < np.asarray(arguments["lengths"])[:, None, None], blocks.counts, 0)
+    listed = counts.sum(dtype=np.int64) * q.shape[2] // counts.shape[1]
     return 4.0 * blocks.block_size**2 * q.shape[-1] * float(listed)
 
 
-def _blocks_in_sight(arguments: dict[str, Any]) -> Int[Array, "B 1 Tb"]:
-    """How many blocks each row could list."""
-    q, k, b = arguments["q"], arguments["k"], arguments["blocks"].block_size
-    ends = jnp.minimum((jnp.arange(-(-q.shape[1] // b)) + 1) * b, q.shape[1])
-    ends = jnp.broadcast_to(arguments["query_offset"], (len(q),))[:, None, None] + ends[None, None]
-    return -(-jnp.minimum(ends, k.shape[1]) // b)
+def listed_share(arguments: dict[str, Any]) -> float:
+    """Listed blocks over those that each row could list, mean over the lists."""
+    q, k, blocks = arguments["q"], arguments["k"], arguments["blocks"]
+    b, counts = blocks.block_size, np.asarray(blocks.counts)
+    ends = _offsets(arguments) + np.minimum((np.arange(counts.shape[-1]) + 1) * b, q.shape[1])
+    in_sight = np.broadcast_to(-(-np.minimum(ends, k.shape[1]) // b), counts.shape)
+    return float((counts.sum(-1, dtype=np.int64) / in_sight.sum(-1, dtype=np.int64)).mean())
+
+
+def _offsets(arguments: dict[str, Any]) -> Int[np.ndarray, "B 1 1"]:
+    """On the host, where a new shape compiles nothing."""
+    return np.broadcast_to(arguments["query_offset"], (len(arguments["q"]),))[:, None, None]

@@ -1,5 +1,6 @@
 """Is a result of `block_sparse_attention` right? Answered on a few rows, so that it is cheap at any length."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 from pallas_kernels.online_softmax import dot, finite
 
 ROWS_CHECKED = 8
+UNTUNED = {"xla_gpu_autotune_level": 0}  # a check runs once: trying out its products takes longer than they do
 FLOAT32 = float(np.finfo(np.float32).eps)
 # A block too many or too few moves lse by 5e-4 in rows of 2048 blocks, those of 128k tokens.
 LSE_BOUND = 1e-4
@@ -59,7 +61,7 @@ def sampled_errors(
     return Errors(*map(float, _sampled_errors(key, arguments, out, lse)))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=UNTUNED)
 def _sampled_errors(
     key: PRNGKeyArray, arguments: dict[str, Any], out: Float[Array, "B T H D"], lse: Float32[Array, "B T H"]
 ) -> tuple[Float32[Array, ""], ...]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from pallas_kernels.backends import Implementation
 from pallas_kernels.bench import Measurement, variants
 from pallas_kernels.block_sparse_attention.bench import PACKAGE, Bench, odd_cases, sweep
+from seer_jax.bench.gate_masks import LENGTH as TRAINED_LENGTH
+from seer_jax.bench.gate_masks import trained_cases
 from seer_jax.bench.models import CONFIGS, Shape, check_device, first_token, heads_of
 from seer_jax.bench.selection import measure_selection
 
@@ -85,7 +87,9 @@ def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
             if Part.ATTENTION in config.only:
                 yield from bench.sweep(sweep(heads, config.lengths, config.densities))
             if Part.CASES in config.only:
-                yield from bench.pairs(odd_cases(heads, min(ODD_LENGTH, max(config.lengths))))
+                longest = max(config.lengths)
+                yield from bench.pairs(odd_cases(heads, min(ODD_LENGTH, longest)))
+                yield from bench.pairs(trained_cases(heads, min(TRAINED_LENGTH, longest), config.model_density))
     if Part.SELECTION in config.only:
         yield from measure_selection(model, config.lengths, config.model_density, seed=config.seed)
     if Part.MODEL in config.only:

@@ -8,3 +8,8 @@ NAME = "tiny-lm"  # stands for the folder on a command line
 def path() -> Path:
     """The folder of the model: a Hugging Face checkpoint, held-out text, words for pass keys and reference figures."""
     return Path(__file__).parent
+
+
+def gates() -> dict[str, Path]:
+    """Folders of its trained gates, "prefill" and "decode", for `from_pretrained`; gates.json beside them says how good they are."""
+    return {kind: path() / "gates" / kind for kind in ("prefill", "decode")}

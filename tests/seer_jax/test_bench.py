@@ -17,12 +17,14 @@ from rich.console import Console
 from pallas_kernels import block_sparse_attention
 from pallas_kernels.bench import Measurement, Timing
 from pallas_kernels.block_sparse_attention import bench as attention_bench
+from pallas_kernels.shapes import Heads
 from seer_jax import cli
 from seer_jax.attention import prefill_attention
 from seer_jax.bench import PrefillBench, TrainBench, measure_prefill
 from seer_jax.bench import models as models_bench
 from seer_jax.bench import selection as selection_bench
 from seer_jax.bench import training as training_bench
+from seer_jax.bench.gate_masks import trained_cases
 from seer_jax.bench.models import CONFIGS, Shape, random_model
 from seer_jax.bench.plots import plot_prefill
 from seer_jax.bench.selection import chosen_blocks
@@ -72,6 +74,22 @@ def test_a_whole_run(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     assert all(m["results"]["compile_seconds"] > 0 and m["results"]["planned_gib"] > 0 for m in lines["model"])
     assert all(m["results"]["error"] < 5e-3 and m["results"]["speedup"] == 1 for m in lines["attention"])
+
+
+@pytest.mark.parametrize("heads", [4, 68])
+def test_masks_of_a_trained_gate(heads: int, clock: None):
+    """Of the gate's last heads, repeated where it has fewer; each row keeps its own block among its best."""
+    (trained, random), *_ = pairs = trained_cases(Heads(heads, 2, 64), 1024, 0.6)
+    lists, others = (case.arguments(jax.random.key(0))["blocks"] for case in (trained, random))
+    mask, b = np.asarray(lists.to_mask(16)), lists.block_size
+    assert b == others.block_size == 64 and mask.shape == (1, heads, 16, 16) == others.to_mask(16).shape
+    assert mask.diagonal(axis1=2, axis2=3).all() and not np.triu(mask, 1).any()
+    assert len({m.tobytes() for m in mask[0]}) > heads / 4
+    if heads > 64:
+        np.testing.assert_array_equal(mask[0, :4], mask[0, 64:])
+    else:
+        (line,) = attention_bench.Bench("xla").pairs(pairs)
+        assert line.failure is None and line.results["share_of_aligned"] is not None
 
 
 def test_a_wrong_kernel_makes_the_command_fail(

@@ -1,0 +1,99 @@
+"""How the gates beside the bundled model were made: `python train_gates.py --to gates`, minutes on a GPU.
+
+Distils both gates from the same passes over Python's standard library (less what evaluation is cut from) at the model's whole context,
+saves them in bfloat16, and measures what was saved on held-out text: how much of the true block scores the kept blocks hold, layer by layer
+and beside the best choice of as many blocks, perplexity, and pass keys.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import seer_jax
+from seer_jax import tiny_lm
+from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig
+from seer_jax.convert import save_gates
+from seer_jax.convert.hub import read_config
+from seer_jax.evaluate import Phase, Setting, block_maps, compare
+from seer_jax.evaluate.run import EvalConfig, make_rows, score_line
+from seer_jax.policies import TopK
+from seer_jax.tiny_lm.corpus import training_rows
+from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
+
+LENGTH = 8192
+ROWS, STEPS, BATCH = 224, 224, 4
+LEARNING_RATE = 2e-3
+DENSITIES = (0.05, 0.1, 0.2)
+
+
+def train(to: Path, library: Path | None) -> dict:
+    base = seer_jax.from_pretrained(tiny_lm.path(), dtype="float32")
+    tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
+    text = training_rows(tokenizer, base.config.vocab_size, length=LENGTH, count=ROWS, keys=4, questions=6, library=library)
+    config = DistillConfig(
+        gates=Gates.BOTH,
+        prefill=PrefillGateConfig(gate_dim=base.config.head_dim),
+        decode=DecodeGateConfig(gate_dim=base.config.head_dim),
+        sequence_length=LENGTH,
+        batch_size=BATCH,
+        micro_batch_size=BATCH,
+        steps=STEPS,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        precision=DType.FLOAT32,
+    )
+    reports = []
+    start = time.perf_counter()
+    model = distill(config, model=base, dataset=text, progress=lambda r: (reports.append(r), print(r.summary, flush=True))).model
+    seconds = time.perf_counter() - start
+    for kind, gate in (("prefill", model.prefill_gate), ("decode", model.decode_gate)):
+        hf_config = read_config(tiny_lm.path())
+        save_gates(gate, to / kind, base_model=tiny_lm.NAME, hf_config=hf_config, policy=TopK(0.1), dtype=jnp.bfloat16)
+    return {"device": jax.devices()[0].device_kind, "seconds": seconds, "tokens": STEPS * BATCH * LENGTH, **{k: float(v) for k, v in reports[-1].metrics.items()}}
+
+
+def measure(gates: Path) -> dict:
+    model = seer_jax.from_pretrained(tiny_lm.path(), [gates / "prefill", gates / "decode"], dtype="float32")
+    tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
+    text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
+    rows = make_rows(EvalConfig(length=LENGTH, windows=4, passkeys=9), tokenizer, text, model.config.vocab_size)
+    layers = {}
+    for density in DENSITIES:
+        maps = [jax.device_get(block_maps(model, window, density=density)) for window in rows.windows]
+        kept, best = zip(*(_held(m.true, m.kept) for m in maps))
+        layers[f"{density:g}"] = {"kept": np.mean(kept, 0).round(4).tolist(), "best": np.mean(best, 0).round(4).tolist()}
+        print(density, layers[f"{density:g}"], flush=True)
+    scores = []
+    for score in compare(model, rows, [Setting(f"{d:.0%}", TopK(d)) for d in DENSITIES], phases=tuple(Phase), batch_size=13):
+        print(score_line(score), flush=True)
+        scores.append(dataclasses.asdict(score))
+    return {"share_of_block_scores_by_layer": layers, "scores": scores}
+
+
+def _held(true: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each layer's normalised block scores on the kept blocks, and on the best choice of as many."""
+    count = kept.sum(-1, keepdims=True)
+    best = -np.sort(-true, axis=-1) * (np.arange(true.shape[-1]) < count)
+    rows = slice(true.shape[-1] // 4, None)  # the first rows hold few blocks to choose from
+    return (true * kept).sum(-1)[..., rows].mean((1, 2)), best.sum(-1)[..., rows].mean((1, 2))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, required=True, help="folder for the gates and gates.json")
+    parser.add_argument("--library", type=Path, help="folder of a standard library's source; the running interpreter's if left out")
+    parser.add_argument("--only", choices=("train", "measure"), help="one of the two stages")
+    arguments = parser.parse_args()
+    path = arguments.to / "gates.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    if arguments.only != "measure":
+        report["training"] = train(arguments.to, arguments.library)
+        path.write_text(json.dumps(report, indent=1))
+    if arguments.only != "train":
+        report |= measure(arguments.to)
+        path.write_text(json.dumps(report, indent=1))
