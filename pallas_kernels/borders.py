@@ -1,9 +1,12 @@
 """Tiles that reach beyond the borders of an array in global memory, read and written number by number.
 
 Pallas has no words for it, so it is written in MLIR, below Pallas. JAX's interpreter does not run such code: there, arrays come in
-whole tiles, and the same is said with slices.
+whole tiles, and the same is said with slices. Tiles begin at multiples of their size.
 """
 
+import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,23 +52,20 @@ def _load(ref: Any, *start: Array, shape: tuple[int, ...], layout: Any, transpos
     def load(ctx: mgpu.LaunchContext, *arguments: Any) -> mgpu.FragmentedArray:
         del ctx
         *first, source = arguments
-        begin, size = [_index(x) for x in first], ir.MemRefType(source.type).shape
-        index = ir.IndexType.get()
-        last = [arith.constant(index, n - 1) for n in size]
-        fragment = layout.to_mgpu()
+        fragment, size = layout.to_mgpu(), ir.MemRefType(source.type).shape
+        places = _Places(fragment, shape, first)
         registers = np.empty(fragment.registers_shape(shape), dtype=object)
-        width = fragment.vector_length
-        for at, place in zip(np.ndindex(registers.shape), fragment.thread_idxs(shape), strict=True):
+        for register in np.ndindex(registers.shape):
             numbers = []
-            for i in range(width):
-                here = [*place[:-1], arith.addi(place[-1], arith.constant(index, i))]
-                here = here[::-1] if transposed else here
-                if begin:
-                    moved = (arith.addi(*x) for x in zip(begin, here, strict=True))
-                    here = [arith.minui(*x) for x in zip(moved, last, strict=True)]
-                numbers.append(memref.load(source, here))
-            kind = ir.VectorType.get((width,), numbers[0].type)
-            registers[at] = vector.from_elements(kind, numbers)
+            for i in range(fragment.vector_length):
+                place = places.of(register, i)
+                if first:
+                    place = [
+                        x if whole else arith.minui(x, _constant(n - 1))
+                        for x, n, whole in zip(place, size, places.whole(size), strict=True)
+                    ]
+                numbers.append(memref.load(source, place[::-1] if transposed else place))
+            registers[register] = vector.from_elements(ir.VectorType.get((len(numbers),), numbers[0].type), numbers)
         return mgpu.FragmentedArray(_registers=registers, _layout=fragment, _is_signed=None)
 
     types = *(SCALAR for _ in start), plgpu.RefType()
@@ -76,20 +76,49 @@ def _load(ref: Any, *start: Array, shape: tuple[int, ...], layout: Any, transpos
 def _store_inside(ctx: mgpu.LaunchContext, x: mgpu.FragmentedArray, *arguments: Any) -> None:
     del ctx
     *first, target = arguments
-    begin, index = [_index(i) for i in first], ir.IndexType.get()
-    ends = [arith.constant(index, size) for size in ir.MemRefType(target.type).shape]
+    size = ir.MemRefType(target.type).shape
+    places = _Places(x.layout, x.shape, first)
+    for register in np.ndindex(x.registers.shape):
+        for i in range(x.layout.vector_length):
+            value = vector.extract(x.registers[register], dynamic_position=[], static_position=[i])
+            place = places.of(register, i)
+            inside = [
+                arith.cmpi(arith.CmpIPredicate.ult, x, _constant(n))
+                for x, n, whole in zip(place, size, places.whole(size), strict=True)
+                if not whole
+            ]
+            if inside:
+                with mgpu.when(functools.reduce(arith.andi, inside)):
+                    memref.store(value, target, place)
+            else:
+                memref.store(value, target, place)
 
-    def store(value: ir.Value, place: tuple[ir.Value, ...]) -> None:
-        here = [arith.addi(start, i) for start, i in zip(begin, place, strict=True)]
-        inside = [arith.cmpi(arith.CmpIPredicate.ult, i, end) for i, end in zip(here, ends, strict=True)]
-        both = inside[0]
-        for one in inside[1:]:
-            both = arith.andi(both, one)
-        with mgpu.when(both):
-            memref.store(value, target, here)
 
-    x.foreach(store)
+class _Places:
+    """Where the numbers of a tile are that a thread holds: a place of the thread, and distances from there that are constants."""
+
+    def __init__(self, layout: mgpu.TiledLayout, shape: tuple[int, ...], start: Sequence[mgpu.FragmentedArray]):
+        self._shape = shape
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        self._strides, self._tile_strides = strides, layout.tiling.tile_strides(strides)
+        mine = next(iter(layout.thread_idxs(shape)))
+        begin = [arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in start]
+        self._mine = [arith.addi(*x) for x in zip(begin, mine, strict=True)] if begin else mine
+
+    def of(self, register: tuple[int, ...], i: int) -> list[ir.Value]:
+        """Of number i in a register."""
+        rest = sum(n * stride for n, stride in zip(register, self._tile_strides, strict=True))
+        distance = []
+        for stride in self._strides:
+            distance.append(rest // stride)
+            rest %= stride
+        distance[-1] += i
+        return [arith.addi(x, _constant(n)) for x, n in zip(self._mine, distance, strict=True)]
+
+    def whole(self, size: Sequence[int]) -> list[bool]:
+        """On which axes an array of that size holds nothing but whole tiles."""
+        return [n % tile == 0 for n, tile in zip(size, self._shape, strict=True)]
 
 
-def _index(number: mgpu.FragmentedArray) -> ir.Value:
-    return arith.index_cast(ir.IndexType.get(), number.registers.item())
+def _constant(value: int) -> ir.Value:
+    return arith.constant(ir.IndexType.get(), value)

@@ -72,6 +72,11 @@ class Call:
         return self.batch * self.heads // self.heads_per_cta * self.row_tiles
 
     @property
+    def pool(self) -> int:
+        """How many strips there are."""
+        return pool_size(self.ctas, CONSUMERS)
+
+    @property
     def per_tile(self) -> int:
         """Key blocks in a tile."""
         return KEYS // self.block_size
@@ -92,7 +97,7 @@ class Call:
         shapes = [(self.batch, rows, self.heads)]
         if self.scored:
             # The last tile may reach one block beyond the last.
-            shapes.append((pool_size(self.ctas, CONSUMERS), self.block_tiles * BLOCKS + 1, QUERIES))
+            shapes.append((self.pool, self.block_tiles * BLOCKS + 1, QUERIES))
         if self.block_scores:
             shapes.append((self.batch, self.heads, -(-rows // QUERIES), blocks))
         if self.token_scores:
@@ -298,7 +303,8 @@ def _produce(call: Call, place: _Place, refs: _Inputs, rings: Rings) -> None:
     @pl.loop(i32(0), fills)
     def _(number: Array) -> None:
         t = lax.rem(number, span.tiles) if call.heads_per_cta > 1 else number
-        keys, slot = pl.ds(span.start + t * KEYS, KEYS), lax.rem(number, i32(SLOTS))
+        keys = pl.ds(pl.multiple_of(span.start + t * KEYS, QUERIES), KEYS)
+        slot = lax.rem(number, i32(SLOTS))
 
         def fill(source: Any, target: Any, ready: Any, free: Any) -> None:
             pl.when(number >= SLOTS)(lambda: plgpu.barrier_wait(free.at[slot]))
@@ -339,9 +345,7 @@ def _consume(
         q_tile[...] = out.astype(q_tile.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, outputs.out.at[tokens])
-        store_inside(
-            lse, outputs.lse.at[place.sequence, :, head], start, layout=ROWS, interpreted=call.interpreted
-        )
+        store_inside(lse, outputs.lse.at[place.sequence, :, head], start, layout=ROWS, interpreted=call.interpreted)
         plgpu.wait_smem_to_gmem(0)
         if strip is None:
             return
@@ -468,7 +472,8 @@ def _token_scores(
 
     def largest(t: Array, sums: Array) -> Array:
         weights = weight.of(load_transposed(strip.at[pl.ds(t * BLOCKS, BLOCKS)], **borders), 0)
-        raised = jnp.where(in_group > 0, jnp.maximum(weights, before(t)), weights)
+        others = jnp.broadcast_to(in_group > 0, shape)
+        raised = jnp.where(others, jnp.maximum(weights, before(t)), weights)
         scores = completed(t, raised)
         store_inside(scores, target, start, t * BLOCKS, **borders)
         return sums + scores.sum(axis=1)
