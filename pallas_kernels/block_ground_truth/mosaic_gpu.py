@@ -105,7 +105,7 @@ def _bounds(
 
 def _per_block(scores: Float32[Array, "B H n Sb"], rows: int, block_size: int) -> Float32[Array, "B H Tb Sb"]:
     """Of the rows that the kernel gives, one per 64 queries, those of blocks."""
-    batch, heads, number, key_blocks = scores.shape
+    batch, heads, _, key_blocks = scores.shape
     scores = scores[:, :, : -(-rows // QUERIES)]
     if block_size == QUERIES:
         return scores

@@ -12,21 +12,23 @@ def _normalise(scores: Float32[Array, "... Sb"]) -> Float32[Array, "... Sb"]:
 
 def attention_with_block_scores(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
     *,
     block_size: int,
     scale: float,
     block_scores: bool,
     token_scores: bool,
-    segment_ids: Int[Array, "B T"],
+    segment_ids: Int[Array, "B S"],
+    query_offset: Int[Array, ""],
 ) -> tuple:
     """See the function of this name in api.py; padding has segment id 0."""
-    (batch, length, heads, _), kv_heads, b = q.shape, k.shape[2], block_size
+    (batch, length, heads, _), (_, keys, kv_heads, _), b = q.shape, k.shape, block_size
     k, v = (jnp.repeat(x.astype(jnp.float32), heads // kv_heads, axis=2) for x in (k, v))
-    t = jnp.arange(length)
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
-    mask = (same & (t[None] <= t[:, None])[None])[:, None]  # [B, 1, T, S]
+    t, s = query_offset + jnp.arange(length), jnp.arange(keys)
+    ids = segment_ids[:, t]
+    same = (ids[:, :, None] == segment_ids[:, None, :]) & (ids > 0)[:, :, None]
+    mask = (same & (s[None] <= t[:, None])[None])[:, None]  # [B, 1, T, S]
 
     scores = scale * jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k, precision="highest")
     scores = jnp.where(mask, scores, -jnp.inf)
@@ -34,13 +36,12 @@ def attention_with_block_scores(
     weights = jnp.where(mask, jnp.exp(scores - jnp.where(lse > -jnp.inf, lse, 0)[..., None]), 0)
     output = jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest").astype(q.dtype)
 
-    num_blocks = -(-length // b)
-    pad = num_blocks * b - length
-    tiles = jnp.pad(weights, ((0, 0), (0, 0), (0, pad), (0, pad)))
-    tiles = tiles.reshape(batch, kv_heads, heads // kv_heads, num_blocks, b, num_blocks, b)
-    per_block = tiles.max(axis=(4, 6)).reshape(batch, heads, num_blocks, num_blocks)
-    per_token = tiles.max(axis=(2, 6)).reshape(batch, kv_heads, num_blocks * b, num_blocks)[:, :, :length]
-    completed = (jnp.arange(num_blocks)[None] < t[:, None] // b)[None, None]  # [1, 1, T, Sb]
+    rows, blocks = -(-length // b), -(-keys // b)
+    tiles = jnp.pad(weights, ((0, 0), (0, 0), (0, rows * b - length), (0, blocks * b - keys)))
+    tiles = tiles.reshape(batch, kv_heads, heads // kv_heads, rows, b, blocks, b)
+    per_block = tiles.max(axis=(4, 6)).reshape(batch, heads, rows, blocks)
+    per_token = tiles.max(axis=(2, 6)).reshape(batch, kv_heads, rows * b, blocks)[:, :, :length]
+    completed = (jnp.arange(blocks)[None] < t[:, None] // b)[None, None]  # [1, 1, T, Sb]
     return (
         output,
         lse.transpose(0, 2, 1),
