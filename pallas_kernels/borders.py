@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, vector
@@ -101,7 +102,7 @@ class _Places:
         self._shape = shape
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         self._strides, self._tile_strides = strides, layout.tiling.tile_strides(strides)
-        mine = next(iter(layout.thread_idxs(shape)))
+        mine = _first_place(layout, len(shape))
         begin = [arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in start]
         self._mine = [arith.addi(*x) for x in zip(begin, mine, strict=True)] if begin else mine
 
@@ -118,6 +119,25 @@ class _Places:
     def whole(self, size: Sequence[int]) -> list[bool]:
         """On which axes an array of that size holds nothing but whole tiles."""
         return [n % tile == 0 for n, tile in zip(size, self._shape, strict=True)]
+
+
+def _first_place(layout: mgpu.TiledLayout, axes: int) -> list[ir.Value]:
+    """Row and column, or row, of the first number that this thread holds of a tile in the layout of a matrix product.
+
+    `layout.thread_idxs` says the same, but what it says is computed ahead and kept, in registers that loops in between need. The
+    assembly is volatile, so it is run where it stands.
+    """
+    assert layout in (mgpu.WGMMA_LAYOUT, mgpu.WGMMA_ROW_LAYOUT)
+    i32 = ir.IntegerType.get_signless(32)
+    thread = utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True)
+
+    def bits(first: int, count: int) -> ir.Value:
+        shifted = arith.shrui(thread, arith.constant(i32, first))
+        return arith.andi(shifted, arith.constant(i32, 2**count - 1))
+
+    row = arith.addi(arith.muli(bits(5, 2), arith.constant(i32, 16)), bits(2, 3))
+    column = arith.muli(bits(0, 2), arith.constant(i32, 2))
+    return [arith.index_castui(ir.IndexType.get(), x) for x in (row, column)[:axes]]
 
 
 def _constant(value: int) -> ir.Value:

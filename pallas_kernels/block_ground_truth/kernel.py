@@ -127,7 +127,7 @@ class _Inputs:
     Attributes:
       q, k, v: [B, T, H, D] and [B, S, K, D].
       bounds: [B, n, 2] for each 64 positions: the first key that queries there see, and the position after their last one.
-      offset: [1], position of the first query over 64.
+      numbers: [2], position of the first query over 64, and `Call.block_tiles`, lest a loop of a few rounds is written out.
       taken: see `take_strip`.
     """
 
@@ -135,7 +135,7 @@ class _Inputs:
     k: Any
     v: Any
     bounds: Any
-    offset: Any
+    numbers: Any
     taken: Any
 
 
@@ -231,7 +231,7 @@ class _Place:
 
     def spans(self, call: Call, refs: _Inputs) -> tuple[_Span, _Span]:
         """Of the consumers."""
-        begin = refs.offset[0] + self.row_tile * CONSUMERS
+        begin = refs.numbers[0] + self.row_tile * CONSUMERS
         bounds = [[refs.bounds[self.sequence, begin + i, side] for side in range(2)] for i in range(CONSUMERS)]
         start = jnp.minimum(bounds[0][0], bounds[1][0])
         start = jnp.minimum(start, (call.key_blocks - 1) * call.block_size)
@@ -253,7 +253,7 @@ class _Place:
 
 
 def ground_truth_kernel(call: Call, dtype: Any, interpret: Any) -> Callable:
-    """From q, k, v, bounds, offset and taken (see `_Inputs`) to what `Call.outputs` tells."""
+    """From q, k, v, bounds, numbers and taken (see `_Inputs`) to what `Call.outputs` tells."""
 
     def kernel(*arguments: Any) -> None:
         refs, arguments = _Inputs(*arguments[:6]), arguments[6:]
@@ -325,7 +325,6 @@ def _consume(
     call: Call, place: _Place, consumer: Array, refs: _Inputs, outputs: _Outputs, scratch: _Scratch, rings: Rings
 ) -> None:
     """64 queries of one head, or of each head of a group."""
-    span = place.span(call, refs, consumer)
     strip = None
     if call.scored:
         number = take_strip(refs.taken, scratch.notes.at[consumer], consumer, interpreted=call.interpreted)
@@ -334,6 +333,7 @@ def _consume(
     vectors = scratch.vectors.at[consumer]
 
     def attend(in_cta: Array) -> None:
+        span = place.span(call, refs, consumer)
         head = place.head + in_cta
         tokens = place.sequence, pl.ds(start, QUERIES), head
         q_tile, q_ready = scratch.q_tiles.at[consumer], scratch.q_ready.at[consumer]
@@ -349,17 +349,20 @@ def _consume(
         plgpu.wait_smem_to_gmem(0)
         if strip is None:
             return
+        span = place.span(
+            call, refs, consumer
+        )  # read again: in registers it would be in the way of the loop over tiles
         seen = span.exist() & (state.total > 0)
         weight = _Weight(call.c, state.maximum, jnp.where(seen, 1 / jnp.where(seen, state.total, 1), 0))
         vectors[0], vectors[1] = weight.maximum, weight.inverse
         plgpu.commit_smem()  # also before others read what this thread has written to the strip
         if outputs.token_scores is not None:
             target = outputs.token_scores.at[place.sequence, place.kv_head]
-            _token_scores(call, span, weight, strip, target, start, in_cta)
+            _token_scores(call, span, weight, strip, target, start, in_cta, refs.numbers[1])
         if outputs.block_scores is not None:
             target = outputs.block_scores.at[place.sequence, head]
             row = lax.div(start, i32(QUERIES))
-            _block_scores(call, span, strip, vectors, scratch.rows.at[consumer], target, row)
+            _block_scores(call, span, strip, vectors, scratch.rows.at[consumer], target, row, refs.numbers[1])
 
     if call.heads_per_cta == 1:
         attend(i32(0))
@@ -418,7 +421,9 @@ class _Weight:
         return jnp.exp2(products * self.c - maximum) * inverse
 
 
-def _block_scores(call: Call, span: _Span, strip: Any, vectors: Any, row: Any, target: Any, number: Array) -> None:
+def _block_scores(
+    call: Call, span: _Span, strip: Any, vectors: Any, row: Any, target: Any, number: Array, every: Array
+) -> None:
     """Row `number` of a head's block scores [T / 64, Sb]: the largest weight in each block, over the sum of these."""
     first, own = span.blocks(call.block_size)
     begin, end = lax.div(first, i32(BLOCKS)), lax.div(own + BLOCKS, i32(BLOCKS))
@@ -441,7 +446,7 @@ def _block_scores(call: Call, span: _Span, strip: Any, vectors: Any, row: Any, t
     if call.block_size > QUERIES:  # two rows make one; what is made of them is divided elsewhere
         factor = zeros + 1
 
-    @pl.loop(i32(0), i32(call.block_tiles))
+    @pl.loop(i32(0), every)
     def _(t: Array) -> None:
         scores = lax.cond(
             (t >= begin) & (t < end),
@@ -455,7 +460,7 @@ def _block_scores(call: Call, span: _Span, strip: Any, vectors: Any, row: Any, t
 
 
 def _token_scores(
-    call: Call, span: _Span, weight: _Weight, strip: Any, target: Any, start: Array, in_group: Array
+    call: Call, span: _Span, weight: _Weight, strip: Any, target: Any, start: Array, in_group: Array, every: Array
 ) -> None:
     """Rows `start` and so on of a group's token scores [T, Sb]: raised to the weights of another head, and divided after the last."""
     first, own = span.blocks(call.block_size)
@@ -464,8 +469,10 @@ def _token_scores(
     shape = QUERIES, BLOCKS
 
     def completed(t: Array, scores: Array) -> Array:
-        block = t * BLOCKS + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
-        return jnp.where((block >= first) & (block < own), scores, 0.0)
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+        thread = column & 6  # see `flash_tiles.mask`
+        constant, begins, ends = column - thread, first - t * BLOCKS - thread, own - t * BLOCKS - thread
+        return jnp.where((constant >= begins) & (constant < ends), scores, 0.0)
 
     def before(t: Array) -> Array:
         return load_inside(target, start, t * BLOCKS, shape=shape, **borders)
@@ -485,7 +492,7 @@ def _token_scores(
         factor = 1 / jnp.where(total > 0, total, 1)
         zeros = plgpu.layout_cast(jnp.full(shape, 0, jnp.float32), MATRIX)
 
-        @pl.loop(i32(0), i32(call.block_tiles))
+        @pl.loop(i32(0), every)
         def _(t: Array) -> None:
             def scores() -> Array:
                 return completed(t, before(t) * columns(factor, zeros))

@@ -74,9 +74,9 @@ def _attend(
         c=scale * LOG2_E,
         interpreted=interpret is not None,
     )
-    offset = query_offset.reshape(1) // QUERIES
+    numbers = jnp.stack([query_offset // QUERIES, jnp.int32(call.block_tiles)])
     taken = jax.new_ref(jnp.zeros(call.pool, jnp.int32))
-    out, lse, *scores = ground_truth_kernel(call, q.dtype, interpret)(q, k, v, bounds, offset, taken)
+    out, lse, *scores = ground_truth_kernel(call, q.dtype, interpret)(q, k, v, bounds, numbers, taken)
     token = scores.pop()[:, :, :rows, :key_blocks] if asked[1] else None
     block = _per_block(scores.pop()[..., :key_blocks], rows, block_size) if asked[0] else None
     return out[:, :rows], lse[:, :rows], block, token
