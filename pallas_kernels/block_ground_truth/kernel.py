@@ -74,7 +74,7 @@ class Call:
     @property
     def pool(self) -> int:
         """How many strips there are."""
-        return pool_size(self.ctas, CONSUMERS)
+        return pool_size(self.ctas, CONSUMERS, interpreted=self.interpreted)
 
     @property
     def per_tile(self) -> int:
@@ -327,7 +327,8 @@ def _consume(
     """64 queries of one head, or of each head of a group."""
     strip = None
     if call.scored:
-        number = take_strip(refs.taken, scratch.notes.at[consumer], consumer, interpreted=call.interpreted)
+        note, cta = scratch.notes.at[consumer], lax.axis_index("cta")
+        number = take_strip(refs.taken, note, cta, consumer, interpreted=call.interpreted)
         strip = outputs.strips.at[number]
     start = place.row_tile * (CONSUMERS * QUERIES) + consumer * QUERIES
     vectors = scratch.vectors.at[consumer]
@@ -349,9 +350,8 @@ def _consume(
         plgpu.wait_smem_to_gmem(0)
         if strip is None:
             return
-        span = place.span(
-            call, refs, consumer
-        )  # read again: in registers it would be in the way of the loop over tiles
+        # Read again: kept in registers, it would be in the way of the loop over tiles.
+        span = place.span(call, refs, consumer)
         seen = span.exist() & (state.total > 0)
         weight = _Weight(call.c, state.maximum, jnp.where(seen, 1 / jnp.where(seen, state.total, 1), 0))
         vectors[0], vectors[1] = weight.maximum, weight.inverse

@@ -43,23 +43,25 @@ st.release.gpu.global.b32 [place], 0;
 }"""
 
 
-def pool_size(ctas: int, warpgroups: int) -> int:
+def pool_size(ctas: int, warpgroups: int, *, interpreted: bool) -> int:
     """How many strips there must be for so many CTAs of so many warpgroups, one CTA at a time on each multiprocessor."""
+    if interpreted:  # without atomic exchange, each has its own
+        return ctas * warpgroups
     device = jax.devices()[0]
     multiprocessors = getattr(device, "core_count", None) if device.platform == "gpu" else None
     return warpgroups * min(ctas, multiprocessors or _MULTIPROCESSORS)
 
 
-def take_strip(taken_ref: Any, note_ref: Any, warpgroup: Array, *, interpreted: bool) -> Array:
+def take_strip(taken_ref: Any, note_ref: Any, cta: Array, warpgroup: Array, *, interpreted: bool) -> Array:
     """Number of a strip that nobody else has.
 
     Args:
       taken_ref: [pool] in global memory, int32: 0 where a strip is free.
       note_ref: [1] in shared memory, int32, of this warpgroup: it passes the number from one thread to the others.
-      warpgroup: 0 or 1.
+      cta, warpgroup: whose; warpgroup is 0 or 1.
     """
-    if interpreted:  # where one CTA runs after the other
-        return warpgroup
+    if interpreted:
+        return 2 * cta + warpgroup
     types = plgpu.RefType(), plgpu.RefType(), SCALAR
     result = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
     return plgpu.inline_mgpu(arg_types=types, return_type=result)(_take)(taken_ref, note_ref, warpgroup)
