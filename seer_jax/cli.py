@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from seer_jax import tiny_lm
 
 if TYPE_CHECKING:
+    from pallas_kernels.bench import Measurement
     from seer_jax.model import Transformer
     from seer_jax.train import DistillConfig
 
@@ -195,7 +196,17 @@ def _bench(words: list[str]) -> int:
 def _bench_prefill(words: list[str]) -> int:
     from seer_jax.bench import PrefillBench, bench_prefill
 
-    measurements = bench_prefill(_parse(PrefillBench, "bench prefill", words))
+    return _outcome(bench_prefill(_parse(PrefillBench, "bench prefill", words)))
+
+
+def _bench_ground_truth(words: list[str]) -> int:
+    from seer_jax.bench import GroundTruthBench, bench_ground_truth
+
+    return _outcome(bench_ground_truth(_parse(GroundTruthBench, "bench ground-truth", words)))
+
+
+def _outcome(measurements: "list[Measurement]") -> int:
+    """The exit code, after saying which measurements are wrong."""
     wrong = [m for m in measurements if m.failure]
     for m in wrong:
         print(f"{PROGRAM} bench: {m.table}, {m.case}: {m.failure}", file=sys.stderr)
@@ -217,12 +228,13 @@ COMMANDS = {
     "train": Command("distil gates: --config FILE or --recipe prefill|decode, then single settings", _train),
     "generate": Command("continue a prompt, densely or sparsely, while it is being made", _generate),
     "eval": Command("measure a model's quality at given densities", _eval),
-    "bench": Command("time this machine: bench prefill", _bench),
+    "bench": Command("time this machine: bench prefill, bench ground-truth", _bench),
     "info": Command("tell versions, devices and implementations", _info),
 }
 
 BENCHES = {
     "prefill": Command("the attention kernel, the choice of blocks and a whole model, on prompts", _bench_prefill),
+    "ground-truth": Command("dense attention with the scores that gates are trained on", _bench_ground_truth),
 }
 
 if __name__ == "__main__":

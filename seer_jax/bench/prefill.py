@@ -2,16 +2,16 @@
 
 import dataclasses
 import enum
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from pallas_kernels.backends import Implementation
-from pallas_kernels.bench import Measurement, variants, write_report
+from pallas_kernels.bench import Measurement, variants
 from pallas_kernels.block_sparse_attention.bench import PACKAGE, Bench, odd_cases, sweep
 from seer_jax.bench.models import CONFIGS, Shape, first_token, heads_of
+from seer_jax.bench.report import report
 from seer_jax.bench.selection import measure_selection
 
 ODD_LENGTH = 32768
@@ -103,25 +103,11 @@ def bench_prefill(config: PrefillBench) -> list[Measurement]:
       ImportError: a picture is asked for and matplotlib is not installed.
       ValueError: see `measure_prefill`.
     """
-    from rich.console import Console
-
-    from seer_jax.bench.table import print_measurements, progress_line
-
     if config.plot is not None:
         from seer_jax.bench.plots import check_matplotlib
 
         check_matplotlib()
-    console, measurements = Console(), []
-    if not console.is_terminal:
-        console = Console(width=120)  # of a file; the tables are made for a wide terminal
-    for measurement in measure_prefill(config):
-        measurements.append(measurement)
-        console.print(progress_line(measurement), highlight=False, soft_wrap=True)
-        if config.output is not None:  # after each one, so that an interrupted run leaves what it has
-            write_report(config.output, measurements, command=sys.argv)
-    print_measurements(console, measurements)
-    if config.output is not None:
-        console.print(f"Written: {config.output}", highlight=False, soft_wrap=True)
+    console, measurements = report(measure_prefill(config), config.output)
     if config.plot is not None:
         from seer_jax.bench.plots import plot_prefill
 

@@ -48,6 +48,24 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             *(DENSE, SPEEDUP),
         ),
     ),
+    "ground truth": (
+        "Dense attention with block scores",
+        (
+            *(ERROR, PLAIN, LSE),
+            Column(
+                "scores\nerror",
+                "scores_error",
+                ".1e",
+                "largest error of the scores on those rows, over a row's largest",
+            ),
+            *(MILLISECONDS, DENSE),
+            Column("times\ndense", "times_dense", ".3f", "ms over dense attention's ms"),
+            Column("TFLOP/s", "effective_tflops", ".3g", "4 D flop for each key that a query sees, over the time"),
+            Column(
+                "extra\nGiB", "extra_gib", ".3f", "memory besides arguments and results, as the compiler lays it out"
+            ),
+        ),
+    ),
     "selection": (
         "Gate and choice of blocks, one layer",
         (
