@@ -18,7 +18,7 @@ from pallas_kernels.flash_tiles import MATRIX, QUERIES, ROWS, Rings, Softmax, co
 
 CONSUMERS = 2  # warpgroups that compute
 KEYS = 128  # of a tile
-SLOTS = 2  # tiles in a ring
+SLOTS = 2  # tiles in a ring, a power of two
 BLOCKS = 64  # whose scores are finished at a time
 COLUMNS = MATRIX.reduce(0)
 
@@ -304,7 +304,7 @@ def _produce(call: Call, place: _Place, refs: _Inputs, rings: Rings) -> None:
     def _(number: Array) -> None:
         t = lax.rem(number, span.tiles) if call.heads_per_cta > 1 else number
         keys = pl.ds(pl.multiple_of(span.start + t * KEYS, QUERIES), KEYS)
-        slot = lax.rem(number, i32(SLOTS))
+        slot = number & (SLOTS - 1)
 
         def fill(source: Any, target: Any, ready: Any, free: Any) -> None:
             pl.when(number >= SLOTS)(lambda: plgpu.barrier_wait(free.at[slot]))
@@ -318,38 +318,45 @@ def _produce(call: Call, place: _Place, refs: _Inputs, rings: Rings) -> None:
 
             @pl.loop(jnp.maximum(fills - SLOTS, 0), fills)
             def _(number: Array, free: Any = free) -> None:
-                plgpu.barrier_wait(free.at[lax.rem(number, i32(SLOTS))])
+                plgpu.barrier_wait(free.at[number & (SLOTS - 1)])
 
 
 def _consume(
     call: Call, place: _Place, consumer: Array, refs: _Inputs, outputs: _Outputs, scratch: _Scratch, rings: Rings
 ) -> None:
     """64 queries of one head, or of each head of a group."""
+    start = place.row_tile * (CONSUMERS * QUERIES) + consumer * QUERIES
+    q_tile, q_ready = scratch.q_tiles.at[consumer], scratch.q_ready.at[consumer]
+    vectors = scratch.vectors.at[consumer]
+
+    def tokens(in_cta: Array) -> tuple[Any, ...]:
+        return place.sequence, pl.ds(start, QUERIES), place.head + in_cta
+
+    def load(in_cta: Array) -> None:
+        plgpu.copy_gmem_to_smem(refs.q.at[tokens(in_cta)], q_tile, q_ready)
+
+    load(i32(0))
     strip = None
     if call.scored:
         note, cta = scratch.notes.at[consumer], lax.axis_index("cta")
         number = take_strip(refs.taken, note, cta, consumer, interpreted=call.interpreted)
         strip = outputs.strips.at[number]
-    start = place.row_tile * (CONSUMERS * QUERIES) + consumer * QUERIES
-    vectors = scratch.vectors.at[consumer]
 
     def attend(in_cta: Array) -> None:
         span = place.span(call, refs, consumer)
-        head = place.head + in_cta
-        tokens = place.sequence, pl.ds(start, QUERIES), head
-        q_tile, q_ready = scratch.q_tiles.at[consumer], scratch.q_ready.at[consumer]
-        plgpu.copy_gmem_to_smem(refs.q.at[tokens], q_tile, q_ready)
         plgpu.barrier_wait(q_ready)
         q = q_tile if call.interpreted else q_tile[...]
         state = _attend(call, span, q, in_cta * span.tiles, rings, strip)
         out, lse = state.finish(span.exist())
         q_tile[...] = out.astype(q_tile.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile, outputs.out.at[tokens])
+        plgpu.copy_smem_to_gmem(q_tile, outputs.out.at[tokens(in_cta)])
+        head = place.head + in_cta
         store_inside(lse, outputs.lse.at[place.sequence, :, head], start, layout=ROWS, interpreted=call.interpreted)
         plgpu.wait_smem_to_gmem(0)
         if strip is None:
             return
+        pl.when(in_cta + 1 < call.heads_per_cta)(lambda: load(in_cta + 1))
         # Read again: kept in registers, it would be in the way of the loop over tiles.
         span = place.span(call, refs, consumer)
         seen = span.exist() & (state.total > 0)
@@ -394,7 +401,7 @@ def _attend(call: Call, span: _Span, q: Any, done: Array, rings: Rings, strip: A
         return maximum, total, weights.astype(dtype), factor
 
     def slot(t: Array) -> Array:
-        return lax.rem(done + t, i32(SLOTS))
+        return (done + t) & (SLOTS - 1)
 
     def step(t: Array, carry: tuple[Softmax, Array], *, masked: bool) -> tuple[Softmax, Array]:
         slots = slot(t), slot(t - 1)
