@@ -1,7 +1,8 @@
 """Tiles that reach beyond the borders of an array in global memory, read and written number by number.
 
 Pallas has no words for it, so it is written in MLIR, below Pallas. JAX's interpreter does not run such code: there, arrays come in
-whole tiles, and the same is said with slices. Tiles begin at multiples of their size.
+whole tiles, and the same is said with slices. A tile begins within the array, at a
+multiple of its size.
 """
 
 import functools
@@ -76,11 +77,12 @@ def _load(ref: Any, *start: Array, shape: tuple[int, ...], layout: Any, transpos
 
 def _store_inside(ctx: mgpu.LaunchContext, x: mgpu.FragmentedArray, *arguments: Any) -> None:
     del ctx
+    layout: Any = x.layout
     *first, target = arguments
     size = ir.MemRefType(target.type).shape
-    places = _Places(x.layout, x.shape, first)
+    places = _Places(layout, x.shape, first)
     for register in np.ndindex(x.registers.shape):
-        for i in range(x.layout.vector_length):
+        for i in range(layout.vector_length):
             value = vector.extract(x.registers[register], dynamic_position=[], static_position=[i])
             place = places.of(register, i)
             inside = [

@@ -130,9 +130,15 @@ class _Calls:
 
     def __init__(self, case: Case, implementation: Implementation | None, k: Any, v: Any):
         def run(q: Any, k: Any, v: Any, offset: Any) -> AttentionWithScores:
-            scores = dict(block_scores=case.block_scores, token_scores=case.token_scores)
             return attention_with_block_scores(
-                q, k, v, block_size=case.block_size, query_offset=offset, implementation=implementation, **scores
+                q,
+                k,
+                v,
+                block_size=case.block_size,
+                block_scores=case.block_scores,
+                token_scores=case.token_scores,
+                query_offset=offset,
+                implementation=implementation,
             )
 
         self._run, self._k, self._v = jax.jit(run), k, v
@@ -144,7 +150,8 @@ class _Calls:
         if size not in self._compiled:
             compiled = self._run.lower(q, self._k, self._v, offset).compile()
             self._compiled[size] = compiled
-            self.extra_bytes = max(self.extra_bytes, compiled.memory_analysis().temp_size_in_bytes)
+            memory: Any = compiled.memory_analysis()
+            self.extra_bytes = max(self.extra_bytes, memory.temp_size_in_bytes)
         return self._compiled[size](q, self._k, self._v, offset)
 
 

@@ -94,7 +94,7 @@ class Call:
         rows, blocks = self.rows, self.key_blocks
         if self.interpreted:
             rows, blocks = self.row_tiles * CONSUMERS * QUERIES, self.block_tiles * BLOCKS
-        shapes = [(self.batch, rows, self.heads)]
+        shapes: list[tuple[int, ...]] = [(self.batch, rows, self.heads)]
         if self.scored:
             # The last tile may reach one block beyond the last.
             shapes.append((self.pool, self.block_tiles * BLOCKS + 1, QUERIES))
@@ -232,14 +232,16 @@ class _Place:
     def spans(self, call: Call, refs: _Inputs) -> tuple[_Span, _Span]:
         """Of the consumers."""
         begin = refs.numbers[0] + self.row_tile * CONSUMERS
-        bounds = [[refs.bounds[self.sequence, begin + i, side] for side in range(2)] for i in range(CONSUMERS)]
-        start = jnp.minimum(bounds[0][0], bounds[1][0])
+        (first, end), (other_first, other_end) = (
+            [refs.bounds[self.sequence, begin + i, side] for side in range(2)] for i in range(CONSUMERS)
+        )
+        start = jnp.minimum(first, other_first)
         start = jnp.minimum(start, (call.key_blocks - 1) * call.block_size)
-        end = jnp.maximum(bounds[0][1], bounds[1][1])
+        last = jnp.maximum(end, other_end)
         # Without any keys they take one tile, all of it hidden: so the loops have a first tile in any case.
-        tiles = jnp.maximum(lax.div(end - start + (KEYS - 1), i32(KEYS)), 1)
-        one, other = (_Span((begin + i) * QUERIES, *bounds[i], start, tiles) for i in range(CONSUMERS))
-        return one, other
+        tiles = jnp.maximum(lax.div(last - start + (KEYS - 1), i32(KEYS)), 1)
+        one = _Span(begin * QUERIES, first, end, start, tiles)
+        return one, _Span((begin + 1) * QUERIES, other_first, other_end, start, tiles)
 
     def span(self, call: Call, refs: _Inputs, consumer: Array) -> _Span:
         one, other = self.spans(call, refs)
@@ -297,7 +299,7 @@ def _named_outputs(call: Call, refs: tuple[Any, ...]) -> _Outputs:
 
 def _produce(call: Call, place: _Place, refs: _Inputs, rings: Rings) -> None:
     """Loads keys and values, for each head once."""
-    span, _ = place.spans(call, refs)
+    span = place.spans(call, refs)[0]
     fills = span.tiles * call.heads_per_cta
 
     @pl.loop(i32(0), fills)
@@ -352,7 +354,13 @@ def _consume(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, outputs.out.at[tokens(in_cta)])
         head = place.head + in_cta
-        store_inside(lse, outputs.lse.at[place.sequence, :, head], start, layout=ROWS, interpreted=call.interpreted)
+        there = start < call.rows
+
+        @pl.when(there)
+        def _():
+            target = outputs.lse.at[place.sequence, :, head]
+            store_inside(lse, target, start, layout=ROWS, interpreted=call.interpreted)
+
         plgpu.wait_smem_to_gmem(0)
         if strip is None:
             return
@@ -364,8 +372,12 @@ def _consume(
         vectors[0], vectors[1] = weight.maximum, weight.inverse
         plgpu.commit_smem()  # also before others read what this thread has written to the strip
         if outputs.token_scores is not None:
-            target = outputs.token_scores.at[place.sequence, place.kv_head]
-            _token_scores(call, span, weight, strip, target, start, in_cta, refs.numbers[1])
+
+            @pl.when(there)
+            def _():
+                target = outputs.token_scores.at[place.sequence, place.kv_head]
+                _token_scores(call, span, weight, strip, target, start, in_cta, refs.numbers[1])
+
         if outputs.block_scores is not None:
             target = outputs.block_scores.at[place.sequence, head]
             row = lax.div(start, i32(QUERIES))
@@ -472,7 +484,7 @@ def _token_scores(
     """Rows `start` and so on of a group's token scores [T, Sb]: raised to the weights of another head, and divided after the last."""
     first, own = span.blocks(call.block_size)
     begin, end = lax.div(first, i32(BLOCKS)), lax.div(own + (BLOCKS - 1), i32(BLOCKS))
-    borders = dict(layout=MATRIX, interpreted=call.interpreted)
+    borders: dict[str, Any] = dict(layout=MATRIX, interpreted=call.interpreted)
     shape = QUERIES, BLOCKS
 
     def completed(t: Array, scores: Array) -> Array:
