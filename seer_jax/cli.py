@@ -196,17 +196,23 @@ def _bench(words: list[str]) -> int:
 def _bench_prefill(words: list[str]) -> int:
     from seer_jax.bench import PrefillBench, bench_prefill
 
-    return _verdict(bench_prefill(_parse(PrefillBench, "bench prefill", words)))
+    return _outcome(bench_prefill(_parse(PrefillBench, "bench prefill", words)))
+
+
+def _bench_ground_truth(words: list[str]) -> int:
+    from seer_jax.bench import GroundTruthBench, bench_ground_truth
+
+    return _outcome(bench_ground_truth(_parse(GroundTruthBench, "bench ground-truth", words)))
 
 
 def _bench_train(words: list[str]) -> int:
     from seer_jax.bench import TrainBench, bench_training
 
-    return _verdict(bench_training(_parse(TrainBench, "bench train", words)))
+    return _outcome(bench_training(_parse(TrainBench, "bench train", words)))
 
 
-def _verdict(measurements: "list[Measurement]") -> int:
-    """Says which measurements are wrong."""
+def _outcome(measurements: "list[Measurement]") -> int:
+    """The exit code, after saying which measurements are wrong."""
     wrong = [m for m in measurements if m.failure]
     for m in wrong:
         print(f"{PROGRAM} bench: {m.table}, {m.case}: {m.failure}", file=sys.stderr)
@@ -228,12 +234,13 @@ COMMANDS = {
     "train": Command("distil gates: --config FILE or --recipe prefill|decode, then single settings", _train),
     "generate": Command("continue a prompt, densely or sparsely, while it is being made", _generate),
     "eval": Command("measure a model's quality at given densities", _eval),
-    "bench": Command("time this machine: bench prefill|train", _bench),
+    "bench": Command("time this machine: bench prefill|ground-truth|train", _bench),
     "info": Command("tell versions, devices and implementations", _info),
 }
 
 BENCHES = {
     "prefill": Command("the attention kernel, the choice of blocks and a whole model, on prompts", _bench_prefill),
+    "ground-truth": Command("dense attention with the scores that gates are trained on", _bench_ground_truth),
     "train": Command("a step of distillation beside a dense forward of the same tokens", _bench_train),
 }
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.checks import (
@@ -14,7 +14,7 @@ from pallas_kernels.checks import (
     resolve_scale,
 )
 
-_run = Operation("attention_with_block_scores", "pallas_kernels.block_ground_truth")
+_run = Operation("attention_with_block_scores", "pallas_kernels.block_ground_truth", preferred=("mosaic_gpu", "xla"))
 
 
 class AttentionWithScores(NamedTuple):
@@ -42,20 +42,23 @@ def attention_with_block_scores(
     scale: float | None = None,
     block_scores: bool = True,
     token_scores: bool = False,
+    query_offset: int | Int[Array, ""] = 0,
     lengths: Int[Array, "B"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
-    query_offset: int | Int[Array, ""] = 0,
     implementation: Implementation | None = None,
 ) -> AttentionWithScores:
     """Dense causal attention, with the largest attention weight of each block.
 
-    With A[h, t, s] = softmax_s(scale * q[t] . k[s]) over s <= t of the same sequence,
+    With A[h, t, s] = softmax_s(scale * q[t] . k[s]) over s <= t of the same sequence, t and s being positions among the keys,
 
       block_scores[h, i, j] = max of A[h, t, s] over t in block i and s in block j, each row i divided by its sum over j;
       token_scores[c, t, j] = max of A[h, t, s] over s in block j and over the query heads h of key/value head c, for the blocks
         j < t // b of the same sequence (completed and earlier), each row t divided by its sum over j.
 
     The maxima are exact: float32 softmax with the final row maximum and sum.
+
+    A long sequence can be taken in chunks of queries, against all keys each, so that token_scores, [B, K, T, Sb], is never there as a
+    whole: q is a chunk, and `query_offset` says where it starts.
 
     Args:
       q: queries; H is a multiple of K, and query head h reads key/value head h // (H / K).
@@ -64,12 +67,12 @@ def attention_with_block_scores(
       scale: factor on the scores; 1 / sqrt(D) if None.
       block_scores: whether to return `block_scores`.
       token_scores: whether to return `token_scores`.
-      lengths: number of tokens of each sequence, right-padded up to S; S if None.
+      query_offset: position of the first query among the keys, a multiple of b, at most S - T. May be traced.
+      lengths: number of keys of each sequence, right-padded up to S; S if None.
       segment_ids: sequence of each token where several are packed in a row, each starting at a multiple of b; from 1 up, 0 is
         padding. Tokens attend within their sequence only. Not together with `lengths`.
-      query_offset: place of the first query among the keys, a multiple of b; the queries are tokens query_offset up to
-        query_offset + T <= S. The rows i and t of the results count from there, their columns from the first key.
-      implementation: "reference", "xla", or None for the best that works here.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; float16 or bfloat16, D 64 or 128, blocks of 64 or 128), or None
+        for the best that works here.
 
     Returns:
       AttentionWithScores. Queries that are padding get output 0, lse -inf and scores 0. There is no gradient: targets are
@@ -88,21 +91,16 @@ def attention_with_block_scores(
     name = "attention_with_block_scores"
     check_attention_inputs(name, q, k, v, query_axes="B T H D")
     check_block_size(name, block_size)
-    batch, length, _, head_dim = q.shape
-    keys = k.shape[1]
-    if isinstance(query_offset, int) and not (query_offset % block_size == 0 <= query_offset <= keys - length):
-        raise ValueError(
-            f"{name}: query_offset is a multiple of block_size from 0 to S - T, so that each query is one of the keys; "
-            f"got {query_offset} with block_size={block_size}, T={length} and S={keys}."
-        )
+    (batch, num_queries, _, head_dim), num_keys = q.shape, k.shape[1]
+    query_offset = _check_offset(name, query_offset, num_queries, num_keys, block_size)
     if lengths is not None and segment_ids is not None:
         raise ValueError(f"{name}: lengths and segment_ids exclude each other; got both. Mark padding by segment id 0.")
     if segment_ids is None:
-        lengths = jnp.full((batch,), keys) if lengths is None else lengths
+        lengths = jnp.full((batch,), num_keys) if lengths is None else lengths
         check_integers(name, "lengths", lengths, "[B]", (batch,))
-        segment_ids = jnp.arange(keys)[None] < lengths[:, None]
+        segment_ids = jnp.arange(num_keys)[None] < lengths[:, None]
     else:
-        check_integers(name, "segment_ids", segment_ids, "[B, S]", (batch, keys))
+        check_integers(name, "segment_ids", segment_ids, "[B, S]", (batch, num_keys))
     output = _run(
         implementation,
         *_without_gradient((q, k, v)),
@@ -111,9 +109,26 @@ def attention_with_block_scores(
         block_scores=block_scores,
         token_scores=token_scores,
         segment_ids=segment_ids.astype(jnp.int32),
-        query_offset=jnp.asarray(query_offset, jnp.int32),
+        query_offset=query_offset,
     )
     return AttentionWithScores(*output)
+
+
+def _check_offset(name: str, offset: int | Array, num_queries: int, num_keys: int, block_size: int) -> Int32[Array, ""]:
+    """The offset as an array; raises ValueError unless it fits, as far as it is known."""
+    last = num_keys - num_queries
+    if last < 0:
+        raise ValueError(
+            f"{name}: each query is one of the keys, so that S is at least T; got T={num_queries} and S={num_keys}."
+        )
+    if isinstance(offset, int):
+        if not 0 <= offset <= last or offset % block_size:
+            raise ValueError(
+                f"{name}: query_offset must be a multiple of block_size={block_size} from 0 to S - T = {last}; got {offset}."
+            )
+        return jnp.asarray(offset, jnp.int32)
+    check_integers(name, "query_offset", offset, "[]", ())
+    return offset.astype(jnp.int32)
 
 
 @jax.custom_jvp

@@ -19,12 +19,13 @@ class Case:
     Args:
       name: what a report calls it.
       heads: H, K and D.
-      length: T, which is S.
+      length: S, and T unless `num_queries` says otherwise.
       batch: B.
       block_size: b.
       block_scores, token_scores: which scores are asked for.
       lengths: valid tokens of each row; all of them if None.
       segments: tokens of each sequence packed in a row, the same in every row; each starts at the next multiple of b.
+      num_queries: T; the queries are the last ones. None: all of them.
       dtype: of q, k and v.
     """
 
@@ -37,6 +38,7 @@ class Case:
     token_scores: bool = False
     lengths: tuple[int, ...] | None = None
     segments: tuple[int, ...] | None = None
+    num_queries: int | None = None
     dtype: str = "bfloat16"
 
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
@@ -47,8 +49,10 @@ class Case:
     @functools.partial(jax.jit, static_argnums=0)
     def _arrays(self, key: PRNGKeyArray) -> dict[str, Any]:
         keys = self.batch, self.length, self.heads.kv_heads, self.heads.head_dim
-        queries = self.batch, self.length, self.heads.heads, self.heads.head_dim
+        queries = self.batch, self.num_queries or self.length, self.heads.heads, self.heads.head_dim
         arguments = random_arrays(key, self.dtype, q=queries, k=keys, v=keys)
+        if self.num_queries is not None:
+            arguments["query_offset"] = jnp.int32(self.length - self.num_queries)
         if self.lengths is not None:
             arguments["lengths"] = jnp.asarray(self.lengths)
         if self.segments is not None:
@@ -70,6 +74,10 @@ REAL = (
     Case(
         "qwen3-4b-32k-packed", QWEN3_4B, 32 * 1024, block_scores=False, token_scores=True, segments=(20000, 9000, 3000)
     ),
+    Case("qwen3-4b-64k-chunk", QWEN3_4B, 64 * 1024, block_scores=False, token_scores=True, num_queries=8192),
+    Case("llama-3.1-8b-8k-blocks-of-128", LLAMA_3_1_8B, 8192, block_size=128, token_scores=True),
+    Case("llama-3.1-8b-8k-attention-alone", LLAMA_3_1_8B, 8192, block_scores=False),
+    Case("odd-length-head-dim-64", Heads(32, 8, 64), 5001, token_scores=True, dtype="float16"),
 )
 
 TINY = (
@@ -90,4 +98,14 @@ TINY = (
         "packed", Heads(4, 2, 64), 700, block_size=16, token_scores=True, segments=(300, 17, 64, 200), dtype="float32"
     ),
     Case("bf16", Heads(4, 1, 128), 256, token_scores=True),
+)
+
+# For backends that take half precision and blocks of 64 and 128 tokens alone.
+HALF = (
+    Case("half-block-scores", Heads(2, 1, 64), 330),
+    Case("half-token-scores", Heads(4, 2, 128), 200, block_scores=False, token_scores=True),
+    Case("half-ragged", Heads(2, 1, 64), 320, batch=3, token_scores=True, lengths=(320, 65, 0), dtype="float16"),
+    Case("half-packed", Heads(2, 1, 64), 500, token_scores=True, segments=(100, 64, 17, 200)),
+    Case("half-blocks-of-128", Heads(2, 1, 64), 500, block_size=128, token_scores=True, segments=(200, 150)),
+    Case("half-attention-alone", Heads(2, 2, 128), 130, block_scores=False),
 )

@@ -23,9 +23,9 @@ def attention_with_block_scores(
     query_offset: Int[Array, ""],
 ) -> tuple:
     """See the function of this name in api.py; padding has segment id 0."""
-    (batch, length, heads, _), kv_heads, b = q.shape, k.shape[2], block_size
+    (batch, length, heads, _), (_, keys, kv_heads, _), b = q.shape, k.shape, block_size
     k, v = (jnp.repeat(x.astype(jnp.float32), heads // kv_heads, axis=2) for x in (k, v))
-    s, t = jnp.arange(k.shape[1]), query_offset + jnp.arange(length)
+    t, s = query_offset + jnp.arange(length), jnp.arange(keys)
     ids = segment_ids[:, t]
     same = (ids[:, :, None] == segment_ids[:, None, :]) & (ids > 0)[:, :, None]
     mask = (same & (s[None] <= t[:, None])[None])[:, None]  # [B, 1, T, S]
@@ -36,12 +36,12 @@ def attention_with_block_scores(
     weights = jnp.where(mask, jnp.exp(scores - jnp.where(lse > -jnp.inf, lse, 0)[..., None]), 0)
     output = jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest").astype(q.dtype)
 
-    rows, num_blocks = -(-length // b), -(-k.shape[1] // b)
-    tiles = jnp.pad(weights, ((0, 0), (0, 0), (0, -length % b), (0, -k.shape[1] % b)))
-    tiles = tiles.reshape(batch, kv_heads, heads // kv_heads, rows, b, num_blocks, b)
-    per_block = tiles.max(axis=(4, 6)).reshape(batch, heads, rows, num_blocks)
-    per_token = tiles.max(axis=(2, 6)).reshape(batch, kv_heads, rows * b, num_blocks)[:, :, :length]
-    completed = (jnp.arange(num_blocks)[None] < t[:, None] // b)[None, None]  # [1, 1, T, Sb]
+    rows, blocks = -(-length // b), -(-keys // b)
+    tiles = jnp.pad(weights, ((0, 0), (0, 0), (0, rows * b - length), (0, blocks * b - keys)))
+    tiles = tiles.reshape(batch, kv_heads, heads // kv_heads, rows, b, blocks, b)
+    per_block = tiles.max(axis=(4, 6)).reshape(batch, heads, rows, blocks)
+    per_token = tiles.max(axis=(2, 6)).reshape(batch, kv_heads, rows * b, blocks)[:, :, :length]
+    completed = (jnp.arange(blocks)[None] < t[:, None] // b)[None, None]  # [1, 1, T, Sb]
     return (
         output,
         lse.transpose(0, 2, 1),

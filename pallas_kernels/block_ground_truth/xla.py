@@ -31,18 +31,21 @@ def attention_with_block_scores(
 ) -> tuple:
     """See the function of this name in api.py; padding has segment id 0."""
     (batch, length, heads, head_dim), kv_heads, b = q.shape, k.shape[2], block_size
-    rows, num_blocks = -(-length // b), -(-k.shape[1] // b)
-    tile = min(_TILE, num_blocks * b)
-    padded, per_tile = -(-length // tile) * tile, tile // b
-    q = jnp.pad(q, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
-    k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (k, v))
-    # The last tile of queries may reach a tile beyond the keys.
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, k.shape[2] + tile - segment_ids.shape[1])))
+    num_rows, num_blocks = -(-length // b), -(-k.shape[1] // b)
+    tile = min(_TILE, num_rows * b)
+    padded = length + -length % tile
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -k.shape[1] % tile + tile)))  # a tile of queries may reach so far
+    query_ids = jax.lax.dynamic_slice_in_dim(segment_ids, query_offset, padded, axis=1)
+    query_ids = jnp.where(jnp.arange(padded)[None] < length, query_ids, 0)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0))) for x in (q, k, v))
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    per_tile = tile // b
 
     def query_tile(results, operands):
         i, first = operands
-        q_tile = jax.lax.dynamic_slice_in_dim(q, i * tile, tile, axis=1)
-        out, lse, largest = _attend(q_tile, k, v, segment_ids, query_offset + i * tile, first, b, scale)
+        position = query_offset + i * tile
+        q_tile, ids = (jax.lax.dynamic_slice_in_dim(x, i * tile, tile, axis=1) for x in (q, query_ids))
+        out, lse, largest = _attend(q_tile, k, v, ids, segment_ids, position, first, b, scale)
         new = {"output": out.transpose(0, 2, 1, 3).astype(q.dtype), "lse": lse.transpose(0, 2, 1)}
         # The largest weight of each block: [B, H, tile, Sb].
         weights = jnp.exp(largest[..., :num_blocks] - finite(lse)[..., None])
@@ -50,8 +53,7 @@ def attention_with_block_scores(
             new["block"] = _normalise(weights.reshape(batch, heads, per_tile, b, num_blocks).max(3))
         if token_scores:
             grouped = weights.reshape(batch, kv_heads, heads // kv_heads, tile, num_blocks).max(2)
-            current = query_offset // b + i * per_tile + jnp.arange(tile) // b
-            completed = jnp.arange(num_blocks)[None] < current[:, None]
+            completed = jnp.arange(num_blocks)[None] < ((position + jnp.arange(tile)) // b)[:, None]
             new["token"] = _normalise(jnp.where(completed[None, None], grouped, 0))
         return {name: _put(x, new[name], i, _QUERY_AXIS[name]) for name, x in results.items()}, None
 
@@ -61,14 +63,17 @@ def attention_with_block_scores(
     if token_scores:
         shapes["token"] = (batch, kv_heads, padded, num_blocks)
     results = {name: jnp.zeros(shape, q.dtype if name == "output" else jnp.float32) for name, shape in shapes.items()}
-    first = _first_tiles(segment_ids[:, ::b], per_tile, query_offset // b, padded // b)
-    tiles = (jnp.arange(padded // tile), first)
+    number = jnp.arange(padded // tile)
+    first = _first_blocks(segment_ids[:, ::b])
+    blocks = query_offset // b + number[:, None] * per_tile + jnp.arange(per_tile)[None]
+    seen = first.at[blocks].get(mode="fill", fill_value=first.size)
+    tiles = number, seen.min(1) // per_tile
     results, _ = jax.lax.scan(query_tile, results, tiles)
     block, token = results.get("block"), results.get("token")
     return (
         results["output"][:, :length],
         results["lse"][:, :length],
-        None if block is None else block[:, :, :rows],
+        None if block is None else block[:, :, :num_rows],
         None if token is None else token[:, :, :length],
     )
 
@@ -78,11 +83,12 @@ def _put(result: Array, rows: Array, i: Array, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(result, rows, i * rows.shape[axis], axis)
 
 
-def _attend(q, k, v, segment_ids, start, first, b, scale):
-    """Attention of a tile of queries, the first one token number `start`, over key tiles from `first` on.
+def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
+    """Attention of a tile of queries over the key tiles from number `first` to that of the last query.
 
     Args:
-      q: [B, tile, H, D]; k, v: [B, K, S, D]; segment_ids: [B, S] and beyond.
+      q: [B, tile, H, D]; k, v: [B, K, S, D]; ids: sequences of the queries, [B, tile]; segment_ids: [B, S] and some more.
+      position: of the first query.
 
     Returns:
       output [B, H, tile, D], lse [B, H, tile], and the largest score of each block [B, H, tile, S / b], -inf if unseen.
@@ -94,8 +100,8 @@ def _attend(q, k, v, segment_ids, start, first, b, scale):
         .transpose(0, 2, 3, 1, 4)
         .reshape(batch, kv_heads, -1, head_dim)
     )
-    ids = jax.lax.dynamic_slice_in_dim(segment_ids, start, tile, axis=1)[:, :, None]
-    query = start + jnp.arange(tile)[None, :, None]
+    ids = ids[:, :, None]
+    query = position + jnp.arange(tile)[None, :, None]
     rows = (batch, kv_heads, group * tile)
 
     def step(j, carry):
@@ -112,20 +118,17 @@ def _attend(q, k, v, segment_ids, start, first, b, scale):
         largest = jax.lax.dynamic_update_slice_in_dim(largest, of_blocks, j * (tile // b), axis=3)
         return state.add(scores, v_tile), largest
 
-    last = jnp.minimum(-(-(start + tile) // tile), k.shape[2] // tile)
-    empty = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf))
-    state, largest = jax.lax.fori_loop(first, last, step, empty)
+    start = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf))
+    last = jnp.minimum((position + tile - 1) // tile, k.shape[2] // tile - 1)
+    state, largest = jax.lax.fori_loop(first, last + 1, step, start)
     return tuple(x.reshape(batch, heads, tile, *x.shape[3:]) for x in (*state.finish(), largest))
 
 
-def _first_tiles(block_ids: Int[Array, "B Sb"], per_tile: int, start: Int[Array, ""], rows: int) -> Int[Array, "n"]:
-    """The first key tile that any query of each tile may see; the tiles are block rows `start` to `start + rows`. A block
-    holds one sequence, so its id tells."""
+def _first_blocks(block_ids: Int[Array, "B Sb"]) -> Int[Array, "Sb"]:
+    """The first block that the queries of each block may see; a block holds one sequence, so its id tells."""
     blocks = jnp.arange(block_ids.shape[1])
     first = jnp.argmax(block_ids[:, :, None] == block_ids[:, None, :], axis=-1)
-    first = jnp.where(block_ids > 0, first, blocks[None])
-    first = jax.lax.dynamic_slice_in_dim(first.min(0), start, rows)
-    return first.reshape(-1, per_tile).min(1) // per_tile
+    return jnp.where(block_ids > 0, first, blocks[None]).min(0)
 
 
 def _normalise(scores: Float32[Array, "... Sb"]) -> Float32[Array, "... Sb"]:

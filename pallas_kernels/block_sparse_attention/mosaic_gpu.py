@@ -11,8 +11,9 @@ from pallas_kernels.backends import Unsupported
 from pallas_kernels.block_sparse_attention import xla
 from pallas_kernels.block_sparse_attention.ring import Ring, Sharing, ring_kernel
 from pallas_kernels.block_sparse_attention.solo import Solo, solo_kernel
-from pallas_kernels.block_sparse_attention.tile import LOG2_E, Shape
+from pallas_kernels.block_sparse_attention.tile import Shape
 from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.flash_tiles import LOG2_E
 from pallas_kernels.hopper import interpreter, require_hopper
 
 TOKENS = 8  # the copy engine takes tokens in groups of so many

@@ -12,21 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.block_sparse_attention.tile import (
-    QUERIES,
-    Inputs,
-    Queries,
-    Row,
-    Shape,
-    Softmax,
-    accumulate,
-    accumulator,
-    columns,
-    i32,
-    product,
-    tile,
-    write_results,
-)
+from pallas_kernels.block_sparse_attention.tile import Inputs, Queries, Row, Shape, write_results
+from pallas_kernels.flash_tiles import QUERIES, Rings, Softmax, i32, tile
 
 
 class Sharing(enum.Enum):
@@ -68,21 +55,15 @@ class _Scratch:
 
     Attributes:
       q_tiles: [2, 64, D], one per consumer; outputs leave through it.
-      k_tiles, v_tiles: [rings * slots, 128, D].
       lse_rows: [2, 64].
-      q_ready, k_ready, v_ready: barriers of the copies into a tile.
-      k_free, v_free: barriers of the consumers that have read a tile.
+      q_ready: barriers of the copies into the query tiles.
+      rings: of all consumers, one ring after the other.
     """
 
     q_tiles: Any
-    k_tiles: Any
-    v_tiles: Any
     lse_rows: Any
     q_ready: Any
-    k_ready: Any
-    v_ready: Any
-    k_free: Any
-    v_free: Any
+    rings: Rings
 
 
 def ring_kernel(shape: Shape, config: Ring, c: float, interpret: Any, dtype: Any) -> Callable:
@@ -138,7 +119,7 @@ def ring_kernel(shape: Shape, config: Ring, c: float, interpret: Any, dtype: Any
 
         return lax.while_loop(hidden, shorten, last_entries)[0]
 
-    def consume(consumer: Array, refs: Inputs, out_ref: Any, lse_ref: Any, scratch: "_Scratch") -> None:
+    def consume(consumer: Array, refs: Inputs, out_ref: Any, lse_ref: Any, scratch: _Scratch) -> None:
         q_tile, q_ready = scratch.q_tiles.at[consumer], scratch.q_ready.at[consumer]
         queries = queries_of(consumer)
         plgpu.copy_gmem_to_smem(queries.of(refs.q), q_tile, q_ready)
@@ -160,67 +141,25 @@ def ring_kernel(shape: Shape, config: Ring, c: float, interpret: Any, dtype: Any
                 parts.append(row.mask(scores[:, i * b : (i + 1) * b], start))
             return parts[0] if entries == 1 else jnp.concatenate(parts, axis=1)
 
-        def weigh(scores: Array, state: Softmax, t: Array, masked: bool) -> tuple[Array, Array, Array, Array]:
+        def weigh(t: Array, masked: bool, scores: Array, state: Softmax) -> tuple[Array, Array, Array, Array]:
             scores = mask(scores, t) if masked else scores
             maximum, total, weights, factor = state.add(scores, c)
             return maximum, total, weights.astype(dtype), factor
 
-        def first() -> tuple[Softmax, Array]:
-            t = i32(0)
-            k_slot = slot(t, config.k_slots)
-            plgpu.barrier_wait(scratch.k_ready.at[k_slot])
-            scores = product(q, scratch.k_tiles.at[k_slot])
-            plgpu.barrier_arrive(scratch.k_free.at[k_slot])
-            state = Softmax.empty(shape.head_dim)
-            maximum, total, weights, _ = weigh(scores, state, t, masked=True)
-            return Softmax(state.out, maximum, total), weights
-
         def step(t: Array, carry: tuple[Softmax, Array], *, masked: bool) -> tuple[Softmax, Array]:
-            """Scores of tile t, while the values of tile t - 1 are added under its softmax."""
-            state, weights = carry
-            k_slot, v_slot = slot(t, config.k_slots), slot(t - 1, config.v_slots)
-            k_tile, v_tile = scratch.k_tiles.at[k_slot], scratch.v_tiles.at[v_slot]
-            plgpu.barrier_wait(scratch.k_ready.at[k_slot])
-            plgpu.barrier_wait(scratch.v_ready.at[v_slot])
-            if interpret:
-                scores = product(q, k_tile)
-                plgpu.barrier_arrive(scratch.k_free.at[k_slot])
-                maximum, total, new_weights, factor = weigh(scores, state, t, masked)
-                out = accumulate(state.out, weights, v_tile, interpret)
-                plgpu.barrier_arrive(scratch.v_free.at[v_slot])
-                return Softmax(out * columns(factor, out), maximum, total), new_weights
+            slots = slot(t, config.k_slots), slot(t - 1, config.v_slots)
+            return scratch.rings.step(q, slots, carry, functools.partial(weigh, t, masked), interpret)
 
-            def overlapped(scores_ref: Any, out_ref: Any) -> tuple[Softmax, Array]:
-                out_ref[...] = state.out
-                plgpu.wgmma(scores_ref, q, k_tile.transpose((1, 0)))
-                plgpu.wgmma(out_ref, weights, v_tile)
-                scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                plgpu.barrier_arrive(scratch.k_free.at[k_slot])
-                taken = lax.optimization_barrier(weigh(scores, state, t, masked))
-                maximum, total, new_weights, factor = taken
-                out = out_ref[...]
-                # The old weights must outlive the wait: else the new ones get their registers while the product still
-                # reads them, and ptxas makes the products wait for each other.
-                _, new_weights = lax.optimization_barrier((weights, new_weights))
-                plgpu.barrier_arrive(scratch.v_free.at[v_slot])
-                return Softmax(out * columns(factor, out), maximum, total), new_weights
-
-            accumulators = [accumulator((QUERIES, n), jnp.float32) for n in (width, shape.head_dim)]
-            return pl.run_scoped(overlapped, *accumulators)
-
-        carry = first()
+        start = i32(0)
+        first = functools.partial(weigh, start, True)
+        carry = scratch.rings.first(q, slot(start, config.k_slots), shape.head_dim, first)
         full = lax.div(fully_visible(row, last), i32(entries))
         carry = lax.fori_loop(i32(1), full, functools.partial(step, masked=False), carry)
         carry = lax.fori_loop(jnp.maximum(full, 1), tiles, functools.partial(step, masked=True), carry)
-        state, weights = carry
-        v_slot = slot(tiles - 1, config.v_slots)
-        plgpu.barrier_wait(scratch.v_ready.at[v_slot])
-        out = accumulate(state.out, weights, scratch.v_tiles.at[v_slot], interpret)
-        plgpu.barrier_arrive(scratch.v_free.at[v_slot])
-        state = dataclasses.replace(state, out=out)
+        state = scratch.rings.last(slot(tiles - 1, config.v_slots), carry, interpret)
         write_results(queries, row, state, q_tile, scratch.lse_rows.at[consumer], out_ref, lse_ref)
 
-    def produce(ring: int, refs: Inputs, scratch: "_Scratch") -> None:
+    def produce(ring: int, refs: Inputs, rings: Rings) -> None:
         queries = queries_of(i32(ring))
         row = Row.read(shape, refs, queries)
         tiles = num_tiles(row)
@@ -237,11 +176,11 @@ def ring_kernel(shape: Shape, config: Ring, c: float, interpret: Any, dtype: Any
                     keys = source.at[queries.sequence, pl.ds(block * b, b), queries.kv_head]
                     plgpu.copy_gmem_to_smem(keys, part, ready.at[at])
 
-            fill(refs.k, scratch.k_tiles, scratch.k_ready, scratch.k_free, config.k_slots)
-            fill(refs.v, scratch.v_tiles, scratch.v_ready, scratch.v_free, config.v_slots)
+            fill(refs.k, rings.k_tiles, rings.k_ready, rings.k_free, config.k_slots)
+            fill(refs.v, rings.v_tiles, rings.v_ready, rings.v_free, config.v_slots)
 
         if interpret:  # which insists that a completed phase is seen by someone
-            for free, slots in ((scratch.k_free, config.k_slots), (scratch.v_free, config.v_slots)):
+            for free, slots in ((rings.k_free, config.k_slots), (rings.v_free, config.v_slots)):
 
                 @pl.loop(jnp.maximum(tiles - slots, 0), tiles)
                 def _(t: Array, free: Any = free, slots: int = slots) -> None:
@@ -249,7 +188,8 @@ def ring_kernel(shape: Shape, config: Ring, c: float, interpret: Any, dtype: Any
 
     def kernel(q_ref, k_ref, v_ref, counts, indices, offsets, out_ref, lse_ref, *scratch_refs):
         refs = Inputs(q_ref, k_ref, v_ref, counts, indices, offsets)
-        scratch = _Scratch(*scratch_refs)
+        q_tiles, k_tiles, v_tiles, lse_rows, q_ready, *barriers = scratch_refs
+        scratch = _Scratch(q_tiles, lse_rows, q_ready, Rings(k_tiles, v_tiles, *barriers))
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < consumers)
@@ -261,13 +201,13 @@ def ring_kernel(shape: Shape, config: Ring, c: float, interpret: Any, dtype: Any
         def _():
             plgpu.set_max_registers(24, action="decrease")
             if rings == 1:
-                produce(0, refs, scratch)
+                produce(0, refs, scratch.rings)
             else:  # one warp per ring: in a single loop the rings would wait for each other
 
                 @plgpu.warp_map
                 def _(warp: Array) -> None:
                     for ring in range(rings):
-                        pl.when(warp == ring)(functools.partial(produce, ring, refs, scratch))
+                        pl.when(warp == ring)(functools.partial(produce, ring, refs, scratch.rings))
 
     readers = consumers // rings
     slots = rings * config.k_slots, rings * config.v_slots

@@ -11,20 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.block_sparse_attention.tile import (
-    QUERIES,
-    Inputs,
-    Queries,
-    Row,
-    Shape,
-    Softmax,
-    accumulate,
-    columns,
-    i32,
-    product,
-    tile,
-    write_results,
-)
+from pallas_kernels.block_sparse_attention.tile import Inputs, Queries, Row, Shape, write_results
+from pallas_kernels.flash_tiles import QUERIES, Softmax, accumulate, columns, i32, product, tile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,6 @@
-"""What the Mosaic GPU kernels share: tiles of 64 queries of one head against 64 or 128 keys, which is what one matrix product takes.
-
-Scores are kept in base 2, scaled by c = scale * log2(e), since the hardware has exp2 alone.
-"""
+"""What the kernels of `block_sparse_attention` share: which queries a warpgroup works on, and the list of key blocks they read."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-QUERIES = 64  # of a tile: the rows of one warpgroup's matrix product
-LOG2_E = math.log2(math.e)
-
-i32 = jnp.int32
-MATRIX = plgpu.Layout.WGMMA
-ROWS = MATRIX.reduce(1)
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+from pallas_kernels.flash_tiles import QUERIES, ROWS, Softmax, i32, mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,20 +112,12 @@ class Row:
         """-inf for the keys that a query must not see; the first column is the key at position `start`."""
         query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
         visible = jnp.minimum(query + 1, self.length) - start
-        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
-        # column < visible, as a comparison of constants with one number per row: bits 1 and 2 of a column are the thread's, the
-        # others the register's. Columns kept in registers would cost a quarter of the CTAs.
-        thread = column & 6
-        return jnp.where((column - thread) < columns(visible, scores) - thread, scores, -jnp.inf)
+        return mask(scores, visible)
 
-    def finish(self, state: "Softmax") -> tuple[Array, Array]:
+    def finish(self, state: Softmax) -> tuple[Array, Array]:
         """Output and lse; 0 and -inf for queries that see no key or lie beyond the sequence."""
         query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
-        seen = (query < self.length) & (state.total > 0)
-        inverse = 1 / jnp.where(seen, state.total, 1)
-        out = jnp.where(columns(seen, state.out), state.out * columns(inverse, state.out), 0)
-        lse = (state.maximum + jnp.log2(jnp.where(seen, state.total, 1))) / LOG2_E
-        return out, jnp.where(seen, lse, -jnp.inf)
+        return state.finish(query < self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,54 +132,6 @@ class Inputs:
     offsets: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Softmax:
-    """Sums over the keys so far, in registers: out [64, D], maximum and total [64], float32."""
-
-    out: Array
-    maximum: Array
-    total: Array
-
-    @classmethod
-    def empty(cls, head_dim: int) -> "Softmax":
-        out = plgpu.layout_cast(jnp.full((QUERIES, head_dim), 0, jnp.float32), MATRIX)
-        lowest = jnp.finfo(jnp.float32).min  # not -inf: where all scores are, their difference is NaN
-        maximum = plgpu.layout_cast(jnp.full((QUERIES,), lowest, jnp.float32), ROWS)
-        return cls(out, maximum, plgpu.layout_cast(jnp.full((QUERIES,), 0, jnp.float32), ROWS))
-
-    def add(self, scores: Array, c: float) -> tuple[Array, Array, Array, Array]:
-        """Takes scores in: (maximum, total, weights, factor on `out`)."""
-        maximum = jnp.maximum(self.maximum, scores.max(axis=1) * c)
-        weights = jnp.exp2(scores * c - columns(maximum, scores))
-        factor = jnp.exp2(self.maximum - maximum)
-        return maximum, self.total * factor + weights.sum(axis=1), weights, factor
-
-
-def columns(row_values: Array, like: Array) -> Array:
-    return lax.broadcast_in_dim(row_values, like.shape, [0])
-
-
-def product(q: Any, k_tile: Any) -> Array:
-    """q k^T; q in shared memory or registers."""
-
-    def multiply(accumulator: Any) -> Array:
-        plgpu.wgmma(accumulator, q, k_tile.transpose((1, 0)))
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, accumulator((QUERIES, k_tile.shape[0]), jnp.float32))
-
-
-def accumulate(out: Array, weights: Array, v_tile: Any, interpret: Any) -> Array:
-    """out + weights v; weights in registers."""
-    if interpret:  # the interpreter has no accumulators with a start value
-        v = v_tile[...]
-        plgpu.commit_smem()  # a plain read must be over before the copy engine writes there again
-        return out + jnp.dot(weights.astype(jnp.float32), v.astype(jnp.float32))
-    multiply: Any = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, v_tile))
-    return multiply(accumulator.init(out))
-
-
 def write_results(
     queries: Queries, row: Row, state: Softmax, q_tile: Any, lse_row: Any, out_ref: Any, lse_ref: Any
 ) -> None:
@@ -210,8 +143,3 @@ def write_results(
     plgpu.copy_smem_to_gmem(q_tile, queries.of(out_ref))
     plgpu.copy_smem_to_gmem(lse_row, lse_ref.at[queries.sequence, queries.head, pl.ds(queries.start, QUERIES)])
     plgpu.wait_smem_to_gmem(0)
-
-
-def tile(*shape_and_dtype: Any) -> Any:
-    *shape, dtype = shape_and_dtype
-    return plgpu.SMEM(tuple(shape), dtype, transforms=TILED)

@@ -15,13 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array, Float16, Float32, Int32
 
 from pallas_kernels.backends import Unsupported
+from pallas_kernels.borders import store_inside
 from pallas_kernels.hopper import interpreter, require_hopper
 from pallas_kernels.precision import precise_einsum
 
@@ -30,7 +28,6 @@ SLOTS = 2  # tiles of keys in flight
 
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 _ACCUMULATOR = plgpu.ACC((TILE, TILE), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
-_SCALAR = plgpu.Layout.WG_SPLAT(())
 _LARGEST = 7  # exponent of the largest number of a head once it is scaled
 _EXPONENTS = 126
 _f32, _i32 = jnp.float32, jnp.int32
@@ -194,38 +191,15 @@ def _store(call: _Call, scores: Float32[Array, "64 64"], row: Array, column: Arr
     def store_whole() -> None:
         ref[pl.ds(row, TILE), pl.ds(column, TILE)] = scores
 
-    def store_inside() -> None:
-        types = plgpu.Layout.WGMMA, _SCALAR, _SCALAR, plgpu.RefType()
-        plgpu.inline_mgpu(arg_types=types)(_store_inside)(scores, row, column, ref)
+    def store_to_border() -> None:
+        store_inside(scores, ref, row, column, layout=plgpu.Layout.WGMMA, interpreted=False)
 
     if rows % TILE == 0 and columns % TILE == 0:
         store_whole()
     elif columns % 2:  # no aligned pairs of numbers, as which they stand in registers
-        store_inside()
+        store_to_border()
     else:
-        lax.cond((row + TILE <= rows) & (column + TILE <= columns), store_whole, store_inside)
-
-
-def _store_inside(
-    ctx: mgpu.LaunchContext,
-    scores: mgpu.FragmentedArray,
-    row: mgpu.FragmentedArray,
-    column: mgpu.FragmentedArray,
-    ref: ir.Value,
-) -> None:
-    """Number by number: Pallas has no word for it."""
-    del ctx
-    index = ir.IndexType.get()
-    starts = [arith.index_cast(index, x.registers.item()) for x in (row, column)]
-    ends = [arith.constant(index, size) for size in ir.MemRefType(ref.type).shape]
-
-    def store(value: ir.Value, place: tuple[ir.Value, ...]) -> None:
-        target = [arith.addi(start, i) for start, i in zip(starts, place, strict=True)]
-        inside = [arith.cmpi(arith.CmpIPredicate.slt, i, end) for i, end in zip(target, ends, strict=True)]
-        with mgpu.when(arith.andi(*inside)):
-            memref.store(value, ref, target)
-
-    scores.foreach(store)
+        lax.cond((row + TILE <= rows) & (column + TILE <= columns), store_whole, store_to_border)
 
 
 def _round_up(size: int) -> int:

@@ -11,6 +11,7 @@ from pallas_kernels.block_sparse_attention.bench import PACKAGE, Bench, odd_case
 from seer_jax.bench.gate_masks import LENGTH as TRAINED_LENGTH
 from seer_jax.bench.gate_masks import trained_cases
 from seer_jax.bench.models import CONFIGS, Shape, check_device, first_token, heads_of
+from seer_jax.bench.report import report
 from seer_jax.bench.selection import measure_selection
 
 ODD_LENGTH = 32768
@@ -103,13 +104,11 @@ def bench_prefill(config: PrefillBench) -> list[Measurement]:
       ImportError: a picture is asked for and matplotlib is not installed.
       ValueError: see `measure_prefill`.
     """
-    from seer_jax.bench.table import report
-
     if config.plot is not None:
         from seer_jax.bench.plots import check_matplotlib
 
         check_matplotlib()
-    measurements, console = report(measure_prefill(config), config.output)
+    console, measurements = report(measure_prefill(config), config.output)
     if config.plot is not None:
         from seer_jax.bench.plots import plot_prefill
 

@@ -1,14 +1,12 @@
 """Measurements as tables for people."""
 
 import dataclasses
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels.bench import Measurement, hardware, write_report
+from pallas_kernels.bench import Measurement, hardware
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +49,24 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             Column("aligned\nTFLOP/s", "aligned_tflops", ".3g", "rate of the aligned case beside it"),
             Column("of\naligned", "share_of_aligned", ".0%", "rate over that of the aligned case"),
             *(DENSE, SPEEDUP),
+        ),
+    ),
+    "ground truth": (
+        "Dense attention with block scores",
+        (
+            *(ERROR, PLAIN, LSE),
+            Column(
+                "scores\nerror",
+                "scores_error",
+                ".1e",
+                "largest error of the scores on those rows, over a row's largest",
+            ),
+            *(MILLISECONDS, DENSE),
+            Column("times\ndense", "times_dense", ".3f", "ms over dense attention's ms"),
+            Column("TFLOP/s", "effective_tflops", ".3g", "4 D flop for each key that a query sees, over the time"),
+            Column(
+                "extra\nGiB", "extra_gib", ".3f", "memory besides arguments and results, as the compiler lays it out"
+            ),
         ),
     ),
     "selection": (
@@ -130,30 +146,6 @@ def progress_line(m: Measurement) -> str:
     time = m.results.get("milliseconds")
     outcome = f"[bold red]{m.failure}[/bold red]" if m.failure else f"{_written(time, '.4g')} ms"
     return f"{m.table}: {_name(m)}: {outcome}" + (f" ({m.note})" if m.note else "")
-
-
-def report(measurements: Iterable[Measurement], output: Path | None) -> tuple[list[Measurement], Console]:
-    """Prints measurements as they come in and then their tables; writes them if they are asked for.
-
-    Args:
-      measurements: made while this runs.
-      output: file for them (JSON); None: none is written.
-
-    Returns:
-      (the measurements, where to print more).
-    """
-    console, found = Console(), []
-    if not console.is_terminal:
-        console = Console(width=120)  # of a file; the tables are made for a wide terminal
-    for measurement in measurements:
-        found.append(measurement)
-        console.print(progress_line(measurement), highlight=False, soft_wrap=True)
-        if output is not None:  # after each one, so that an interrupted run leaves what it has
-            write_report(output, found, command=sys.argv)
-    print_measurements(console, found)
-    if output is not None:
-        console.print(f"Written: {output}", highlight=False, soft_wrap=True)
-    return found, console
 
 
 def print_measurements(console: Console, measurements: Sequence[Measurement]) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bench import Measurement, guarded, time_calls
 from seer_jax.bench.models import CONFIGS, Shape, check_device, memory_results, peak_bytes, random_model
+from seer_jax.bench.report import report
 from seer_jax.config import DecodeGateConfig, Gates, ModelConfig
 from seer_jax.model import Transformer
 
@@ -76,9 +77,7 @@ def bench_training(config: TrainBench) -> list[Measurement]:
     Raises:
       ValueError: see `measure_training`.
     """
-    from seer_jax.bench.table import report
-
-    return report(measure_training(config), config.output)[0]
+    return report(measure_training(config), config.output)[1]
 
 
 def forward_flop(config: ModelConfig, length: int) -> float:

@@ -1,6 +1,8 @@
 """What every implementation of `attention_with_block_scores` must do."""
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 from pallas_kernels import attention_with_block_scores
 from pallas_kernels.backends import Implementation
-from pallas_kernels.block_ground_truth.cases import TINY, Case
+from pallas_kernels.block_ground_truth.cases import HALF, TINY, Case
 from pallas_kernels.shapes import Heads
 from tests.pallas_kernels.comparison import (
     KEY,
@@ -56,6 +58,49 @@ def scores_by_hand(weights: np.ndarray, b: int, kv_heads: int) -> tuple[np.ndarr
     for scores in (block_scores, token_scores):
         scores /= np.maximum(scores.sum(-1, keepdims=True), 1e-300)
     return block_scores, token_scores
+
+
+def assert_chunks_are_the_whole(run: Callable[..., Any], case: Case, chunks: tuple[int, ...]) -> None:
+    """The same in float32's last digits, and in those of the output's dtype; a chunk begins at each of the positions `chunks`."""
+    arguments = case.arguments(KEY)
+    whole, parts = run(**arguments), []
+    for begin, end in itertools.pairwise((*chunks, case.length)):
+        offset = {"q": arguments["q"][:, begin:end], "query_offset": jnp.int32(begin)}
+        parts.append(run(**arguments | offset))
+    for name, axis in (("output", 1), ("lse", 1), ("block_scores", 2), ("token_scores", 2)):
+        joined = np.concatenate([np.asarray(getattr(part, name), np.float32) for part in parts], axis=axis)
+        truth = np.asarray(getattr(whole, name), np.float32)
+        if name == "output" and whole.output.dtype != jnp.float32:
+            np.testing.assert_allclose(joined, truth, atol=2**-7, rtol=2**-7)  # tiles may begin elsewhere
+        else:
+            assert_within_rounding(joined, truth)
+
+
+def compare_with_plain_attention(case: Case, run: Callable[..., Any]) -> None:
+    """The output may err twice as much as plain attention; all else is float32. Two runs are equal bit by bit."""
+    arguments = case.arguments(KEY)
+    got = run(**arguments)
+    exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
+    truth = _compiled(**exact, implementation="reference")
+    plain = masked_attention(arguments["q"], arguments["k"], arguments["v"], visible(case, arguments))
+    assert_as_good_as(plain, got.output, truth.output)
+    for name in ("lse", "block_scores", "token_scores"):
+        if getattr(truth, name) is None:
+            assert getattr(got, name) is None
+        else:
+            assert_within_rounding(getattr(got, name), getattr(truth, name))
+    assert_bitwise_equal(got, run(**arguments))
+
+
+def compare_where_the_maximum_comes_late(case: Case, run: Callable[..., Any]) -> None:
+    """A key that dwarfs the earlier ones: weights relative to a maximum that was not final would be wrong."""
+    arguments = case.arguments(KEY)
+    arguments["k"] = arguments["k"].at[:, 300].mul(8)
+    exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
+    truth: Any = _compiled(**exact, implementation="reference")
+    got = run(**arguments)
+    np.testing.assert_allclose(got.block_scores, truth.block_scores, rtol=2e-5)
+    np.testing.assert_allclose(got.token_scores, truth.token_scores, rtol=2e-5)
 
 
 class Definition:
@@ -107,18 +152,24 @@ class Definition:
         np.testing.assert_array_equal(got.output[:, 288:], 0)
         np.testing.assert_array_equal(got.block_scores[:, :, 9:], 0)
 
-    @pytest.mark.parametrize("case", [named("ragged"), named("packed")], ids=lambda case: case.name)
-    def test_some_queries_get_their_rows_of_the_whole(self, case: Case):
-        arguments = case.arguments(KEY)
-        whole, b = self.run(**arguments), case.block_size
-        for start, size in ((0, 3 * b), (2 * b, 5 * b), (7 * b, case.length - 7 * b)):
-            queries = {"q": arguments["q"][:, start : start + size], "query_offset": jnp.int32(start)}
-            got = self.run(**arguments | queries)
-            tokens, blocks = slice(start, start + size), slice(start // b, -(-(start + size) // b))
-            assert_within_rounding(got.output, whole.output[:, tokens])
-            assert_within_rounding(got.lse, whole.lse[:, tokens])
-            assert_within_rounding(got.block_scores, whole.block_scores[:, :, blocks])
-            assert_within_rounding(got.token_scores, whole.token_scores[:, :, tokens])
+    def test_chunks_of_queries_are_the_whole(self):
+        case = Case(
+            "chunks", Heads(4, 2, 64), 420, block_size=32, token_scores=True, segments=(90, 250), dtype="float32"
+        )
+        assert_chunks_are_the_whole(self.run, case, (0, 64, 320))
+
+    def test_keys_after_the_queries_change_nothing(self):
+        """Neither what they are nor that they are there; their columns are 0."""
+        arguments = Case("more", Heads(2, 1, 64), 200, block_size=32, token_scores=True, dtype="float32").arguments(KEY)
+        got, alone = (
+            self.run(**arguments | {n: arguments[n][:, :size] for n in names})
+            for names, size in (("q", 64), ("qkv", 64))
+        )
+        np.testing.assert_array_equal(got.block_scores[..., 2:], 0)
+        np.testing.assert_array_equal(got.token_scores[..., 2:], 0)
+        assert_within_rounding(got.output, alone.output)
+        assert_within_rounding(got.block_scores[..., :2], alone.block_scores)
+        assert_within_rounding(got.token_scores[..., :2], alone.token_scores)
 
     def test_scores_are_made_when_asked_for(self):
         arguments = named("token-scores").arguments(KEY) | {"token_scores": False}
@@ -131,28 +182,11 @@ class Conformance(Definition):
 
     @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
     def test_errs_no_more_than_plain_attention(self, case: Case):
-        arguments = case.arguments(KEY)
-        got = self.run(**arguments)
-        exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
-        truth = _compiled(**exact, implementation="reference")
-        plain = masked_attention(arguments["q"], arguments["k"], arguments["v"], visible(case, arguments))
-        assert_as_good_as(plain, got.output, truth.output)
-        for name in ("lse", "block_scores", "token_scores"):
-            if getattr(truth, name) is None:
-                assert getattr(got, name) is None
-            else:
-                assert_within_rounding(getattr(got, name), getattr(truth, name))
-        assert_bitwise_equal(got, self.run(**arguments))
+        compare_with_plain_attention(case, self.run)
 
     def test_scores_stay_exact_where_the_maximum_comes_late(self):
-        """A key that dwarfs the earlier ones: weights relative to a maximum that was not final would be wrong."""
         case = Case("late", Heads(2, 1, 64), 512, token_scores=True, dtype="float32")
-        arguments = case.arguments(KEY)
-        arguments["k"] = arguments["k"].at[:, 300].mul(8)
-        truth: Any = _compiled(**arguments, implementation="reference")
-        got = self.run(**arguments)
-        np.testing.assert_allclose(got.block_scores, truth.block_scores, rtol=2e-5)
-        np.testing.assert_allclose(got.token_scores, truth.token_scores, rtol=2e-5)
+        compare_where_the_maximum_comes_late(case, self.run)
 
     def test_maps_and_scans(self):
         """Under vmap over a batch of calls and inside a scan, the results are those of single calls."""
@@ -183,3 +217,53 @@ class Conformance(Definition):
 
         gradient = jax.jit(jax.grad(loss))(jnp.ones(()))
         assert gradient == pytest.approx(2 * 4 * 3, rel=1e-5)  # two layers, four heads, three rows that sum to 1
+
+
+class HalfPrecision:
+    """What a backend for GPUs must do, which takes bfloat16 and float16, and blocks of 64 and 128 tokens."""
+
+    implementation: ClassVar[Implementation]
+
+    def run(self, **arguments: Any) -> Any:
+        return _compiled(**arguments, implementation=self.implementation)
+
+    @pytest.mark.parametrize("case", HALF, ids=lambda case: case.name)
+    def test_errs_no_more_than_plain_attention(self, case: Case):
+        compare_with_plain_attention(case, self.run)
+
+    def test_scores_stay_exact_where_the_maximum_comes_late(self):
+        compare_where_the_maximum_comes_late(Case("late", Heads(2, 1, 64), 320, token_scores=True), self.run)
+
+    def test_chunks_of_queries_are_the_whole(self):
+        case = Case("chunks", Heads(2, 1, 64), 420, token_scores=True, segments=(90, 250))
+        assert_chunks_are_the_whole(self.run, case, (0, 64, 320))
+
+    def test_keys_after_the_queries_are_not_seen(self):
+        """Nor any that are not there: what the copy engine finds beyond the keys has no influence."""
+        arguments = Case("more", Heads(2, 1, 64), 200, token_scores=True).arguments(KEY)
+        arguments["q"] = arguments["q"][:, :72]
+        poisoned = {name: arguments[name].at[:, 128:].set(jnp.nan) for name in ("k", "v")}
+        got, truth = self.run(**arguments | poisoned), self.run(**arguments)
+        assert_bitwise_equal(got, truth)
+        np.testing.assert_array_equal(got.block_scores[..., 2:], 0)
+        assert np.isfinite(np.asarray(got.output, np.float32)).all()
+
+    @pytest.mark.parametrize("scale", [-0.3, 0.0])
+    def test_any_scale(self, scale: float):
+        arguments: dict[str, Any] = Case("scale", Heads(2, 1, 64), 128).arguments(KEY) | {"scale": scale}
+        exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
+        got, truth = self.run(**arguments), _compiled(**exact, implementation="reference")
+        assert_within_rounding(got.lse, truth.lse)
+        assert_within_rounding(got.block_scores, truth.block_scores)
+        np.testing.assert_allclose(np.asarray(got.output, np.float32), truth.output, rtol=2**-7, atol=2**-7)
+
+    def test_maps(self):
+        """Under vmap over a batch of calls the results are those of single calls."""
+        calls = [Case("small", Heads(2, 1, 64), 128).arguments(key) for key in jax.random.split(KEY, 2)]
+        stacked = [jnp.stack([call[name] for call in calls]) for name in ("q", "k", "v")]
+        mapped = jax.jit(jax.vmap(functools.partial(attention_with_block_scores, implementation=self.implementation)))
+        results = mapped(*stacked)
+        for i, arguments in enumerate(calls):
+            single = self.run(**arguments)
+            for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(single), strict=True):
+                assert_bitwise_equal(x[i], y)

@@ -1,5 +1,7 @@
 """`attention_with_block_scores`: its implementations, the memory they take, and what it says to wrong calls."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,8 +11,10 @@ import pytest
 
 from pallas_kernels import attention_with_block_scores
 from pallas_kernels.block_ground_truth.cases import REAL, Case
+from pallas_kernels.hopper import assume_hopper
+from pallas_kernels.shapes import Heads
 from tests.pallas_kernels import suite_ground_truth as suite
-from tests.pallas_kernels.comparison import memory, shapes
+from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, memory, shapes
 
 
 class TestReference(suite.Definition):
@@ -21,13 +25,62 @@ class TestXla(suite.Conformance):
     implementation = "xla"
 
 
+@pytest.mark.gpu
+class TestMosaicGpu(suite.HalfPrecision):
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicGpuInterpreted(suite.HalfPrecision):
+    """Without a GPU, and with a look-out for races between copies and reads."""
+
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+def test_mosaic_gpu_lowers_for_cuda(case: Case):
+    """The whole of Mosaic's own lowering at real sizes: layouts, shared memory, limits of the copy engine."""
+    arguments, static = shapes(case)
+    call = functools.partial(attention_with_block_scores, **static, implementation="mosaic_gpu")
+    with assume_hopper():
+        lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float32"}, "takes bfloat16 and float16; got float32"),
+        ({"heads": Heads(2, 1, 32)}, "takes head dims 64 and 128; got 32"),
+        ({"block_size": 32}, "takes blocks of 64 and 128 tokens; got 32"),
+    ],
+)
+def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str):
+    arguments = dataclasses.replace(Case("small", Heads(2, 1, 64), 64), **changes).arguments(KEY)
+    with assume_hopper():
+        with pytest.raises(NotImplementedError, match=message):
+            attention_with_block_scores(**arguments, implementation="mosaic_gpu")
+        assert_bitwise_equal(
+            attention_with_block_scores(**arguments), attention_with_block_scores(**arguments, implementation="xla")
+        )
+
+
+@pytest.mark.cpu
+def test_mosaic_gpu_needs_a_hopper_gpu():
+    arguments = Case("small", Heads(2, 1, 64), 64).arguments(KEY)
+    with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 9.0 .*; got cpu"):
+        attention_with_block_scores(**arguments, implementation="mosaic_gpu")
+
+
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_real_shapes(case: Case):
     arguments, static = shapes(case)
     got = jax.eval_shape(lambda x: attention_with_block_scores(**x, **static), arguments)
     (batch, length, heads, _), num_blocks = arguments["q"].shape, -(-case.length // case.block_size)
+    rows = -(-length // case.block_size)
     assert got.output.shape == arguments["q"].shape and got.lse.shape == (batch, length, heads)
-    assert not case.block_scores or got.block_scores.shape == (batch, heads, num_blocks, num_blocks)
+    assert not case.block_scores or got.block_scores.shape == (batch, heads, rows, num_blocks)
     assert not case.token_scores or got.token_scores.shape == (batch, case.heads.kv_heads, length, num_blocks)
 
 
@@ -50,11 +103,14 @@ def call(**changes: Any) -> Any:
     ("changes", "message"),
     [
         ({"q": jnp.zeros((2, 40, 256))}, r"attention_with_block_scores: q must be \[B, T, H, D\]"),
+        (dict.fromkeys("kv", jnp.zeros((2, 39, 2, 64), "float32")), r"S is at least T; got T=40 and S=39"),
+        ({"query_offset": 64}, r"query_offset must be a multiple of block_size=64 from 0 to S - T = 0; got 64"),
         (
-            {"q": jnp.zeros((2, 41, 4, 64))},
-            r"query_offset .* from 0 to S - T, .*; got 0 with block_size=64, T=41 and S=40",
+            dict.fromkeys("kv", jnp.zeros((2, 140, 2, 64), "float32")) | {"query_offset": 32},
+            r"a multiple of block_size=64 from 0 to S - T = 100; got 32",
         ),
-        ({"query_offset": 16}, r"query_offset is a multiple of block_size from 0 .*; got 16 with block_size=64"),
+        ({"query_offset": jnp.zeros(2, int)}, r"query_offset must have shape \[\] = \(\); got \(2,\)"),
+        ({"query_offset": jnp.zeros(())}, r"query_offset must hold integers; got float32"),
         ({"block_size": 48}, r"block_size must be one of \(16, 32, 64, 128\) tokens; got 48"),
         ({"lengths": jnp.ones(2, int), "segment_ids": jnp.ones((2, 40), int)}, r"exclude each other; got both"),
         ({"lengths": jnp.ones(3, int)}, r"lengths must have shape \[B\] = \(2,\); got \(3,\)"),

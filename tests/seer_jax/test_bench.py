@@ -14,8 +14,10 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from pallas_kernels import block_sparse_attention
+from pallas_kernels import attention_with_block_scores, block_sparse_attention
 from pallas_kernels.bench import Measurement, Timing
+from pallas_kernels.block_ground_truth import bench as ground_truth_bench
+from pallas_kernels.block_ground_truth.bench import Wanted
 from pallas_kernels.block_sparse_attention import bench as attention_bench
 from pallas_kernels.shapes import Heads
 from seer_jax import cli
@@ -25,7 +27,7 @@ from seer_jax.bench import models as models_bench
 from seer_jax.bench import selection as selection_bench
 from seer_jax.bench import training as training_bench
 from seer_jax.bench.gate_masks import trained_cases
-from seer_jax.bench.models import CONFIGS, Shape, random_model
+from seer_jax.bench.models import CONFIGS, Shape, heads_of, random_model
 from seer_jax.bench.plots import plot_prefill
 from seer_jax.bench.selection import chosen_blocks
 from seer_jax.bench.table import beside_each_other, print_measurements
@@ -46,7 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         jax.block_until_ready(function(*arguments))
         return Timing(2.0, 0.1, 3)
 
-    for module in (attention_bench, models_bench, selection_bench, training_bench):
+    for module in (attention_bench, ground_truth_bench, models_bench, selection_bench, training_bench):
         monkeypatch.setattr(module, "time_calls", fixed)
 
 
@@ -107,6 +109,42 @@ def test_a_wrong_kernel_makes_the_command_fail(
     captured = capsys.readouterr()
     assert "seer-jax bench: attention, 128, 64x64, own, 0.3: lse errs by 1.00e-02" in captured.err
     assert "128, 64x64, own, 0.3 WRONG" in captured.out
+
+
+@pytest.mark.usefixtures("unchecked")  # see above
+def test_ground_truth(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "bench.json"
+    words = ["bench", "ground-truth", "--shape", "tiny", "--lengths", "150", "--chunk", "64", "--output", str(output)]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "\nDense attention with block scores" in text and "150, neither" in text and "times dense: ms over" in text
+    lines = {m["case"]: m for m in json.loads(output.read_text())["measurements"]}
+    assert list(lines) == [f"150, {name}" for name in ("blocks", "tokens", "both", "neither")]
+    assert [m["settings"]["chunk"] for m in lines.values()] == [150, 64, 64, 150]
+    for m in lines.values():
+        assert not m["failure"] and m["results"]["times_dense"] == 1 and m["results"]["extra_gib"] > 0
+        assert m["results"]["error"] < 5e-3 and m["results"]["scores_error"] < 1e-5
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("output", "the output errs by"),
+        ("lse", "lse errs by"),
+        ("block_scores", "scores err by"),
+        ("token_scores", "scores err by"),
+    ],
+)
+def test_a_wrong_ground_truth_is_found(clock: None, monkeypatch: pytest.MonkeyPatch, name: str, message: str):
+    def wrong(*arguments: Any, **settings: Any) -> Any:
+        result = attention_with_block_scores(*arguments, **settings)
+        return result._replace(**{name: 1.01 * getattr(result, name)})
+
+    monkeypatch.setattr(ground_truth_bench, "attention_with_block_scores", wrong)
+    heads = heads_of(CONFIGS[Shape.TINY])
+    (line,) = ground_truth_bench.Bench().sweep(ground_truth_bench.sweep(heads, (128,), [Wanted.BOTH]))
+    assert message in (line.failure or "")
 
 
 def test_an_implementation_asked_for_by_name_must_be_able(capsys: pytest.CaptureFixture[str]):
@@ -187,11 +225,14 @@ def test_a_cpu_is_not_asked_for_gpu_sizes():
 def test_the_command_line(capsys: pytest.CaptureFixture[str]):
     for words, code, text in (
         (["bench", "prefill", "--help"], 0, "usage: seer-jax bench prefill"),
-        (["bench", "--help"], 0, "{prefill,train}"),
+        (["bench", "--help"], 0, "{prefill,ground-truth,train}"),
         (["bench", "train", "--help"], 0, "usage: seer-jax bench train"),
+        (["bench", "ground-truth", "--help"], 0, "usage: seer-jax bench ground-truth"),
         (["bench", "cooking"], 2, "invalid choice: 'cooking'"),
         (["bench"], 2, "required: what"),
         (["bench", "prefill", "--lengths", "3"], 2, "at least one block"),
+        (["bench", "ground-truth", "--lengths", "3"], 2, "at least one block"),
+        (["bench", "ground-truth", "--chunk", "100"], 2, "a multiple of the 64 tokens"),
     ):
         with pytest.raises(SystemExit) as end:
             cli.main(words)

@@ -1,0 +1,146 @@
+"""Tiles that reach beyond the borders of an array in global memory, read and written number by number.
+
+Pallas has no words for it, so it is written in MLIR, below Pallas. JAX's interpreter does not run such code: there, arrays come in
+whole tiles, and the same is said with slices. A tile begins within the array, at a
+multiple of its size.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, vector
+from jaxtyping import Array
+
+SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def store_inside(x: Array, ref: Any, *start: Array, layout: Any, interpreted: bool) -> None:
+    """Writes a tile to `ref` from `start` on, as far as it lies within it.
+
+    Args:
+      x: in `layout`. Where a number is in several threads, each one writes it.
+      ref: of as many axes as x.
+    """
+    if interpreted:
+        ref[tuple(pl.ds(*place) for place in zip(start, x.shape, strict=True))] = x
+        return
+    types = layout, *(SCALAR for _ in start), plgpu.RefType()
+    plgpu.inline_mgpu(arg_types=types)(_store_inside)(x, *start, ref)
+
+
+def load_inside(ref: Any, *start: Array, shape: tuple[int, ...], layout: Any, interpreted: bool) -> Array:
+    """A tile of `ref` from `start` on. What lies beyond the border is read from the border."""
+    if interpreted:
+        return ref[tuple(pl.ds(*place) for place in zip(start, shape, strict=True))]
+    return _load(ref, *start, shape=shape, layout=layout, transposed=False)
+
+
+def load_transposed(ref: Any, *, layout: Any, interpreted: bool) -> Array:
+    """The transpose of `ref` [M, N]."""
+    if interpreted:
+        return ref[...].T
+    return _load(ref, shape=ref.shape[::-1], layout=layout, transposed=True)
+
+
+def _load(ref: Any, *start: Array, shape: tuple[int, ...], layout: Any, transposed: bool) -> Array:
+    def load(ctx: mgpu.LaunchContext, *arguments: Any) -> mgpu.FragmentedArray:
+        del ctx
+        *first, source = arguments
+        fragment, size = layout.to_mgpu(), ir.MemRefType(source.type).shape
+        places = _Places(fragment, shape, first)
+        registers = np.empty(fragment.registers_shape(shape), dtype=object)
+        for register in np.ndindex(registers.shape):
+            numbers = []
+            for i in range(fragment.vector_length):
+                place = places.of(register, i)
+                if first:
+                    place = [
+                        x if whole else arith.minui(x, _constant(n - 1))
+                        for x, n, whole in zip(place, size, places.whole(size), strict=True)
+                    ]
+                numbers.append(memref.load(source, place[::-1] if transposed else place))
+            registers[register] = vector.from_elements(ir.VectorType.get((len(numbers),), numbers[0].type), numbers)
+        return mgpu.FragmentedArray(_registers=registers, _layout=fragment, _is_signed=None)
+
+    types = *(SCALAR for _ in start), plgpu.RefType()
+    result = plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout)
+    return plgpu.inline_mgpu(arg_types=types, return_type=result)(load)(*start, ref)
+
+
+def _store_inside(ctx: mgpu.LaunchContext, x: mgpu.FragmentedArray, *arguments: Any) -> None:
+    del ctx
+    layout: Any = x.layout
+    *first, target = arguments
+    size = ir.MemRefType(target.type).shape
+    places = _Places(layout, x.shape, first)
+    for register in np.ndindex(x.registers.shape):
+        for i in range(layout.vector_length):
+            value = vector.extract(x.registers[register], dynamic_position=[], static_position=[i])
+            place = places.of(register, i)
+            inside = [
+                arith.cmpi(arith.CmpIPredicate.ult, x, _constant(n))
+                for x, n, whole in zip(place, size, places.whole(size), strict=True)
+                if not whole
+            ]
+            if inside:
+                with mgpu.when(functools.reduce(arith.andi, inside)):
+                    memref.store(value, target, place)
+            else:
+                memref.store(value, target, place)
+
+
+class _Places:
+    """Where the numbers of a tile are that a thread holds: a place of the thread, and distances from there that are constants."""
+
+    def __init__(self, layout: mgpu.TiledLayout, shape: tuple[int, ...], start: Sequence[mgpu.FragmentedArray]):
+        self._shape = shape
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        self._strides, self._tile_strides = strides, layout.tiling.tile_strides(strides)
+        mine = _first_place(layout, len(shape))
+        begin = [arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in start]
+        self._mine = [arith.addi(*x) for x in zip(begin, mine, strict=True)] if begin else mine
+
+    def of(self, register: tuple[int, ...], i: int) -> list[ir.Value]:
+        """Of number i in a register."""
+        rest = sum(n * stride for n, stride in zip(register, self._tile_strides, strict=True))
+        distance = []
+        for stride in self._strides:
+            distance.append(rest // stride)
+            rest %= stride
+        distance[-1] += i
+        return [arith.addi(x, _constant(n)) for x, n in zip(self._mine, distance, strict=True)]
+
+    def whole(self, size: Sequence[int]) -> list[bool]:
+        """On which axes an array of that size holds nothing but whole tiles."""
+        return [n % tile == 0 for n, tile in zip(size, self._shape, strict=True)]
+
+
+def _first_place(layout: mgpu.TiledLayout, axes: int) -> list[ir.Value]:
+    """Row and column, or row, of the first number that this thread holds of a tile in the layout of a matrix product.
+
+    `layout.thread_idxs` says the same, but what it says is computed ahead and kept, in registers that loops in between need. The
+    assembly is volatile, so it is run where it stands.
+    """
+    assert layout in (mgpu.WGMMA_LAYOUT, mgpu.WGMMA_ROW_LAYOUT)
+    i32 = ir.IntegerType.get_signless(32)
+    thread = utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True)
+
+    def bits(first: int, count: int) -> ir.Value:
+        shifted = arith.shrui(thread, arith.constant(i32, first))
+        return arith.andi(shifted, arith.constant(i32, 2**count - 1))
+
+    row = arith.addi(arith.muli(bits(5, 2), arith.constant(i32, 16)), bits(2, 3))
+    column = arith.muli(bits(0, 2), arith.constant(i32, 2))
+    return [arith.index_castui(ir.IndexType.get(), x) for x in (row, column)[:axes]]
+
+
+def _constant(value: int) -> ir.Value:
+    return arith.constant(ir.IndexType.get(), value)
