@@ -100,11 +100,16 @@ def _parse[C](kind: type[C], name: str, words: list[str], **settings: Any) -> C:
 
 
 def _located[C](config: C) -> C:
-    """The configuration with the folder of the bundled model in place of its name."""
+    """The configuration with the folders of the bundled model and of its gates in place of their name."""
     fields: Any = config
-    names = [field.name for field in dataclasses.fields(fields) if field.name in ("model", "base")]
-    folders = {name: str(tiny_lm.path()) for name in names if getattr(config, name) == tiny_lm.NAME}
-    return dataclasses.replace(fields, **folders) if folders else config
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(fields):
+        value = getattr(config, field.name)
+        if field.name in ("model", "base") and value == tiny_lm.NAME:
+            changes[field.name] = str(tiny_lm.path())
+        elif field.name == "gates" and isinstance(value, tuple) and tiny_lm.NAME in value:
+            changes[field.name] = tiny_lm.locate_gates(value)
+    return dataclasses.replace(fields, **changes)
 
 
 def _demo(words: list[str]) -> int:

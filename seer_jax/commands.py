@@ -107,7 +107,7 @@ class GenerateConfig:
 
     Attributes:
       model: folder or hub id of the base model; tiny-lm is the bundled one.
-      gates: folders or hub ids of one prefill gate, one decode gate, or both.
+      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both of the bundled model.
       prompt: the text to continue.
       prompt_file: file that holds it. Without prompt and file it is read from standard input.
       chat: take the prompt as a user's message, and write it as the model's chat template says.

@@ -27,7 +27,8 @@ class EvalConfig:
 
     Attributes:
       model: folder or hub id of the base model; tiny-lm is the bundled one.
-      gates: folders or hub ids of one prefill gate, one decode gate, or both. Without one, that phase has no learned gate.
+      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both of the
+        bundled model. Without one, that phase has no learned gate.
       text: UTF-8 file to measure on; None: Python source that the bundled model has not seen.
       policies: how many blocks are kept (policies; what they rank by is left to the methods).
       methods: what ranks the blocks.
@@ -81,7 +82,7 @@ def evaluate(config: EvalConfig) -> list[Score]:
 
     place = str(tiny_lm.path()) if config.model == tiny_lm.NAME else config.model
     text = (config.text or tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
-    model = from_pretrained(place, config.gates, dtype=config.dtype or DType.default())
+    model = from_pretrained(place, tiny_lm.locate_gates(config.gates), dtype=config.dtype or DType.default())
     rows = make_rows(config, load_tokenizer(place), text, model.config.vocab_size)
     console, scores = Console(), []
     settings = [Setting(policy_name(policy), policy) for policy in config.policies]

@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import seer_jax
-from seer_jax import Generated, Transformer, cli, from_pretrained, load_tokenizer, stream
-from seer_jax.commands import parse_policy, write_policy
+from seer_jax import Generated, Transformer, cli, from_pretrained, load_tokenizer, stream, tiny_lm
+from seer_jax.commands import GenerateConfig, parse_policy, write_policy
 from seer_jax.convert import load_gates, save_base, save_gates
 from seer_jax.policies import (
     CumulativeMass,
@@ -189,6 +189,12 @@ POLICIES = [
     ("budget:4096:window", TokenBudget(4096, SinkWindow())),
     ("threshold:0.5:random", Threshold(0.5, Random())),
 ]
+
+
+def test_a_name_stands_for_the_bundled_model_and_its_gates():
+    config = cli._located(GenerateConfig(gates=("here", "tiny-lm")))
+    assert config.model == str(tiny_lm.path())
+    assert config.gates == ("here", *(str(tiny_lm.path() / "gates" / kind) for kind in ("prefill", "decode")))
 
 
 @pytest.mark.parametrize(("text", "policy"), POLICIES, ids=[text for text, _ in POLICIES])

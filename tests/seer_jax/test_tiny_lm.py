@@ -10,8 +10,20 @@ import pytest
 
 from seer_jax import tiny_lm
 from seer_jax.convert import load_base, verify_logits
-from seer_jax.evaluate import passkey_prompts, perplexity, score_prompts, text_windows
+from seer_jax.evaluate import (
+    Method,
+    Phase,
+    Rows,
+    Setting,
+    compare,
+    passkey_prompts,
+    perplexity,
+    score_prompts,
+    text_windows,
+)
 from seer_jax.model import Transformer
+from seer_jax.policies import TopK
+from seer_jax.pretrained import from_pretrained
 from seer_jax.text import Tokenizer
 from seer_jax.tiny_lm.corpus import HELD_OUT, training_rows
 
@@ -41,6 +53,21 @@ def test_logits_are_those_of_transformers(model: Transformer):
     report = verify_logits(model, tiny_lm.path() / "logits_check.safetensors")
     assert report.passed
     assert report.relative_error < 1e-5
+
+
+def test_the_bundled_gates_find_what_a_window_misses(text: np.ndarray, tokenizer: Tokenizer):
+    """With a fifth of the blocks, against the first block and the latest ones: better text from prompts, and the pass key."""
+    model = from_pretrained(tiny_lm.path(), tuple(tiny_lm.gates().values()), dtype="float32")
+    prompts = passkey_prompts(tokenizer, text, WORDS["eval"], length=2048, count=1, vocab_size=4096)
+    rows, methods = Rows(text_windows(text, 2048, 1), prompts), (Method.GATE, Method.WINDOW)
+    scores = {(s.phase, s.method): s for s in compare(model, rows, [Setting("20%", TopK(0.2))], methods=methods)}
+    for phase in Phase:
+        gate, window = (scores[phase, method] for method in methods)
+        assert gate.kept <= 1.02 * window.kept < 0.3
+        if phase is Phase.PREFILL:
+            assert gate.perplexity < window.perplexity
+        else:
+            assert gate.passkey == 1 and window.passkey == 0
 
 
 def test_the_text_is_tokenised_as_it_was(text: np.ndarray):
