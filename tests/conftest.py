@@ -7,7 +7,7 @@ from collections.abc import Iterator
 # The CPU unless a GPU is asked for: SEER_JAX_TEST_PLATFORM=cuda make test EXTRA=cuda13
 os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
 # Warpgroups of an interpreted kernel that wait for each other each take one of XLA's threads, of which two cores would have too few.
-os.environ.setdefault("PJRT_NPROC", "16")
+os.environ.setdefault("PJRT_NPROC", "4")
 # No test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

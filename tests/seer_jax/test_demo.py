@@ -18,7 +18,7 @@ def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
     pytest.importorskip("matplotlib")
     out = io.StringIO()
     config = DemoConfig(
-        output=tmp_path, densities=(0.5,), length=1024, steps=2, windows=1, passkeys=1, decoded=16, new_tokens=4
+        output=tmp_path, densities=(0.5,), length=512, steps=2, windows=1, passkeys=1, decoded=16, new_tokens=4
     )
     scores = demo(config, console=Console(file=out, width=120))
     assert {(s.phase, s.method) for s in scores} == {(p, m) for p in Phase for m in (None, *Method)}

@@ -75,10 +75,9 @@ def test_the_text_is_tokenised_as_it_was(text: np.ndarray):
     assert text[:16].tolist() == REFERENCE["perplexity"]["first_tokens"]
 
 
-@pytest.mark.timeout(1800)  # the long ones take minutes, and more on a busy machine
-@pytest.mark.parametrize(
-    "length", [1024, pytest.param(4096, marks=pytest.mark.slow), pytest.param(8192, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # the whole text, as it was measured
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("length", [1024, 4096, 8192])
 def test_perplexity_to_four_digits(model: Transformer, text: np.ndarray, length: int):
     expected = next(row for row in REFERENCE["perplexity"]["dense"] if row["length"] == length)
     windows = text_windows(text, length)
