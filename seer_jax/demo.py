@@ -22,6 +22,7 @@ from seer_jax.text import Tokenizer
 from seer_jax.tiny_lm.corpus import training_rows
 
 PLOTTED_HEADS = 4
+BLOCK_SIZE, BUNDLED_BLOCK_SIZE = 32, 64
 # Few keys, asked for often: the gates then see many questions whose answer lies in one block alone.
 KEYS_PER_ROW, QUESTIONS_PER_KEY = 2, 6
 
@@ -33,7 +34,9 @@ class DemoConfig:
     Attributes:
       output: folder for scores.json, block_maps.png and the gates.
       densities: shares of the blocks to keep, in (0, 1].
-      block_size: tokens per block. Short texts want small blocks: 64, the usual size, would leave three to choose at 10%.
+      bundled_gates: take the gates that come with the model, for blocks of 64 tokens, instead of distilling new ones.
+      block_size: tokens per block; None: 32, or that of the bundled gates. Short texts want small blocks: 64, the usual size, leaves
+        three to choose at 10%.
       length: tokens of each text, in training and evaluation.
       steps: of training, one row of text each.
       learning_rate: at its peak.
@@ -46,7 +49,8 @@ class DemoConfig:
 
     output: Path = Path("seer_demo")
     densities: tuple[float, ...] = (0.1, 0.2, 0.4)
-    block_size: int = 32
+    bundled_gates: bool = False
+    block_size: int | None = None
     length: int = 2048
     steps: int = 80
     learning_rate: float = 3e-3
@@ -59,13 +63,24 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not self.densities or not all(0 < density <= 1 for density in self.densities):
             raise ValueError(f"densities are shares of the blocks, in (0, 1], at least one; got {self.densities}.")
-        if self.length < 4 * self.block_size or self.length % self.block_size:
+        if self.bundled_gates and self.tokens_per_block != BUNDLED_BLOCK_SIZE:
             raise ValueError(
-                f"length is a multiple of block_size = {self.block_size}, four or more; got {self.length}."
+                f"The bundled gates are for blocks of {BUNDLED_BLOCK_SIZE} tokens; got block_size={self.block_size}. Leave it out."
+            )
+        if self.length < 4 * self.tokens_per_block or self.length % self.tokens_per_block:
+            raise ValueError(
+                f"length is a multiple of block_size = {self.tokens_per_block}, four or more; got {self.length}."
             )
         check_at_least(1, self, "windows", "passkeys", "new_tokens")
         if self.steps < 2:
             raise ValueError(f"Training takes at least 2 steps; got {self.steps}.")
+
+    @property
+    def tokens_per_block(self) -> int:
+        """b."""
+        if self.block_size is not None:
+            return self.block_size
+        return BUNDLED_BLOCK_SIZE if self.bundled_gates else BLOCK_SIZE
 
     @property
     def evaluation(self) -> EvalConfig:
@@ -86,11 +101,12 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
     stages = Stages(console or Console())
     with stages.stage("Loading the bundled model"):
         folder = tiny_lm.path()
-        base = from_pretrained(folder, dtype="float32")
+        gates = tuple(tiny_lm.gates().values()) if config.bundled_gates else ()
+        base = from_pretrained(folder, gates, dtype="float32")
         tokenizer = Tokenizer.load(folder)
         text = (folder / "eval_text.txt").read_text(encoding="utf-8")
         rows = make_rows(config.evaluation, tokenizer, text, base.config.vocab_size)
-    model = _distil(config, stages, base, tokenizer)
+    model = base if config.bundled_gates else _distil(config, stages, base, tokenizer)
     scores = _compare(config, stages, model, rows)
     with stages.stage("Drawing block maps"):
         picture = _draw(config, model, rows)
@@ -122,8 +138,8 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
         )
     settings = DistillConfig(
         gates=Gates.BOTH,
-        prefill=PrefillGateConfig(block_size=config.block_size, gate_dim=base.config.head_dim),
-        decode=DecodeGateConfig(block_size=config.block_size, gate_dim=base.config.head_dim),
+        prefill=PrefillGateConfig(block_size=config.tokens_per_block, gate_dim=base.config.head_dim),
+        decode=DecodeGateConfig(block_size=config.tokens_per_block, gate_dim=base.config.head_dim),
         sequence_length=config.length,
         batch_size=1,
         steps=config.steps,
@@ -154,7 +170,7 @@ def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: Rows)
 def _draw(config: DemoConfig, model: Transformer, rows: Rows) -> Path:
     density = min(config.densities)
     maps = block_maps(model, rows.prompts[0].tokens, density=density)
-    title = f"A pass-key prompt of {rows.length} tokens, blocks of {config.block_size}; the gate keeps {density:.0%} of the blocks"
+    title = f"A pass-key prompt of {rows.length} tokens, blocks of {config.tokens_per_block}; the gate keeps {density:.0%} of the blocks"
     heads = far_sighted_heads(maps, PLOTTED_HEADS)
     return plot_block_maps(config.output / "block_maps.png", maps, heads, title=title)
 
@@ -199,8 +215,11 @@ def _tell(
     stages.say(
         f"  {path}  every number above, and more of them\n  {picture}  true block map, gate's map and kept blocks"
     )
-    gates = [str(config.output / f"{kind}_gate") for kind in ("prefill", "decode")]
-    stages.say(f"  {'  '.join(gates)}  the gates; try them:")
+    gates = [tiny_lm.NAME]
+    if not config.bundled_gates:
+        gates = [str(config.output / f"{kind}_gate") for kind in ("prefill", "decode")]
+        stages.say(f"  {'  '.join(gates)}  the gates")
     stages.say(
+        "Try the gates:\n"
         f"  seer-jax generate --gates {' '.join(gates)} --prefill topk:0.5 --decode topk:0.5 --prompt 'def main('"
     )

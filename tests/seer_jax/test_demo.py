@@ -27,13 +27,26 @@ def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
     assert len(written["scores"]) == len(scores)
     assert written["config"]["steps"] == 2
     assert (tmp_path / "block_maps.png").read_bytes().startswith(b"\x89PNG")
-    assert load_gates(tmp_path / "prefill_gate").config.block_size == config.block_size
-    assert load_gates(tmp_path / "decode_gate").config.block_size == config.block_size
+    assert load_gates(tmp_path / "prefill_gate").config.block_size == config.tokens_per_block
+    assert load_gates(tmp_path / "decode_gate").config.block_size == config.tokens_per_block
     for words in ("learned", "sink+window", "oracle", "perplexity: among how many", "continued greedily", "Took"):
         assert words in out.getvalue()
 
 
+@pytest.mark.slow
+def test_the_bundled_gates_need_no_training(tmp_path: Path):
+    out = io.StringIO()
+    config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.2,), windows=1, passkeys=1)
+    scores = demo(config, console=Console(file=out, width=120))
+    of = {(s.phase, s.method): s for s in scores}
+    assert of[Phase.DECODE, Method.GATE].passkey == 1 > of[Phase.DECODE, Method.WINDOW].passkey
+    assert "Distilling" not in out.getvalue() and "--gates tiny-lm" in out.getvalue()
+    assert not (tmp_path / "prefill_gate").exists()
+
+
 BAD = [
+    (dict(bundled_gates=True, block_size=32), "for blocks of 64 tokens; got block_size=32. Leave it out"),
+    (dict(bundled_gates=True, length=2080), "multiple of block_size = 64.*got 2080"),
     (dict(densities=()), r"at least one; got \(\)"),
     (dict(densities=(0.0,)), r"\(0, 1\].*got \(0.0,\)"),
     (dict(length=100), "length is a multiple of block_size = 32.*got 100"),
