@@ -33,8 +33,8 @@ hypothesis.settings.load_profile("seer_jax")
 
 @pytest.fixture(scope="module")
 def compile_quickly() -> Iterator[None]:
-    """For tests that compile many programs and run each for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """For tests that compile many programs and run each for a moment; on a GPU the programs are what users run."""
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

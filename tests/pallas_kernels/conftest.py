@@ -13,6 +13,11 @@ for module in ("comparison", *(f"suite_{name}" for name in SUITES)):
     pytest.register_assert_rewrite(f"tests.pallas_kernels.{module}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly: None) -> None:
+    """Every module here compiles many small programs."""
+
+
 @pytest.fixture
 def interpreted() -> Iterator[None]:
     """Runs Mosaic GPU kernels in JAX's interpreter, and fails where it sees a race."""

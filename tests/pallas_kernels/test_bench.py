@@ -26,7 +26,6 @@ from tests.pallas_kernels.comparison import KEY, listed_blocks
 
 HEADS = Heads(4, 2, 64)
 RAGGED = Case("ragged", HEADS, 128, batch=2, density=0.5, lengths=(128, 70))
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from tests.seer_jax import planted
 PAIRS = 8
 CASES = [(512, 16), (1024, 16), (2048, 32), (4096, 64)]  # tokens, block size
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

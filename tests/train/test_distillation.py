@@ -24,6 +24,8 @@ from seer_jax.train.tasks import Distillation, LanguageModelling
 from seer_jax.train.tokens import TokenStore
 from tests.train.tiny import BLOCK, CONFIG, DECODE, LENGTH, PREFILL, distill_config, make_model, make_rows
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 @functools.cache
 def model_with_gates():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -31,6 +32,8 @@ from tests.train.killable_run import CONFIG as RUN
 from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def ignore(_: StepReport) -> None:
@@ -112,7 +115,11 @@ def kill_when(condition, folder: Path) -> bool:
     """Starts the run in a process of its own and kills it when `condition()` holds; False if it ended before."""
     log = (folder.parent / f"{folder.name}.log").open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.train.killable_run", folder], cwd=ROOT, stderr=log, stdout=log
+        [sys.executable, "-m", "tests.train.killable_run", folder],
+        cwd=ROOT,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # four programs, each run for a moment
+        stderr=log,
+        stdout=log,
     )
     try:
         while process.poll() is None:
