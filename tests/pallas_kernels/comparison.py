@@ -1,5 +1,6 @@
 """How results are compared, and the definitions once more, in plain loops over numpy arrays."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import BlockIndices
+from pallas_kernels.hopper import assume_hopper
 
 # Compiles several times faster than the default generator.
 KEY = jax.random.key(0, impl="rbg")
@@ -133,6 +135,15 @@ def shapes(case: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {name: x for name, x in arguments.items() if name not in static}
 
     return jax.eval_shape(arrays, KEY), static
+
+
+def assert_lowers_for_cuda(operation: Callable[..., Any], case: Any, **settings: Any) -> None:
+    """A case passes the whole of Mosaic's own lowering: layouts, shared memory, limits of the copy engine."""
+    arguments, static = shapes(case)
+    call = functools.partial(operation, **static, **settings, implementation="mosaic_gpu")
+    with assume_hopper():
+        lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 def memory(function: Callable[..., Any], *arguments: Any) -> Any:

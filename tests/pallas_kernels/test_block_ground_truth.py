@@ -1,7 +1,6 @@
 """`attention_with_block_scores`: its implementations, the memory they take, and what it says to wrong calls."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from pallas_kernels.block_ground_truth.cases import REAL, Case
 from pallas_kernels.hopper import assume_hopper
 from pallas_kernels.shapes import Heads
 from tests.pallas_kernels import suite_ground_truth as suite
-from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, memory, shapes
+from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda, memory, shapes
 
 
 class TestReference(suite.Definition):
@@ -40,12 +39,7 @@ class TestMosaicGpuInterpreted(suite.HalfPrecision):
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_mosaic_gpu_lowers_for_cuda(case: Case):
-    """The whole of Mosaic's own lowering at real sizes: layouts, shared memory, limits of the copy engine."""
-    arguments, static = shapes(case)
-    call = functools.partial(attention_with_block_scores, **static, implementation="mosaic_gpu")
-    with assume_hopper():
-        lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(attention_with_block_scores, case)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`pool_blocks`: its implementations, and what it says to wrong calls."""
 
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from pallas_kernels import pool_blocks
 from pallas_kernels.block_pooling.cases import REAL, Case
 from pallas_kernels.hopper import assume_hopper
 from tests.pallas_kernels import suite_pooling as suite
-from tests.pallas_kernels.comparison import assert_bitwise_equal, shapes
+from tests.pallas_kernels.comparison import assert_bitwise_equal, assert_lowers_for_cuda
 
 
 class TestReference(suite.Definition):
@@ -35,11 +34,7 @@ class TestMosaicGpuInterpreted(suite.Conformance):
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_mosaic_gpu_lowers_for_cuda(case: Case):
-    arguments, static = shapes(case)
-    call = functools.partial(pool_blocks, **static, implementation="mosaic_gpu")
-    with assume_hopper():
-        lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(pool_blocks, case)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from pallas_kernels.block_sparse_attention.cases import REAL, Case
 from pallas_kernels.hopper import assume_hopper
 from pallas_kernels.shapes import Heads
 from tests.pallas_kernels import suite_block_sparse as suite
-from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, assert_within_rounding, memory, shapes
+from tests.pallas_kernels.comparison import (
+    KEY,
+    assert_bitwise_equal,
+    assert_lowers_for_cuda,
+    assert_within_rounding,
+    memory,
+    shapes,
+)
 
 
 class TestReference(suite.Definition):
@@ -43,12 +50,7 @@ class TestMosaicGpuInterpreted(suite.HalfPrecision):
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
 def test_mosaic_gpu_lowers_for_cuda(case: Case):
-    """The whole of Mosaic's own lowering at real sizes: layouts, shared memory, limits of the copy engine."""
-    arguments, _ = shapes(case)
-    call = functools.partial(block_sparse_attention, density=case.density, return_lse=True, implementation="mosaic_gpu")
-    with assume_hopper():
-        lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(block_sparse_attention, case, density=case.density, return_lse=True)
 
 
 @pytest.mark.parametrize(
