@@ -2,7 +2,7 @@
 
 Distils both gates from the same passes over Python's standard library (less what evaluation is cut from) at the model's whole context,
 saves them in bfloat16, and measures what was saved on held-out text: how much of the true block scores the kept blocks hold, layer by layer
-and beside the best choice of as many blocks, perplexity, and pass keys.
+and beside the best choice of as many blocks, perplexity, and pass keys; with the gates that training starts from, too.
 """
 
 import argparse
@@ -14,14 +14,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import seer_jax
 from seer_jax import tiny_lm
 from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig
 from seer_jax.convert import save_gates
 from seer_jax.convert.hub import read_config
-from seer_jax.evaluate import Phase, Setting, block_maps, compare
+from seer_jax.evaluate import Method, Setting, block_maps, compare
 from seer_jax.evaluate.run import EvalConfig, make_rows, score_line
+from seer_jax.model import Transformer
 from seer_jax.policies import TopK
 from seer_jax.tiny_lm.corpus import training_rows
 from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
@@ -36,10 +38,11 @@ def train(to: Path, library: Path | None) -> dict:
     base = seer_jax.from_pretrained(tiny_lm.path(), dtype="float32")
     tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
     text = training_rows(tokenizer, base.config.vocab_size, length=LENGTH, count=ROWS, keys=4, questions=6, library=library)
+    prefill, decode = _configs(base)
     config = DistillConfig(
         gates=Gates.BOTH,
-        prefill=PrefillGateConfig(gate_dim=base.config.head_dim),
-        decode=DecodeGateConfig(gate_dim=base.config.head_dim),
+        prefill=prefill,
+        decode=decode,
         sequence_length=LENGTH,
         batch_size=BATCH,
         micro_batch_size=BATCH,
@@ -57,8 +60,7 @@ def train(to: Path, library: Path | None) -> dict:
     return {"device": jax.devices()[0].device_kind, "seconds": seconds, "tokens": STEPS * BATCH * LENGTH, **{k: float(v) for k, v in reports[-1].metrics.items()}}
 
 
-def measure(gates: Path) -> dict:
-    model = seer_jax.from_pretrained(tiny_lm.path(), [gates / "prefill", gates / "decode"], dtype="float32")
+def measure(model: Transformer, methods: tuple[Method, ...]) -> dict:
     tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
     text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
     rows = make_rows(EvalConfig(length=LENGTH, windows=4, passkeys=9), tokenizer, text, model.config.vocab_size)
@@ -66,13 +68,27 @@ def measure(gates: Path) -> dict:
     for density in DENSITIES:
         maps = [jax.device_get(block_maps(model, window, density=density)) for window in rows.windows]
         kept, best = zip(*(_held(m.true, m.kept) for m in maps))
-        layers[f"{density:g}"] = {"kept": np.mean(kept, 0).round(4).tolist(), "best": np.mean(best, 0).round(4).tolist()}
+        layers[f"{density:g}"] = {name: [round(float(x), 4) for x in np.mean(shares, 0)] for name, shares in (("kept", kept), ("best", best))}
         print(density, layers[f"{density:g}"], flush=True)
     scores = []
-    for score in compare(model, rows, [Setting(f"{d:.0%}", TopK(d)) for d in DENSITIES], phases=tuple(Phase), batch_size=13):
+    for score in compare(model, rows, [Setting(f"{d:.0%}", TopK(d)) for d in DENSITIES], methods=methods, batch_size=13):
         print(score_line(score), flush=True)
         scores.append(dataclasses.asdict(score))
-    return {"share_of_block_scores_by_layer": layers, "scores": scores}
+    return {"device": jax.devices()[0].device_kind, "share_of_block_scores_by_layer": layers, "scores": scores}
+
+
+def untrained() -> Transformer:
+    """The model with the gates that training starts from."""
+    model = seer_jax.from_pretrained(tiny_lm.path(), dtype="float32")
+    rngs = nnx.Rngs(0)
+    for config in _configs(model):
+        model.add_gate(config, rngs=rngs)
+    return model
+
+
+def _configs(model: Transformer) -> tuple[PrefillGateConfig, DecodeGateConfig]:
+    dim = model.config.head_dim
+    return PrefillGateConfig(gate_dim=dim), DecodeGateConfig(gate_dim=dim)
 
 
 def _held(true: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,5 +111,8 @@ if __name__ == "__main__":
         report["training"] = train(arguments.to, arguments.library)
         path.write_text(json.dumps(report, indent=1))
     if arguments.only != "train":
-        report |= measure(arguments.to)
+        report["untrained"] = measure(untrained(), (Method.GATE,))
+        path.write_text(json.dumps(report, indent=1))
+        trained = seer_jax.from_pretrained(tiny_lm.path(), [arguments.to / "prefill", arguments.to / "decode"], dtype="float32")
+        report["trained"] = measure(trained, tuple(Method))
         path.write_text(json.dumps(report, indent=1))
