@@ -23,14 +23,17 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def store_inside(x: Array, ref: Any, *start: Array, layout: Any, interpreted: bool) -> None:
-    """Writes a tile to `ref` from `start` on, as far as it lies within it.
+    """Writes a tile to `ref` from `start` (if left out, its first number) on, as far as it lies within it.
 
     Args:
       x: in `layout`. Where a number is in several threads, each one writes it.
       ref: of as many axes as x.
     """
     if interpreted:
-        ref[tuple(pl.ds(*place) for place in zip(start, x.shape, strict=True))] = x
+        if start:
+            ref[tuple(pl.ds(*place) for place in zip(start, x.shape, strict=True))] = x
+        else:
+            ref[...] = x[tuple(slice(0, size) for size in ref.shape)]
         return
     types = layout, *(SCALAR for _ in start), plgpu.RefType()
     plgpu.inline_mgpu(arg_types=types)(_store_inside)(x, *start, ref)

@@ -136,6 +136,13 @@ class Rings:
         return dataclasses.replace(state, out=out)
 
 
+def positive_scale(q: Array, scale: float) -> tuple[Array, float]:
+    """The same scores with a scale above 0: the kernels take the maximum of the scores before they scale them."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
+
+
 def mask(scores: Array, visible: Array, first: Array | None = None) -> Array:
     """-inf for the keys that a query must not see.
 

@@ -247,23 +247,24 @@ def decode_attention(
     start = 0 if gate is None else gate.config.start_layer
     lengths = cache.lengths + 1
 
+    def attend(blocks: BlockIndices | None) -> Float[Array, "B 1 H D"]:
+        # A slice of this layer would be a copy of its whole cache, which takes longer than reading it.
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
+        rows = layer * len(lengths) + jnp.arange(len(lengths))
+        out = sparse_decode_attention(q_rotated[:, 0], keys, values, blocks, lengths=lengths, cache_rows=rows)
+        assert isinstance(out, jax.Array)  # without return_lse
+        return out[:, None]
+
     def dense() -> tuple[jax.Array, jax.Array]:
-        keys, values = cache.keys[layer], cache.values[layer]
-        out = jax.nn.dot_product_attention(q_rotated, keys, values, key_value_seq_lengths=lengths)
-        return out, jnp.ones(q.shape[0])
+        return attend(None), jnp.ones(q.shape[0])
 
     if isinstance(policy, Dense):
         return dense()
 
     def sparse() -> tuple[jax.Array, jax.Array]:
         blocks = _select_decode(policy, gate, layer, q, q_rotated, cache)
-        # A slice of this layer would be a copy of its whole cache, which takes longer than reading the few blocks.
-        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
-        rows = layer * len(lengths) + jnp.arange(len(lengths))
-        out = sparse_decode_attention(q_rotated[:, 0], keys, values, blocks, lengths=lengths, cache_rows=rows)
-        assert isinstance(out, jax.Array)  # without return_lse
         visible = cache.lengths // blocks.block_size + 1
-        return out[:, None], blocks.counts.mean(1) / visible
+        return attend(blocks), blocks.counts.mean(1) / visible
 
     return jax.lax.cond(layer < start, dense, sparse) if start else sparse()
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.block_ground_truth.kernel import Call, ground_truth_kernel
-from pallas_kernels.flash_tiles import LOG2_E, QUERIES
+from pallas_kernels.flash_tiles import LOG2_E, QUERIES, positive_scale
 from pallas_kernels.hopper import interpreter, require_hopper
 
 TOKENS = 8  # the copy engine takes tokens in groups of so many
@@ -54,8 +54,7 @@ def _attend(
     segment_ids: Int[Array, "B S"],
     query_offset: Int[Array, ""],
 ) -> tuple:
-    if scale <= 0:  # the kernel takes the maximum of the products before it scales them
-        q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
+    q, scale = positive_scale(q, scale)
     rows, key_blocks = q.shape[1], -(-k.shape[1] // block_size)
     bounds = _bounds(segment_ids, query_offset, rows, block_size)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, k, v))

@@ -13,7 +13,7 @@ from pallas_kernels.block_sparse_attention.ring import Ring, Sharing, ring_kerne
 from pallas_kernels.block_sparse_attention.solo import Solo, solo_kernel
 from pallas_kernels.block_sparse_attention.tile import Shape
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.flash_tiles import LOG2_E
+from pallas_kernels.flash_tiles import LOG2_E, positive_scale
 from pallas_kernels.hopper import interpreter, require_hopper
 
 TOKENS = 8  # the copy engine takes tokens in groups of so many
@@ -117,8 +117,7 @@ def _forward(
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    if scale <= 0:  # the kernels take the maximum of the scores before they scale them
-        q, scale = (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
+    q, scale = positive_scale(q, scale)
     num_queries = q.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, k, v))
     batch, padded, heads, head_dim = q.shape

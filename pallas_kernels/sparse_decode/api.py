@@ -7,14 +7,14 @@ from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_attention_inputs, check_integers, check_shape, resolve_scale
 
-_run = Operation("sparse_decode_attention", "pallas_kernels.sparse_decode")
+_run = Operation("sparse_decode_attention", "pallas_kernels.sparse_decode", preferred=("mosaic_gpu", "xla"))
 
 
 def sparse_decode_attention(
     q: Float[Array, "B H D"],
     k: Float[Array, "P S K D"],
     v: Float[Array, "P S K D"],
-    blocks: BlockIndices,
+    blocks: BlockIndices | None,
     *,
     lengths: Int[Array, "B"],
     cache_rows: Int[Array, "B"] | None = None,
@@ -33,13 +33,14 @@ def sparse_decode_attention(
       k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in
         the listed blocks, also beyond `lengths`. P is B, unless
         `cache_rows` is given.
-      blocks: lists of key blocks, counts [B, K] and indices [B, K, N].
+      blocks: lists of key blocks, counts [B, K] and indices [B, K, N]; None: every key, dense attention.
       lengths: number of keys of each sequence, the newest token included, S at most; 0 for a row that is not in use.
       cache_rows: which of the P rows of k and v each sequence reads, 0 to P - 1; None: its own. With the caches of all layers
         as one array of L * B rows, a layer reads its own without a copy: layer * B + arange(B).
       scale: factor on the scores; 1 / sqrt(D) if None.
       return_lse: also return the log of the sum of exp(scores), natural logarithm.
-      implementation: "reference", "xla", or None for the best that works here.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, S a multiple of 8; has no
+        gradients), or None for the best that works here.
 
     Returns:
       out [B, H, D] of q's dtype, or (out, lse [B, H] float32).
@@ -62,7 +63,8 @@ def sparse_decode_attention(
     if cache_rows is None:
         cache_rows = jnp.arange(batch)
     check_integers(name, "cache_rows", cache_rows, "[B]", (batch,))
-    check_shape(name, "blocks.counts", blocks.counts, "[B, K]", (batch, k.shape[2]))
+    if blocks is not None:
+        check_shape(name, "blocks.counts", blocks.counts, "[B, K]", (batch, k.shape[2]))
     check_integers(name, "lengths", lengths, "[B]", (batch,))
     out, lse = _run(
         implementation,

@@ -62,3 +62,11 @@ TINY = (
     Case("long-lists", Heads(4, 2, 64), 1300, density=0.9, dtype="float32", block_size=16),
     Case("bf16", Heads(4, 1, 128), 600, batch=2, density=0.4, lengths=(600, 77)),
 )
+
+HALF = (
+    Case("half-group-of-4", Heads(8, 2, 128), 296, batch=2, density=0.4, lengths=(296, 77)),
+    Case("half-no-groups", Heads(2, 2, 64), 160, density=0.5, block_size=16, dtype="float16"),
+    Case("half-group-of-12", Heads(12, 1, 64), 320, density=0.5, block_size=128),
+    Case("half-ragged", Heads(4, 2, 128), 160, batch=3, density=0.6, block_size=32, lengths=(33, 0, 160)),
+    Case("half-many-tiles", Heads(2, 1, 64), 704, density=0.9),
+)

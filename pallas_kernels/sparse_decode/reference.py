@@ -11,7 +11,7 @@ def sparse_decode_attention(
     q: Float[Array, "B H D"],
     k: Float[Array, "P S K D"],
     v: Float[Array, "P S K D"],
-    blocks: BlockIndices,
+    blocks: BlockIndices | None,
     *,
     lengths: Int[Array, "B"],
     cache_rows: Int[Array, "B"],
@@ -20,9 +20,13 @@ def sparse_decode_attention(
     """See the function of this name in api.py."""
     num_keys, group = k.shape[1], q.shape[1] // k.shape[2]
     k, v = (jnp.repeat(x[cache_rows].astype(jnp.float32), group, axis=2) for x in (k, v))
-    listed = blocks.to_mask(-(-num_keys // blocks.block_size))  # [B, K, Sb]
-    listed = jnp.repeat(listed, blocks.block_size, axis=2)[:, :, :num_keys]
-    mask = jnp.repeat(listed, group, axis=1) & (jnp.arange(num_keys)[None] < lengths[:, None])[:, None]  # [B, H, S]
+    mask = jnp.broadcast_to(
+        (jnp.arange(num_keys)[None] < lengths[:, None])[:, None], (*q.shape[:2], num_keys)
+    )  # [B, H, S]
+    if blocks is not None:
+        listed = blocks.to_mask(-(-num_keys // blocks.block_size))  # [B, K, Sb]
+        listed = jnp.repeat(listed, blocks.block_size, axis=2)[:, :, :num_keys]
+        mask &= jnp.repeat(listed, group, axis=1)
 
     scores = scale * jnp.einsum("bhd,bshd->bhs", q.astype(jnp.float32), k, precision="highest")
     scores = jnp.where(mask, scores, -jnp.inf)

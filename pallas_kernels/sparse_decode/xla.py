@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.attend_rows import Rows, Tiling, attend_rows
 from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.checks import BLOCK_SIZES
 
 _KEYS_PER_STEP = 512  # a row has few queries, so it can take many keys at a time
 
@@ -17,7 +18,7 @@ def sparse_decode_attention(
     q: Float[Array, "B H D"],
     k: Float[Array, "P S K D"],
     v: Float[Array, "P S K D"],
-    blocks: BlockIndices,
+    blocks: BlockIndices | None,
     *,
     lengths: Int[Array, "B"],
     cache_rows: Int[Array, "B"],
@@ -26,6 +27,8 @@ def sparse_decode_attention(
     """See the function of this name in api.py."""
     (batch, heads, head_dim), (_, num_keys, kv_heads, _) = q.shape, k.shape
     group = heads // kv_heads
+    if blocks is None:
+        blocks = _every_block(lengths, num_keys, kv_heads)
     start = cache_rows[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)[None]
     rows = Rows(
         counts=blocks.counts.reshape(-1),
@@ -36,3 +39,11 @@ def sparse_decode_attention(
     tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
     out, lse = attend_rows(q.reshape(-1, group, head_dim), k, v, rows, tiling)
     return out.reshape(q.shape), lse.reshape(batch, heads)
+
+
+def _every_block(lengths: Int[Array, "B"], num_keys: int, kv_heads: int) -> BlockIndices:
+    """Lists of all blocks that hold keys."""
+    size = BLOCK_SIZES[-1]
+    counts = jnp.broadcast_to(-(-lengths // size)[:, None], (len(lengths), kv_heads))
+    indices = jnp.arange(-(-num_keys // size), dtype=jnp.int32)
+    return BlockIndices(counts, jnp.broadcast_to(indices, (*counts.shape, len(indices))), size)

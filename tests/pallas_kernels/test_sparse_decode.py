@@ -1,5 +1,6 @@
 """`sparse_decode_attention`: its implementations, the memory they take, and what it says to wrong calls."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockIndices, sparse_decode_attention
-from pallas_kernels.sparse_decode.cases import REAL, Case
+from pallas_kernels.hopper import assume_hopper
+from pallas_kernels.shapes import Heads
+from pallas_kernels.sparse_decode import mosaic_gpu
+from pallas_kernels.sparse_decode.cases import HALF, REAL, Case
 from tests.pallas_kernels import suite_decode as suite
-from tests.pallas_kernels.comparison import memory, shapes
+from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda, memory, shapes
 
 
 class TestReference(suite.Definition):
@@ -19,6 +23,51 @@ class TestReference(suite.Definition):
 
 class TestXla(suite.Conformance):
     implementation = "xla"
+
+
+@pytest.mark.gpu
+class TestMosaicGpu(suite.HalfPrecision):
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("interpreted")
+class TestMosaicGpuInterpreted(suite.HalfPrecision):
+    """Without a GPU, and with a look-out for races between copies and reads."""
+
+    implementation = "mosaic_gpu"
+
+
+@pytest.mark.parametrize("case", [*REAL, *HALF], ids=lambda case: case.name)
+def test_mosaic_gpu_lowers_for_cuda(case: Case):
+    assert_lowers_for_cuda(sparse_decode_attention, case, return_lse=True)
+
+
+@pytest.mark.parametrize(
+    ("lists", "tiles", "parts"),
+    [(8, 51, 64), (64, 205, 16), (128, 52, 8), (512, 52, 2), (1024, 52, 1), (1, 1, 1), (1, 3, 4), (1, 2048, 64)],
+)
+def test_mosaic_gpu_splits_lists(lists: int, tiles: int, parts: int):
+    assert mosaic_gpu.choose_parts(lists, tiles) == parts
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float32"}, "takes bfloat16 and float16; got float32"),
+        ({"heads": Heads(2, 1, 32)}, "takes head dims 64 and 128; got 32"),
+        ({"heads": Heads(65, 1, 64)}, "takes groups of at most 64 query heads; got 65"),
+        ({"num_keys": 60}, "takes caches of a multiple of 8 tokens; got 60"),
+    ],
+)
+def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str):
+    arguments = dataclasses.replace(Case("small", Heads(2, 1, 64), 64), **changes).arguments(KEY)
+    with assume_hopper():
+        with pytest.raises(NotImplementedError, match=message):
+            sparse_decode_attention(**arguments, implementation="mosaic_gpu")
+        assert_bitwise_equal(
+            sparse_decode_attention(**arguments), sparse_decode_attention(**arguments, implementation="xla")
+        )
 
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
