@@ -18,11 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
 WARM_UP = 0.2  # seconds: an idle GPU takes a while to reach its clock
 LONG = 1.0  # seconds: a call that takes longer is not repeated as often
 QUEUED_BYTES = 2**32  # of results that wait in memory at once
+GIB = 2**30
+MEMORY_SHARE = 0.9  # of the device's memory; the rest is for what programs need besides
+PROGRAM_SECONDS = 4e-3  # of a program that holds many calls: against this the host's dispatch is nothing
+LAUNCH_SECONDS = 5e-6  # about what a short call takes besides reading
+FEWEST_CALLS = 4  # in the body of a loop, whose result may be copied once
+BEYOND_CACHE = 2e8  # bytes, four times the L2 cache of an H200: after so many, nothing of them is left in it
+COPIED_BYTES = 2**30
+COPIES = 16
 
 
 class Timing(NamedTuple):
@@ -37,6 +46,10 @@ class Timing(NamedTuple):
     milliseconds: float
     spread: float
     calls: int
+
+    def divided(self, calls: int) -> "Timing":
+        """Of one call, where what was timed holds so many."""
+        return Timing(self.milliseconds / calls, self.spread, self.calls * calls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +95,95 @@ def time_calls(function: Callable[..., Any], *arguments: Any, seconds: float = 0
     return Timing(1e3 * middle, (max(times) - min(times)) / middle, calls)
 
 
+def time_chain(
+    step: Callable[[Any, Any, Any], Any], state: Any, shared: Any, operands: Sequence[Any], *, seconds: float
+) -> Timing:
+    """Times calls that are too short to be dispatched one by one: many of them, in one compiled program.
+
+    The program computes state = step(state, shared, operand) for each operand in turn, again and again. Each call needs the
+    result of the one before it, so that none can be left out, moved out of the loop, or run beside another.
+
+    Args:
+      step: returns arrays of the shapes and dtypes of `state`.
+      state: what the first call takes.
+      shared: arrays that all calls read; they are passed on as they are.
+      operands: arrays of one call each. What a call makes of them is made anew each time.
+      seconds: about what a call takes.
+    """
+    operands = list(operands) * -(-FEWEST_CALLS // len(operands)) if jax.default_backend() != "cpu" else list(operands)
+    rounds = rounds_of(len(operands), seconds)
+
+    @jax.jit
+    def program(state: Any, shared: Any, operands: Sequence[Any]) -> Any:
+        def once(_: Any, state: Any) -> Any:
+            for operand in operands:
+                state, operand = jax.lax.optimization_barrier((state, operand))
+                state = step(state, shared, operand)
+            return state
+
+        return jax.lax.fori_loop(0, rounds, once, state)
+
+    return time_calls(program, state, shared, operands).divided(rounds * len(operands))
+
+
+def rounds_of(calls: int, seconds: float) -> int:
+    """How often a program repeats so many calls of about `seconds` each to take a few milliseconds."""
+    if jax.default_backend() == "cpu":
+        return 1
+    return max(1, math.ceil(PROGRAM_SECONDS / (calls * (seconds + LAUNCH_SECONDS))))
+
+
+def calls_beyond_cache(bytes_each: float, most: int) -> int:
+    """How many calls, each on data of its own, take turns so that none finds its data in the L2 cache; `most` if more are needed."""
+    wanted = 2 if jax.default_backend() == "cpu" else math.ceil(BEYOND_CACHE / bytes_each)
+    return max(1, min(wanted, most))
+
+
+@functools.cache
+def copy_rate() -> float:
+    """Bytes per second that a large copy on this device reads and writes, both counted."""
+    size = COPIED_BYTES if jax.default_backend() != "cpu" else COPIED_BYTES // 2**7
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def copies(x: jax.Array) -> jax.Array:  # plus 1, since a plain copy could be left out
+        return jax.lax.fori_loop(0, COPIES, lambda _, x: x + 1, x)
+
+    latest = [jnp.zeros(size // 4, jnp.int32)]
+
+    def run() -> jax.Array:
+        latest[:] = [copies(*latest)]
+        return latest[0]
+
+    return 2 * size * COPIES / time_calls(run).milliseconds * 1e3
+
+
+def floor_results(milliseconds: float, read: float) -> dict[str, float | None]:
+    """What a time is worth beside the time in which a copy reads and writes as many bytes as must be read."""
+    floor = read / copy_rate() * 1e3
+    return {
+        "floor_milliseconds": floor,
+        "times_floor": milliseconds / floor,
+        "read_gib": read / GIB,
+        "copy_terabytes": copy_rate() / 1e12,
+    }
+
+
+def memory_limit() -> int | None:
+    """Bytes that JAX may use on the device, where it tells."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def too_large(needed: float) -> str | None:
+    """Why arrays of so many bytes are not tried here; None where they fit."""
+    limit = memory_limit()
+    if limit is None or needed <= MEMORY_SHARE * limit:
+        return None
+    return (
+        f"needs {needed / GIB:.1f} GiB; {MEMORY_SHARE:.0%} of the {limit / GIB:.1f} GiB that JAX may use here are "
+        f"{MEMORY_SHARE * limit / GIB:.1f} (XLA_PYTHON_CLIENT_MEM_FRACTION sets them)"
+    )
+
+
 def _run(function: Callable[..., Any], arguments: Sequence[Any], calls: int) -> float:
     """Seconds that so many calls take, one after the other."""
     queue, start = 1, time.perf_counter()
@@ -103,17 +205,21 @@ def variants(package: str, implementation: str | None) -> dict[str, Any]:
     return dict(getattr(importlib.import_module(f"{package}.{implementation}"), "CONFIGS", {}))
 
 
-def guarded(measure: Callable[[], Measurement], blank: Measurement, *, required: bool = False) -> Measurement:
+def guarded(
+    measure: Callable[[], Measurement], blank: Measurement, *, required: bool = False, must_fit: bool = True
+) -> Measurement:
     """What `measure` returns; where it cannot be had, `blank` with the reason.
 
-    What the device fails at is a failure. What is not implemented is one if it is `required`, else a note.
+    What the device fails at is a failure, for want of memory only if it `must_fit`, else a note. What is not implemented is
+    a failure if it is `required`, else a note.
     """
     try:
         return measure()
     except NotImplementedError as error:
         return dataclasses.replace(blank, **{"failure" if required else "note": first_line(error)})
     except jax.errors.JaxRuntimeError as error:
-        return dataclasses.replace(blank, failure=first_line(error))
+        small = "RESOURCE_EXHAUSTED" in str(error) and not must_fit
+        return dataclasses.replace(blank, **{"note" if small else "failure": first_line(error)})
 
 
 def first_line(error: Exception) -> str:

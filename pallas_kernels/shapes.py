@@ -1,6 +1,7 @@
 """What the named cases of the operations are made of: head shapes of real models, random inputs, block lists as sparse as theirs."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pallas_kernels.blocks import BlockIndices
+
+NUMBERS_AT_ONCE = 2**21  # of a large array, when it is drawn: little memory besides the array itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,25 @@ def random_arrays(key: PRNGKeyArray, dtype: str, **shapes: tuple[int, ...]) -> d
     flat = jax.random.normal(key, (sum(sizes),), dtype)  # one draw compiles faster than several
     parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
     return {name: part.reshape(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale"))
+def large_random_array(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, scale: float = 1.0
+) -> Float[Array, "..."]:
+    """Normal with mean 0 and standard deviation `scale`, a few rows at a time, in little more memory than it takes.
+
+    Args:
+      key: of the implementation "rbg", which draws fast.
+    """
+    rows = math.prod(shape[:-1])
+    most = max(1, NUMBERS_AT_ONCE // shape[-1])
+    parts = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
+
+    def part(key: PRNGKeyArray) -> Float[Array, "rows last"]:
+        return jax.random.normal(key, (rows // parts, shape[-1]), dtype) * scale
+
+    return jax.lax.map(part, jax.random.split(key, parts)).reshape(shape)
 
 
 def random_blocks(

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backends import Implementation
-from pallas_kernels.bench import Measurement, first_line, guarded, time_calls
+from pallas_kernels.bench import GIB, Measurement, first_line, guarded, time_calls
 from pallas_kernels.block_ground_truth.api import AttentionWithScores, attention_with_block_scores
 from pallas_kernels.block_ground_truth.cases import Case
 from pallas_kernels.block_ground_truth.sampled_check import find_fault, sampled_errors
 from pallas_kernels.block_sparse_attention.bench import dense_attention
 from pallas_kernels.shapes import Heads
-
-GIB = 2**30
 
 
 class Wanted(enum.StrEnum):

@@ -1,9 +1,8 @@
-"""Whole models with random weights: time to first token and memory."""
+"""Whole models and caches with random contents: time to first token and memory."""
 
 import dataclasses
 import enum
 import functools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,17 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.bench import Measurement, guarded, time_calls
-from pallas_kernels.shapes import Heads
-from seer_jax.cache import Cache
-from seer_jax.config import ModelConfig, PrefillGateConfig, RopeConfig, RopeKind
+from pallas_kernels.bench import GIB, Measurement, guarded, time_calls
+from pallas_kernels.shapes import Heads, large_random_array
+from seer_jax.cache import Cache, GateCache
+from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, PrefillGateConfig, RopeConfig, RopeKind
 from seer_jax.model import Transformer
 from seer_jax.policies import Dense, Policy, TopK
-
-GIB = 2**30
-ROWS_AT_ONCE = 512  # of a weight, when it is drawn: little memory besides the weight itself
 
 
 class Shape(enum.StrEnum):
@@ -68,30 +65,66 @@ def heads_of(config: ModelConfig) -> Heads:
     return Heads(config.num_heads, config.num_kv_heads, config.head_dim)
 
 
-def random_model(config: ModelConfig, *, seed: int = 0) -> Transformer:
-    """A bfloat16 model with an untrained prefill gate, drawn on the device in little more memory than it takes."""
+def random_model(
+    config: ModelConfig, *, gates: Sequence[GateConfig] = (PrefillGateConfig(),), seed: int = 0
+) -> Transformer:
+    """A bfloat16 model with untrained gates, drawn on the device in little more memory than it takes.
+
+    Weights are normal with variance 1 / fan-in.
+    """
     abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
     drawn = [
-        jnp.ones(leaf.shape, leaf.dtype) if "norm" in jax.tree_util.keystr(path) else _draw(key, leaf.shape, leaf.dtype)
+        jnp.ones(leaf.shape, leaf.dtype)
+        if "norm" in jax.tree_util.keystr(path)
+        else large_random_array(key, leaf.shape, leaf.dtype, leaf.shape[-1] ** -0.5)
         for key, (path, leaf) in zip(keys, leaves, strict=True)
     ]
     model = nnx.merge(graph, jax.tree.unflatten(structure, drawn))
-    return model.add_gate(PrefillGateConfig(), rngs=nnx.Rngs(seed))
+    for gate in gates:
+        model.add_gate(gate, rngs=nnx.Rngs(seed))
+    return model
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
-    """Normal with variance 1 / fan-in, a few rows at a time."""
-    rows = math.prod(shape[:-1])
-    parts = next(n for n in range(-(-rows // ROWS_AT_ONCE), rows + 1) if rows % n == 0)
+def random_cache(
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: DTypeLike,
+    gate: DecodeGateConfig | None,
+    *,
+    gate_scale: float = 1.0,
+    seed: int = 0,
+) -> Cache:
+    """A cache of `capacity` - 1 random tokens a row, drawn on the device in little more memory than it takes.
 
-    def part(key: PRNGKeyArray) -> Float[Array, "rows in"]:
-        return jax.random.normal(key, (rows // parts, shape[-1]), dtype) * shape[-1] ** -0.5
+    Args:
+      gate_scale: standard deviation of the compressed keys, and so of the logits that a gate with norms gives.
+    """
+    abstract = abstract_cache(config, batch, capacity, dtype, gate)
+    keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 4))
 
-    return jax.lax.map(part, jax.random.split(key, parts)).reshape(shape)
+    def draw(leaf: jax.ShapeDtypeStruct, scale: float = 1.0) -> Float[Array, "..."]:
+        return large_random_array(next(keys), leaf.shape, leaf.dtype, scale)
+
+    drawn = (
+        None if abstract.gate is None else GateCache(draw(abstract.gate.keys, gate_scale), draw(abstract.gate.pending))
+    )
+    return Cache(draw(abstract.keys), draw(abstract.values), jnp.full(batch, capacity - 1, jnp.int32), drawn)
+
+
+def abstract_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, gate: DecodeGateConfig | None
+) -> Any:
+    """A `Cache` of shapes and dtypes."""
+    return jax.eval_shape(lambda: Cache.create(config, batch, capacity, dtype, gate))
+
+
+def size_in_bytes(tree: Any) -> int:
+    """Of all arrays, or of what shapes and dtypes describe."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def first_token(

@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bench import Measurement, guarded, time_calls
 from seer_jax.bench.models import CONFIGS, Shape, check_device, memory_results, peak_bytes, random_model
 from seer_jax.bench.report import report
-from seer_jax.config import DecodeGateConfig, Gates, ModelConfig
+from seer_jax.config import DecodeGateConfig, Gates, ModelConfig, PrefillGateConfig
 from seer_jax.model import Transformer
 
 FULL_RATE = 700e12  # flop per second, about what bfloat16 products reach on an H200
@@ -58,8 +57,8 @@ def measure_training(config: TrainBench) -> Iterator[Measurement]:
       ValueError: a shape that this device is too slow for.
     """
     check_device(config.shape)
-    model = random_model(CONFIGS[config.shape], seed=config.seed)
-    model.add_gate(DecodeGateConfig(), rngs=nnx.Rngs(config.seed))
+    both = PrefillGateConfig(), DecodeGateConfig()
+    model = random_model(CONFIGS[config.shape], gates=both, seed=config.seed)
     for length in sorted(config.lengths):
         tokens = jax.random.randint(
             jax.random.key(config.seed), (config.batch_size, length), 0, model.config.vocab_size

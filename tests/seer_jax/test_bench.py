@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from pallas_kernels import attention_with_block_scores, block_sparse_attention
+from pallas_kernels import attention_with_block_scores, block_sparse_attention, shapes
 from pallas_kernels.bench import Measurement, Timing
 from pallas_kernels.block_ground_truth import bench as ground_truth_bench
 from pallas_kernels.block_ground_truth.bench import Wanted
@@ -254,7 +254,8 @@ def test_chosen_blocks_are_those_of_the_model(policy: Policy):
     assert kept[0] < 1
 
 
-def test_random_models_have_weights_of_the_right_size():
+def test_random_models_have_weights_of_the_right_size(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shapes, "NUMBERS_AT_ONCE", 2**15)  # several chunks each
     config = dataclasses.replace(CONFIGS[Shape.TINY], vocab_size=1003)  # rows that are no multiple of a chunk
     model = random_model(config, seed=3)
     assert model.dtype == jnp.bfloat16 and model.prefill_gate is not None
