@@ -96,34 +96,36 @@ def time_calls(function: Callable[..., Any], *arguments: Any, seconds: float = 0
 
 
 def time_chain(
-    step: Callable[[Any, Any, Any], Any], state: Any, shared: Any, operands: Sequence[Any], *, seconds: float
+    step: Callable[[Any, Any, Any, int], Any], state: Any, shared: Any, operands: Sequence[Any], *, seconds: float
 ) -> Timing:
     """Times calls that are too short to be dispatched one by one: many of them, in one compiled program.
 
-    The program computes state = step(state, shared, operand) for each operand in turn, again and again. Each call needs the
-    result of the one before it, so that none can be left out, moved out of the loop, or run beside another.
+    The program computes state = step(state, shared, operand, number of the operand) for each operand in turn, again and again.
+    Each call needs the result of the one before it, so that none can be left out, moved out of the loop, or run beside another.
 
     Args:
       step: returns arrays of the shapes and dtypes of `state`.
       state: what the first call takes.
-      shared: arrays that all calls read; they are passed on as they are.
+      shared: arrays of all calls, passed on as they are.
       operands: arrays of one call each. What a call makes of them is made anew each time.
       seconds: about what a call takes.
     """
-    operands = list(operands) * -(-FEWEST_CALLS // len(operands)) if jax.default_backend() != "cpu" else list(operands)
-    rounds = rounds_of(len(operands), seconds)
+    numbers = list(range(len(operands)))
+    if jax.default_backend() != "cpu":
+        numbers *= -(-FEWEST_CALLS // len(operands))
+    rounds = rounds_of(len(numbers), seconds)
 
     @jax.jit
     def program(state: Any, shared: Any, operands: Sequence[Any]) -> Any:
         def once(_: Any, state: Any) -> Any:
-            for operand in operands:
-                state, operand = jax.lax.optimization_barrier((state, operand))
-                state = step(state, shared, operand)
+            for number in numbers:
+                state, operand = jax.lax.optimization_barrier((state, operands[number]))
+                state = step(state, shared, operand, number)
             return state
 
         return jax.lax.fori_loop(0, rounds, once, state)
 
-    return time_calls(program, state, shared, operands).divided(rounds * len(operands))
+    return time_calls(program, state, shared, operands).divided(rounds * len(numbers))
 
 
 def rounds_of(calls: int, seconds: float) -> int:
