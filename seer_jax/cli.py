@@ -204,6 +204,12 @@ def _bench_prefill(words: list[str]) -> int:
     return _outcome(bench_prefill(_parse(PrefillBench, "bench prefill", words)))
 
 
+def _bench_decode(words: list[str]) -> int:
+    from seer_jax.bench import DecodeBench, bench_decode
+
+    return _outcome(bench_decode(_parse(DecodeBench, "bench decode", words)))
+
+
 def _bench_ground_truth(words: list[str]) -> int:
     from seer_jax.bench import GroundTruthBench, bench_ground_truth
 
@@ -239,12 +245,13 @@ COMMANDS = {
     "train": Command("distil gates: --config FILE or --recipe prefill|decode, then single settings", _train),
     "generate": Command("continue a prompt, densely or sparsely, while it is being made", _generate),
     "eval": Command("measure a model's quality at given densities", _eval),
-    "bench": Command("time this machine: bench prefill|ground-truth|train", _bench),
+    "bench": Command("time this machine: bench prefill|decode|ground-truth|train", _bench),
     "info": Command("tell versions, devices and implementations", _info),
 }
 
 BENCHES = {
     "prefill": Command("the attention kernel, the choice of blocks and a whole model, on prompts", _bench_prefill),
+    "decode": Command("the attention kernel, a layer with its gate and a whole model, on new tokens", _bench_decode),
     "ground-truth": Command("dense attention with the scores that gates are trained on", _bench_ground_truth),
     "train": Command("a step of distillation beside a dense forward of the same tokens", _bench_train),
 }

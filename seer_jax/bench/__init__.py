@@ -1,16 +1,20 @@
 """`seer-jax bench`: how fast the operations and whole models are on this machine."""
 
+from seer_jax.bench.decode import DecodeBench, bench_decode, measure_decode
 from seer_jax.bench.ground_truth import GroundTruthBench, bench_ground_truth, measure_ground_truth
 from seer_jax.bench.prefill import PrefillBench, bench_prefill, measure_prefill
 from seer_jax.bench.training import TrainBench, bench_training, measure_training
 
 __all__ = [
+    "DecodeBench",
     "GroundTruthBench",
     "PrefillBench",
     "TrainBench",
+    "bench_decode",
     "bench_ground_truth",
     "bench_prefill",
     "bench_training",
+    "measure_decode",
     "measure_ground_truth",
     "measure_prefill",
     "measure_training",

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pallas_kernels.bench import Measurement, hardware
+from seer_jax.bench.table import beside_each_other
 
 STYLES = ("-", "--", ":", "-.")
+PANELS = {"decode kernel": "attention kernel", "decode layer": "one layer's attention", "decode model": "whole model"}
 
 
 def check_matplotlib() -> None:
@@ -62,6 +64,54 @@ def plot_prefill(path: Path, measurements: Sequence[Measurement]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
+
+
+def plot_decode(path: Path, measurements: Sequence[Measurement]) -> Path:
+    """Writes a PNG: how many times faster than dense kernel, layer and model are, over the length, a panel for each.
+
+    Raises:
+      ValueError: no measurement has a dense time beside it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [m for m in beside_each_other(measurements) if m.table in PANELS and m.results.get("speedup") is not None]
+    lines = [m for m in lines if m.settings["density"] is not None]
+    if not lines:
+        raise ValueError(
+            "The picture compares with dense attention, which no measurement has beside it; got none to draw."
+        )
+    tables = [name for name in PANELS if any(m.table == name for m in lines)]
+    figure = Figure(figsize=(1 + 4.5 * len(tables), 4.5), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(tables), squeeze=False)[0]
+    lengths = sorted({m.settings["length"] for m in lines})
+    batches = sorted({m.settings["batch"] for m in lines})
+    for axis, table in zip(axes, tables, strict=True):
+        panel = [m for m in lines if m.table == table]
+        rules = list(dict.fromkeys(_rule(m) for m in panel))
+        for (batch, rule), group in _grouped(panel, lambda m: (m.settings["batch"], _rule(m))).items():
+            style = dict(color=f"C{batches.index(batch)}", linestyle=STYLES[rules.index(rule) % len(STYLES)])
+            axis.plot(*_points(group, "length"), marker=".", label=f"batch {batch}, {rule}", **style)
+        axis.axhline(1, color="0.5", linewidth=1)
+        axis.set_title(PANELS[table])
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)
+        axis.set_xlabel("tokens")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("times faster than dense")
+    figure.suptitle(hardware()["device"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _rule(m: Measurement) -> str:
+    """How blocks are chosen, the same at every length."""
+    rule = m.settings.get("rule") or "top"
+    return f"{rule.split()[0]} {m.settings['density']:.0%}"
 
 
 def _kind(m: Measurement) -> str:

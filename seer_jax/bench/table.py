@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -34,11 +35,23 @@ PLAIN = Column(
     "plain\nerror", "plain_error", ".1e", "the same of attention without any trick in the same number format"
 )
 LSE = Column("lse\nerror", "lse_error", ".1e", "largest difference of the log of the softmax's sum on those rows")
-DENSE = Column("dense\nms", "dense_milliseconds", ".4g", "dense causal attention of the same shape (cuDNN on a GPU)")
+DENSE = Column("dense\nms", "dense_milliseconds", ".4g", "dense attention of the same shape (cuDNN on a GPU)")
 COMPILE = Column("compile\ns", "compile_seconds", ".1f", "tracing and compiling")
 PEAK = Column("peak\nGiB", "peak_gib", ".1f", "most memory in use on the device, weights and cache included")
 PLANNED = Column("planned\nGiB", "planned_gib", ".1f", "what the compiler lays out for a run")
-SPEEDUP = Column("times\nfaster", "speedup", ".2f", "dense attention's (the dense model's) ms over ms")
+SPEEDUP = Column("times\nfaster", "speedup", ".2f", "dense attention's (the dense layer's, model's) ms over ms")
+LISTED = Column("kept", "density", ".1%", "share of a sequence's blocks that are listed, measured")
+FLOOR = Column(
+    "floor\nms", "floor_milliseconds", ".4g", "in which a copy on the device reads and writes as much as must be read"
+)
+TIMES_FLOOR = Column("times\nfloor", "times_floor", ".2f", "ms over floor ms")
+COPY = Column("copy\nTB/s", "copy_terabytes", ".3g", "rate of that copy, bytes read and bytes written")
+
+DENSE_BESIDE = (
+    "model",
+    "decode layer",
+    "decode model",
+)  # tables with a line of what is dense, for each batch and length
 
 TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
     "attention": ("Attention kernel", (DENSITY, ERROR, PLAIN, LSE, MILLISECONDS, RATE, DENSE, SPEEDUP)),
@@ -88,6 +101,22 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             COMPILE,
             PEAK,
             PLANNED,
+        ),
+    ),
+    "decode kernel": (
+        "Attention kernel, new tokens",
+        (*(LISTED, ERROR, PLAIN, LSE, MILLISECONDS, FLOOR, TIMES_FLOOR), DENSE, SPEEDUP, COPY),
+    ),
+    "decode layer": (
+        "Attention of one layer with gate and cache, new tokens",
+        (LISTED, MILLISECONDS, FLOOR, TIMES_FLOOR, SPEEDUP, COPY),
+    ),
+    "decode model": (
+        "Whole model, one new token of each sequence",
+        (
+            *(LISTED, MILLISECONDS),
+            Column("tokens/s", "tokens_per_second", ".4g", "new tokens of all sequences"),
+            *(FLOOR, TIMES_FLOOR, SPEEDUP, COMPILE, PEAK, PLANNED, COPY),
         ),
     ),
     "training": (
@@ -167,24 +196,29 @@ def print_measurements(console: Console, measurements: Sequence[Measurement]) ->
 
 
 def beside_each_other(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The measurements, with the attention's time beside the choice of blocks, and the dense model's over the sparse one's."""
+    """The measurements, with the attention's time beside the choice of blocks, and how much faster than dense layers and models are."""
     attention = {
         (m.settings["num_queries"], m.settings["density"]): m.results.get("milliseconds")
         for m in reversed(measurements)  # the first kind of lists at a length counts
         if m.table == "attention"
     }
     dense = {
-        m.settings["length"]: m.results.get("milliseconds")
+        _beside_dense(m): m.results.get("milliseconds")
         for m in measurements
-        if m.table == "model" and m.settings["density"] is None
+        if m.table in DENSE_BESIDE and m.settings["density"] is None
     }
 
     def more(m: Measurement) -> dict[str, float | None]:
         if m.table == "selection":
             return {"attention_milliseconds": attention.get((m.settings["length"], m.settings["density"]))}
-        if m.table == "model":
-            before, now = dense.get(m.settings["length"]), m.results.get("milliseconds")
+        if m.table in DENSE_BESIDE:
+            before, now = dense.get(_beside_dense(m)), m.results.get("milliseconds")
             return {"speedup": before / now if before and now else None}
         return {}
 
     return [dataclasses.replace(m, results={**m.results, **more(m)}) for m in measurements]
+
+
+def _beside_dense(m: Measurement) -> tuple[Any, ...]:
+    """What the dense line has in common with those that it is compared with."""
+    return m.table, m.settings.get("batch"), m.settings["length"]

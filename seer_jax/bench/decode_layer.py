@@ -1,0 +1,155 @@
+"""One layer's attention of new tokens, timed as the model does it: from queries, keys and values to the output."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.bench import (
+    GIB,
+    Measurement,
+    calls_beyond_cache,
+    copy_rate,
+    floor_results,
+    guarded,
+    rounds_of,
+    time_calls,
+    too_large,
+)
+from seer_jax.attention import decode_attention, rotate
+from seer_jax.bench.models import abstract_cache, random_cache, size_in_bytes
+from seer_jax.bench.selection import LOGITS_SPREAD
+from seer_jax.cache import Cache
+from seer_jax.config import DecodeGateConfig, ModelConfig
+from seer_jax.gate import DecodeGate
+from seer_jax.model import LayerContext
+from seer_jax.policies import Dense, Threshold, TopK
+
+GATE = DecodeGateConfig()
+DTYPE = jnp.bfloat16
+MOST_LAYERS = 64
+MOST_BYTES = 16 * GIB  # of the caches of all layers, where one layer takes less
+LAYER_SECONDS = 5e-5  # about what a layer takes besides reading
+ROWS_DRAWN = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Of one layer, for the newest token of each sequence.
+
+    Attributes:
+      config: heads and RoPE.
+      policy: which blocks are kept.
+      batch: B.
+      length: tokens of each sequence, the newest included.
+    """
+
+    config: ModelConfig
+    policy: Dense | TopK | Threshold
+    batch: int
+    length: int
+
+    @property
+    def gate(self) -> DecodeGateConfig | None:
+        """None where nobody reads its part of the cache, as in `generate`."""
+        return None if isinstance(self.policy, Dense) else GATE
+
+    def read_bytes(self, kept: float) -> float:
+        """Of a layer's cache and gate.
+
+        Args:
+          kept: share of the blocks that are listed.
+        """
+        one = dataclasses.replace(self.config, num_layers=1)
+        cache = abstract_cache(one, self.batch, self.length, DTYPE, self.gate)
+        read = kept * size_in_bytes((cache.keys, cache.values))
+        if self.gate is not None:
+            read += size_in_bytes((cache.gate.keys, nnx.eval_shape(lambda: DecodeGate(GATE, one, rngs=nnx.Rngs(0)))))
+        return read
+
+    def stacked(self, kept: float) -> ModelConfig:
+        """As `config`, with so many layers that none finds in the L2 cache what it reads."""
+        most = min(MOST_LAYERS, max(1, int(MOST_BYTES // self.read_bytes(1.0))))
+        return dataclasses.replace(self.config, num_layers=calls_beyond_cache(self.read_bytes(kept), most))
+
+
+def measure_layer(
+    config: ModelConfig, batches: Sequence[int], lengths: Sequence[int], density: float, *, seed: int = 0
+) -> Iterator[Measurement]:
+    """For each batch and length: dense, by top-k, and by a threshold that keeps about as much."""
+    for batch, length in itertools.product(batches, lengths):
+        level = threshold_for(density, -(-length // GATE.block_size))
+        rules = {"dense": Dense(), f"top {density:g}": TopK(density), f"threshold {level:.2g}": Threshold(level)}
+        for rule, policy in rules.items():
+            step = Step(config, policy, batch, length)
+            stacked = step.stacked(1.0 if isinstance(policy, Dense) else density)
+            settings = dict(batch=batch, length=length, rule=rule, density=None if rule == "dense" else density)
+            settings |= dict(layers=stacked.num_layers, dtype=str(jnp.dtype(DTYPE)))
+            blank = Measurement("decode layer", f"{batch} x {length}, {rule}", settings)
+            note = too_large(size_in_bytes(abstract_cache(stacked, batch, length, DTYPE, step.gate)))
+            if note is not None:
+                yield dataclasses.replace(blank, note=f"{batch} x {length} {note}")
+                continue
+            yield guarded(functools.partial(_measure, step, stacked, seed, blank), blank, must_fit=False)
+
+
+def threshold_for(density: float, num_blocks: int) -> float:
+    """What a share `density` of the scores after softmax exceeds, for logits that spread as a trained gate's do."""
+    logits = LOGITS_SPREAD * np.random.default_rng(0).standard_normal((ROWS_DRAWN, num_blocks))
+    weights = np.exp(logits)
+    return float(np.quantile(weights / weights.sum(1, keepdims=True), 1 - density))
+
+
+def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) -> Measurement:
+    config, policy, layers = step.config, step.policy, stacked.num_layers
+    gate = None if step.gate is None else DecodeGate(step.gate, stacked, rngs=nnx.Rngs(seed))
+    contexts = LayerContext(jnp.arange(layers), None, gate)
+    rounds = rounds_of(layers, step.read_bytes(blank.settings["density"] or 1.0) / copy_rate() + LAYER_SECONDS)
+
+    def layer(carry: tuple[Array, Cache], context: LayerContext) -> tuple[tuple[Array, Cache], Array]:
+        """As `Transformer.decode` does it; the next layer's queries, keys and values are of this one's output."""
+        q, cache = carry
+        k, v = q[:, :, : config.num_kv_heads], q[:, :, -config.num_kv_heads :]
+        q_rotated, k_rotated = rotate(q, k, cache.lengths[:, None], config)
+        cache = cache.append(context.index, k_rotated[:, 0], v[:, 0])
+        if context.decode_gate is not None:
+            cache = cache.append_gate(context.index, context.decode_gate, k[:, 0])
+        out, kept = decode_attention(policy, context.decode_gate, context.index, q, q_rotated, cache)
+        return (out, cache), kept
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def program(q: Array, cache: Cache, contexts: LayerContext) -> tuple[Array, Cache, Array]:
+        def once(_: Any, carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
+            (q, cache), kept = jax.lax.scan(layer, carry[:2], contexts)
+            return q, cache, kept
+
+        return jax.lax.fori_loop(0, rounds, once, (q, cache, jnp.zeros((layers, step.batch))))
+
+    q = jax.random.normal(jax.random.key(seed), (step.batch, 1, config.num_heads, config.head_dim), DTYPE)
+    cache = random_cache(
+        stacked, step.batch, step.length, DTYPE, step.gate, gate_scale=LOGITS_SPREAD, seed=seed
+    )  # its lengths stay as they are: each layer appends to its last slot again
+    latest: list[Any] = [None, cache, None]
+    del cache
+
+    def run() -> Float[Array, "B 1 H D"]:
+        latest[:] = program(q, latest[1], contexts)
+        return latest[0]
+
+    timing = time_calls(run).divided(rounds * layers)
+    kept = float(latest[2].mean())
+    results = {
+        "density": kept,
+        "milliseconds": timing.milliseconds,
+        "spread": timing.spread,
+        **floor_results(timing.milliseconds, step.read_bytes(kept)),
+    }
+    fault = None if bool(jnp.isfinite(latest[0]).all()) else "the output is not finite"
+    return dataclasses.replace(blank, results=results, failure=fault)
