@@ -14,14 +14,27 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bench as measurements
-from pallas_kernels import block_sparse_attention
+from pallas_kernels import block_sparse_attention, shapes
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.bench import Measurement, Timing, guarded, time_calls, variants, write_report
+from pallas_kernels.bench import (
+    COPIED_BYTES,
+    COPIES,
+    GIB,
+    Measurement,
+    Timing,
+    copy_rate,
+    guarded,
+    time_calls,
+    time_chain,
+    too_large,
+    variants,
+    write_report,
+)
 from pallas_kernels.block_sparse_attention import bench, xla
 from pallas_kernels.block_sparse_attention.bench import Bench, listed_flops, odd_cases, sweep
 from pallas_kernels.block_sparse_attention.cases import Case
 from pallas_kernels.block_sparse_attention.sampled_check import find_fault, sampled_errors
-from pallas_kernels.shapes import Heads
+from pallas_kernels.shapes import Heads, large_random_array
 from tests.pallas_kernels.comparison import KEY, listed_blocks
 
 HEADS = Heads(4, 2, 64)
@@ -53,6 +66,50 @@ def test_the_clock_counts_calls(monkeypatch: pytest.MonkeyPatch):
     timing = time_calls(slow, seconds=0.02, repetitions=3)
     assert timing.milliseconds >= 5 and 1 <= timing.calls <= 4 and timing.spread >= 0
     assert len(calls) >= 2 + 3 * timing.calls
+
+
+def test_calls_of_a_chain_take_what_the_one_before_gave():
+    def step(state: jax.Array, shared: jax.Array, operand: jax.Array, number: int) -> jax.Array:
+        return 10 * state + operand + number * shared
+
+    operands = [jnp.asarray(1), jnp.asarray(2)]
+    seen = []
+
+    def fixed(function: Callable[..., Any], *arguments: Any) -> Timing:
+        seen.append(int(function(*arguments)))
+        return Timing(12.0, 0.1, 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurements, "time_calls", fixed)
+        timing = time_chain(step, jnp.asarray(0), jnp.asarray(5), operands, seconds=1e-3)
+    calls = timing.calls // 3
+    assert timing.milliseconds == 12 / calls and calls % 2 == 0
+    expected = 0
+    for number in range(calls):
+        expected = 10 * expected + int(operands[number % 2]) + number % 2 * 5
+    assert seen == [expected]
+
+
+def test_the_rate_of_a_copy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measurements, "time_calls", lambda run: (run(), run(), Timing(2.0, 0.1, 1))[-1])
+    copied = COPIED_BYTES if jax.default_backend() == "gpu" else COPIED_BYTES // 128
+    assert copy_rate.__wrapped__() == 2 * copied * COPIES / 2e-3
+
+
+def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measurements, "memory_limit", lambda: 10 * GIB)
+    assert too_large(9 * GIB) is None
+    assert "needs 9.5 GiB; 90% of the 10.0 GiB that JAX may use here are 9.0" in (too_large(9.5 * GIB) or "")
+    monkeypatch.setattr(measurements, "memory_limit", lambda: None)
+    assert too_large(1e15) is None
+
+
+def test_a_large_array_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shapes, "NUMBERS_AT_ONCE", 1000)
+    key = jax.random.key(0, impl="rbg")
+    array = np.asarray(large_random_array(key, (7, 30, 16), "bfloat16", 2.0), np.float32)
+    assert abs(array.std() / 2 - 1) < 0.05 and abs(array.mean()) < 0.1
+    assert len(np.unique(array.reshape(-1, 16), axis=0)) == 7 * 30
 
 
 def arguments_of(case: Case) -> dict[str, Any]:
@@ -198,6 +255,9 @@ def test_what_cannot_be_had_says_why():
     assert needed.failure == "no such device" and needed.note is None
     broken = guarded(fail(jax.errors.JaxRuntimeError("out of memory")), blank)
     assert broken.failure == "out of memory" and broken.note is None
+    full = fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory"))
+    assert guarded(full, blank).failure and guarded(full, blank, must_fit=False).note == "RESOURCE_EXHAUSTED: no memory"
+    assert guarded(fail(jax.errors.JaxRuntimeError("broken")), blank, must_fit=False).failure == "broken"
     with pytest.raises(KeyError):
         guarded(fail(KeyError("a defect shows")), blank)
 

@@ -14,26 +14,38 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from pallas_kernels import attention_with_block_scores, block_sparse_attention, shapes
+from pallas_kernels import attention_with_block_scores, block_sparse_attention, shapes, sparse_decode_attention
+from pallas_kernels import bench as kernels_bench
 from pallas_kernels.bench import Measurement, Timing
 from pallas_kernels.block_ground_truth import bench as ground_truth_bench
 from pallas_kernels.block_ground_truth.bench import Wanted
 from pallas_kernels.block_sparse_attention import bench as attention_bench
 from pallas_kernels.shapes import Heads
+from pallas_kernels.sparse_decode import bench as decode_kernel
 from seer_jax import cli
 from seer_jax.attention import prefill_attention
-from seer_jax.bench import PrefillBench, TrainBench, measure_prefill
+from seer_jax.bench import (
+    DecodeBench,
+    PrefillBench,
+    TrainBench,
+    decode_layer,
+    decode_model,
+    measure_decode,
+    measure_prefill,
+)
+from seer_jax.bench import decode as decode_bench
 from seer_jax.bench import models as models_bench
 from seer_jax.bench import selection as selection_bench
 from seer_jax.bench import training as training_bench
 from seer_jax.bench.gate_masks import trained_cases
 from seer_jax.bench.models import CONFIGS, Shape, heads_of, random_model
-from seer_jax.bench.plots import plot_prefill
+from seer_jax.bench.plots import plot_decode, plot_prefill
 from seer_jax.bench.selection import chosen_blocks
 from seer_jax.bench.table import beside_each_other, print_measurements
 from seer_jax.bench.training import forward_flop
+from seer_jax.config import DecodeGateConfig
 from seer_jax.gate import PrefillGate
-from seer_jax.policies import Policy, Threshold, TopK
+from seer_jax.policies import Dense, Policy, Threshold, TopK
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -48,8 +60,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         jax.block_until_ready(function(*arguments))
         return Timing(2.0, 0.1, 3)
 
-    for module in (attention_bench, ground_truth_bench, models_bench, selection_bench, training_bench):
+    timed = (attention_bench, ground_truth_bench, models_bench, selection_bench, training_bench)
+    for module in (*timed, kernels_bench, decode_layer, decode_model):
         monkeypatch.setattr(module, "time_calls", fixed)
+    monkeypatch.setattr(kernels_bench, "copy_rate", lambda: 1e9)
+    monkeypatch.setattr(decode_kernel, "copy_rate", lambda: 1e9)
+    monkeypatch.setattr(decode_layer, "copy_rate", lambda: 1e9)
+    monkeypatch.setattr(decode_bench, "copy_rate", lambda: 1e9)
 
 
 @pytest.mark.usefixtures("unchecked")  # compiling ahead of time puts descriptions in the place of arrays
@@ -155,6 +172,111 @@ def test_an_implementation_asked_for_by_name_must_be_able(capsys: pytest.Capture
         assert cli.main([*words, "--variants"]) == 0
 
 
+DECODE = ["bench", "decode", "--shape", "tiny", "--lengths", "256", "--batches", "2"]
+
+
+@pytest.mark.usefixtures("unchecked")  # see above
+def test_decode(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    assert cli.main([*DECODE, "--densities", "0.5", "--tokens", "4", "--output", str(output), "--plot", str(plot)]) == 0
+    text = capsys.readouterr().out
+    for title in ("Attention kernel, new tokens", "Attention of one layer with gate", "Whole model, one new token"):
+        assert f"\n{title}" in text
+    assert "2 x 256, top 0.1" in text and "times floor: ms over floor ms" in text
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    lines = json.loads(output.read_text())["measurements"]
+    found = {(m["table"], m["case"].removeprefix("2 x 256, ").split()[0]): m["results"] for m in lines}
+    assert list(found) == [
+        *(("decode kernel", rule) for rule in ("0.5", "dense")),
+        *(("decode layer", rule) for rule in ("dense", "top", "threshold")),
+        *(("decode model", rule) for rule in ("dense", "0.1")),
+    ]
+    assert not any(m["failure"] or m["note"] for m in lines)
+    half, whole = found["decode kernel", "0.5"], found["decode kernel", "dense"]
+    assert half["density"] == 0.5 and whole["density"] == 1 and max(half["error"], whole["error"]) < 5e-3
+    # 2 rows, keys and values of 2 heads of 64 bfloat16 numbers; a program of two layers' calls is said to take 2 ms.
+    assert whole["floor_milliseconds"] == 2 * 2 * 256 * 2 * 64 * 2 / 1e9 * 1e3 == 2 * half["floor_milliseconds"]
+    assert half["milliseconds"] == 1 and half["times_floor"] == 1 / half["floor_milliseconds"] and half["speedup"] == 1
+    assert found["decode layer", "dense"]["density"] == 1 > found["decode layer", "threshold"]["density"]
+    assert found["decode layer", "top"]["density"] == 0.5 == found["decode model", "0.1"]["density"]
+    for rule in ("dense", "0.1"):
+        results = found["decode model", rule]
+        assert results["milliseconds"] == 2 / 4 and results["tokens_per_second"] == 2 / (2e-3 / 4)
+        assert results["compile_seconds"] > 0 and results["planned_gib"] > 0
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out, lse: (out * 1.02, lse), "the output errs by"),
+        (lambda out, lse: (out, lse + 2e-4), "lse errs by 2"),
+        (lambda out, lse: (out.at[1, 3, 0].set(jnp.nan), lse), "all others finite"),
+    ],
+)
+def test_a_wrong_new_token_is_found(
+    change: Callable, message: str, clock: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def wrong(*arguments: Any, return_lse: bool = False, **settings: Any) -> Any:
+        return change(*sparse_decode_attention(*arguments, **settings, return_lse=True))
+
+    monkeypatch.setattr(decode_kernel, "sparse_decode_attention", wrong)
+    assert cli.main([*DECODE, "--only", "kernel", "--densities", "0.5"]) == 1
+    captured = capsys.readouterr()
+    assert "seer-jax bench: decode kernel, 2 x 256, 0.5:" in captured.err and message in captured.err
+    assert "2 x 256, dense WRONG" in captured.out
+
+
+@pytest.mark.usefixtures("unchecked")  # shapes and dtypes stand for a cache
+def test_what_the_device_has_no_memory_for_is_a_note(clock: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels_bench, "memory_limit", lambda: 2**16)
+    lines = list(measure_decode(DecodeBench(Shape.TINY, batches=(3,), lengths=(128,))))
+    assert len(lines) == 2 + 3 + 2 and not any(m.results or m.failure for m in lines)
+    assert all("3 x 128 needs" in m.note and "90% of the 0.0 GiB" in m.note for m in lines if m.note) and lines[0].note
+
+
+@pytest.mark.usefixtures("unchecked")  # shapes and dtypes stand for a cache
+def test_bytes_that_a_new_token_reads():
+    config = CONFIGS[Shape.LLAMA_3_1_8B]
+    keys_and_values = 2 * 8 * 131072 * 8 * 128 * 2
+    shape = decode_kernel.Shape(heads_of(config), 8, 131072)
+    assert shape.read_bytes(None) == keys_and_values and shape.read_bytes(0.1) == keys_and_values * 204 / 2048
+    dense, sparse = (decode_layer.Step(config, policy, 8, 131072) for policy in (Dense(), TopK(0.1)))
+    assert dense.read_bytes(1.0) == keys_and_values
+    gate = (8 * 4 * 128 * 128 + 8 * 3 * 128 * 128 + 2 * 128) * 4
+    assert sparse.read_bytes(0.1) == pytest.approx(keys_and_values / 10 + 8 * 2048 * 8 * 128 * 4 + gate)
+    model = nnx.eval_shape(lambda: random_model(config, gates=(DecodeGateConfig(),)))
+    assert decode_model.read_bytes(model, 8, 131072, None) == pytest.approx(15.0e9 + 32 * keys_and_values, rel=1e-3)
+    more = decode_model.read_bytes(model, 8, 131072, 1.0) - decode_model.read_bytes(model, 8, 131072, None)
+    assert more == 32 * (8 * 2048 * 8 * 128 * 4 + gate)
+
+
+@pytest.mark.parametrize("num_blocks", [128, 2048])
+def test_a_threshold_keeps_about_what_is_asked_for(num_blocks: int):
+    logits = 3.0 * np.random.default_rng(1).standard_normal((64, num_blocks))
+    scores = np.asarray(jax.nn.softmax(logits, axis=-1))
+    assert (scores > decode_layer.threshold_for(0.1, num_blocks)).mean() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(lengths=(256, 64)), r"two blocks of 64 tokens; got \(256, 64\)"),
+        (dict(batches=()), r"one sequence; got \(\)"),
+        (dict(batches=(1, 0)), r"one sequence; got \(1, 0\)"),
+        (dict(densities=(0.0,)), "got 0.0"),
+        (dict(model_density=2.0), "got 2.0"),
+        (dict(lengths=(128,), tokens=128), "1 to 127 of them; got tokens=128"),
+        (dict(only=()), "some of kernel, layer, model; got none"),
+    ],
+)
+def test_decoding_that_makes_no_sense_is_refused(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        DecodeBench(**settings)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_training(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "bench.json"
@@ -220,14 +342,18 @@ def test_a_cpu_is_not_asked_for_gpu_sizes():
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match=r"llama-3\.1-8b is for GPUs; on a CPU measure --shape tiny"):
             next(measure_prefill(PrefillBench()))
+        with pytest.raises(ValueError, match="for GPUs"):
+            next(measure_decode(DecodeBench()))
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]):
     for words, code, text in (
         (["bench", "prefill", "--help"], 0, "usage: seer-jax bench prefill"),
-        (["bench", "--help"], 0, "{prefill,ground-truth,train}"),
+        (["bench", "--help"], 0, "{prefill,decode,ground-truth,train}"),
         (["bench", "train", "--help"], 0, "usage: seer-jax bench train"),
         (["bench", "ground-truth", "--help"], 0, "usage: seer-jax bench ground-truth"),
+        (["bench", "decode", "--help"], 0, "usage: seer-jax bench decode"),
+        (["bench", "decode", "--lengths", "3"], 2, "at least two blocks"),
         (["bench", "cooking"], 2, "invalid choice: 'cooking'"),
         (["bench"], 2, "required: what"),
         (["bench", "prefill", "--lengths", "3"], 2, "at least one block"),
@@ -280,10 +406,14 @@ def test_lines_that_belong_together_stand_beside_each_other():
         line("selection", 1.0, length=128, density=0.1),
         line("model", 8.0, length=64, density=None),
         line("model", 2.0, length=64, density=0.1),
+        line("decode model", 9.0, batch=1, length=64, density=None),
+        line("decode model", 3.0, batch=1, length=64, density=0.1),
+        line("decode model", 3.0, batch=8, length=64, density=0.1),
     ]
     found = [m.results for m in beside_each_other(lines)]
     assert found[2]["attention_milliseconds"] == 3 and found[3]["attention_milliseconds"] is None
     assert found[4]["speedup"] == 1 and found[5]["speedup"] == 4
+    assert found[6]["speedup"] == 1 and found[7]["speedup"] == 3 and found[8]["speedup"] is None
 
 
 def test_what_does_not_apply_is_a_dash():
@@ -300,3 +430,5 @@ def test_what_does_not_apply_is_a_dash():
 def test_a_picture_needs_something_to_compare_with(tmp_path: Path):
     with pytest.raises(ValueError, match="got none to draw"):
         plot_prefill(tmp_path / "x.png", [line("attention", 1.0)])
+    with pytest.raises(ValueError, match="got none to draw"):
+        plot_decode(tmp_path / "x.png", [line("decode model", 1.0, batch=1, length=64, density=0.1)])
