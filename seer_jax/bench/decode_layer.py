@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -107,21 +107,22 @@ def threshold_for(density: float, num_blocks: int) -> float:
     return float(np.quantile(weights / weights.sum(1, keepdims=True), 1 - density))
 
 
-def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) -> Measurement:
-    config, policy, layers = step.config, step.policy, stacked.num_layers
-    gate = None if step.gate is None else DecodeGate(step.gate, stacked, rngs=nnx.Rngs(seed))
-    contexts = LayerContext(jnp.arange(layers), None, gate)
-    rounds = rounds_of(layers, step.read_bytes(blank.settings["density"] or 1.0) / copy_rate() + LAYER_SECONDS)
+def repeated_layers(step: Step, rounds: int) -> Callable[..., tuple[Array, Cache, Array]]:
+    """A program of (queries, cache, contexts) that runs all layers, each as `Transformer.decode` does it, `rounds` times over.
+
+    The next layer's queries, keys and values are of this one's output. The lengths stay as they are: each round appends to the
+    same slots. Returns (output, cache, share of the blocks that each layer and row kept).
+    """
+    config = step.config
 
     def layer(carry: tuple[Array, Cache], context: LayerContext) -> tuple[tuple[Array, Cache], Array]:
-        """As `Transformer.decode` does it; the next layer's queries, keys and values are of this one's output."""
         q, cache = carry
         k, v = q[:, :, : config.num_kv_heads], q[:, :, -config.num_kv_heads :]
         q_rotated, k_rotated = rotate(q, k, cache.lengths[:, None], config)
         cache = cache.append(context.index, k_rotated[:, 0], v[:, 0])
         if context.decode_gate is not None:
             cache = cache.append_gate(context.index, context.decode_gate, k[:, 0])
-        out, kept = decode_attention(policy, context.decode_gate, context.index, q, q_rotated, cache)
+        out, kept = decode_attention(step.policy, context.decode_gate, context.index, q, q_rotated, cache)
         return (out, cache), kept
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -130,17 +131,23 @@ def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) ->
             (q, cache), kept = jax.lax.scan(layer, carry[:2], contexts)
             return q, cache, kept
 
-        return jax.lax.fori_loop(0, rounds, once, (q, cache, jnp.zeros((layers, step.batch))))
+        return jax.lax.fori_loop(0, rounds, once, (q, cache, jnp.zeros((len(contexts.index), step.batch))))
 
-    q = jax.random.normal(jax.random.key(seed), (step.batch, 1, config.num_heads, config.head_dim), DTYPE)
-    cache = random_cache(
-        stacked, step.batch, step.length, DTYPE, step.gate, gate_scale=LOGITS_SPREAD, seed=seed
-    )  # its lengths stay as they are: each layer appends to its last slot again
-    latest: list[Any] = [None, cache, None]
-    del cache
+    return program
+
+
+def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) -> Measurement:
+    layers, read = stacked.num_layers, step.read_bytes(blank.settings["density"] or 1.0)
+    gate = None if step.gate is None else DecodeGate(step.gate, stacked, rngs=nnx.Rngs(seed))
+    contexts = LayerContext(jnp.arange(layers), None, gate)
+    rounds = rounds_of(layers, read / copy_rate() + LAYER_SECONDS)
+    program = repeated_layers(step, rounds)
+    q = jax.random.normal(jax.random.key(seed), (step.batch, 1, step.config.num_heads, step.config.head_dim), DTYPE)
+    latest: list[Any] = [None, None, None]
+    latest[1] = random_cache(stacked, step.batch, step.length, DTYPE, step.gate, gate_scale=LOGITS_SPREAD, seed=seed)
 
     def run() -> Float[Array, "B 1 H D"]:
-        latest[:] = program(q, latest[1], contexts)
+        latest[:] = program(q, latest[1], contexts)  # each run gives the cache to the next one
         return latest[0]
 
     timing = time_calls(run).divided(rounds * layers)

@@ -44,7 +44,8 @@ from seer_jax.bench.selection import chosen_blocks
 from seer_jax.bench.table import beside_each_other, print_measurements
 from seer_jax.bench.training import forward_flop
 from seer_jax.config import DecodeGateConfig
-from seer_jax.gate import PrefillGate
+from seer_jax.gate import DecodeGate, PrefillGate
+from seer_jax.model import LayerContext
 from seer_jax.policies import Dense, Policy, Threshold, TopK
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
@@ -250,6 +251,19 @@ def test_bytes_that_a_new_token_reads():
     assert decode_model.read_bytes(model, 8, 131072, None) == pytest.approx(15.0e9 + 32 * keys_and_values, rel=1e-3)
     more = decode_model.read_bytes(model, 8, 131072, 1.0) - decode_model.read_bytes(model, 8, 131072, None)
     assert more == 32 * (8 * 2048 * 8 * 128 * 4 + gate)
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("unchecked")
+def test_a_layer_that_is_timed_never_copies_its_cache():
+    config = dataclasses.replace(CONFIGS[Shape.TINY], num_layers=3)
+    step = decode_layer.Step(config, TopK(0.1), 2, 8192)
+    cache = models_bench.abstract_cache(config, 2, 8192, jnp.bfloat16, step.gate)
+    gate = nnx.eval_shape(lambda: DecodeGate(decode_layer.GATE, config, rngs=nnx.Rngs(0)))
+    q = jax.ShapeDtypeStruct((2, 1, config.num_heads, config.head_dim), jnp.bfloat16)
+    program = decode_layer.repeated_layers(step, 2).lower(q, cache, LayerContext(jnp.arange(3), None, gate))
+    memory: Any = program.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= models_bench.size_in_bytes(cache) > 20 * memory.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("num_blocks", [128, 2048])
