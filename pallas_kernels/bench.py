@@ -30,6 +30,8 @@ PROGRAM_SECONDS = 4e-3  # of a program that holds many calls: against this the h
 LAUNCH_SECONDS = 5e-6  # about what a short call takes besides reading
 FEWEST_CALLS = 4  # in the body of a loop, whose result may be copied once
 BEYOND_CACHE = 2e8  # bytes, four times the L2 cache of an H200: after so many, nothing of them is left in it
+MOST_LAYERS = 64
+MOST_BYTES = 2**34  # of the caches of several layers
 COPIED_BYTES = 2**30
 COPIES = 16
 
@@ -135,10 +137,15 @@ def rounds_of(calls: int, seconds: float) -> int:
     return max(1, math.ceil(PROGRAM_SECONDS / (calls * (seconds + LAUNCH_SECONDS))))
 
 
-def calls_beyond_cache(bytes_each: float, most: int) -> int:
-    """How many calls, each on data of its own, take turns so that none finds its data in the L2 cache; `most` if more are needed."""
-    wanted = 2 if jax.default_backend() == "cpu" else math.ceil(BEYOND_CACHE / bytes_each)
-    return max(1, min(wanted, most))
+def layers_beyond_cache(read: float, size: float) -> int:
+    """How many layers' caches take turns so that no layer finds in the L2 cache what it reads, as far as limits allow.
+
+    Args:
+      read: bytes that a layer reads.
+      size: bytes of its cache.
+    """
+    wanted = 2 if jax.default_backend() == "cpu" else math.ceil(BEYOND_CACHE / read)
+    return max(1, min(wanted, MOST_LAYERS, int(MOST_BYTES // size)))
 
 
 @functools.cache

@@ -12,13 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import Implementation
 from pallas_kernels.bench import (
-    GIB,
     Measurement,
-    calls_beyond_cache,
     copy_rate,
     first_line,
     floor_results,
     guarded,
+    layers_beyond_cache,
     time_chain,
     too_large,
 )
@@ -30,8 +29,6 @@ from pallas_kernels.sparse_decode.api import sparse_decode_attention
 
 BLOCK = 64
 DTYPE = jnp.bfloat16
-MOST_LAYERS = 64
-MOST_BYTES = 16 * GIB  # of the caches of all layers, where one layer takes less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +65,7 @@ class Shape:
 
     def layers(self, density: float | None) -> int:
         """So many layers' caches that no call finds in the L2 cache what it reads."""
-        most = min(MOST_LAYERS, max(1, MOST_BYTES // self.layer_bytes))
-        return calls_beyond_cache(self.read_bytes(density), most)
+        return layers_beyond_cache(self.read_bytes(density), self.layer_bytes)
 
     def _read_bytes(self, tokens: int) -> int:
         return 2 * self.batch * tokens * self.heads.kv_heads * self.heads.head_dim * jnp.dtype(DTYPE).itemsize

@@ -13,12 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.bench import (
-    GIB,
     Measurement,
-    calls_beyond_cache,
     copy_rate,
     floor_results,
     guarded,
+    layers_beyond_cache,
     rounds_of,
     time_calls,
     too_large,
@@ -34,8 +33,6 @@ from seer_jax.policies import Dense, Threshold, TopK
 
 GATE = DecodeGateConfig()
 DTYPE = jnp.bfloat16
-MOST_LAYERS = 64
-MOST_BYTES = 16 * GIB  # of the caches of all layers, where one layer takes less
 LAYER_SECONDS = 5e-5  # about what a layer takes besides reading
 ROWS_DRAWN = 256
 
@@ -76,8 +73,8 @@ class Step:
 
     def stacked(self, kept: float) -> ModelConfig:
         """As `config`, with so many layers that none finds in the L2 cache what it reads."""
-        most = min(MOST_LAYERS, max(1, int(MOST_BYTES // self.read_bytes(1.0))))
-        return dataclasses.replace(self.config, num_layers=calls_beyond_cache(self.read_bytes(kept), most))
+        layers = layers_beyond_cache(self.read_bytes(kept), self.read_bytes(1.0))
+        return dataclasses.replace(self.config, num_layers=layers)
 
 
 def measure_layer(

@@ -24,6 +24,7 @@ from pallas_kernels.bench import (
     Timing,
     copy_rate,
     guarded,
+    layers_beyond_cache,
     time_calls,
     time_chain,
     too_large,
@@ -94,6 +95,12 @@ def test_the_rate_of_a_copy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(measurements, "time_calls", lambda run: (run(), run(), Timing(2.0, 0.1, 1))[-1])
     copied = COPIED_BYTES if jax.default_backend() == "gpu" else COPIED_BYTES // 128
     assert copy_rate.__wrapped__() == 2 * copied * COPIES / 2e-3
+
+
+def test_layers_take_turns_until_the_cache_has_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [layers_beyond_cache(x, 2**25) for x in (2e8, 1e8, 3.3e6, 1e3)] == [1, 2, 61, 64]
+    assert [layers_beyond_cache(3.3e6, size) for size in (2**30, 2**33, 2**36)] == [16, 2, 1]
 
 
 def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch):
