@@ -12,6 +12,7 @@ from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.gate_scores.api import score_blocks
 from pallas_kernels.gate_selection.api import select_blocks
 from pallas_kernels.sparse_decode.api import sparse_decode_attention
+from pallas_kernels.stacked_linear.api import stacked_linear
 
 __all__ = [
     "AttentionWithScores",
@@ -22,4 +23,5 @@ __all__ = [
     "score_blocks",
     "select_blocks",
     "sparse_decode_attention",
+    "stacked_linear",
 ]

@@ -1,6 +1,6 @@
 """Building blocks of the decoder. Weights keep names and layout of the Hugging Face checkpoint, stacked over layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import stacked_linear
 from seer_jax.config import ModelConfig
 
+Layer = Int[Array, ""] | None  # which one of weights that are stacked; None: they are those of a single layer
 TOKENS_AT_ONCE = 8192  # fill the matrix units of a large GPU; more only take memory
 TOKENS_PER_TILE = 128
 
@@ -32,8 +34,25 @@ class Linear(nnx.Module):
         self.bias = BaseParam(jnp.zeros(out_features, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+        return self.add_bias(jnp.einsum("...i,oi->...o", x, self.weight[...]), None)
+
+    def add_bias(self, y: Float[Array, "*b out"], layer: Layer) -> Float[Array, "*b out"]:
+        return y if self.bias is None else y + jnp.broadcast_to(of_layer(self.bias, layer), y.shape)
+
+
+def of_layer(param: nnx.Param, layer: Layer) -> Array:
+    """The value of a parameter; that of one layer, where it is stacked."""
+    return param[...] if layer is None else param[...][layer]
+
+
+def apply_linears(linears: Sequence[Linear], x: Float[Array, "*b in"], layer: Layer) -> list[Float[Array, "*b _"]]:
+    """Several linear maps of the same vectors. With a layer, of weights that are stacked: see `stacked_linear`."""
+    if layer is None:
+        return [linear(x) for linear in linears]
+    weights = [linear.weight[...] for linear in linears]
+    products = stacked_linear(x.reshape(-1, x.shape[-1]), weights, layer)
+    whole = (y.reshape(*x.shape[:-1], -1) for y in products)
+    return [linear.add_bias(y, layer) for linear, y in zip(linears, whole, strict=True)]
 
 
 def rms_norm(x: Float[Array, "*b dim"], weight: Float[Array, "dim"], eps: float) -> Float[Array, "*b dim"]:
@@ -84,17 +103,18 @@ class Projections(nnx.Module):
         self.config = config
 
     def qkv(
-        self, x: Float[Array, "B T E"]
+        self, x: Float[Array, "B T E"], layer: Layer = None
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Queries, keys and values **before RoPE**, normed where the family norms them: what the gates read."""
         dim, eps = self.config.head_dim, self.config.rms_norm_eps
-        q, k, v = (p(x).reshape(*x.shape[:2], -1, dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projected = apply_linears((self.q_proj, self.k_proj, self.v_proj), x, layer)
+        q, k, v = (y.reshape(*x.shape[:2], -1, dim) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
+            q, k = rms_norm(q, of_layer(self.q_norm, layer), eps), rms_norm(k, of_layer(self.k_norm, layer), eps)
         return q, k, v
 
-    def out(self, attended: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
-        return self.o_proj(attended.reshape(*attended.shape[:2], -1))
+    def out(self, attended: Float[Array, "B T H D"], layer: Layer = None) -> Float[Array, "B T E"]:
+        return apply_linears((self.o_proj,), attended.reshape(*attended.shape[:2], -1), layer)[0]
 
 
 class MLP(nnx.Module):
@@ -106,5 +126,6 @@ class MLP(nnx.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, **kinds)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, **kinds)
 
-    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Float[Array, "B T E"], layer: Layer = None) -> Float[Array, "B T E"]:
+        gate, up = apply_linears((self.gate_proj, self.up_proj), x, layer)
+        return apply_linears((self.down_proj,), jax.nn.silu(gate) * up, layer)[0]

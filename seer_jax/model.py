@@ -16,7 +16,7 @@ from seer_jax.attention import decode_attention, prefill_attention, rotate
 from seer_jax.cache import Cache
 from seer_jax.config import GateConfig, ModelConfig
 from seer_jax.gate import DecodeGate, PrefillGate, make_gate
-from seer_jax.layers import MLP, BaseParam, Projections, rms_norm, update_tokens
+from seer_jax.layers import MLP, BaseParam, Layer, Projections, of_layer, rms_norm, update_tokens
 from seer_jax.policies import Dense, Policy, ranks_by_gate
 
 
@@ -30,14 +30,17 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.config = config
 
-    def __call__(self, x: Float[Array, "B T E"], attend: Callable) -> tuple[Float[Array, "B T E"], Any]:
+    def __call__(
+        self, x: Float[Array, "B T E"], attend: Callable, layer: Layer = None
+    ) -> tuple[Float[Array, "B T E"], Any]:
         """`attend(q, k, v) -> (output, aux)` gets queries and keys before RoPE; returns (x, aux)."""
         eps = self.config.rms_norm_eps
-        attended, aux = attend(*self.self_attn.qkv(rms_norm(x, self.input_layernorm[...], eps)))
+        normed = rms_norm(x, of_layer(self.input_layernorm, layer), eps)
+        attended, aux = attend(*self.self_attn.qkv(normed, layer))
 
         def finish(x: Float[Array, "B n E"], attended: Float[Array, "B n H D"]) -> Float[Array, "B n E"]:
-            x = x + self.self_attn.out(attended)
-            return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps))
+            x = x + self.self_attn.out(attended, layer)
+            return x + self.mlp(rms_norm(x, of_layer(self.post_attention_layernorm, layer), eps), layer)
 
         return update_tokens(finish, x, attended), aux
 
@@ -120,7 +123,13 @@ class Transformer(nnx.Module):
         return self.attach(make_gate(config, self.config, rngs=rngs))
 
     def scan(
-        self, tokens: Int[Array, "B T"], attend: Attend, state: Any = None, *, remat: bool = False
+        self,
+        tokens: Int[Array, "B T"],
+        attend: Attend,
+        state: Any = None,
+        *,
+        remat: bool = False,
+        stacked: bool = False,
     ) -> tuple[Float[Array, "B T E"], Any, Any]:
         """Runs all layers and the final norm.
 
@@ -128,6 +137,7 @@ class Transformer(nnx.Module):
           tokens: `[B, T]`.
           attend: `attend(context, state, q, k, v) -> (output, state, aux)`, with q and k before RoPE.
           state: carried from layer to layer, for example a cache.
+          stacked: read each layer's weights where they lie among those of all layers, without a copy; pays for few tokens.
           remat: keep nothing for a backward pass but what goes from layer to layer, and compute each layer anew there.
 
         Returns:
@@ -136,20 +146,23 @@ class Transformer(nnx.Module):
 
         def body(carry: tuple, scanned: tuple) -> tuple[tuple, Any]:
             x, state = carry
-            layer, context = scanned
+            layers, context = scanned
 
             def hook(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                 out, new_state, aux = attend(context, state, q, k, v)
                 return out, (new_state, aux)
 
-            x, (state, aux) = layer(x, hook)
+            if stacked:
+                x, (state, aux) = self.layers(x, hook, context.index)
+            else:
+                x, (state, aux) = layers(x, hook)
             return (x, state), aux
 
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)  # the loop itself keeps both computations apart
         contexts = LayerContext(jnp.arange(self.config.num_layers), self.prefill_gate, self.decode_gate)
         start = (self.embed_tokens[...][tokens], state)
-        (x, state), aux = jax.lax.scan(body, start, (self.layers, contexts))
+        (x, state), aux = jax.lax.scan(body, start, (None if stacked else self.layers, contexts))
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, aux
 
     def logits(self, hidden: Float[Array, "*b E"]) -> Float[Array, "*b V"]:
@@ -238,7 +251,7 @@ class Transformer(nnx.Module):
             out, kept = decode_attention(sparsity, gate, index, q, q_rotated, cache)
             return out, cache, kept
 
-        hidden, cache, kept = self.scan(tokens[:, None], attend, cache)
+        hidden, cache, kept = self.scan(tokens[:, None], attend, cache, stacked=True)
         return self.logits(hidden[:, 0]), dataclasses.replace(cache, lengths=position + 1), kept
 
     def make_cache(self, batch: int, capacity: int) -> Cache:
