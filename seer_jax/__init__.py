@@ -11,7 +11,8 @@ from seer_jax.config import (
     RopeKind,
 )
 from seer_jax.gate import DecodeGate, PrefillGate
-from seer_jax.generate import Generated, generate, stream
+from seer_jax.generate import Generated, generate, plan_memory, stream
+from seer_jax.memory import MemoryPlan
 from seer_jax.model import Transformer
 from seer_jax.policies import (
     CumulativeMass,
@@ -44,6 +45,7 @@ __all__ = [
     "Generated",
     "Given",
     "Greedy",
+    "MemoryPlan",
     "ModelConfig",
     "Oracle",
     "Policy",
@@ -68,5 +70,6 @@ __all__ = [
     "generate",
     "load_tokenizer",
     "pad_prompts",
+    "plan_memory",
     "stream",
 ]

@@ -28,7 +28,7 @@ TRAIN_DESCRIPTION = """Distils gates from a frozen model.
 options below change single ones. The gates are written to OUTPUT/prefill_gate and OUTPUT/decode_gate."""
 
 # What a user can cause and mend; anything else is a defect of ours, and shows where.
-EXPECTED = (ValueError, OSError, NotImplementedError, ImportError, FloatingPointError)
+EXPECTED = (ValueError, OSError, MemoryError, NotImplementedError, ImportError, FloatingPointError)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,21 +3,24 @@
 import dataclasses
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
+import numpy as np
 import tyro
 
 import seer_jax
 from pallas_kernels.backends import Operation
 from seer_jax import tiny_lm
 from seer_jax.config import DType
-from seer_jax.generate import Generated, stream
+from seer_jax.generate import Generated, plan_memory, stream
+from seer_jax.memory import MemoryPlan
 from seer_jax.model import Transformer
 from seer_jax.policies import SCORERS, CumulativeMass, Dense, Policy, RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.pretrained import from_pretrained, load_tokenizer
@@ -121,7 +124,10 @@ class GenerateConfig:
       seed: seed of the draws.
       dtype: arithmetic of the base model; None: bfloat16, on a CPU float32.
       beyond_context: allow more tokens than the model was made for.
-      stats: report speed and kept blocks on standard error.
+      stats: report planned memory, speed and kept blocks on standard error.
+      kept: report the share of blocks that each layer kept, too.
+      plan: print the memory that this would take, by the compiled programs, and stop; weights are not loaded.
+      report: file for tokens, text, planned memory and the blocks kept by each layer at each step, as JSON.
     """
 
     model: str = tiny_lm.NAME
@@ -140,6 +146,9 @@ class GenerateConfig:
     dtype: DType | None = None
     beyond_context: bool = False
     stats: bool = True
+    kept: bool = False
+    plan: bool = False
+    report: Path | None = None
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
@@ -159,21 +168,85 @@ class GenerateConfig:
         return Sample(self.temperature, self.top_k, self.top_p) if self.temperature > 0 else Greedy()
 
 
-def run_generate(config: GenerateConfig) -> Generated:
-    """Writes the continuation to standard output.
+def run_generate(config: GenerateConfig) -> Generated | None:
+    """Writes the continuation to standard output; with `plan` the memory plan, and returns None.
 
     Raises:
-      ValueError, OSError: see `from_pretrained`, `load_tokenizer` and `generate`.
+      ValueError, OSError, MemoryError: see `from_pretrained`, `load_tokenizer` and `generate`.
     """
     tokenizer = load_tokenizer(config.model)
     tokens = _prompt_tokens(config, tokenizer)
-    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default())
+    if config.report is not None and not config.report.parent.is_dir():
+        raise FileNotFoundError(f"The report goes to a folder that is there; got {config.report}.")
+    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default(), abstract=config.plan)
+    if config.plan:
+        print(_plan(config, model, tokens))
+        return None
     clock = _Clock()
+    plan = _plan(config, model, tokens) if config.stats or config.report is not None else None
+    if config.stats:
+        print(plan, file=sys.stderr)
     result = _write_stream(config, model, tokenizer, tokens, clock)
     if config.stats:
         kept = f"prefill {float(result.prefill_kept.mean()):.1%}, decode {float(result.decode_kept.mean()):.1%}"
         print(f"[{len(tokens)} prompt tokens; {clock}; blocks kept: {kept}]", file=sys.stderr)
+    if config.kept:
+        print(kept_table(result), file=sys.stderr)
+    if config.report is not None and plan is not None:
+        report = _report(config, result, plan, len(tokens), tokenizer)
+        config.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _plan(config: GenerateConfig, model: Transformer, tokens: list[int]) -> MemoryPlan:
+    return plan_memory(
+        model,
+        1,
+        len(tokens),
+        max_new_tokens=config.max_new_tokens,
+        prefill=config.prefill,
+        decode=config.decode,
+        sampling=config.sampling,
+        streamed=True,
+    )
+
+
+def kept_table(result: Generated, row: int = 0) -> str:
+    """The share of blocks that each layer kept in one row: of the prompt, and mean and range over its decoding steps."""
+    steps = _row_steps(result, row)
+    lines = [f"{'layer':>5}  {'prefill':>7}  {'decode':>7}  over {len(steps)} steps"]
+    for layer, (prefill, decode) in enumerate(
+        zip(result.prefill_kept[:, row], result.decode_kept[:, row], strict=True)
+    ):
+        line = f"{layer:>5}  {float(prefill):>7.1%}  "
+        if len(steps):
+            line += f"{float(decode):>7.1%}  {steps[:, layer].min():.1%} .. {steps[:, layer].max():.1%}"
+        else:
+            line += f"{'-':>7}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _row_steps(result: Generated, row: int) -> np.ndarray:
+    """What a row's layers kept at the steps that it made, `[steps, L]`."""
+    return np.asarray(result.decode_kept_steps)[: int(result.lengths[row]) - 1, :, row]
+
+
+def _report(
+    config: GenerateConfig, result: Generated, plan: MemoryPlan, prompt_tokens: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    (new,) = result.rows()
+    return {
+        "prefill": write_policy(config.prefill),
+        "decode": write_policy(config.decode),
+        "prompt_tokens": prompt_tokens,
+        "tokens": new,
+        "text": tokenizer.decode(new),
+        "memory_bytes": dataclasses.asdict(plan) | {"total": plan.total},
+        "prefill_kept": np.asarray(result.prefill_kept)[:, 0].tolist(),
+        "decode_kept": np.asarray(result.decode_kept)[:, 0].tolist(),
+        "decode_kept_steps": _row_steps(result, 0).tolist(),
+    }
 
 
 def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:

@@ -1,11 +1,14 @@
 """Generation: a prompt is read in one pass, then tokens follow one by one, all in one compiled program.
 
 The cache has a fixed size, so a program is compiled once per batch size, prompt width (in eights), number of new tokens and policy.
-Everything that depends on values (lengths, tokens, logits that are not finite) is checked on the host, before or after.
+Everything that depends on values (lengths, tokens, logits that are not finite) is checked on the host, before or after. Where the
+device tells its memory, what the program takes of it is checked before it runs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from seer_jax.cache import Cache
+from seer_jax.memory import MemoryPlan, abstract_argument, available_bytes, laid_out_bytes, tree_bytes
 from seer_jax.model import Transformer
 from seer_jax.policies import Dense, Policy, ranks_by_gate
 from seer_jax.prompts import Lengths, Prompts, check_prompts
@@ -32,14 +36,21 @@ class Generated:
         `eos` tokens.
       lengths: new tokens of each row, its EOS token included.
       prefill_kept: share of the causal blocks that each layer and row kept while the prompt was read.
-      decode_kept: share of the visible blocks kept by each layer and row, mean over its decoding steps; 1 for a row that
-        made none.
+      decode_kept_steps: share of the visible blocks that each layer and row kept at each decoding step; step s feeds new token
+        s and makes new token s + 1, so there are N - 1. Row b makes the first `lengths[b] - 1` of them; its other entries are
+        0, which the share of a step that was made never is.
     """
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
     prefill_kept: Float[Array, "L B"]
-    decode_kept: Float[Array, "L B"]
+    decode_kept_steps: Float[Array, "N-1 L B"]
+
+    @property
+    def decode_kept(self) -> Float[Array, "L B"]:
+        """Share of the visible blocks kept by each layer and row, mean over the row's decoding steps; 1 where it made none."""
+        steps = self.lengths[None] - 1
+        return jnp.where(steps > 0, self.decode_kept_steps.sum(0) / jnp.maximum(steps, 1), 1.0)
 
     def rows(self) -> list[list[int]]:
         """The new tokens of each row, its EOS token included, nothing after it."""
@@ -82,10 +93,13 @@ def generate(
     Raises:
       ValueError: an argument is outside its domain, the tokens don't fit the cache or the model's context, a policy needs a
         gate that the model has not, or logits are not finite.
+      MemoryError: weights, cache and what else the compiled program takes do not fit the device, as far as it tells its
+        memory. Nothing has been allocated then; see `plan_memory`.
     """
     job = _make_job(
         model, tokens, lengths, max_new_tokens, prefill, decode, sampling, key, eos, cache_capacity, beyond_context
     )
+    _check_memory(model, job)
     outcome = _run(model, job)
     _check_finite(outcome.failed)
     return _result(outcome)
@@ -121,16 +135,19 @@ def stream(
 
     Raises:
       ValueError: as `generate`; for the arguments at once, not when the first token is asked for.
+      MemoryError: as `generate`; for weights and cache at once, for the compiled programs when the first token is asked for.
     """
     if chunk < 1:
         raise ValueError(f"A chunk is at least 1 token; got {chunk}.")
     job = _make_job(
         model, tokens, lengths, max_new_tokens, prefill, decode, sampling, key, eos, cache_capacity, beyond_context
     )
+    _check_memory(model, job, compiled=False)
     return _stream(model, job, chunk)
 
 
 def _stream(model: Transformer, job: "_Job", chunk: int) -> Generator[list[list[int]], None, Generated]:
+    _check_memory(model, job, streamed=True)
     state, shown = _start(model, job), 0
     while True:
         rows, lengths, failed = (np.asarray(x) for x in (state.tokens, state.lengths, state.failed))
@@ -140,6 +157,62 @@ def _stream(model: Transformer, job: "_Job", chunk: int) -> Generator[list[list[
         if shown == job.max_new_tokens or state.ended.all():
             return _result(state)
         state = _continue(model, job, state, min(shown + chunk, job.max_new_tokens))
+
+
+def plan_memory(
+    model: Transformer,
+    batch: int,
+    prompt_width: int,
+    *,
+    max_new_tokens: int,
+    prefill: Policy = Dense(),
+    decode: Policy = Dense(),
+    sampling: Sampling = Greedy(),
+    cache_capacity: int | None = None,
+    streamed: bool = False,
+    compiled: bool = True,
+    available: int | None = None,
+) -> MemoryPlan:
+    """What `generate` would take of its device's memory. Nothing is allocated.
+
+    Args:
+      model: with weights, or of shapes alone (`from_pretrained(..., abstract=True)`).
+      batch: B, rows.
+      prompt_width: T, tokens of the longest prompt.
+      max_new_tokens, prefill, decode, sampling, cache_capacity: see `generate`.
+      streamed: of `stream` in place of `generate`: the larger of its two programs.
+      compiled: compile the program, which a later `generate` or `stream` with the same shapes need not do again, and read
+        off what it takes besides weights and cache. False: at once, without scratch.
+      available: bytes that there are for weights, cache and scratch; None: what the device tells.
+
+    Returns:
+      See `MemoryPlan`; its `check` raises where the plan does not fit.
+
+    Raises:
+      ValueError: a size is below 1, the tokens don't fit the cache, or a policy needs a gate that the model has not.
+    """
+    if batch < 1 or prompt_width < 1:
+        raise ValueError(f"A batch has rows of at least one token; got {batch} rows of {prompt_width}.")
+    _check_choices(model, max_new_tokens, prefill, decode, sampling)
+    width = prompt_width + -prompt_width % PROMPT_MULTIPLE
+    capacity = _check_capacity(model, prompt_width, prompt_width, max_new_tokens, cache_capacity, beyond_context=True)
+
+    def make_job() -> _Job:
+        return _Job(
+            tokens=jnp.zeros((batch, width), jnp.int32),
+            lengths=jnp.zeros(batch, jnp.int32),
+            keys=row_keys(jax.random.key(0), batch) if isinstance(sampling, Sample) else None,
+            eos=jnp.zeros(len(model.config.eos_token_ids), jnp.int32),
+            prefill=prefill,
+            decode=decode,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            capacity=capacity,
+        )
+
+    job = jax.eval_shape(make_job)
+    plan = _plan_shapes(model, job, available_bytes(model) if available is None else available)
+    return _plan_scratch(model, job, plan, streamed) if compiled else plan
 
 
 @jax.tree_util.register_dataclass
@@ -165,8 +238,7 @@ class _State:
 
     Attributes:
       cache: of what was fed; a row that has ended keeps its length, so that its further steps overwrite one free slot.
-      tokens, lengths, prefill_kept: as in `Generated`.
-      decode_kept: as in `Generated`, but the sum over steps.
+      tokens, lengths, prefill_kept, decode_kept_steps: as in `Generated`.
       step: new tokens so far, of the rows that go on.
       ended: rows that are complete.
       failed: the step at which a row's logits were not finite, or -1.
@@ -176,7 +248,7 @@ class _State:
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
     prefill_kept: Float[Array, "L B"]
-    decode_kept: Float[Array, "L B"]
+    decode_kept_steps: Float[Array, "N-1 L B"]
     step: Int[Array, ""]
     ended: Bool[Array, "B"]
     failed: Int[Array, "B"]
@@ -184,10 +256,8 @@ class _State:
 
 def _begin(model: Transformer, job: _Job) -> _State:
     """Reads the prompts and draws the first token of each row."""
-    batch, layers = job.lengths.shape[0], model.config.num_layers
-    # The gate's part of the cache costs time at every step: leave it out where no one reads it.
-    gate = model.decode_gate.config if ranks_by_gate(job.decode) and model.decode_gate is not None else None
-    cache = Cache.create(model.config, batch, job.capacity, model.dtype, gate)
+    batch = job.lengths.shape[0]
+    cache = _empty_cache(model, job)
     logits, cache, kept = model.prefill(job.tokens, job.lengths, cache, sparsity=job.prefill)
     filler = job.eos[0] if job.eos.shape[0] else 0
     state = _State(
@@ -195,12 +265,18 @@ def _begin(model: Transformer, job: _Job) -> _State:
         tokens=jnp.full((batch, job.max_new_tokens), filler, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         prefill_kept=kept,
-        decode_kept=jnp.zeros((layers, batch)),
+        decode_kept_steps=jnp.zeros((job.max_new_tokens - 1, model.config.num_layers, batch)),
         step=jnp.int32(0),
         ended=jnp.zeros(batch, bool),
         failed=jnp.full(batch, -1, jnp.int32),
     )
     return _draw(job, state, logits)
+
+
+def _empty_cache(model: Transformer, job: _Job) -> Cache:
+    # The gate's part of the cache costs time at every step: leave it out where no one reads it.
+    gate = model.decode_gate.config if ranks_by_gate(job.decode) and model.decode_gate is not None else None
+    return Cache.create(model.config, job.lengths.shape[0], job.capacity, model.dtype, gate)
 
 
 def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array, ""]) -> _State:
@@ -211,8 +287,8 @@ def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Arra
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
         logits, cache, kept = model.decode(last, state.cache, sparsity=job.decode)
         cache = dataclasses.replace(cache, lengths=jnp.where(state.ended, state.cache.lengths, cache.lengths))
-        decode_kept = state.decode_kept + jnp.where(state.ended[None], 0.0, kept)
-        return _draw(job, dataclasses.replace(state, cache=cache, decode_kept=decode_kept), logits)
+        kept_steps = state.decode_kept_steps.at[state.step - 1].set(jnp.where(state.ended[None], 0.0, kept))
+        return _draw(job, dataclasses.replace(state, cache=cache, decode_kept_steps=kept_steps), logits)
 
     return jax.lax.while_loop(lambda state: (state.step < until) & ~state.ended.all(), step, state)
 
@@ -246,9 +322,61 @@ _continue = jax.jit(_advance, donate_argnames="state")
 
 
 def _result(state: _State) -> Generated:
-    steps = state.lengths[None] - 1
-    decode_kept = jnp.where(steps > 0, state.decode_kept / jnp.maximum(steps, 1), 1.0)
-    return Generated(state.tokens, state.lengths, state.prefill_kept, decode_kept)
+    return Generated(state.tokens, state.lengths, state.prefill_kept, state.decode_kept_steps)
+
+
+def _check_memory(model: Transformer, job: _Job, *, streamed: bool = False, compiled: bool = True) -> None:
+    """Raises MemoryError where the device tells that there is too little for weights and cache, or for the program."""
+    available = available_bytes(model)
+    if available is None:
+        return
+    plan = _plan_shapes(model, job, available)
+    plan.check()  # compiling takes long: not for what can't run
+    if compiled:
+        _plan_scratch(model, job, plan, streamed).check()
+
+
+def _plan_shapes(model: Transformer, job: _Job, available: int | None) -> MemoryPlan:
+    gates = tree_bytes((model.prefill_gate, model.decode_gate))
+    cache = jax.eval_shape(functools.partial(_empty_cache, model, job))
+    return MemoryPlan(
+        weights=tree_bytes(model) - gates,
+        gates=gates,
+        cache=tree_bytes((cache.keys, cache.values)),
+        gate_cache=tree_bytes(cache.gate),
+        available=available,
+    )
+
+
+def _plan_scratch(model: Transformer, job: _Job, plan: MemoryPlan, streamed: bool) -> MemoryPlan:
+    leaves, structure = jax.tree.flatten((model, job))
+    needed = _compiled_bytes(structure, tuple(map(abstract_argument, leaves)), streamed)
+    scratch = None if needed is None else max(needed - plan.cache - plan.gate_cache, 0)
+    return dataclasses.replace(plan, scratch=scratch)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_bytes(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], streamed: bool) -> int | None:
+    """What the programs of a generation take besides the model, its cache included; None where the compiler does not tell.
+
+    JAX keeps what it compiles here, so that a call with such arguments does not compile again.
+
+    Args:
+      structure, leaves: of `(model, job)`.
+      streamed: the programs of `stream`; their maximum.
+    """
+    model, job = jax.tree.unflatten(structure, leaves)
+    if not streamed:
+        return laid_out_bytes(_run.lower(model, job).compile())
+    start = _start.lower(model, job).compile()
+    first = laid_out_bytes(start)
+    if job.max_new_tokens == 1 or first is None:
+        return first
+    state = jax.eval_shape(_begin, model, job)
+    if any(x.sharding is not None for x in leaves):  # results then stay where the arguments were put
+        state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, start.output_shardings)
+    rest = laid_out_bytes(_continue.lower(model, job, state, 0).compile())
+    return None if rest is None else max(first, tree_bytes(state) + rest)
 
 
 def _make_job(
@@ -268,17 +396,9 @@ def _make_job(
     prompts, counts = check_prompts(tokens, lengths, vocab_size=config.vocab_size)
     width = prompts.shape[1]
     prompts = np.pad(prompts, ((0, 0), (0, -width % PROMPT_MULTIPLE)))
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is at least 1; got {max_new_tokens}.")
-    for name, policy in (("prefill", prefill), ("decode", decode)):
-        if not isinstance(policy, Policy):
-            raise ValueError(f"{name} is a sparsity policy such as Dense() or Threshold(5e-4); got {policy!r}.")
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling is Greedy() or Sample(temperature, ...); got {sampling!r}.")
+    _check_choices(model, max_new_tokens, prefill, decode, sampling)
     if isinstance(sampling, Sample) and key is None:
         raise ValueError(f"{sampling} draws at random and needs a key; got None. Pass key=jax.random.key(seed).")
-    model.check_policy(prefill, model.prefill_gate)
-    model.check_policy(decode, model.decode_gate)
     return _Job(
         tokens=jnp.asarray(prompts),
         lengths=jnp.asarray(counts),
@@ -290,6 +410,20 @@ def _make_job(
         max_new_tokens=max_new_tokens,
         capacity=_check_capacity(model, width, int(counts.max()), max_new_tokens, cache_capacity, beyond_context),
     )
+
+
+def _check_choices(
+    model: Transformer, max_new_tokens: int, prefill: Policy, decode: Policy, sampling: Sampling
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is at least 1; got {max_new_tokens}.")
+    for name, policy in (("prefill", prefill), ("decode", decode)):
+        if not isinstance(policy, Policy):
+            raise ValueError(f"{name} is a sparsity policy such as Dense() or Threshold(5e-4); got {policy!r}.")
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is Greedy() or Sample(temperature, ...); got {sampling!r}.")
+    model.check_policy(prefill, model.prefill_gate)
+    model.check_policy(decode, model.decode_gate)
 
 
 def _check_eos(eos: int | Sequence[int], vocab_size: int) -> Int[Array, "E"]:

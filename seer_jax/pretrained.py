@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from seer_jax.families import config_from_hf
 from seer_jax.files import read_json
 from seer_jax.model import Transformer
 from seer_jax.text import TOKENIZER_PATTERNS, Tokenizer
@@ -16,6 +17,7 @@ from seer_jax.text import TOKENIZER_PATTERNS, Tokenizer
 if TYPE_CHECKING:
     from seer_jax.gate import DecodeGate, PrefillGate
 
+CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 Location = str | os.PathLike[str]
@@ -27,6 +29,7 @@ def from_pretrained(
     *,
     dtype: Any = jnp.bfloat16,
     mesh: jax.sharding.Mesh | None = None,
+    abstract: bool = False,
 ) -> Transformer:
     """A model with its gates.
 
@@ -35,6 +38,7 @@ def from_pretrained(
       gates: folder or hub id of a gate, or of one prefill and one decode gate. None: the model attends densely.
       dtype: of the base weights, bfloat16 or float32; gates are float32 always.
       mesh: the devices to load onto; one device for now. None: JAX's default device.
+      abstract: shapes in place of weights, for `plan_memory`: configurations are read, or downloaded, and nothing else.
 
     Returns:
       The model. Its EOS tokens are those of generation_config.json where the folder has one, else those of config.json.
@@ -49,11 +53,14 @@ def from_pretrained(
     from seer_jax.convert.hub import resolve
 
     sharding = None if mesh is None else _place_on(mesh)
-    folder = resolve(base, (*BASE_PATTERNS, GENERATION_CONFIG))
-    model = load_base(folder, dtype=dtype, sharding=sharding)
+    weights = (CONFIG,) if abstract else BASE_PATTERNS
+    folder = resolve(base, (*weights, GENERATION_CONFIG))
+    model = _abstract_base(folder, dtype) if abstract else load_base(folder, dtype=dtype, sharding=sharding)
     model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config.eos_token_ids))
     places = [] if gates is None else [gates] if isinstance(gates, (str, os.PathLike)) else list(gates)
-    loaded = [load_gates(place, model.config, sharding=sharding) for place in places]
+    loaded = [
+        _abstract_gate(place) if abstract else load_gates(place, model.config, sharding=sharding) for place in places
+    ]
     _check_one_of_each(loaded, places)
     return model.attach(*loaded)
 
@@ -68,6 +75,22 @@ def load_tokenizer(base: Location) -> Tokenizer:
     from seer_jax.convert.hub import resolve
 
     return Tokenizer.load(resolve(base, TOKENIZER_PATTERNS))
+
+
+def _abstract_base(folder: Path, dtype: Any) -> Transformer:
+    from seer_jax.convert.base import abstract_model
+    from seer_jax.convert.hub import read_config
+
+    return abstract_model(config_from_hf(read_config(folder)), dtype)
+
+
+def _abstract_gate(place: Location) -> "PrefillGate | DecodeGate":
+    from seer_jax.convert.gate_config import gate_config_from_hf
+    from seer_jax.convert.gates import abstract_gate
+    from seer_jax.convert.hub import read_config, resolve
+
+    config = read_config(resolve(place, (CONFIG,)))
+    return abstract_gate(gate_config_from_hf(config), config_from_hf(config))
 
 
 def _place_on(mesh: jax.sharding.Mesh) -> Any:

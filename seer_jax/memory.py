@@ -1,0 +1,133 @@
+"""The memory that a generation takes, planned before any of it is taken, and what a device has for it."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What a generation takes on its device, in bytes; printed as a table in GiB.
+
+    Attributes:
+      weights: of the base model.
+      gates: weights of its gates.
+      cache: keys and values of the prompts and the new tokens.
+      gate_cache: what the decode gate keeps of the past: compressed keys, and the keys of unfinished blocks.
+      scratch: everything else that the compiler lays out for the program: activations, results, copies. None: not compiled.
+      available: what the device has for all of this: its limit less what else is in use on it. None: the device does not
+        tell.
+
+    >>> print(MemoryPlan(weights=16 * 2**30, gates=2**25, cache=2**32, gate_cache=2**26, available=20 * 2**30))
+    weights                 16.000 GiB
+    gates                    0.031 GiB
+    cache, keys and values   4.000 GiB
+    cache, decode gate       0.062 GiB
+    scratch                not compiled
+    total                   20.094 GiB
+    available               20.000 GiB
+    missing                  0.094 GiB
+    """
+
+    weights: int
+    gates: int
+    cache: int
+    gate_cache: int
+    scratch: int | None = None
+    available: int | None = None
+
+    @property
+    def total(self) -> int:
+        """All of it; without scratch where that is not known."""
+        return self.weights + self.gates + self.cache + self.gate_cache + (self.scratch or 0)
+
+    @property
+    def missing(self) -> int:
+        """By how much the total exceeds what is available; 0 where it fits or nothing is known."""
+        return 0 if self.available is None else max(self.total - self.available, 0)
+
+    def check(self) -> None:
+        """Raises MemoryError where the plan does not fit the device."""
+        if self.missing:
+            parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in self._parts() if size is not None)
+            raise MemoryError(
+                f"A generation fits its device's memory: expected at most {(self.available or 0) / GIB:.3f} GiB, what is not in "
+                f"use otherwise; got {self.total / GIB:.3f} GiB ({parts}). Take fewer rows at a time, shorter prompts, fewer "
+                "new tokens or a smaller cache_capacity, or free what else is on the device."
+            )
+
+    def __str__(self) -> str:
+        lines = [*self._parts(), ("total", self.total)]
+        lines += [] if self.available is None else [("available", self.available)]
+        lines += [("missing", self.missing)] if self.missing else []
+        return "\n".join(
+            f"{name:<22} " + ("not compiled" if size is None else f"{size / GIB:>7.3f} GiB") for name, size in lines
+        )
+
+    def _parts(self) -> list[tuple[str, int | None]]:
+        return [
+            ("weights", self.weights),
+            ("gates", self.gates),
+            ("cache, keys and values", self.cache),
+            ("cache, decode gate", self.gate_cache),
+            ("scratch", self.scratch),
+        ]
+
+
+class DeviceMemory(NamedTuple):
+    """Memory of a device, in bytes.
+
+    Fields:
+      limit: what JAX may take of it.
+      in_use: what it holds now.
+    """
+
+    limit: int
+    in_use: int
+
+
+def device_memory(device: Any) -> DeviceMemory | None:
+    """What a `jax.Device` tells of its memory; None where it does not, as CPUs don't."""
+    stats = device.memory_stats() or {}
+    return DeviceMemory(stats["bytes_limit"], stats.get("bytes_in_use", 0)) if "bytes_limit" in stats else None
+
+
+def available_bytes(model: Any) -> int | None:
+    """What a model's device has for the model and a generation: its limit less what else is in use on it.
+
+    Args:
+      model: a pytree of arrays, or of shapes, for which the default device counts.
+
+    Returns:
+      None where the device does not tell, or the model lies on several.
+    """
+    arrays = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
+    devices = {device for x in arrays for device in x.devices()} or {jax.local_devices()[0]}
+    memory = device_memory(*devices) if len(devices) == 1 else None
+    return None if memory is None else memory.limit - max(memory.in_use - tree_bytes(arrays), 0)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a pytree's arrays or shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def abstract_argument(x: Any) -> jax.ShapeDtypeStruct:
+    """What JAX compiles a program for in place of one leaf of its arguments."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    kind = jax.typeof(x)
+    sharding = x.sharding if isinstance(x, jax.Array) and x.committed else None
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding, weak_type=kind.weak_type)
+
+
+def laid_out_bytes(program: jax.stages.Compiled) -> int | None:
+    """What a program takes besides its arguments: scratch, and results in places of their own. None: it does not tell."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return None
+    return memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
