@@ -212,9 +212,9 @@ def _plan(config: GenerateConfig, model: Transformer, tokens: list[int]) -> Memo
 
 
 def kept_table(result: Generated, row: int = 0) -> str:
-    """The share of blocks that each layer kept in one row: of the prompt, and mean and range over its decoding steps."""
+    """The share of blocks that each layer kept in one row: of the prompt, and over its decoding steps mean and range."""
     steps = _row_steps(result, row)
-    lines = [f"{'layer':>5}  {'prefill':>7}  {'decode':>7}  over {len(steps)} steps"]
+    lines = [f"{'layer':>5}  {'prefill':>7}  {'decode':>7}  min .. max"]
     for layer, (prefill, decode) in enumerate(
         zip(result.prefill_kept[:, row], result.decode_kept[:, row], strict=True)
     ):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from seer_jax import memory
 from seer_jax.config import DecodeGateConfig, ModelConfig, PrefillGateConfig, RopeConfig, RopeKind
 from seer_jax.model import Transformer
 
@@ -33,6 +34,12 @@ def tiny_model(config: ModelConfig = LLAMA, *, gates: bool = True, block_size: i
         model.add_gate(PrefillGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 1))
         model.add_gate(DecodeGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 2))
     return model
+
+
+@pytest.fixture(autouse=True)
+def no_device_tells_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CPUs: plans are made of shapes, which the type checker of the tests would refuse in place of arrays."""
+    monkeypatch.setattr(memory, "device_memory", lambda device: None)
 
 
 @pytest.fixture(scope="session", params=[QWEN2, QWEN3], ids=lambda c: c.family)

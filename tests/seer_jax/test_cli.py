@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import seer_jax
-from seer_jax import Generated, Transformer, cli, from_pretrained, load_tokenizer, stream, tiny_lm
-from seer_jax.commands import GenerateConfig, parse_policy, write_policy
+from seer_jax import Generated, Transformer, cli, from_pretrained, load_tokenizer, memory, plan_memory, stream, tiny_lm
+from seer_jax.commands import GenerateConfig, kept_table, parse_policy, write_policy
 from seer_jax.convert import load_gates, save_base, save_gates
 from seer_jax.policies import (
     CumulativeMass,
@@ -129,6 +129,10 @@ FAILURES = [
     (["generate", "--model", str(TINY_LM), "--prompt", "x", "--chat"], "needs a chat template"),
     (["generate", "--model", str(TINY_LM), "--prompt", "x", "--max-new-tokens", "0"], "at least 1; got 0"),
     (["generate", "--model", str(TINY_LM), "--prompt", "x", "--decode", "topk:0.5"], "has none of this kind"),
+    (
+        ["generate", "--model", str(TINY_LM), "--prompt", "x", "--report", "/absent/x"],
+        "folder that is there; got /absent/x",
+    ),
     (["train", "--config", "/absent.yaml"], "No such file"),
     (["train", "--output", "/absent/run"], "needs a base model"),
     (["train", "--model", str(TINY_LM)], "--output FOLDER; got none"),
@@ -235,8 +239,9 @@ def streamed(model: Transformer, tokens: list[int], **arguments: Any) -> Generat
             return end.value
 
 
+@pytest.mark.usefixtures("unchecked")  # the memory plan is made of shapes, which stand for arrays
 def test_generate_writes_what_generate_returns(
-    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     base, gates = str(saved / "base"), [str(saved / "prefill"), str(saved / "decode")]
     tokenizer = load_tokenizer(base)
@@ -251,10 +256,24 @@ def test_generate_writes_what_generate_returns(
     assert captured.out == tokenizer.decode(expected.rows()[0]) + "\n"
     assert f"{len(tokenizer.encode(PROMPT))} prompt tokens; 20 new in " in captured.err
     assert f"prefill {float(expected.prefill_kept.mean()):.1%}" in captured.err
+    plan = plan_memory(model, 1, len(tokenizer.encode(PROMPT)), streamed=True, **arguments)
+    assert captured.err.startswith(f"{plan}\n[") and captured.err.count("\n") == 7
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
     assert cli.main([*common, "--no-stats"]) == 0
     assert capsys.readouterr() == (captured.out, "")
+
+    path = tmp_path / "report.json"
+    assert cli.main([*common, "--prompt", PROMPT, "--no-stats", "--kept", "--report", str(path)]) == 0
+    again = capsys.readouterr()
+    assert again == (captured.out, kept_table(expected) + "\n")
+    report = json.loads(path.read_text())
+    assert report["tokens"] == expected.rows()[0] and report["text"] + "\n" == captured.out
+    assert (report["prefill"], report["decode"]) == ("topk:0.4", "budget:32")
+    assert report["memory_bytes"] == dataclasses.asdict(plan) | dict(total=plan.total)
+    for name in ("prefill_kept", "decode_kept"):
+        np.testing.assert_array_equal(np.float32(report[name]), getattr(expected, name)[:, 0])
+    np.testing.assert_array_equal(np.float32(report["decode_kept_steps"]), expected.decode_kept_steps[:, :, 0])
 
     chat = tokenizer.encode(f"system: short\nuser: {PROMPT}\n")
     sampling = Sample(0.7, 50, 0.9)
@@ -265,6 +284,45 @@ def test_generate_writes_what_generate_returns(
     assert capsys.readouterr().out == tokenizer.decode(drawn.rows()[0]) + "\n"
 
 
+def test_the_table_of_kept_blocks_is_of_the_steps_that_were_made():
+    steps = np.zeros((3, 2, 2), np.float32)
+    steps[:, :, 0] = [[0.5, 1], [0.25, 1], [0.75, 1]]
+    steps[0, :, 1] = [0.5, 0.25]
+    kept = jnp.asarray([[0.1, 0.2], [0.3, 0.4]])
+    result = Generated(jnp.zeros((2, 4), jnp.int32), jnp.asarray([4, 2]), kept, jnp.asarray(steps))
+    expected = ["layer prefill decode min .. max", "0 10.0% 50.0% 25.0% .. 75.0%", "1 30.0% 100.0% 100.0% .. 100.0%"]
+    assert [" ".join(line.split()) for line in kept_table(result).splitlines()] == expected
+    expected = ["layer prefill decode min .. max", "0 20.0% 50.0% 50.0% .. 50.0%", "1 40.0% 25.0% 25.0% .. 25.0%"]
+    assert [" ".join(line.split()) for line in kept_table(result, row=1).splitlines()] == expected
+    none = dataclasses.replace(result, lengths=jnp.asarray([1, 1]), decode_kept_steps=jnp.zeros((3, 2, 2)))
+    assert kept_table(none).splitlines()[1].split() == ["0", "10.0%", "-"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_plan_needs_no_weights(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Nor does it run anything: its table is all that is printed, and the same as with weights."""
+    folders = [shutil.copytree(saved / name, tmp_path / name) for name in ("base", "prefill", "decode")]
+    for path in (path for folder in folders for path in folder.glob("*.safetensors")):
+        path.unlink()
+    words = ["generate", "--model", str(folders[0]), "--gates", *map(str, folders[1:]), "--prompt", PROMPT, "--plan"]
+    assert cli.main([*words, "--decode", "budget:32", "--max-new-tokens", "20", "--dtype", "float32"]) == 0
+    model = from_pretrained(saved / "base", [saved / "prefill", saved / "decode"], dtype=jnp.float32)
+    length = len(load_tokenizer(saved / "base").encode(PROMPT))
+    plan = plan_memory(model, 1, length, max_new_tokens=20, decode=TokenBudget(32), streamed=True)
+    assert capsys.readouterr() == (f"{plan}\n", "")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_the_device_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "device_memory", lambda device: memory.DeviceMemory(2**20, 0))
+    words = ["generate", "--prompt", "import", "--max-new-tokens", "2", "--no-stats"]
+    assert cli.main(words) == 1
+    assert re.fullmatch(r"seer-jax generate: A generation fits .*fewer rows.*\n", capsys.readouterr().err)
+    assert cli.main([*words, "--plan"]) == 0
+    assert re.search(r"\navailable +0.001 GiB\nmissing +0.0\d\d GiB\n$", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_the_bundled_model_has_a_name(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["generate", "--prompt", "import numpy as", "--max-new-tokens", "2", "--dtype", "float32"]) == 0
     assert capsys.readouterr().out.startswith(" np")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from seer_jax import Generated, Transformer, generate, pad_prompts, stream
-from seer_jax.policies import Given, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.policies import CumulativeMass, Given, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
 from seer_jax.sampling import Sample, row_keys
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
@@ -81,6 +81,18 @@ def test_the_report_is_the_mean_share_of_blocks():
         decode = np.minimum(visible, 3) / visible
         np.testing.assert_allclose(generated.prefill_kept[:, row], prefill, rtol=1e-6)
         np.testing.assert_allclose(generated.decode_kept[:, row], decode.mean(), rtol=1e-6)
+        np.testing.assert_allclose(generated.decode_kept_steps[:, :, row], np.stack([decode] * 2, 1), rtol=1e-6)
+
+
+def test_layers_and_steps_are_told_apart():
+    """The kept share of each layer is that of the mask given for it, at the steps of each row alone."""
+    masks = np.zeros((2, len(LENGTHS), 2, 5), bool)
+    masks[0, ..., :1] = masks[1, ..., :2] = True
+    generated = run(decode=Given(jnp.asarray(masks), block_size=16))
+    for row, n in enumerate(LENGTHS):
+        visible = np.arange(n, n + NEW - 1) // 16 + 1
+        kept = np.stack([1 / visible, np.minimum(visible, 2) / visible], 1)
+        np.testing.assert_allclose(generated.decode_kept_steps[:, :, row], kept, rtol=1e-6)
 
 
 def test_a_budget_of_one_block_keeps_the_current_block():
@@ -151,6 +163,13 @@ def test_a_row_ends_at_its_eos_while_others_go_on():
         assert generated.tokens[row].tolist() == tokens[:n] + [eos] * (NEW - n)
         assert generated.rows()[row] == tokens[:n]
     assert generated.lengths.min() <= 5 and generated.lengths.max() > 5
+    made = np.arange(NEW - 1)[:, None, None] < np.asarray(generated.lengths)[None, None] - 1
+    whole = np.asarray(run(**SPARSE).decode_kept_steps)
+    np.testing.assert_array_equal(generated.decode_kept_steps, np.where(made, whole, 0))
+    assert (whole > 0).all()
+    steps = np.where(made, whole, np.nan)[:, :, np.asarray(generated.lengths) > 1]
+    mean = np.asarray(generated.decode_kept)[:, np.asarray(generated.lengths) > 1]
+    np.testing.assert_allclose(mean, np.nanmean(steps, 0), rtol=1e-6)
 
 
 def test_generation_stops_when_every_row_has_ended():
@@ -161,7 +180,29 @@ def test_generation_stops_when_every_row_has_ended():
     np.testing.assert_array_equal(generated.lengths, 1)
     np.testing.assert_array_equal(generated.tokens, 0)
     np.testing.assert_array_equal(generated.decode_kept, 1)
+    np.testing.assert_array_equal(generated.decode_kept_steps, np.zeros((NEW - 1, 2, len(LENGTHS))))
     assert len(list(stream(model, *prompts(), max_new_tokens=NEW, eos=0, chunk=1, **SPARSE))) == 1
+
+
+def test_the_loop_ends_with_its_last_row(monkeypatch: pytest.MonkeyPatch):
+    """Steps after the last row's end would cost as much as any."""
+    module, states = sys.modules["seer_jax.generate"], []
+    program = module._run
+    monkeypatch.setattr(module, "_run", lambda *args: states.append(program(*args)) or states[-1])
+    free = run(**SPARSE).rows()
+    assert int(states[0].step) == NEW
+    ends = tuple(row[3 + i] for i, row in enumerate(free))
+    generated = run(**SPARSE, eos=ends)
+    assert int(states[1].step) == generated.lengths.max() < NEW
+
+
+def test_one_new_token_needs_no_step():
+    generated = run(**SPARSE, max_new_tokens=1)
+    assert generated.rows() == [row[:1] for row in run(**SPARSE).rows()]
+    assert generated.decode_kept_steps.shape == (0, 2, len(LENGTHS))
+    np.testing.assert_array_equal(generated.decode_kept, 1)
+    pieces = list(stream(llama(), *prompts(), max_new_tokens=1, eos=NEVER, **SPARSE))
+    assert joined(pieces) == generated.rows() and len(pieces) == 1
 
 
 def test_eos_tokens_and_context_are_the_models_own_unless_given():
@@ -182,6 +223,32 @@ def test_a_rows_tokens_depend_on_its_own_prompt_and_key():
         one = slice(row, row + 1)
         alone = run(tokens=tokens[one], lengths=lengths[one], **SPARSE, sampling=SAMPLE, key=keys[one])
         assert alone.rows() == together[one]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        (Threshold(0.2, dense_last_rows=0), CumulativeMass(0.6)),
+        (CumulativeMass(0.6, dense_last_rows=0), TopK(0.5)),
+        (TopK(0.4, dense_last_rows=0), Threshold(0.3)),
+    ],
+    ids=str,
+)
+def test_both_gates_together_serve_a_row_as_if_it_were_alone(prefill: Policy, decode: Policy):
+    """Prompts of all lengths at once, both phases sparse by their own gates, one row ended early."""
+    tokens, lengths = prompts()
+    policies: dict[str, Any] = dict(prefill=prefill, decode=decode)
+    eos = run(**policies).rows()[0][5]
+    together = run(**policies, eos=eos)
+    assert (
+        together.lengths[0] <= 6 and (together.prefill_kept[:, 3] < 1).all() and (together.decode_kept[:, 3] < 1).all()
+    )
+    for row in (2, 3):
+        n = lengths[row]
+        alone = run(tokens=tokens[row : row + 1, :n], lengths=None, **policies, eos=eos)
+        assert alone.rows()[0] == together.rows()[row]
+        np.testing.assert_allclose(alone.prefill_kept[:, 0], together.prefill_kept[:, row], rtol=1e-6)
+        np.testing.assert_allclose(alone.decode_kept_steps[..., 0], together.decode_kept_steps[..., row], rtol=1e-6)
 
 
 def test_random_blocks_of_a_row_do_not_depend_on_its_neighbours():

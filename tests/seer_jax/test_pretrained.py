@@ -44,6 +44,23 @@ def test_gates_are_optional_and_the_base_is_bfloat16(saved: Path):
     assert model.decode_gate.linear_k.dtype == jnp.float32
 
 
+def test_a_model_of_shapes_has_everything_but_weights(saved: Path, tmp_path: Path):
+    for name in ("base", "prefill", "decode"):
+        (tmp_path / name).mkdir()
+        shutil.copy(saved / name / "config.json", tmp_path / name)
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[7, 9])))
+    shapes = from_pretrained(tmp_path / "base", [tmp_path / "prefill", tmp_path / "decode"], abstract=True)
+    assert shapes.config.eos_token_ids == (7, 9)
+    model = from_pretrained(saved / "base", [saved / "prefill", saved / "decode"])
+    for ours, theirs in zip(jax.tree.leaves(shapes), jax.tree.leaves(model), strict=True):
+        assert isinstance(ours, jax.ShapeDtypeStruct)
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    with pytest.raises(ValueError, match=r"one gate of each kind; got .*prefill \(PrefillGate\)"):
+        from_pretrained(saved / "base", [saved / "prefill", saved / "prefill"], abstract=True)
+    with pytest.raises(ValueError, match="expected num_kv_heads=2, got 4"):
+        from_pretrained(saved / "base", saved / "other", abstract=True)
+
+
 @pytest.mark.parametrize(
     ("generation", "expected"),
     [(None, (5,)), ({}, (5,)), (dict(eos_token_id=7), (7,)), (dict(eos_token_id=[7, 9]), (7, 9))],

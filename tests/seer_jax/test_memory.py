@@ -1,0 +1,229 @@
+"""The memory plan against what is there: sizes of arrays, limits of a device, and one compilation for plan and run."""
+
+import functools
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from seer_jax import MemoryPlan, Transformer, generate, memory, plan_memory, stream
+from seer_jax.config import DecodeGateConfig, PrefillGateConfig
+from seer_jax.families import config_from_hf
+from seer_jax.policies import SinkWindow, Threshold, TokenBudget, TopK
+from seer_jax.sampling import Greedy, Sample
+from tests.seer_jax.conftest import LLAMA, tiny_model
+
+# Shapes stand for arrays.
+pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.usefixtures("unchecked")]
+
+ROWS, WIDTH, NEW = 3, 41, 6
+TOKENS = np.random.default_rng(0).integers(0, LLAMA.vocab_size, (ROWS, WIDTH))
+SPARSE: dict[str, Any] = dict(prefill=TokenBudget(32), decode=TokenBudget(32))
+
+
+device_memory = memory.device_memory  # before the other tests are kept from asking
+
+
+@functools.cache
+def llama() -> Transformer:
+    return tiny_model()
+
+
+def run(model: Transformer | None = None, **changes: Any) -> None:
+    generate(model or llama(), TOKENS, **dict(SPARSE, max_new_tokens=NEW) | changes)
+
+
+def run_stream(model: Transformer | None = None, **changes: Any) -> None:
+    list(stream(model or llama(), TOKENS, **dict(SPARSE, max_new_tokens=NEW) | changes))
+
+
+def plan(model: Transformer | None = None, **changes: Any) -> MemoryPlan:
+    return plan_memory(model or llama(), ROWS, WIDTH, **dict(SPARSE, max_new_tokens=NEW) | changes)
+
+
+def set_limit(monkeypatch: pytest.MonkeyPatch, limit: int, others: int = 0) -> None:
+    """Of a device that holds the model and `others` bytes."""
+    told = memory.DeviceMemory(limit, memory.tree_bytes(llama()) + others)
+    monkeypatch.setattr(memory, "device_memory", lambda device: told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "capacity", "with_gate"),
+    [
+        ({}, 48, True),
+        (dict(max_new_tokens=9), 64, True),
+        (dict(cache_capacity=100), 112, True),
+        (dict(decode=TokenBudget(32, SinkWindow())), 48, False),
+    ],
+    ids=str,
+)
+def test_a_plan_adds_up_the_arrays(changes: dict[str, Any], capacity: int, with_gate: bool):
+    model = llama()
+    made = plan(compiled=False, **changes)
+    cache = model.make_cache(ROWS, capacity)
+    assert made.cache == cache.keys.nbytes + cache.values.nbytes
+    assert cache.gate is not None
+    assert made.gate_cache == (cache.gate.keys.nbytes + cache.gate.pending.nbytes if with_gate else 0)
+    assert made.gates == sum(x.nbytes for x in jax.tree.leaves((model.prefill_gate, model.decode_gate)))
+    assert made.weights == sum(x.nbytes for x in jax.tree.leaves(model)) - made.gates
+    assert made.scratch is None and made.available is None
+    assert made.total == made.weights + made.gates + made.cache + made.gate_cache
+    assert plan(nnx.eval_shape(tiny_model), compiled=False, **changes) == made
+
+
+def test_a_whole_size_is_planned_without_memory():
+    """Llama-3.1-8B at 128k tokens: 15 GiB of weights and 16 GiB of keys and values, as everyone's arithmetic has it."""
+    hf = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+              num_key_value_heads=8, vocab_size=128256, rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=131072)  # fmt: skip
+
+    def build() -> Transformer:
+        model = Transformer(config_from_hf(hf), rngs=nnx.Rngs(0))
+        model.add_gate(PrefillGateConfig(), rngs=nnx.Rngs(1))
+        return model.add_gate(DecodeGateConfig(), rngs=nnx.Rngs(2))
+
+    sizes: dict[str, Any] = dict(prefill=TopK(0.1), decode=TokenBudget(4096), compiled=False, available=80 * 2**30)
+    made = plan_memory(nnx.eval_shape(build), 1, 130048, max_new_tokens=1025, **sizes)
+    assert made.cache == 16 * 2**30
+    assert made.weights == pytest.approx(8.03e9 * 2, rel=0.001)
+    assert made.missing == 0
+    assert plan_memory(nnx.eval_shape(build), 5, 130048, max_new_tokens=1025, **sizes).missing > 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_scratch_is_what_the_compiler_lays_out(streamed: bool):
+    """More rows and longer prompts take more of it, and it holds at least one layer's activations."""
+    sizes = dict(streamed=streamed, decode=TokenBudget(32))
+    small, wide = (plan_memory(llama(), rows, 512, max_new_tokens=NEW, **sizes).scratch for rows in (1, 4))
+    assert small is not None and wide is not None
+    activations = 512 * LLAMA.hidden_size * 4
+    assert activations < small < wide - 3 * activations
+
+
+COMPILED: list[tuple[dict[str, Any], bool]] = [
+    (SPARSE, False),
+    (dict(prefill=Threshold(0.1), decode=Threshold(0.2), sampling=Sample(0.5)), False),
+    (SPARSE, True),
+]
+
+
+@pytest.mark.parametrize(("changes", "committed"), COMPILED, ids=["budget", "threshold, drawn", "put on a device"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_plan_compiles_what_then_runs(
+    streamed: bool, changes: dict[str, Any], committed: bool, caplog: pytest.LogCaptureFixture
+):
+    """Once each; a size that no other test has, so that it is compiled here."""
+    model = jax.device_put(llama(), jax.devices()[0]) if committed else llama()
+    sizes: dict[str, Any] = changes | dict(max_new_tokens=8 + committed)
+
+    def compiled() -> list[str]:
+        texts = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return [
+            name for name in ("_run", "_begin", "_advance") for t in texts if f"XLA compilation of jit({name})" in t
+        ]
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        plan(model, streamed=streamed, **sizes)
+        assert compiled() == (["_begin", "_advance"] if streamed else ["_run"])
+        key = jax.random.key(0) if "sampling" in sizes else None
+        (run_stream if streamed else run)(model, **sizes, key=key)
+        assert compiled() == []
+
+
+@pytest.mark.parametrize("function", [run, run_stream])
+def test_what_does_not_fit_is_refused_before_it_is_allocated(function: Any, monkeypatch: pytest.MonkeyPatch):
+    needed = plan(streamed=function is run_stream)
+    assert needed.scratch
+    module, started = sys.modules["seer_jax.generate"], []
+    for name in ("_run", "_start"):
+        program = getattr(module, name)
+        # As the program, it can be lowered; as a function, it tells that it was called.
+        monkeypatch.setattr(module, name, Recorded(program, started))
+    set_limit(monkeypatch, needed.total)
+    function()
+    assert started
+    started.clear()
+    for limit, others, text in (
+        (needed.total - 1, 0, "scratch 0"),
+        (needed.total, 1, "scratch 0"),
+        (needed.total - needed.scratch - 1, 0, r"decode gate 0.0\d\d\)"),
+    ):
+        set_limit(monkeypatch, limit, others)
+        with pytest.raises(MemoryError, match=rf"expected at most .* GiB.*got .* GiB \(weights 0.*{text}.*fewer rows"):
+            function()
+    assert not started
+
+
+class Recorded:
+    def __init__(self, program: Any, calls: list):
+        self.lower, self.program, self.calls = program.lower, program, calls
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls.append(args)
+        return self.program(*args)
+
+
+def test_a_stream_tells_at_once_that_its_cache_does_not_fit(monkeypatch: pytest.MonkeyPatch):
+    set_limit(monkeypatch, plan(compiled=False).total - 1)
+    with pytest.raises(MemoryError):
+        stream(llama(), TOKENS, max_new_tokens=NEW, **SPARSE)
+
+
+def test_a_call_like_an_earlier_one_only_looks_up_its_plan(monkeypatch: pytest.MonkeyPatch):
+    lookups = sys.modules["seer_jax.generate"]._compiled_bytes.cache_info
+    set_limit(monkeypatch, 2**40)
+    run()
+    before = lookups()
+    run()
+    run(tiny_model(seed=8))
+    assert (lookups().misses, lookups().hits) == (before.misses, before.hits + 2)
+
+
+def test_a_limit_is_told_by_the_one_device_of_a_model(monkeypatch: pytest.MonkeyPatch):
+    class Device:
+        def __init__(self, stats: dict[str, int] | None):
+            self.memory_stats = lambda: stats
+
+    assert memory.device_memory(Device(None)) is None and memory.device_memory(Device({})) is None
+    assert memory.device_memory(Device(dict(bytes_limit=10, bytes_in_use=4))) == (10, 4)
+    own = memory.tree_bytes(llama())
+    set_limit(monkeypatch, own + 100, others=30)
+    assert memory.available_bytes(llama()) == own + 70
+    # None of a model of shapes is on the device: all that is in use there is in its way.
+    assert memory.available_bytes(nnx.eval_shape(tiny_model)) == 70
+    assert plan(available=own).available == own
+
+
+@pytest.mark.gpu
+def test_a_gpu_tells_its_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "device_memory", device_memory)
+    before = device_memory(jax.devices()[0])
+    assert before is not None and 0 <= before.in_use < before.limit
+    run()
+    run_stream()
+    most = (before.limit - before.in_use) // (2 * 2 * 2 * 16 * 4)  # slots that the keys and values of two layers leave
+    with pytest.raises(MemoryError, match="fewer rows"):
+        run(cache_capacity=most)
+    after = device_memory(jax.devices()[0])
+    assert after is not None and after.in_use - before.in_use < 2**20
+
+
+BAD = [
+    (dict(max_new_tokens=0), "at least 1; got 0"),
+    (dict(batch=0), "got 0 rows of 41"),
+    (dict(prompt_width=0), "got 3 rows of 0"),
+    (dict(cache_capacity=45), "46 tokens; got cache_capacity=45"),
+    (dict(prefill="dense"), "prefill is a sparsity policy.*got 'dense'"),
+    (dict(sampling="greedy"), "sampling is .*got 'greedy'"),
+    (dict(decode=Threshold(0.1)), "the model has none of this kind"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_sizes_are_refused(change: dict[str, Any], message: str):
+    sizes: dict[str, Any] = dict(batch=ROWS, prompt_width=WIDTH, max_new_tokens=NEW, sampling=Greedy()) | change
+    with pytest.raises(ValueError, match=message):
+        plan_memory(tiny_model(gates=False), **sizes)
