@@ -210,9 +210,9 @@ def plan_memory(
             capacity=capacity,
         )
 
-    job = jax.eval_shape(make_job)
-    plan = _plan_shapes(model, job, available_bytes(model) if available is None else available)
-    return _plan_scratch(model, job, plan, streamed) if compiled else plan
+    call = _abstract_call(model, jax.eval_shape(make_job))
+    plan = _compiled_plan(*call, streamed) if compiled else _plan_of_shapes(*call)
+    return dataclasses.replace(plan, available=available_bytes(model) if available is None else available)
 
 
 @jax.tree_util.register_dataclass
@@ -281,6 +281,8 @@ def _empty_cache(model: Transformer, job: _Job) -> Cache:
 
 def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array, ""]) -> _State:
     """Decodes until there are `until` tokens in the rows that go on, or none does."""
+    if job.max_new_tokens == 1:  # it came with the prompt
+        return state
 
     def step(state: _State) -> _State:
         assert state.cache is not None
@@ -330,13 +332,23 @@ def _check_memory(model: Transformer, job: _Job, *, streamed: bool = False, comp
     available = available_bytes(model)
     if available is None:
         return
-    plan = _plan_shapes(model, job, available)
-    plan.check()  # compiling takes long: not for what can't run
+    call = _abstract_call(model, job)
+    dataclasses.replace(
+        _plan_of_shapes(*call), available=available
+    ).check()  # compiling takes long: not for what can't run
     if compiled:
-        _plan_scratch(model, job, plan, streamed).check()
+        dataclasses.replace(_compiled_plan(*call, streamed), available=available).check()
 
 
-def _plan_shapes(model: Transformer, job: _Job, available: int | None) -> MemoryPlan:
+def _abstract_call(model: Transformer, job: _Job) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    """By what programs and plans are kept: structure and leaves of `(model, job)`."""
+    leaves, structure = jax.tree.flatten((model, job))
+    return structure, tuple(map(abstract_argument, leaves))
+
+
+@functools.lru_cache(maxsize=256)
+def _plan_of_shapes(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> MemoryPlan:
+    model, job = jax.tree.unflatten(structure, leaves)
     gates = tree_bytes((model.prefill_gate, model.decode_gate))
     cache = jax.eval_shape(functools.partial(_empty_cache, model, job))
     return MemoryPlan(
@@ -344,36 +356,27 @@ def _plan_shapes(model: Transformer, job: _Job, available: int | None) -> Memory
         gates=gates,
         cache=tree_bytes((cache.keys, cache.values)),
         gate_cache=tree_bytes(cache.gate),
-        available=available,
     )
 
 
-def _plan_scratch(model: Transformer, job: _Job, plan: MemoryPlan, streamed: bool) -> MemoryPlan:
-    leaves, structure = jax.tree.flatten((model, job))
-    needed = _compiled_bytes(structure, tuple(map(abstract_argument, leaves)), streamed)
-    scratch = None if needed is None else max(needed - plan.cache - plan.gate_cache, 0)
+@functools.lru_cache(maxsize=256)
+def _compiled_plan(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], streamed: bool) -> MemoryPlan:
+    """With scratch where the compiler tells it. JAX keeps what it compiles here: the call itself does not compile again."""
+    plan = _plan_of_shapes(structure, leaves)
+    model, job = jax.tree.unflatten(structure, leaves)
+    made = _bytes_of_stream(model, job) if streamed else laid_out_bytes(_run.lower(model, job).compile())
+    scratch = None if made is None else max(made - plan.cache - plan.gate_cache, 0)
     return dataclasses.replace(plan, scratch=scratch)
 
 
-@functools.lru_cache(maxsize=256)
-def _compiled_bytes(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], streamed: bool) -> int | None:
-    """What the programs of a generation take besides the model, its cache included; None where the compiler does not tell.
-
-    JAX keeps what it compiles here, so that a call with such arguments does not compile again.
-
-    Args:
-      structure, leaves: of `(model, job)`.
-      streamed: the programs of `stream`; their maximum.
-    """
-    model, job = jax.tree.unflatten(structure, leaves)
-    if not streamed:
-        return laid_out_bytes(_run.lower(model, job).compile())
+def _bytes_of_stream(model: Transformer, job: _Job) -> int | None:
+    """What the two programs of `stream` take besides the model, cache included: the larger of both."""
     start = _start.lower(model, job).compile()
     first = laid_out_bytes(start)
-    if job.max_new_tokens == 1 or first is None:
+    if first is None or job.max_new_tokens == 1:
         return first
     state = jax.eval_shape(_begin, model, job)
-    if any(x.sharding is not None for x in leaves):  # results then stay where the arguments were put
+    if any(x.sharding is not None for x in jax.tree.leaves((model, job))):  # then results stay where arguments were put
         state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, start.output_shardings)
     rest = laid_out_bytes(_continue.lower(model, job, state, 0).compile())
     return None if rest is None else max(first, tree_bytes(state) + rest)

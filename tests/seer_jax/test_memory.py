@@ -62,16 +62,16 @@ def set_limit(monkeypatch: pytest.MonkeyPatch, limit: int, others: int = 0) -> N
 )
 def test_a_plan_adds_up_the_arrays(changes: dict[str, Any], capacity: int, with_gate: bool):
     model = llama()
-    made = plan(compiled=False, **changes)
+    made = plan(compiled=False, available=2**40, **changes)
     cache = model.make_cache(ROWS, capacity)
     assert made.cache == cache.keys.nbytes + cache.values.nbytes
     assert cache.gate is not None
     assert made.gate_cache == (cache.gate.keys.nbytes + cache.gate.pending.nbytes if with_gate else 0)
     assert made.gates == sum(x.nbytes for x in jax.tree.leaves((model.prefill_gate, model.decode_gate)))
     assert made.weights == sum(x.nbytes for x in jax.tree.leaves(model)) - made.gates
-    assert made.scratch is None and made.available is None
+    assert made.scratch is None and made.available == 2**40
     assert made.total == made.weights + made.gates + made.cache + made.gate_cache
-    assert plan(nnx.eval_shape(tiny_model), compiled=False, **changes) == made
+    assert plan(nnx.eval_shape(tiny_model), compiled=False, available=2**40, **changes) == made
 
 
 def test_a_whole_size_is_planned_without_memory():
@@ -95,7 +95,7 @@ def test_a_whole_size_is_planned_without_memory():
 @pytest.mark.parametrize("streamed", [False, True])
 def test_scratch_is_what_the_compiler_lays_out(streamed: bool):
     """More rows and longer prompts take more of it, and it holds at least one layer's activations."""
-    sizes = dict(streamed=streamed, decode=TokenBudget(32))
+    sizes: dict[str, Any] = dict(streamed=streamed, decode=TokenBudget(32))
     small, wide = (plan_memory(llama(), rows, 512, max_new_tokens=NEW, **sizes).scratch for rows in (1, 4))
     assert small is not None and wide is not None
     activations = 512 * LLAMA.hidden_size * 4
@@ -173,7 +173,7 @@ def test_a_stream_tells_at_once_that_its_cache_does_not_fit(monkeypatch: pytest.
 
 
 def test_a_call_like_an_earlier_one_only_looks_up_its_plan(monkeypatch: pytest.MonkeyPatch):
-    lookups = sys.modules["seer_jax.generate"]._compiled_bytes.cache_info
+    lookups = sys.modules["seer_jax.generate"]._compiled_plan.cache_info
     set_limit(monkeypatch, 2**40)
     run()
     before = lookups()
@@ -187,8 +187,8 @@ def test_a_limit_is_told_by_the_one_device_of_a_model(monkeypatch: pytest.Monkey
         def __init__(self, stats: dict[str, int] | None):
             self.memory_stats = lambda: stats
 
-    assert memory.device_memory(Device(None)) is None and memory.device_memory(Device({})) is None
-    assert memory.device_memory(Device(dict(bytes_limit=10, bytes_in_use=4))) == (10, 4)
+    assert device_memory(Device(None)) is None and device_memory(Device({})) is None
+    assert device_memory(Device(dict(bytes_limit=10, bytes_in_use=4))) == (10, 4)
     own = memory.tree_bytes(llama())
     set_limit(monkeypatch, own + 100, others=30)
     assert memory.available_bytes(llama()) == own + 70
