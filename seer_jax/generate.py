@@ -333,9 +333,8 @@ def _check_memory(model: Transformer, job: _Job, *, streamed: bool = False, comp
     if available is None:
         return
     call = _abstract_call(model, job)
-    dataclasses.replace(
-        _plan_of_shapes(*call), available=available
-    ).check()  # compiling takes long: not for what can't run
+    # First without the program: compiling takes long, and is not for what can't run anyway.
+    dataclasses.replace(_plan_of_shapes(*call), available=available).check()
     if compiled:
         dataclasses.replace(_compiled_plan(*call, streamed), available=available).check()
 
