@@ -8,8 +8,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import pool_blocks
-from seer_jax.config import DecodeGateConfig, ModelConfig
+from seer_jax.config import DecodeGateConfig, ModelConfig, Pool
 from seer_jax.gate import DecodeGate
+
+_MERGE = {Pool.MAX: jnp.maximum, Pool.MIN: jnp.minimum, Pool.AVG: jnp.add}
 
 
 @jax.tree_util.register_dataclass
@@ -19,11 +21,12 @@ class GateCache:
 
     Attributes:
       keys: one compressed key per block, float32; valid for completed blocks.
-      pending: the keys of the unfinished block before RoPE, which it is pooled from once it is complete.
+      pools: of the keys (before RoPE) of the unfinished block so far, as `pool_blocks` orders them, but sums in place of averages;
+        float32. Anything where the block has no key yet.
     """
 
     keys: Float[Array, "*maps L B Sb K C"]
-    pending: Float[Array, "*maps L B b K D"]
+    pools: Float[Array, "*maps L B K P"]
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +60,7 @@ class Cache:
             blocks = -(-capacity // gate.block_size)
             gate_cache = GateCache(
                 keys=jnp.zeros((*shape[:2], blocks, model.num_kv_heads, gate.gate_dim), jnp.float32),
-                pending=jnp.zeros((*shape[:2], gate.block_size, *shape[3:]), dtype),
+                pools=jnp.zeros((*shape[:2], shape[3], len(gate.k_pooling) * shape[4]), jnp.float32),
             )
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32), gate_cache)
 
@@ -87,19 +90,21 @@ class Cache:
     def fill_gate(
         self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B T K D"], lengths: Int[Array, "B"]
     ) -> "Cache":
-        """Compresses the blocks of a prompt; k before RoPE. The unfinished last block goes to `pending`."""
+        """Compresses the blocks of a prompt; k before RoPE. The unfinished last block goes to `pools`."""
         if self.gate is None:
             return self
-        b = gate.config.block_size
-        pooled = pool_blocks(k, gate.config.k_pooling, block_size=b)
+        kinds, b = gate.config.k_pooling, gate.config.block_size
+        pooled = pool_blocks(k, kinds, block_size=b)
         compressed = gate.keys(pooled, jnp.arange(pooled.shape[1])[None] * b)
         unfinished = (lengths // b)[:, None] * b + jnp.arange(b)[None]
-        pending = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
+        last = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
+        pools = pool_blocks(last, kinds, block_size=b, valid=unfinished < lengths[:, None])[:, 0]
+        pools = _scale_averages(pools, kinds, (lengths % b)[:, None, None])
         return dataclasses.replace(
             self,
             gate=GateCache(
                 keys=jax.lax.dynamic_update_slice(self.gate.keys, compressed[None], (layer, 0, 0, 0, 0)),
-                pending=self.gate.pending.at[layer].set(pending.astype(self.gate.pending.dtype)),
+                pools=self.gate.pools.at[layer].set(pools),
             ),
         )
 
@@ -107,13 +112,24 @@ class Cache:
         """Adds one token's key (before RoPE) to the unfinished block, and compresses the block where that completes it."""
         if self.gate is None:
             return self
-        b = gate.config.block_size
-        rows = jnp.arange(k.shape[0])
-        pending = self.gate.pending.at[layer, rows, self.lengths % b].set(k.astype(self.gate.pending.dtype))
-        block = self.lengths // b
-        pooled = pool_blocks(pending[layer], gate.config.k_pooling, block_size=b)
-        compressed = gate.keys(pooled, (block * b)[:, None])[:, 0]
+        kinds, b = gate.config.k_pooling, gate.config.block_size
+        rows, block = jnp.arange(k.shape[0]), self.lengths // b
+        old, key = self.gate.pools[layer], k.astype(jnp.float32)
+        merged = [_MERGE[kind](part, key) for kind, part in zip(kinds, jnp.split(old, len(kinds), axis=-1), strict=True)]
+        is_first = (self.lengths % b == 0)[:, None, None]
+        pools = jnp.where(is_first, jnp.tile(key, len(kinds)), jnp.concatenate(merged, axis=-1))
+        pooled = _scale_averages(pools, kinds, 1 / b)
+        compressed = gate.keys(pooled[:, None], (block * b)[:, None])[:, 0]
         complete = (self.lengths % b == b - 1)[:, None, None]
-        old = self.gate.keys[layer, rows, block]
-        keys = self.gate.keys.at[layer, rows, block].set(jnp.where(complete, compressed, old))
-        return dataclasses.replace(self, gate=GateCache(keys, pending))
+        keys = self.gate.keys.at[layer, rows, block].set(
+            jnp.where(complete, compressed, self.gate.keys[layer, rows, block])
+        )
+        return dataclasses.replace(self, gate=GateCache(keys, self.gate.pools.at[layer].set(pools)))
+
+
+def _scale_averages(
+    pools: Float[Array, "B K P"], kinds: tuple[Pool, ...], factor: Float[Array, "..."] | Int[Array, "..."] | float
+) -> Float[Array, "B K P"]:
+    """From averages to sums or back; maxima and minima stay."""
+    parts = zip(kinds, jnp.split(pools, len(kinds), axis=-1), strict=True)
+    return jnp.concatenate([part * factor if kind is Pool.AVG else part for kind, part in parts], axis=-1)

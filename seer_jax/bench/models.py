@@ -110,7 +110,7 @@ def random_cache(
         return large_random_array(next(keys), leaf.shape, leaf.dtype, scale)
 
     drawn = (
-        None if abstract.gate is None else GateCache(draw(abstract.gate.keys, gate_scale), draw(abstract.gate.pending))
+        None if abstract.gate is None else GateCache(draw(abstract.gate.keys, gate_scale), draw(abstract.gate.pools))
     )
     return Cache(draw(abstract.keys), draw(abstract.values), jnp.full(batch, capacity - 1, jnp.int32), drawn)
 

@@ -66,7 +66,7 @@ def test_a_plan_adds_up_the_arrays(changes: dict[str, Any], capacity: int, with_
     cache = model.make_cache(ROWS, capacity)
     assert made.cache == cache.keys.nbytes + cache.values.nbytes
     assert cache.gate is not None
-    assert made.gate_cache == (cache.gate.keys.nbytes + cache.gate.pending.nbytes if with_gate else 0)
+    assert made.gate_cache == (cache.gate.keys.nbytes + cache.gate.pools.nbytes if with_gate else 0)
     assert made.gates == sum(x.nbytes for x in jax.tree.leaves((model.prefill_gate, model.decode_gate)))
     assert made.weights == sum(x.nbytes for x in jax.tree.leaves(model)) - made.gates
     assert made.scratch is None and made.available == 2**40
