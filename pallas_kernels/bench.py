@@ -32,8 +32,8 @@ FEWEST_CALLS = 4  # in the body of a loop, whose result may be copied once
 BEYOND_CACHE = 2e8  # bytes, four times the L2 cache of an H200: after so many, nothing of them is left in it
 MOST_LAYERS = 64
 MOST_BYTES = 2**34  # of the caches of several layers
-COPIED_BYTES = 2**30
-COPIES = 16
+MOVED_BYTES = 2**30
+MOVES = 16
 
 
 class Timing(NamedTuple):
@@ -149,31 +149,36 @@ def layers_beyond_cache(read: float, size: float) -> int:
 
 
 @functools.cache
-def copy_rate() -> float:
-    """Bytes per second that a large copy on this device reads and writes, both counted."""
-    size = COPIED_BYTES if jax.default_backend() != "cpu" else COPIED_BYTES // 2**7
+def memory_rate() -> float:
+    """Bytes per second of the device's memory: of a large sum or of a large copy (bytes read and bytes written), whichever has more."""
+    size = MOVED_BYTES if jax.default_backend() != "cpu" else MOVED_BYTES // 2**7
+
+    @jax.jit
+    def sums(x: jax.Array) -> jax.Array:  # each of other numbers, since a sum that is known need not be read
+        return jax.lax.fori_loop(0, MOVES, lambda i, total: total + (x ^ i).sum(), jnp.int32(0))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def copies(x: jax.Array) -> jax.Array:  # plus 1, since a plain copy could be left out
-        return jax.lax.fori_loop(0, COPIES, lambda _, x: x + 1, x)
+        return jax.lax.fori_loop(0, MOVES, lambda _, x: x + 1, x)
 
     latest = [jnp.zeros(size // 4, jnp.int32)]
 
-    def run() -> jax.Array:
+    def copy() -> jax.Array:
         latest[:] = [copies(*latest)]
         return latest[0]
 
-    return 2 * size * COPIES / time_calls(run).milliseconds * 1e3
+    reading, copying = time_calls(sums, *latest).milliseconds, time_calls(copy).milliseconds
+    return size * MOVES * max(1 / reading, 2 / copying) * 1e3
 
 
 def floor_results(milliseconds: float, read: float) -> dict[str, float | None]:
-    """What a time is worth beside the time in which a copy reads and writes as many bytes as must be read."""
-    floor = read / copy_rate() * 1e3
+    """What a time is worth beside the time in which the device's memory moves as many bytes as must be read."""
+    floor = read / memory_rate() * 1e3
     return {
         "floor_milliseconds": floor,
         "times_floor": milliseconds / floor,
         "read_gib": read / GIB,
-        "copy_terabytes": copy_rate() / 1e12,
+        "memory_terabytes": memory_rate() / 1e12,
     }
 
 

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.backends import Implementation
 from pallas_kernels.bench import (
     Measurement,
-    copy_rate,
     first_line,
     floor_results,
     guarded,
     layers_beyond_cache,
+    memory_rate,
     time_chain,
     too_large,
 )
@@ -130,7 +130,9 @@ class Bench:
         }
         if failure is not None:
             return dataclasses.replace(blank, results=results, failure=failure)
-        timing = time_chain(_step(self.implementation), q, (k, v, inputs.lengths), operands, seconds=read / copy_rate())
+        timing = time_chain(
+            _step(self.implementation), q, (k, v, inputs.lengths), operands, seconds=read / memory_rate()
+        )
         dense, note = inputs.dense_milliseconds
         results |= {
             "milliseconds": timing.milliseconds,
@@ -190,7 +192,7 @@ class _Inputs:
         def step(q: Array, shared: Any, _: None, number: int) -> Array:
             return dense_attention(q, *shared[0][number], shared[1])
 
-        seconds = self.shape.layer_bytes / copy_rate()
+        seconds = self.shape.layer_bytes / memory_rate()
         try:
             timing = time_chain(step, q, (pairs, self.lengths), [None] * len(pairs), seconds=seconds)
         except (ValueError, RuntimeError) as error:  # NotImplementedError among them, and errors of the device

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pallas_kernels.backends import Implementation
-from pallas_kernels.bench import Measurement, copy_rate
+from pallas_kernels.bench import Measurement, memory_rate
 from pallas_kernels.sparse_decode.bench import Bench
 from seer_jax.bench.decode_layer import measure_layer
 from seer_jax.bench.decode_model import new_tokens
@@ -78,7 +78,7 @@ def measure_decode(config: DecodeBench) -> Iterator[Measurement]:
       ValueError: a shape that this device is too slow for, or an implementation that does not exist.
     """
     check_device(config.shape)
-    copy_rate()  # while there is memory for it
+    memory_rate()  # while there is memory for it
     model, sizes = CONFIGS[config.shape], (config.batches, config.lengths)
     if Part.KERNEL in config.only:
         yield from Bench(config.implementation, config.seed).sweep(heads_of(model), *sizes, config.densities)

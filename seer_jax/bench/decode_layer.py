@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.bench import (
     Measurement,
-    copy_rate,
     floor_results,
     guarded,
     layers_beyond_cache,
+    memory_rate,
     rounds_of,
     time_calls,
     too_large,
@@ -137,7 +137,7 @@ def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) ->
     layers, read = stacked.num_layers, step.read_bytes(blank.settings["density"] or 1.0)
     gate = None if step.gate is None else DecodeGate(step.gate, stacked, rngs=nnx.Rngs(seed))
     contexts = LayerContext(jnp.arange(layers), None, gate)
-    rounds = rounds_of(layers, read / copy_rate() + LAYER_SECONDS)
+    rounds = rounds_of(layers, read / memory_rate() + LAYER_SECONDS)
     program = repeated_layers(step, rounds)
     q = jax.random.normal(jax.random.key(seed), (step.batch, 1, step.config.num_heads, step.config.head_dim), DTYPE)
     latest: list[Any] = [None, None, None]

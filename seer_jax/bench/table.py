@@ -42,10 +42,10 @@ PLANNED = Column("planned\nGiB", "planned_gib", ".1f", "what the compiler lays o
 SPEEDUP = Column("times\nfaster", "speedup", ".2f", "dense attention's (the dense layer's, model's) ms over ms")
 LISTED = Column("kept", "density", ".1%", "share of a sequence's blocks that are listed, measured")
 FLOOR = Column(
-    "floor\nms", "floor_milliseconds", ".4g", "in which a copy on the device reads and writes as much as must be read"
+    "floor\nms", "floor_milliseconds", ".4g", "in which the memory of the device moves as much as must be read"
 )
 TIMES_FLOOR = Column("times\nfloor", "times_floor", ".2f", "ms over floor ms")
-COPY = Column("copy\nTB/s", "copy_terabytes", ".3g", "rate of that copy, bytes read and bytes written")
+MEMORY = Column("memory\nTB/s", "memory_terabytes", ".3g", "rate of that memory, of a large sum or copy")
 
 DENSE_BESIDE = (
     "model",
@@ -105,18 +105,18 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
     ),
     "decode kernel": (
         "Attention kernel, new tokens",
-        (*(LISTED, ERROR, PLAIN, LSE, MILLISECONDS, FLOOR, TIMES_FLOOR), DENSE, SPEEDUP, COPY),
+        (*(LISTED, ERROR, PLAIN, LSE, MILLISECONDS, FLOOR, TIMES_FLOOR), DENSE, SPEEDUP, MEMORY),
     ),
     "decode layer": (
         "Attention of one layer with gate and cache, new tokens",
-        (LISTED, MILLISECONDS, FLOOR, TIMES_FLOOR, SPEEDUP, COPY),
+        (LISTED, MILLISECONDS, FLOOR, TIMES_FLOOR, SPEEDUP, MEMORY),
     ),
     "decode model": (
         "Whole model, one new token of each sequence",
         (
             *(LISTED, MILLISECONDS),
             Column("tokens/s", "tokens_per_second", ".4g", "new tokens of all sequences"),
-            *(FLOOR, TIMES_FLOOR, SPEEDUP, COMPILE, PEAK, PLANNED, COPY),
+            *(FLOOR, TIMES_FLOOR, SPEEDUP, COMPILE, PEAK, PLANNED, MEMORY),
         ),
     ),
     "training": (

@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import assume_hopper
 
-SUITES = ("block_sparse", "ground_truth", "decode", "selection", "pooling", "gate_scores")
+SUITES = ("block_sparse", "ground_truth", "decode", "selection", "pooling", "gate_scores", "stacked_linear")
 for module in ("comparison", *(f"suite_{name}" for name in SUITES)):
     pytest.register_assert_rewrite(f"tests.pallas_kernels.{module}")
 

@@ -17,14 +17,14 @@ from pallas_kernels import bench as measurements
 from pallas_kernels import block_sparse_attention, shapes
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.bench import (
-    COPIED_BYTES,
-    COPIES,
     GIB,
+    MOVED_BYTES,
+    MOVES,
     Measurement,
     Timing,
-    copy_rate,
     guarded,
     layers_beyond_cache,
+    memory_rate,
     time_calls,
     time_chain,
     too_large,
@@ -91,10 +91,20 @@ def test_calls_of_a_chain_take_what_the_one_before_gave():
     assert seen == [expected]
 
 
-def test_the_rate_of_a_copy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measurements, "time_calls", lambda run: (run(), run(), Timing(2.0, 0.1, 1))[-1])
-    copied = COPIED_BYTES if jax.default_backend() == "gpu" else COPIED_BYTES // 128
-    assert copy_rate.__wrapped__() == 2 * copied * COPIES / 2e-3
+@pytest.mark.parametrize(("reading", "copying", "moved"), [(2.0, 5.0, 1), (2.0, 3.0, 4 / 3)])
+def test_the_rate_of_the_memory_is_that_of_a_sum_or_a_copy(
+    monkeypatch: pytest.MonkeyPatch, reading: float, copying: float, moved: float
+):
+    times = iter((reading, copying))
+
+    def fixed(run, *arguments):
+        for _ in range(2):
+            jax.block_until_ready(run(*arguments))
+        return Timing(next(times), 0.1, 1)
+
+    monkeypatch.setattr(measurements, "time_calls", fixed)
+    size = MOVED_BYTES if jax.default_backend() == "gpu" else MOVED_BYTES // 128
+    assert memory_rate.__wrapped__() == pytest.approx(moved * size * MOVES / 2e-3)
 
 
 def test_layers_take_turns_until_the_cache_has_forgotten(monkeypatch: pytest.MonkeyPatch):

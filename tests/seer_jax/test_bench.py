@@ -64,10 +64,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = (attention_bench, ground_truth_bench, models_bench, selection_bench, training_bench)
     for module in (*timed, kernels_bench, decode_layer, decode_model):
         monkeypatch.setattr(module, "time_calls", fixed)
-    monkeypatch.setattr(kernels_bench, "copy_rate", lambda: 1e9)
-    monkeypatch.setattr(decode_kernel, "copy_rate", lambda: 1e9)
-    monkeypatch.setattr(decode_layer, "copy_rate", lambda: 1e9)
-    monkeypatch.setattr(decode_bench, "copy_rate", lambda: 1e9)
+    monkeypatch.setattr(kernels_bench, "memory_rate", lambda: 1e9)
+    monkeypatch.setattr(decode_kernel, "memory_rate", lambda: 1e9)
+    monkeypatch.setattr(decode_layer, "memory_rate", lambda: 1e9)
+    monkeypatch.setattr(decode_bench, "memory_rate", lambda: 1e9)
 
 
 @pytest.mark.usefixtures("unchecked")  # compiling ahead of time puts descriptions in the place of arrays

@@ -1,0 +1,61 @@
+"""What every implementation of `stacked_linear` must do."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import stacked_linear
+from pallas_kernels.backends import Implementation
+from pallas_kernels.stacked_linear.cases import TINY, Case
+from tests.pallas_kernels.comparison import KEY, array, assert_as_good_as, assert_bitwise_equal
+
+
+@functools.cache
+def compiled(implementation: Implementation) -> Callable[..., list[jax.Array]]:
+    return jax.jit(functools.partial(stacked_linear, implementation=implementation))
+
+
+class Definition:
+    """Properties that the definition and every backend share."""
+
+    implementation: ClassVar[Implementation]
+
+    def run(self, **arguments: Any) -> list[jax.Array]:
+        return compiled(self.implementation)(**arguments)
+
+    @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+    def test_errs_no_more_than_a_plain_product(self, case: Case):
+        arguments = case.arguments(KEY)
+        got = self.run(**arguments)
+        assert len(got) == len(case.outputs)
+        x, layer = arguments["x"], int(arguments["layer"])
+        for w, y in zip(arguments["weights"], got, strict=True):
+            truth = array(x) @ array(w[layer]).T
+            assert_as_good_as(jnp.asarray(truth, x.dtype), y, truth)
+
+    def test_reads_no_other_layer(self):
+        arguments = Case("poisoned", 256, (64, 64), layers=4).arguments(KEY)
+        clean = self.run(**arguments)
+        others = (jnp.arange(4) != arguments["layer"])[:, None, None]
+        poisoned = [jnp.where(others, jnp.nan, w) for w in arguments["weights"]]
+        assert_bitwise_equal(clean, self.run(**arguments | {"weights": poisoned}))
+
+    def test_scans_over_layers(self):
+        """Inside the loop of a decoder; vectors do not see each other."""
+        arguments = Case("scanned", 128, (128,), rows=2, layers=3).arguments(KEY)
+        weights = arguments["weights"]
+
+        def layer(x, i):
+            return stacked_linear(x, weights, i, implementation=self.implementation)[0], None
+
+        for x in (arguments["x"], arguments["x"][:1]):
+            scanned = jax.jit(lambda x: jax.lax.scan(layer, x, jnp.arange(3))[0])(x)
+            alone = x
+            for i in range(3):
+                (alone,) = self.run(x=alone, weights=weights, layer=jnp.int32(i))
+            np.testing.assert_allclose(array(scanned), array(alone), rtol=2**-6, atol=2**-6)
