@@ -22,6 +22,15 @@ from jaxtyping import Array
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
+def store_transposed(x: Array, ref: Any, *, layout: Any, interpreted: bool) -> None:
+    """Writes the transpose of a tile to `ref`, as far as it lies within it."""
+    if interpreted:
+        ref[...] = x.T[tuple(slice(0, size) for size in ref.shape)]
+        return
+    store = functools.partial(_store_inside, transposed=True)
+    plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))(store)(x, ref)
+
+
 def store_inside(x: Array, ref: Any, *start: Array, layout: Any, interpreted: bool) -> None:
     """Writes a tile to `ref` from `start` (if left out, its first number) on, as far as it lies within it.
 
@@ -78,11 +87,12 @@ def _load(ref: Any, *start: Array, shape: tuple[int, ...], layout: Any, transpos
     return plgpu.inline_mgpu(arg_types=types, return_type=result)(load)(*start, ref)
 
 
-def _store_inside(ctx: mgpu.LaunchContext, x: mgpu.FragmentedArray, *arguments: Any) -> None:
+def _store_inside(ctx: mgpu.LaunchContext, x: mgpu.FragmentedArray, *arguments: Any, transposed: bool = False) -> None:
     del ctx
     layout: Any = x.layout
     *first, target = arguments
-    size = ir.MemRefType(target.type).shape
+    order = -1 if transposed else 1
+    size = ir.MemRefType(target.type).shape[::order]
     places = _Places(layout, x.shape, first)
     for register in np.ndindex(x.registers.shape):
         for i in range(layout.vector_length):
@@ -95,9 +105,9 @@ def _store_inside(ctx: mgpu.LaunchContext, x: mgpu.FragmentedArray, *arguments: 
             ]
             if inside:
                 with mgpu.when(functools.reduce(arith.andi, inside)):
-                    memref.store(value, target, place)
+                    memref.store(value, target, place[::order])
             else:
-                memref.store(value, target, place)
+                memref.store(value, target, place[::order])
 
 
 class _Places:

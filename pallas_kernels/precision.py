@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float32
 
 TENSOR_CORE_ROWS = 2048
@@ -20,6 +21,12 @@ def precise_einsum(equation: str, x: Float32[Array, "..."], y: Float32[Array, ".
       equation: each index of x and of y is one of the result or of the other array.
     """
     return _differentiable(equation, x, y)  # pyright: ignore[reportReturnType]
+
+
+def rounded(x: Float32[Array, "..."], dtype: DTypeLike) -> Float32[Array, "..."]:
+    """The numbers as `dtype` would hold them. A conversion there and back does nothing: XLA leaves it out."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

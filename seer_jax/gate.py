@@ -18,6 +18,7 @@ from seer_jax.layers import GateParam, rms_norm
 from seer_jax.rope import apply_rope
 
 NORM_EPS = 1e-6
+FEW_VECTORS = 16  # more would read the weights too often
 
 
 def _initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Pool, ...], head_dim: int) -> jax.Array:
@@ -33,6 +34,17 @@ def _initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Poo
     start = kinds.index(Pool.AVG) * head_dim
     identity = jnp.zeros((rows, dim)).at[start : start + dim].set(jnp.eye(dim))
     return jnp.broadcast_to(identity, shape) + 0.02 * rows**-0.5 * noise
+
+
+def _project(x: Float[Array, "B n K P"], weight: Float[Array, "K P C"]) -> Float[Array, "B n K C"]:
+    """A projection of each key/value head.
+
+    Of few vectors, as while tokens are decoded, it is a sum of products: XLA fuses that with what stands around it and reads the
+    layer's weights where they are, while a matrix product needs copies of its operands.
+    """
+    if x.shape[0] * x.shape[1] > FEW_VECTORS:
+        return precise_einsum("bnkp,kpc->bnkc", x, weight)
+    return (x[..., None] * weight[None, None]).sum(-2)
 
 
 class PrefillGate(nnx.Module):
@@ -85,7 +97,7 @@ class PrefillGate(nnx.Module):
         first = positions[:, :: config.block_size]
         if self.linear_q is not None:
             pooled_q = precise_einsum("bnhp,hpc->bnhc", pooled_q, self.linear_q[...])
-            keys = precise_einsum("bnkp,kpc->bnkc", pooled_k, self.linear_k[...])
+            keys = _project(pooled_k, self.linear_k[...])
         else:
             weight = self.linear_k[...].reshape(-1, group, *self.linear_k.shape[1:]).swapaxes(1, 2)
             weight = weight.reshape(*weight.shape[:2], -1)  # [K, P, G C]
@@ -137,14 +149,16 @@ class DecodeGate(nnx.Module):
         if self.linear_q is None:
             out = grouped.mean(3)
         elif self.config.query_reduction is QueryReduction.PROJ:
-            out = precise_einsum("btkgd,kgdc->btkc", grouped, self.linear_q[...])
+            weight = self.linear_q[...]
+            flat = grouped.reshape(*grouped.shape[:3], -1)
+            out = _project(flat, weight.reshape(len(weight), -1, weight.shape[-1]))
         else:
-            out = precise_einsum("btkd,kdc->btkc", grouped.mean(3), self.linear_q[...])
+            out = _project(grouped.mean(3), self.linear_q[...])
         return self._finish(out, self.q_norm, positions)
 
     def keys(self, pooled: Float[Array, "B Sb K P"], first_positions: Int[Array, "#B Sb"]) -> Float[Array, "B Sb K C"]:
         """Compressed keys of one layer from pooled keys (`pool_blocks`); positions are those of each block's first token."""
-        return self._finish(precise_einsum("bnkp,kpc->bnkc", pooled, self.linear_k[...]), self.k_norm, first_positions)
+        return self._finish(_project(pooled, self.linear_k[...]), self.k_norm, first_positions)
 
     def _finish(self, x: jax.Array, norm: GateParam | None, positions: jax.Array) -> jax.Array:
         if norm is not None:

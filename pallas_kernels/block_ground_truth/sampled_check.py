@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from pallas_kernels.block_ground_truth.api import AttentionWithScores
 from pallas_kernels.online_softmax import dot
+from pallas_kernels.precision import rounded
 
 BLOCK = 64
 BLOCKS_CHECKED = 4  # of queries, each in every head of a group
@@ -96,8 +97,8 @@ def _block(q, k, v, query_offset, result, sequence, kv_head, row) -> tuple[Array
         lse = jax.nn.logsumexp(scores, axis=-1)
         return jnp.exp(scores - lse[..., None]), lse
 
-    rounded, _ = weights(queries, keys)
-    plain = dot("tgs,sd->tgd", rounded.astype(v.dtype), values).astype(v.dtype).astype(jnp.float32)
+    plain_weights = rounded(weights(queries, keys)[0], v.dtype).astype(v.dtype)
+    plain = rounded(dot("tgs,sd->tgd", plain_weights, values), v.dtype)
     exact, lse = weights(queries.astype(jnp.float32), keys.astype(jnp.float32))
     out = dot("tgs,sd->tgd", exact, values.astype(jnp.float32))
     got = mine(result.output).astype(jnp.float32)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from pallas_kernels.online_softmax import dot, finite
+from pallas_kernels.precision import rounded
 
 ROWS_CHECKED = 8
 UNTUNED = {"xla_gpu_autotune_level": 0}  # a check runs once: trying out its products takes longer than they do
@@ -113,14 +114,14 @@ def _row(
     plain, _ = _attention(queries, keys, values, mask)
     queries, keys, values = (x.astype(jnp.float32) for x in (queries, keys, values))
     out, lse = _attention(queries, keys, values, mask)
-    return out, lse, plain.astype(jnp.float32), token
+    return out, lse, rounded(plain, v.dtype), token
 
 
 def _attention(
     q: Float[Array, "b D"], k: Float[Array, "s D"], v: Float[Array, "s D"], mask: Bool[Array, "b s"]
-) -> tuple[Float[Array, "b D"], Float32[Array, "b"]]:
-    """(output, lse) in the dtype of the inputs, as attention without any trick: sums in float32, weights rounded to the dtype."""
+) -> tuple[Float32[Array, "b D"], Float32[Array, "b"]]:
+    """(output, lse) in float32, as of attention without any trick: sums in float32, weights rounded to the dtype of the values."""
     scores = jnp.where(mask, dot("qd,sd->qs", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.exp(scores - finite(lse)[:, None]).astype(v.dtype)
-    return dot("qs,sd->qd", weights, v).astype(v.dtype), lse
+    weights = rounded(jnp.exp(scores - finite(lse)[:, None]), v.dtype).astype(v.dtype)
+    return dot("qs,sd->qd", weights, v), lse

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.borders import store_inside
+from pallas_kernels.borders import store_transposed
 from pallas_kernels.flash_tiles import MATRIX, i32, product, tile
 from pallas_kernels.hopper import interpreter, require_hopper
 
@@ -45,18 +45,23 @@ def stacked_linear(
         raise Unsupported(
             f"takes multiples of {INPUTS} inputs and {OUTPUTS} outputs; got {inputs} inputs and {outputs} outputs."
         )
-    call = _Call(-(-vectors // _EIGHT) * _EIGHT, inputs, outputs, interpreter())
+    call = _Call(vectors, inputs, outputs, interpreter())
     return _multiply(call, x, weights, layer)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the kernel is compiled for: vectors with those that fill up, inputs, and outputs of each map."""
+    """What the kernel is compiled for: vectors, inputs, and outputs of each map."""
 
     vectors: int
     inputs: int
     outputs: tuple[int, ...]
     interpret: Any
+
+    @property
+    def columns(self) -> int:
+        """Vectors with those that fill a matrix product up."""
+        return -(-self.vectors // _EIGHT) * _EIGHT
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -78,13 +83,13 @@ class _Call:
 def _multiply(
     call: _Call, x: Float[Array, "R in"], weights: list[Float[Array, "L _ in"]], layer: Int[Array, ""]
 ) -> list[Float[Array, "R _"]]:
-    padded = jnp.pad(x, ((0, call.vectors - len(x)), (0, 0)))
+    padded = jnp.pad(x, ((0, call.columns - len(x)), (0, 0)))
     products = _kernel(call, x.dtype)(layer[None], padded, *weights)
-    return [y.sum(0).T[: len(x)].astype(x.dtype) for y in products]
+    return [y.sum(0).astype(x.dtype) for y in products]
 
 
 def _kernel(call: _Call, dtype: Any) -> Callable:
-    """layer [1], x [R, in] and weights [L, out_i, in] to the products of each part of the inputs, [parts, out_i, R] in float32."""
+    """layer [1], x [R, in] and weights [L, out_i, in] to the products of each part of the inputs, [parts, R, out_i] in float32."""
 
     def kernel(layer_ref, x_ref, *refs):
         weight_refs, y_refs = refs[: len(call.outputs)], refs[len(call.outputs) : -3]
@@ -113,10 +118,10 @@ def _kernel(call: _Call, dtype: Any) -> Callable:
                 load(i + SLOTS)
                 return y
 
-            y = plgpu.layout_cast(jnp.full((OUTPUTS, call.vectors), 0, jnp.float32), MATRIX)
+            y = plgpu.layout_cast(jnp.full((OUTPUTS, call.columns), 0, jnp.float32), MATRIX)
             y = lax.fori_loop(first, end, step, y)
-            target = y_ref.at[part, pl.ds(row, OUTPUTS)]
-            store_inside(y, target, layout=MATRIX, interpreted=call.interpret is not None)
+            target = y_ref.at[part, :, pl.ds(row, OUTPUTS)]
+            store_transposed(y, target, layout=MATRIX, interpreted=call.interpret is not None)
 
         before = 0
         for w_ref, y_ref, tiles in zip(weight_refs, y_refs, call.tiles, strict=True):
@@ -126,9 +131,9 @@ def _kernel(call: _Call, dtype: Any) -> Callable:
 
     return plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct((call.parts, n, call.vectors), jnp.float32) for n in call.outputs],
+        out_type=[jax.ShapeDtypeStruct((call.parts, call.vectors, n), jnp.float32) for n in call.outputs],
         scratch_types=[
-            tile(SLOTS, call.vectors, INPUTS, dtype),
+            tile(SLOTS, call.columns, INPUTS, dtype),
             tile(SLOTS, OUTPUTS, INPUTS, dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
         ],

@@ -96,9 +96,9 @@ def prefill_mask(arguments: dict[str, Any]) -> np.ndarray:
 
 @jax.jit
 def _attention(q: Any, k: Any, v: Any, mask: Any) -> jax.Array:
-    if q.dtype != "float16" or jax.default_backend() == "gpu":
+    if q.dtype != "float16" or (jax.default_backend() == "gpu" and q.shape[1] > 1):
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    # Not on a CPU; the same in float32, with weights and output rounded as there.
+    # Not on a CPU, and of a single query not on a GPU; the same in float32, with weights and output rounded as there.
     q, k, v = (x.astype("float32") for x in (q, k, v))
     k, v = (jax.numpy.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jax.numpy.where(mask, jax.numpy.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5, -1e30)
