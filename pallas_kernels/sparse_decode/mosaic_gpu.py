@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -176,7 +177,7 @@ class _List:
         column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
         row = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
         thread = column & 6  # as in `mask` of flash_tiles.py; numbers of rows, too, for the sake of registers
-        seen = None
+        parts = []
         for i, position in enumerate(positions):
             listed = t * call.pieces + i < self.count
             visible = jnp.where(listed, jnp.clip(self.length - position, 0, call.piece), 0)
@@ -184,8 +185,8 @@ class _List:
             inside = (column - thread) < columns(end, scores) - thread
             if i:
                 inside &= column >= i * call.piece
-            seen = inside if seen is None else seen | inside
-        return jnp.where(seen, scores, -jnp.inf)
+            parts.append(inside)
+        return jnp.where(functools.reduce(operator.or_, parts), scores, -jnp.inf)
 
 
 def _split_kernel(call: _Call, dtype: Any) -> Callable:
