@@ -52,7 +52,7 @@ def sparse_decode_attention(
     """See the function of this name in api.py.
 
     Args:
-      parts: into how many parts each list is split; None for what `choose_parts` says.
+      parts: into how many parts each list is split, a power of two up to 64; None for what `choose_parts` says.
     """
     require_hopper()
     (batch, heads, head_dim), (_, num_keys, kv_heads, _) = q.shape, k.shape
