@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from pallas_kernels.precision import rounded
 from seer_jax.convert.rules import Rule, Slot, expected_slots
 from seer_jax.convert.sources import TensorSource
 
@@ -154,7 +155,9 @@ def _chunks(source: TensorSource, key: str, rows: slice) -> Iterator[tuple[int, 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Writes rows into the buffer in place; returns it and whether they are finite."""
-    rows = rows.astype(buffer.dtype)
+    if jnp.finfo(rows.dtype).bits > jnp.finfo(buffer.dtype).bits:  # a GPU would ask the numbers before conversion
+        rows = rounded(rows, buffer.dtype)
     finite = jnp.isfinite(rows).all()
+    rows = rows.astype(buffer.dtype)
     rows = rows.reshape((1,) * (buffer.ndim - rows.ndim) + rows.shape)
     return jax.lax.dynamic_update_slice(buffer, rows, tuple(place)), finite

@@ -323,7 +323,7 @@ def _decode_logits(
                     "This policy ranks blocks by the decode gate, but the model has none; load or train one."
                 )
             queries = gate.queries(q, position[:, None])
-            return gate.logits(queries, cache.gate.keys[layer], (position // block_size)[:, None])[:, :, 0]
+            return gate.logits(queries, cache.gate_keys(layer), (position // block_size)[:, None])[:, :, 0]
         case Oracle():
             return _decode_oracle(q_rotated[:, 0], cache.keys[layer], position, block_size)
         case SinkWindow():

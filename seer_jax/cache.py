@@ -20,12 +20,12 @@ class GateCache:
     """What the decode gate keeps of the past (SeerAttention-R, arXiv 2506.08889, sec. 3.3).
 
     Attributes:
-      keys: one compressed key per block, float32; valid for completed blocks.
+      keys: one compressed key per block, float32; valid for completed blocks. Those of a head stand together, as they are read.
       pools: of the keys (before RoPE) of the unfinished block so far, as `pool_blocks` orders them, but sums in place of averages;
         float32. Anything where the block has no key yet.
     """
 
-    keys: Float[Array, "*maps L B Sb K C"]
+    keys: Float[Array, "*maps L B K Sb C"]
     pools: Float[Array, "*maps L B K P"]
 
 
@@ -59,7 +59,7 @@ class Cache:
         if gate is not None:
             blocks = -(-capacity // gate.block_size)
             gate_cache = GateCache(
-                keys=jnp.zeros((*shape[:2], blocks, model.num_kv_heads, gate.gate_dim), jnp.float32),
+                keys=jnp.zeros((*shape[:2], model.num_kv_heads, blocks, gate.gate_dim), jnp.float32),
                 pools=jnp.zeros((*shape[:2], shape[3], len(gate.k_pooling) * shape[4]), jnp.float32),
             )
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32), gate_cache)
@@ -95,7 +95,7 @@ class Cache:
             return self
         kinds, b = gate.config.k_pooling, gate.config.block_size
         pooled = pool_blocks(k, kinds, block_size=b)
-        compressed = gate.keys(pooled, jnp.arange(pooled.shape[1])[None] * b)
+        compressed = jnp.swapaxes(gate.keys(pooled, jnp.arange(pooled.shape[1])[None] * b), 1, 2)
         unfinished = (lengths // b)[:, None] * b + jnp.arange(b)[None]
         last = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
         pools = pool_blocks(last, kinds, block_size=b, valid=unfinished < lengths[:, None])[:, 0]
@@ -107,6 +107,14 @@ class Cache:
                 pools=self.gate.pools.at[layer].set(pools),
             ),
         )
+
+    def gate_keys(self, layer: Int[Array, ""]) -> Float[Array, "B Sb K C"]:
+        """The compressed keys of a layer."""
+        assert self.gate is not None
+        batch = len(self.lengths)
+        # Indexed by layer, XLA would lay out the cache in an order of its own, and copy it at each end of a loop.
+        rows = self.gate.keys.reshape(-1, *self.gate.keys.shape[2:])
+        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(rows, layer * batch, batch), 1, 2)
 
     def append_gate(self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B K D"]) -> "Cache":
         """Adds one token's key (before RoPE) to the unfinished block, and compresses the block where that completes it."""
@@ -122,10 +130,8 @@ class Cache:
         pools = jnp.where(is_first, jnp.tile(key, len(kinds)), jnp.concatenate(merged, axis=-1))
         pooled = _scale_averages(pools, kinds, 1 / b)
         compressed = gate.keys(pooled[:, None], (block * b)[:, None])[:, 0]
-        complete = (self.lengths % b == b - 1)[:, None, None]
-        keys = self.gate.keys.at[layer, rows, block].set(
-            jnp.where(complete, compressed, self.gate.keys[layer, rows, block])
-        )
+        complete = self.lengths % b == b - 1
+        keys = _write_keys(self.gate.keys, compressed, layer, jnp.where(complete, block, -1))
         return dataclasses.replace(self, gate=GateCache(keys, self.gate.pools.at[layer].set(pools)))
 
 
@@ -135,3 +141,17 @@ def _scale_averages(
     """From averages to sums or back; maxima and minima stay."""
     parts = zip(kinds, jnp.split(pools, len(kinds), axis=-1), strict=True)
     return jnp.concatenate([part * factor if kind is Pool.AVG else part for kind, part in parts], axis=-1)
+
+
+def _write_keys(
+    cache: Float[Array, "L B K Sb C"], keys: Float[Array, "B K C"], layer: Int[Array, ""], block: Int[Array, "B"]
+) -> Float[Array, "L B K Sb C"]:
+    """Writes one key of each row and head, at block number `block`; nothing where that is negative.
+
+    As rows of a matrix: XLA would scatter into an array of five axes in an order of its own, and copy the whole cache for it.
+    """
+    _, batch, heads, blocks, dim = cache.shape
+    row = (layer * batch + jnp.arange(batch)[:, None]) * heads + jnp.arange(heads)[None]
+    place = jnp.where(block[:, None] >= 0, row * blocks + block[:, None], len(cache) * batch * heads * blocks)
+    matrix = cache.reshape(-1, dim).at[place.reshape(-1)].set(keys.reshape(-1, dim), mode="drop", unique_indices=True)
+    return matrix.reshape(cache.shape)

@@ -15,6 +15,11 @@ def score_blocks(
     """See the function of this name in api.py. What `causal` allows to be left out is there as well."""
     del causal
     (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
+    if (
+        rows == 1
+    ):  # a sum of products reads keys where they are, whatever they are a part of; a product may copy them all
+        grouped = queries.reshape(batch, 1, kv_heads, heads // kv_heads, dim) * scale
+        return (grouped * keys[:, :, :, None]).sum(-1).transpose(0, 2, 3, 1).reshape(batch, heads, 1, blocks)
     # One matrix product per key head, in the order of its result: what it writes needs no transposition.
     queries = (queries * scale).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, dim)
     scores = precise_einsum("bkmc,bkjc->bkmj", queries, keys.transpose(0, 2, 1, 3))

@@ -497,5 +497,6 @@ def test_the_host_holds_little_more_than_the_model(tmp_path: Path):
 
 
 def test_sharded_models_are_the_same_and_each_device_reads_its_part(folder: Path):
-    report = run("sharded_load.py", folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    flags = "--xla_force_host_platform_device_count=4"
+    report = run("sharded_load.py", folder, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     assert report == {"devices": 4, "same": True, "shard": [1, 16, 24], "rows_of_one_layer": 16}

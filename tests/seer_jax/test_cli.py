@@ -68,6 +68,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.endswith(f"seer-jax {seer_jax.__version__}\n")
 
 
+@pytest.mark.cpu  # on machines with a GPU, JAX's plugins for it take time as well
 def test_help_comes_at_once():
     """Processor time, which other processes hardly change, and without what the commands need."""
     code = "import sys; from seer_jax.cli import main; main(['--help']); print([n for n in HEAVY if n in sys.modules])"
@@ -239,6 +240,7 @@ def streamed(model: Transformer, tokens: list[int], **arguments: Any) -> Generat
             return end.value
 
 
+@pytest.mark.cpu  # on a GPU two programs of the same model may differ in their last bits, and so in their choice of tokens
 @pytest.mark.usefixtures("unchecked")  # the memory plan is made of shapes, which stand for arrays
 def test_generate_writes_what_generate_returns(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -142,7 +142,9 @@ def test_decode_scores_rank_blocks_as_the_release_does(decode: Golden):
             gate, layer = context.decode_gate, context.index
             q_rotated, k_rotated = rotate(q, k, position[:, None], model.config)
             cache = cache.append(layer, k_rotated[:, 0], v[:, 0]).append_gate(layer, gate, k[:, 0])
-            scores = gate.logits(gate.queries(q, position[:, None]), cache.gate.keys[layer], (position // 64)[:, None])
+            scores = gate.logits(
+                gate.queries(q, position[:, None]), cache.gate_keys(jnp.int32(layer)), (position // 64)[:, None]
+            )
             out, _ = decode_attention(given, gate, layer, q, q_rotated, cache)
             return out, cache, scores[:, :, 0]
 

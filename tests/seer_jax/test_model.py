@@ -185,7 +185,7 @@ def test_compressed_keys_made_while_decoding_equal_those_of_prefill():
     assert whole.gate is not None and cache.gate is not None
     for row in range(len(LENGTHS)):
         done = (int(start[row]) + 30) // 16
-        np.testing.assert_allclose(cache.gate.keys[:, row, :done], whole.gate.keys[:, row, :done], atol=2e-5)
+        np.testing.assert_allclose(cache.gate.keys[:, row, :, :done], whole.gate.keys[:, row, :, :done], atol=2e-5)
 
 
 @pytest.mark.parametrize("policy", [TokenBudget(32), TokenBudget(48, Oracle()), TokenBudget(32, Random())], ids=str)
