@@ -114,7 +114,7 @@ def prefill_attention(
     """Attention of a prompt's tokens 0 .. T-1 to each other.
 
     Args:
-      policy: which blocks are kept.
+      policy: which blocks are kept in this layer; its `dense_layers` are for who runs the layers.
       gate: of this layer, where the policy ranks by it.
       layer: index of this layer.
       q, k, v: before RoPE.
@@ -235,7 +235,8 @@ def decode_attention(
     """Attention of one new token of each row to the cached ones, itself among them.
 
     Args:
-      policy: which blocks are kept; current and first block always are.
+      policy: which blocks are kept in this layer, current and first one always; its `dense_layers`, like the gate's
+        `start_layer`, are for who runs the layers.
       gate: of this layer, where the policy ranks by it.
       layer: index of this layer.
       q, q_rotated: before and after RoPE.
@@ -244,29 +245,17 @@ def decode_attention(
     Returns:
       (output, share of the visible blocks that was kept in each row of the batch).
     """
-    start = 0 if gate is None else gate.config.start_layer
-    lengths = cache.lengths + 1
-
-    def attend(blocks: BlockIndices | None) -> Float[Array, "B 1 H D"]:
-        # A slice of this layer would be a copy of its whole cache, which takes longer than reading it.
-        keys, values = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
-        rows = layer * len(lengths) + jnp.arange(len(lengths))
-        out = sparse_decode_attention(q_rotated[:, 0], keys, values, blocks, lengths=lengths, cache_rows=rows)
-        assert isinstance(out, jax.Array)  # without return_lse
-        return out[:, None]
-
-    def dense() -> tuple[jax.Array, jax.Array]:
-        return attend(None), jnp.ones(q.shape[0])
-
-    if isinstance(policy, Dense):
-        return dense()
-
-    def sparse() -> tuple[jax.Array, jax.Array]:
+    blocks, kept = None, jnp.ones(q.shape[0])
+    if not isinstance(policy, Dense):
         blocks = _select_decode(policy, gate, layer, q, q_rotated, cache)
-        visible = cache.lengths // blocks.block_size + 1
-        return attend(blocks), blocks.counts.mean(1) / visible
-
-    return jax.lax.cond(layer < start, dense, sparse) if start else sparse()
+        kept = blocks.counts.mean(1) / (cache.lengths // blocks.block_size + 1)
+    # A slice of this layer would be a copy of its whole cache, which takes longer than reading it.
+    keys, values = (x.reshape(-1, *x.shape[2:]) for x in (cache.keys, cache.values))
+    lengths = cache.lengths + 1
+    rows = layer * len(lengths) + jnp.arange(len(lengths))
+    out = sparse_decode_attention(q_rotated[:, 0], keys, values, blocks, lengths=lengths, cache_rows=rows)
+    assert isinstance(out, jax.Array)  # without return_lse
+    return out[:, None], kept
 
 
 def _select_decode(

@@ -17,7 +17,7 @@ from seer_jax.cache import Cache
 from seer_jax.config import GateConfig, ModelConfig
 from seer_jax.gate import DecodeGate, PrefillGate, make_gate
 from seer_jax.layers import MLP, BaseParam, Layer, Projections, of_layer, rms_norm, update_tokens
-from seer_jax.policies import Dense, Policy, ranks_by_gate
+from seer_jax.policies import Dense, Policy, RankingPolicy, ranks_by_gate
 
 
 class DecoderLayer(nnx.Module):
@@ -51,11 +51,15 @@ class LayerContext:
     """What an attention function may need of the layer that it works for: its index and its slice of the gates.
 
     Before the scan takes it apart it holds all layers, each leaf with a leading axis L.
+
+    Attributes:
+      dense: whether it is one of the first layers that are to keep every block.
     """
 
     index: Int[Array, "*L"]
     prefill_gate: PrefillGate | None
     decode_gate: DecodeGate | None
+    dense: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 Attend = Callable[[LayerContext, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any, Any]]
@@ -128,6 +132,7 @@ class Transformer(nnx.Module):
         attend: Attend,
         state: Any = None,
         *,
+        dense_layers: int = 0,
         remat: bool = False,
         stacked: bool = False,
     ) -> tuple[Float[Array, "B T E"], Any, Any]:
@@ -137,6 +142,8 @@ class Transformer(nnx.Module):
           tokens: `[B, T]`.
           attend: `attend(context, state, q, k, v) -> (output, state, aux)`, with q and k before RoPE.
           state: carried from layer to layer, for example a cache.
+          dense_layers: the first layers, in [0, L], whose `context.dense` is set. They run in a loop of their own: in one loop
+            the choice would be made on the device in every layer, and on a GPU the host waits for such a choice.
           stacked: read each layer's weights where they lie among those of all layers, without a copy; pays for few tokens.
           remat: keep nothing for a backward pass but what goes from layer to layer, and compute each layer anew there.
 
@@ -158,11 +165,31 @@ class Transformer(nnx.Module):
                 x, (state, aux) = layers(x, hook)
             return (x, state), aux
 
-        if remat:
-            body = jax.checkpoint(body, prevent_cse=False)  # the loop itself keeps both computations apart
-        contexts = LayerContext(jnp.arange(self.config.num_layers), self.prefill_gate, self.decode_gate)
-        start = (self.embed_tokens[...][tokens], state)
-        (x, state), aux = jax.lax.scan(body, start, (None if stacked else self.layers, contexts))
+        count = self.config.num_layers
+
+        def run(carry: tuple, first: int, last: int, dense: bool) -> tuple[tuple, Any]:
+            contexts = LayerContext(jnp.arange(count), self.prefill_gate, self.decode_gate, dense)
+            every: Any = (None if stacked else self.layers, contexts)
+
+            def indexed(carry: tuple, layer: Int[Array, ""]) -> tuple[tuple, Any]:
+                return body(
+                    carry, jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), every)
+                )
+
+            # Some of the layers are found by their index: a slice of the stack would be a copy of their weights.
+            step: Callable[[tuple, Any], tuple[tuple, Any]]
+            step, scanned = (body, every) if last - first == count else (indexed, jnp.arange(first, last))
+            if remat:
+                step = jax.checkpoint(step, prevent_cse=False)  # the loop itself keeps both computations apart
+            return jax.lax.scan(step, carry, scanned)
+
+        carry: tuple[jax.Array, Any] = (self.embed_tokens[...][tokens], state)
+        parts = []
+        for first, last, dense in ((0, dense_layers, True), (dense_layers, count, False)):
+            if first < last:
+                carry, aux = run(carry, first, last, dense)
+                parts.append(aux)
+        (x, state), aux = carry, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, aux
 
     def logits(self, hidden: Float[Array, "*b E"]) -> Float[Array, "*b V"]:
@@ -177,11 +204,11 @@ class Transformer(nnx.Module):
         self.check_policy(sparsity, self.prefill_gate)
 
         def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            gate = context.prefill_gate
-            out, _, kept = prefill_attention(sparsity, gate, context.index, q, k, v, lengths, self.config)
+            policy, gate = Dense() if context.dense else sparsity, context.prefill_gate
+            out, _, kept = prefill_attention(policy, gate, context.index, q, k, v, lengths, self.config)
             return out, state, kept
 
-        hidden, _, kept = self.scan(tokens, attend)
+        hidden, _, kept = self.scan(tokens, attend, dense_layers=dense_layers(sparsity, self.prefill_gate))
         return hidden, kept
 
     def __call__(
@@ -221,14 +248,14 @@ class Transformer(nnx.Module):
             )
 
         def attend(context: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            gate, index = context.prefill_gate, context.index
-            out, k_rotated, kept = prefill_attention(sparsity, gate, index, q, k, v, lengths, self.config)
+            policy, gate, index = Dense() if context.dense else sparsity, context.prefill_gate, context.index
+            out, k_rotated, kept = prefill_attention(policy, gate, index, q, k, v, lengths, self.config)
             cache = cache.fill(index, k_rotated, v)
             if context.decode_gate is not None:
                 cache = cache.fill_gate(index, context.decode_gate, k, lengths)
             return out, cache, kept
 
-        hidden, cache, kept = self.scan(tokens, attend, cache)
+        hidden, cache, kept = self.scan(tokens, attend, cache, dense_layers=dense_layers(sparsity, self.prefill_gate))
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(last), dataclasses.replace(cache, lengths=lengths), kept
 
@@ -243,15 +270,16 @@ class Transformer(nnx.Module):
         position = cache.lengths
 
         def attend(context: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            gate, index = context.decode_gate, context.index
+            policy, gate, index = Dense() if context.dense else sparsity, context.decode_gate, context.index
             q_rotated, k_rotated = rotate(q, k, position[:, None], self.config)
             cache = cache.append(index, k_rotated[:, 0], v[:, 0])
             if gate is not None:
                 cache = cache.append_gate(index, gate, k[:, 0])
-            out, kept = decode_attention(sparsity, gate, index, q, q_rotated, cache)
+            out, kept = decode_attention(policy, gate, index, q, q_rotated, cache)
             return out, cache, kept
 
-        hidden, cache, kept = self.scan(tokens[:, None], attend, cache, stacked=True)
+        first = dense_layers(sparsity, self.decode_gate)
+        hidden, cache, kept = self.scan(tokens[:, None], attend, cache, dense_layers=first, stacked=True)
         return self.logits(hidden[:, 0]), dataclasses.replace(cache, lengths=position + 1), kept
 
     def make_cache(self, batch: int, capacity: int) -> Cache:
@@ -282,12 +310,25 @@ class Transformer(nnx.Module):
         return jnp.asarray(counts, jnp.int32)
 
     def check_policy(self, policy: Policy, gate: PrefillGate | DecodeGate | None) -> None:
-        """Refuses a policy that ranks by a gate which the model does not have."""
+        """Refuses a policy that ranks by a gate which the model does not have, or that leaves none of its layers sparse."""
         if ranks_by_gate(policy) and gate is None:
             raise ValueError(
                 f"{policy} ranks blocks by a learned gate, but the model has none of this kind; "
                 "load one (from_pretrained(..., gates=...)), train one, or use Dense()."
             )
+        if isinstance(policy, RankingPolicy) and policy.dense_layers >= self.config.num_layers:
+            raise ValueError(
+                f"dense_layers must leave a sparse layer: below {self.config.num_layers}, the model's layers; got "
+                f"{policy.dense_layers}. Lower it, or use Dense()."
+            )
+
+
+def dense_layers(policy: Policy, gate: PrefillGate | DecodeGate | None) -> int:
+    """How many of the first layers keep every block although the policy is sparse: 0 where it is `Dense`."""
+    if isinstance(policy, Dense):
+        return 0
+    start = gate.config.start_layer if isinstance(gate, DecodeGate) else 0
+    return max(start, policy.dense_layers if isinstance(policy, RankingPolicy) else 0)
 
 
 def _concrete(x: ArrayLike) -> Tracer | np.ndarray:

@@ -10,6 +10,8 @@ import math
 import jax
 from jaxtyping import Array, Bool, Float
 
+from seer_jax.config import check_at_least
+
 
 class Scorer:
     """What ranks the blocks. The learned gate is the default; the others are yardsticks for evaluation."""
@@ -66,13 +68,17 @@ class Threshold:
       scorer: what ranks the blocks.
       dense_last_rows: the last block rows of a prompt, which hold its question, keep every block (`last_block_dense` of the
         release is 2). Prefill alone.
+      dense_layers: the first layers, which keep every block in either phase; fewer than the model has. While decoding it is
+        the larger of this and the gate's own `start_layer`.
     """
 
     threshold: float | Float[Array, "..."]
     scorer: Scorer = Gate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
+    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
+        check_at_least(0, self, "dense_last_rows", "dense_layers")
         if isinstance(self.threshold, (int, float)) and not 0 <= self.threshold < 1:
             raise ValueError(f"A threshold on softmax scores lies in [0, 1); got {self.threshold}.")
 
@@ -88,14 +94,16 @@ class CumulativeMass:
       mass: in (0, 1]; 1 keeps every block. A scalar, or an array `[H, 1, 1]` (prefill) or `[K, 1]` (decode) with one value
         per head.
       scorer: what ranks the blocks.
-      dense_last_rows: as in `Threshold`.
+      dense_last_rows, dense_layers: as in `Threshold`.
     """
 
     mass: float | Float[Array, "..."]
     scorer: Scorer = Gate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
+    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
+        check_at_least(0, self, "dense_last_rows", "dense_layers")
         if isinstance(self.mass, (int, float)) and not 0 < self.mass <= 1:
             raise ValueError(f"A share of the softmax scores lies in (0, 1]; got {self.mass}.")
 
@@ -113,14 +121,16 @@ class TopK:
     Attributes:
       density: in (0, 1].
       scorer: what ranks the blocks.
-      dense_last_rows: as in `Threshold`.
+      dense_last_rows, dense_layers: as in `Threshold`.
     """
 
     density: float = dataclasses.field(metadata=dict(static=True))
     scorer: Scorer = Gate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
+    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
+        check_at_least(0, self, "dense_last_rows", "dense_layers")
         if not 0 < self.density <= 1:
             raise ValueError(f"TopK takes the share of the causal map to keep, in (0, 1]; got {self.density}.")
 
@@ -137,12 +147,15 @@ class TokenBudget:
     Attributes:
       tokens: the budget, at least one block.
       scorer: what ranks the blocks.
+      dense_layers: as in `Threshold`.
     """
 
     tokens: int = dataclasses.field(metadata=dict(static=True))
     scorer: Scorer = Gate()
+    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
+        check_at_least(0, self, "dense_layers")
         if self.tokens < 1:
             raise ValueError(f"A token budget is positive; got {self.tokens}.")
 
@@ -162,7 +175,8 @@ class Given:
 
     Attributes:
       mask: prefill `[L, B, Hs, Tb, Sb]` with Hs in (1, K, H); decode `[L, B, K, Sb]`. True keeps a block. Causality is
-        applied on top, and a row that would keep no block keeps its own.
+        applied on top, and a row that would keep no block keeps its own. While decoding, layers before the gate's
+        `start_layer` are dense whatever their mask says.
       block_size: tokens per block.
     """
 
