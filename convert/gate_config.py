@@ -144,6 +144,11 @@ def policy_to_hf(policy: Policy, config: GateConfig) -> dict[str, Any]:
         raise ValueError(
             f"A gate can recommend Threshold, TopK or TokenBudget, ranked by the gate itself; got {policy!r}."
         )
+    if policy.dense_layers:
+        raise ValueError(
+            f"config.json has no place for the dense first layers of a policy; got dense_layers={policy.dense_layers}. "
+            "Make them the start_layer of a decode gate, or choose them when the model is run."
+        )
     hf: dict[str, Any]
     match policy:
         case Threshold(threshold=threshold):

@@ -22,12 +22,24 @@ from seer_jax.config import DType
 from seer_jax.generate import Generated, plan_memory, stream
 from seer_jax.memory import MemoryPlan
 from seer_jax.model import Transformer
-from seer_jax.policies import SCORERS, CumulativeMass, Dense, Policy, RankingPolicy, Threshold, TokenBudget, TopK
+from seer_jax.policies import (
+    SCORERS,
+    CumulativeMass,
+    Dense,
+    Policy,
+    RankingPolicy,
+    Scorer,
+    Threshold,
+    TokenBudget,
+    TopK,
+)
 from seer_jax.pretrained import from_pretrained, load_tokenizer
 from seer_jax.sampling import Greedy, Sample, Sampling
 from seer_jax.text import Tokenizer
 
-POLICY_SYNTAX = "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random]"
+POLICY_SYNTAX = "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random][,dense_layers=N][,dense_last_rows=N]"
+# Fields of policies that are written by name, where they differ from their default.
+POLICY_SETTINGS = ("dense_layers", "dense_last_rows")
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "cuda13", "matplotlib": "plot", "tensorboardX": "train", "datasets": "data"}
@@ -45,39 +57,61 @@ def parse_policy(text: str) -> Policy:
     """A sparsity policy as written on a command line.
 
     >>> parse_policy("threshold:5e-4")
-    Threshold(threshold=0.0005, scorer=Gate(), dense_last_rows=2)
-    >>> parse_policy("budget:4096:oracle")
-    TokenBudget(tokens=4096, scorer=Oracle())
+    Threshold(threshold=0.0005, scorer=Gate(), dense_last_rows=2, dense_layers=0)
+    >>> parse_policy("budget:4096:oracle,dense_layers=2")
+    TokenBudget(tokens=4096, scorer=Oracle(), dense_layers=2)
 
     Raises:
       ValueError: it is none.
     """
-    name, _, rest = text.partition(":")
+    rule, *settings = text.split(",")
+    name, _, rest = rule.partition(":")
     value, _, scorer = rest.partition(":")
     try:
-        if name == "dense" and not rest:
+        if text == "dense":
             return Dense()
-        ranking = SCORERS[scorer or "gate"]
-        match name:
-            case "threshold":
-                return Threshold(float(value), ranking)
-            case "mass":
-                return CumulativeMass(float(value), ranking)
-            case "topk":
-                return TopK(float(value), ranking)
-            case "budget":
-                return TokenBudget(int(value), ranking)
+        policy = _parse_rule(name, value, SCORERS[scorer or "gate"])
+        return dataclasses.replace(policy, **_parse_settings(policy, settings))
     except (KeyError, ValueError) as error:
         raise ValueError(f"A policy is written {POLICY_SYNTAX}; got {text!r} ({error}).") from error
-    raise ValueError(f"A policy is written {POLICY_SYNTAX}; got {text!r}.")
+
+
+def _parse_rule(name: str, value: str, scorer: Scorer) -> RankingPolicy:
+    match name:
+        case "threshold":
+            return Threshold(float(value), scorer)
+        case "mass":
+            return CumulativeMass(float(value), scorer)
+        case "topk":
+            return TopK(float(value), scorer)
+        case "budget":
+            return TokenBudget(int(value), scorer)
+    raise ValueError("dense stands alone" if name == "dense" else f"no rule {name!r}")
+
+
+def _parse_settings(policy: RankingPolicy, words: list[str]) -> dict[str, Any]:
+    """Fields that are written NAME=N, each once, and only those that the policy has."""
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in POLICY_SETTINGS or not hasattr(policy, name):
+            raise ValueError(f"no setting {name!r} of {type(policy).__name__}")
+        if name in settings:
+            raise ValueError(f"{name} twice")
+        settings[name] = int(value)
+    return settings
 
 
 def write_policy(policy: Policy) -> str:
-    """The inverse of `parse_policy`, for help texts."""
+    """The inverse of `parse_policy`, for help texts and reports."""
     if not isinstance(policy, RankingPolicy):
         return "dense"
     scorer = next(name for name, kind in SCORERS.items() if type(kind) is type(policy.scorer))
     suffix = "" if scorer == "gate" else f":{scorer}"
+    defaults = {field.name: field.default for field in dataclasses.fields(policy)}
+    for name in POLICY_SETTINGS:
+        if name in defaults and getattr(policy, name) != defaults[name]:
+            suffix += f",{name}={getattr(policy, name)}"
     match policy:
         case Threshold():
             return f"threshold:{policy.threshold}{suffix}"
@@ -106,7 +140,9 @@ class GenerateConfig:
     """Continues a prompt; the text appears while it is made.
 
     A policy is written dense, threshold:P, mass:P, topk:DENSITY or budget:TOKENS, for example threshold:5e-4, mass:0.9, topk:0.1, budget:4096;
-    with :oracle, :window or :random behind it blocks are ranked by something else than the learned gate.
+    with :oracle, :window or :random behind it blocks are ranked by something else than the learned gate. Then may follow
+    ,dense_layers=N (the first N layers keep every block) and, but for budget, ,dense_last_rows=N (the last N block rows of
+    the prompt do; else 2): topk:0.1,dense_layers=2,dense_last_rows=0.
 
     Attributes:
       model: folder or hub id of the base model; tiny-lm is the bundled one.

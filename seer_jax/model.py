@@ -172,9 +172,8 @@ class Transformer(nnx.Module):
             every: Any = (None if stacked else self.layers, contexts)
 
             def indexed(carry: tuple, layer: Int[Array, ""]) -> tuple[tuple, Any]:
-                return body(
-                    carry, jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), every)
-                )
+                one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), every)
+                return body(carry, one)
 
             # Some of the layers are found by their index: a slice of the stack would be a copy of their weights.
             step: Callable[[tuple, Any], tuple[tuple, Any]]
@@ -208,7 +207,7 @@ class Transformer(nnx.Module):
             out, _, kept = prefill_attention(policy, gate, context.index, q, k, v, lengths, self.config)
             return out, state, kept
 
-        hidden, _, kept = self.scan(tokens, attend, dense_layers=dense_layers(sparsity, self.prefill_gate))
+        hidden, _, kept = self.scan(tokens, attend, dense_layers=_dense_layers(sparsity, self.prefill_gate))
         return hidden, kept
 
     def __call__(
@@ -255,7 +254,7 @@ class Transformer(nnx.Module):
                 cache = cache.fill_gate(index, context.decode_gate, k, lengths)
             return out, cache, kept
 
-        hidden, cache, kept = self.scan(tokens, attend, cache, dense_layers=dense_layers(sparsity, self.prefill_gate))
+        hidden, cache, kept = self.scan(tokens, attend, cache, dense_layers=_dense_layers(sparsity, self.prefill_gate))
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(last), dataclasses.replace(cache, lengths=lengths), kept
 
@@ -278,7 +277,7 @@ class Transformer(nnx.Module):
             out, kept = decode_attention(policy, gate, index, q, q_rotated, cache)
             return out, cache, kept
 
-        first = dense_layers(sparsity, self.decode_gate)
+        first = _dense_layers(sparsity, self.decode_gate)
         hidden, cache, kept = self.scan(tokens[:, None], attend, cache, dense_layers=first, stacked=True)
         return self.logits(hidden[:, 0]), dataclasses.replace(cache, lengths=position + 1), kept
 
@@ -323,7 +322,7 @@ class Transformer(nnx.Module):
             )
 
 
-def dense_layers(policy: Policy, gate: PrefillGate | DecodeGate | None) -> int:
+def _dense_layers(policy: Policy, gate: PrefillGate | DecodeGate | None) -> int:
     """How many of the first layers keep every block although the policy is sparse: 0 where it is `Dense`."""
     if isinstance(policy, Dense):
         return 0

@@ -117,7 +117,7 @@ def make_rows(config: EvalConfig, tokenizer: Tokenizer, text: str, vocab_size: i
 
 def policy_name(policy: Policy) -> str:
     """Head of a column: the density in per cent, or the policy as on a command line."""
-    if isinstance(policy, TopK):
+    if isinstance(policy, TopK) and not policy.dense_layers:
         return f"{policy.density:.0%}"
     return write_policy(policy)
 

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 from safetensors.numpy import save_file
 
 import seer_jax
@@ -22,6 +24,7 @@ from seer_jax import Generated, Transformer, cli, from_pretrained, load_tokenize
 from seer_jax.commands import GenerateConfig, kept_table, parse_policy, write_policy
 from seer_jax.convert import load_gates, save_base, save_gates
 from seer_jax.policies import (
+    SCORERS,
     CumulativeMass,
     Dense,
     Oracle,
@@ -98,6 +101,7 @@ USAGE = [
     (["verify", "--base", "x"], "--reference"),
     (["generate", "--prefill", "topk:2"], r"the causal map to keep, in \(0, 1\]"),
     (["generate", "--decode", "sparse"], "A policy is written"),
+    (["generate", "--decode", "topk:0.1,layers=2"], "no setting 'layers' of TopK"),
     (["generate", "--prompt", "x", "--prompt-file", "y"], "from prompt or from prompt_file; got both"),
     (["generate", "--system", "x"], "got system without chat"),
     (["generate", "--temperature", "-1"], r"temperature is 0.*got -1"),
@@ -130,6 +134,10 @@ FAILURES = [
     (["generate", "--model", str(TINY_LM), "--prompt", "x", "--chat"], "needs a chat template"),
     (["generate", "--model", str(TINY_LM), "--prompt", "x", "--max-new-tokens", "0"], "at least 1; got 0"),
     (["generate", "--model", str(TINY_LM), "--prompt", "x", "--decode", "topk:0.5"], "has none of this kind"),
+    (
+        ["generate", "--model", str(TINY_LM), "--prompt", "x", "--decode", "budget:64:window,dense_layers=99"],
+        "dense_layers must leave a sparse layer",
+    ),
     (
         ["generate", "--model", str(TINY_LM), "--prompt", "x", "--report", "/absent/x"],
         "folder that is there; got /absent/x",
@@ -193,6 +201,10 @@ POLICIES = [
     ("budget:4096", TokenBudget(4096)),
     ("budget:4096:window", TokenBudget(4096, SinkWindow())),
     ("threshold:0.5:random", Threshold(0.5, Random())),
+    ("topk:0.1,dense_layers=2", TopK(0.1, dense_layers=2)),
+    ("mass:0.9,dense_last_rows=0", CumulativeMass(0.9, dense_last_rows=0)),
+    ("budget:512:oracle,dense_layers=3", TokenBudget(512, Oracle(), dense_layers=3)),
+    ("threshold:0.5,dense_layers=1,dense_last_rows=1", Threshold(0.5, dense_last_rows=1, dense_layers=1)),
 ]
 
 
@@ -223,11 +235,50 @@ def test_policies_are_written_as_words(text: str, policy: Policy):
         "budget:1.5",
         "budget:0",
         "topk:0.1:best",
+        "topk:0.1,",
+        "topk:0.1,dense_layers",
+        "topk:0.1,dense_layers=-1",
+        "topk:0.1,dense_layers=1.5",
+        "topk:0.1, dense_layers=1",
     ],
 )
 def test_other_words_are_no_policies(text: str):
     with pytest.raises(ValueError, match=f"A policy is written dense.*got '{text}'"):
         parse_policy(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("sparse", "no rule 'sparse'"),
+        ("dense,dense_layers=1", "dense stands alone"),
+        ("topk:0.1,layers=1", "no setting 'layers' of TopK"),
+        ("topk:0.1,density=1", "no setting 'density' of TopK"),
+        ("budget:512,dense_last_rows=0", "no setting 'dense_last_rows' of TokenBudget"),
+        ("mass:0.9,dense_layers=1,dense_layers=1", "dense_layers twice"),
+        ("threshold:0.1,dense_last_rows=-1", "dense_last_rows is at least 0; got -1."),
+    ],
+)
+def test_what_is_wrong_with_a_policy_is_told(text: str, reason: str):
+    with pytest.raises(ValueError, match=re.escape(f"got {text!r} ({reason})")):
+        parse_policy(text)
+
+
+@hypothesis.given(
+    kind=strategies.sampled_from([Threshold, CumulativeMass, TopK]),
+    value=strategies.floats(0, 1, exclude_min=True, exclude_max=True),
+    scorer=strategies.sampled_from(sorted(SCORERS)),
+    counts=strategies.tuples(strategies.integers(0, 99), strategies.integers(0, 99)),
+)
+def test_policies_come_back_from_their_words(
+    kind: type[Threshold | CumulativeMass | TopK], value: float, scorer: str, counts: tuple[int, int]
+):
+    rows, layers = counts
+    for policy in (
+        kind(value, SCORERS[scorer], dense_last_rows=rows, dense_layers=layers),
+        TokenBudget(1 + rows, SCORERS[scorer], dense_layers=layers),
+    ):
+        assert parse_policy(write_policy(policy)) == policy
 
 
 def streamed(model: Transformer, tokens: list[int], **arguments: Any) -> Generated:

@@ -1,6 +1,8 @@
 """The model against itself: policies that keep everything are dense, decoding equals prefill, rows do not see each other."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels import BlockIndices, select_blocks
 from seer_jax.attention import decode_attention, dense_attention, rotate
 from seer_jax.cache import Cache
 from seer_jax.config import DecodeGateConfig, PrefillGateConfig
@@ -21,6 +24,7 @@ from seer_jax.policies import (
     Oracle,
     Policy,
     Random,
+    RankingPolicy,
     SinkWindow,
     Threshold,
     TokenBudget,
@@ -206,6 +210,143 @@ def test_start_layer_keeps_the_first_layers_dense():
     np.testing.assert_allclose(kept, [[1.0] * 4, [0.2] * 4], rtol=1e-6)
 
 
+FIRST_DENSE = [
+    Threshold(0.2, dense_last_rows=0),
+    CumulativeMass(0.5, dense_last_rows=0),
+    TopK(0.4, dense_last_rows=0),
+    TokenBudget(32),
+    TokenBudget(32, Oracle()),
+    TopK(0.4, Random(3), dense_last_rows=0),
+    TopK(0.4, SinkWindow(), dense_last_rows=0),
+]
+
+
+@functools.cache
+def deep_model(start_layer: int = 0) -> Transformer:
+    """Four layers, both gates."""
+    model = tiny_model(dataclasses.replace(LLAMA, num_layers=4))
+    config = DecodeGateConfig(block_size=16, gate_dim=16, start_layer=start_layer)
+    return model.add_gate(config, rngs=nnx.Rngs(2))
+
+
+def recorded[R](monkeypatch: pytest.MonkeyPatch, run: Callable[[], R], shape: tuple[int, ...]) -> tuple[R, np.ndarray]:
+    """What a program returns, and the masks that its sparse layers chose, in their order, each of the given shape."""
+    masks = []
+
+    def record(*args: Any, **settings: Any) -> BlockIndices:
+        blocks = select_blocks(*args, **settings)
+        jax.debug.callback(lambda mask: masks.append(np.asarray(mask)), blocks.to_mask(shape[-1]), ordered=True)
+        return blocks
+
+    with monkeypatch.context() as patch:
+        patch.setattr("seer_jax.attention.select_blocks", record)
+        result = run()
+        jax.effects_barrier()
+    return result, np.stack([np.broadcast_to(mask, shape) for mask in masks])
+
+
+@pytest.mark.parametrize(
+    ("policy", "dense_layers"), [(TopK(0.4), 1), (TopK(0.4), 3), *((policy, 2) for policy in FIRST_DENSE)], ids=str
+)
+def test_dense_first_layers_of_a_prompt_are_masks_that_are_full(
+    policy: RankingPolicy, dense_layers: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The others have the masks that they choose, as if these were given."""
+    model, (tokens, lengths) = deep_model(), batch()
+    policy = dataclasses.replace(policy, dense_layers=dense_layers)
+    run = jax.jit(lambda model, policy: model.hidden_states(tokens, lengths, sparsity=policy))
+    (hidden, kept), masks = recorded(monkeypatch, lambda: run(model, policy), (len(LENGTHS), 4, 5, 5))
+    assert len(masks) == 4 - dense_layers
+    given = np.concatenate([np.ones((dense_layers, *masks.shape[1:]), bool), masks])
+    expected, expected_kept = run(model, Given(jnp.asarray(given), block_size=16))
+    assert relative(counted(hidden), counted(expected)) < 2e-6
+    np.testing.assert_allclose(kept, expected_kept, rtol=1e-6)
+    np.testing.assert_array_equal(kept[:dense_layers], 1)
+    assert (kept[dense_layers:, 0] < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "dense_layers", "start_layer"),
+    [
+        *((TokenBudget(32), *counts) for counts in ((1, 0), (3, 0), (0, 2), (1, 2), (3, 2))),
+        *((policy, 2, 1) for policy in FIRST_DENSE),
+    ],
+    ids=str,
+)
+def test_dense_first_layers_of_a_new_token_are_masks_that_are_full(
+    policy: RankingPolicy, dense_layers: int, start_layer: int, monkeypatch: pytest.MonkeyPatch
+):
+    """As many as the larger of the policy's count and the gate's."""
+    model, (tokens, lengths) = deep_model(start_layer), batch()
+    policy = dataclasses.replace(policy, dense_layers=dense_layers)
+    first = max(dense_layers, start_layer)
+    _, cache = prefill(model, tokens, lengths, model.make_cache(len(LENGTHS), 96), Dense())
+    run = jax.jit(lambda model, policy: model.decode(tokens[:, 0], cache, sparsity=policy))
+    (logits, after, kept), masks = recorded(monkeypatch, lambda: run(model, policy), (len(LENGTHS), 2, 6))
+    assert len(masks) == 4 - first
+    given = np.concatenate([np.ones((first, *masks.shape[1:]), bool), masks])
+    expected, expected_after, expected_kept = run(model, Given(jnp.asarray(given), block_size=16))
+    assert relative(logits, expected) < 2e-6
+    np.testing.assert_allclose(kept, expected_kept, rtol=1e-6)
+    np.testing.assert_array_equal(kept[:first], 1)
+    assert (kept[first:, 0] < 1).all()
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(expected_after), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_two_loops_have_the_gradients_of_one():
+    tokens, _ = batch()
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def gradients(model: Transformer, dense_layers: int, remat: bool) -> Transformer:
+        def loss_of(model: Transformer) -> jax.Array:
+            def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+                q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config)
+                return dense_attention(q, k, v), state, context.index
+
+            hidden, _, order = model.scan(tokens, attend, dense_layers=dense_layers, remat=remat)
+            return jax.nn.logsumexp(model.logits(hidden), axis=-1).mean() + 0.0 * order.sum()
+
+        return jax.grad(loss_of)(model)
+
+    model = tiny_model(QWEN3, gates=False)
+    one, *others = (jax.tree.leaves(gradients(model, *x)) for x in ((0, False), (1, False), (1, True), (2, True)))
+    for other in others:
+        assert all(relative(a, b) < 1e-5 for a, b in zip(other, one, strict=True))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("dense_layers", [0, 1, 2, 4])
+def test_each_layer_runs_once_and_in_order(dense_layers: int, stacked: bool):
+    model, (tokens, _) = deep_model(), batch()
+
+    def attend(context: LayerContext, state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        gate = context.decode_gate
+        assert gate is not None and gate.linear_k is not None
+        seen = (context.index, jnp.int32(context.dense), gate.linear_k[...].sum(), state)
+        return q, state + 1, seen
+
+    hidden, count, seen = model.scan(tokens, attend, jnp.int32(0), dense_layers=dense_layers, stacked=stacked)
+    expected, _, _ = model.scan(tokens, attend, jnp.int32(0))
+    assert model.decode_gate is not None
+    np.testing.assert_array_equal(seen[0], np.arange(4))
+    np.testing.assert_array_equal(seen[1], np.arange(4) < dense_layers)
+    np.testing.assert_allclose(seen[2], model.decode_gate.linear_k[...].sum((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_array_equal(seen[3], np.arange(4))
+    assert int(count) == 4 and relative(hidden, expected) < 2e-6
+
+
+def test_dense_first_layers_make_no_choice_on_the_device():
+    """A conditional would make the host wait in each layer of each step."""
+    model = deep_model(start_layer=1)
+    for policy, loops in ((Dense(), 1), (TokenBudget(32), 2), (TokenBudget(32, dense_layers=2), 2)):
+        jaxpr = jax.make_jaxpr(
+            lambda model, cache, policy=policy: model.decode(jnp.zeros(2, jnp.int32), cache, sparsity=policy)
+        )
+        names = [equation.primitive.name for equation in jaxpr(model, model.make_cache(2, 96)).eqns]
+        assert names.count("scan") == loops and "cond" not in str(names)
+
+
 @pytest.mark.parametrize("density", [0.3, 0.6])
 def test_decode_top_k_follows_the_length_of_each_row(density: float):
     model = tiny_model()
@@ -339,6 +480,17 @@ def test_gates_of_another_model_are_refused():
         tiny_model(gates=False).add_gate(DecodeGateConfig(gate_dim=16, start_layer=2), rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_policy_leaves_a_sparse_layer(phase: str):
+    model = tiny_model()
+    tokens, policy = jnp.zeros((1, 3), jnp.int32), TokenBudget(16, dense_layers=2)
+    with pytest.raises(ValueError, match=r"below 2, the model's layers; got 2. Lower it, or use Dense\(\)"):
+        if phase == "prefill":
+            model(tokens, sparsity=policy)
+        else:
+            model.decode(tokens[:, 0], model.make_cache(1, 16), sparsity=policy)
+
+
 BAD_POLICIES = [
     (lambda: Threshold(1.0), r"\[0, 1\); got 1.0"),
     (lambda: Threshold(-0.1), r"got -0.1"),
@@ -347,6 +499,10 @@ BAD_POLICIES = [
     (lambda: TopK(0.0), r"\(0, 1\]; got 0.0"),
     (lambda: TopK(1.5), r"got 1.5"),
     (lambda: TokenBudget(0), "positive; got 0"),
+    (lambda: TokenBudget(64, dense_layers=-1), "dense_layers is at least 0; got -1"),
+    (lambda: TopK(0.1, dense_layers=-2), "dense_layers is at least 0; got -2"),
+    (lambda: CumulativeMass(0.1, dense_last_rows=-1), "dense_last_rows is at least 0; got -1"),
+    (lambda: Threshold(0.1, dense_last_rows=-3), "dense_last_rows is at least 0; got -3"),
 ]
 
 
