@@ -403,6 +403,7 @@ def test_wrong_policies_are_refused(keys: dict[str, Any], message: str):
         (TopK(0.5, Oracle()), "ranked by the gate itself; got TopK"),
         (Threshold(jnp.full((4, 1, 1), 0.1)), r"one threshold for all heads; got an array of shape \(4, 1, 1\)"),
         (TopK(0.5, dense_last_rows=1), "last 2 block rows are dense, or none; got dense_last_rows=1"),
+        (TokenBudget(512, dense_layers=2), "no place for the dense first layers of a policy; got dense_layers=2"),
     ],
 )
 def test_policies_that_the_keys_cannot_express_are_refused(policy: Policy, message: str):

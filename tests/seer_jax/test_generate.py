@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from seer_jax import Generated, Transformer, generate, pad_prompts, stream
+from seer_jax.config import DecodeGateConfig
 from seer_jax.policies import CumulativeMass, Given, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
 from seer_jax.sampling import Sample, row_keys
 from tests.seer_jax.conftest import LLAMA, tiny_model
@@ -93,6 +95,43 @@ def test_layers_and_steps_are_told_apart():
         visible = np.arange(n, n + NEW - 1) // 16 + 1
         kept = np.stack([1 / visible, np.minimum(visible, 2) / visible], 1)
         np.testing.assert_allclose(generated.decode_kept_steps[:, :, row], kept, rtol=1e-6)
+
+
+def test_dense_first_layers_in_both_phases():
+    """As the masks that a window leaves, given for all layers but the first; a stream goes the same way."""
+    window = TokenBudget(32, SinkWindow(), dense_layers=1)
+    column = np.arange(5)
+    row = column[:, None]
+    near = (column == row) | (column == 0)
+    prefill = np.broadcast_to(near[:3, :3], (2, len(LENGTHS), 1, 3, 3)).copy()
+    prefill[0] = True
+    generated = run(prefill=window, decode=window)
+    given = run(prefill=Given(jnp.asarray(prefill), block_size=16))
+    np.testing.assert_allclose(generated.prefill_kept, given.prefill_kept, rtol=1e-6)
+    assert [row[0] for row in generated.rows()] == [row[0] for row in given.rows()]
+    np.testing.assert_array_equal(generated.prefill_kept[0], 1)
+    np.testing.assert_array_equal(generated.decode_kept_steps[:, 0], 1)
+    for row, n in enumerate(LENGTHS):
+        visible = np.arange(n, n + NEW - 1) // 16 + 1
+        np.testing.assert_allclose(generated.decode_kept_steps[:, 1, row], np.minimum(visible, 2) / visible, rtol=1e-6)
+    tokens, lengths = prompts()
+    pieces = stream(llama(), tokens, lengths, max_new_tokens=NEW, eos=NEVER, prefill=window, decode=window)
+    assert joined(list(pieces)) == generated.rows()
+    assert generated.rows() != run(prefill=TokenBudget(32, SinkWindow()), decode=TokenBudget(32, SinkWindow())).rows()
+
+
+@pytest.mark.parametrize("start_layer", [0, 1])
+def test_the_gates_and_the_policys_dense_layers_are_one_choice(start_layer: int):
+    """The larger count holds while decoding; the prompt knows the policy's alone."""
+    model = tiny_model(dataclasses.replace(LLAMA, num_layers=3))
+    expected = run(model, prefill=TokenBudget(32), decode=TokenBudget(32, dense_layers=2), eos=())
+    model.add_gate(DecodeGateConfig(block_size=16, gate_dim=16, start_layer=start_layer), rngs=nnx.Rngs(2))
+    both = run(model, prefill=TokenBudget(32), decode=TokenBudget(32, dense_layers=2), eos=())
+    assert both.rows() == expected.rows()
+    own = run(model, prefill=TokenBudget(32), decode=TokenBudget(32), eos=())
+    dense = np.asarray((own.decode_kept_steps == 1).all((0, 2)))
+    np.testing.assert_array_equal(dense, np.arange(3) < start_layer)
+    assert (own.prefill_kept[:, 3] < 1).all()
 
 
 def test_a_budget_of_one_block_keeps_the_current_block():
@@ -288,6 +327,7 @@ def test_only_shapes_and_static_fields_compile_anew(monkeypatch: pytest.MonkeyPa
     assert count(decode=Threshold(0.3), sampling=Sample(0.9), key=jax.random.key(1), eos=3) == 0
     assert count(model=tiny_model(seed=8)) == 0
     assert count(decode=Threshold(0.1, dense_last_rows=1)) == 1
+    assert count(decode=Threshold(0.1, dense_layers=1)) == 1
     assert count(max_new_tokens=6) == 1
 
 
@@ -341,6 +381,7 @@ BAD = [
     (dict(cache_capacity=63), ", 64 tokens; got cache_capacity=63. Raise it"),
     (dict(prefill=TopK(0.1)), "the model has none of this kind"),
     (dict(decode=Threshold(0.1)), "the model has none of this kind"),
+    (dict(decode=TokenBudget(64, SinkWindow(), dense_layers=2)), "dense_layers must leave a sparse layer: below 2"),
     (dict(prefill=TokenBudget(8, SinkWindow())), "at least one block of 64 tokens; got 8"),
     (dict(eos=64), r"EOS tokens lie in \[0, 64\).*got \[64\]"),
     (dict(eos=(1, -1)), r"got \[1, -1\]"),
