@@ -62,7 +62,9 @@ class Cache:
                 keys=jnp.zeros((*shape[:2], model.num_kv_heads, blocks, gate.gate_dim), jnp.float32),
                 pools=jnp.zeros((*shape[:2], shape[3], len(gate.k_pooling) * shape[4]), jnp.float32),
             )
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32), gate_cache)
+        # Two zeros that a compiler can't take for one: it would make one array of them, and then two copies of that.
+        keys, values = (jnp.full(shape, zero) for zero in jax.lax.optimization_barrier([jnp.zeros((), dtype)] * 2))
+        return cls(keys, values, jnp.zeros(batch, jnp.int32), gate_cache)
 
     @property
     def capacity(self) -> int:

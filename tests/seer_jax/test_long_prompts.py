@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax import layers
+from seer_jax import layers, plan_memory
 from seer_jax.config import ModelConfig
 from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Policy, TopK
+from seer_jax.policies import Dense, Policy, SinkWindow, TopK
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 TOKENS = 131072  # the context of Llama 3.1
@@ -41,6 +41,25 @@ def test_nothing_is_made_whole_that_could_be_made_in_chunks(tokens: int):
     scratch, cache = scratch_bytes(WIDE, tokens)
     mlp, logits = (tokens * width * FLOAT32 for width in (WIDE.intermediate_size, WIDE.vocab_size))
     assert scratch < min(mlp, logits, cache) / 2
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("dense_layers", [1, 4, 7])
+def test_dense_first_layers_copy_neither_weights_nor_cache(dense_layers: int):
+    """Two loops over the layers need no more than one, but for one layer's weights in each phase where a loop has a single layer."""
+    config = dataclasses.replace(LLAMA, hidden_size=128, intermediate_size=1024, num_layers=8)
+    model = nnx.eval_shape(lambda: Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    one_layer = sum(x.size for x in jax.tree.leaves(model.layers)) / config.num_layers * FLOAT32
+
+    def scratch_of(dense_layers: int) -> int:
+        policy = TopK(0.1, SinkWindow(), dense_layers=dense_layers)
+        sizes: dict[str, Any] = dict(max_new_tokens=8, prefill=policy, decode=policy, cache_capacity=16384)
+        plan = plan_memory(model, 2, 128, **sizes)
+        assert plan.scratch is not None and plan.cache > 30 * one_layer
+        return plan.scratch
+
+    assert scratch_of(dense_layers) < scratch_of(0) + 2.5 * one_layer
 
 
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
