@@ -251,7 +251,7 @@ class DecodeGateConfig:
       query_reduction: how a group's query heads become one vector. `AVG` needs gate_dim == head_dim.
       use_qk_norm: RMSNorm over C on the gate's queries and keys, before RoPE.
       use_rope: rotate queries at their token, keys at the first token of their block.
-      start_layer: layers before it attend densely while decoding.
+      start_layer: layers before it attend densely while decoding; a policy can ask for more (`dense_layers`).
     """
 
     block_size: int = 64

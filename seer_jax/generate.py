@@ -92,7 +92,7 @@ def generate(
 
     Raises:
       ValueError: an argument is outside its domain, the tokens don't fit the cache or the model's context, a policy needs a
-        gate that the model has not, or logits are not finite.
+        gate that the model has not or leaves none of its layers sparse, or logits are not finite.
       MemoryError: weights, cache and what else the compiled program takes do not fit the device, as far as it tells its
         memory. Nothing has been allocated then; see `plan_memory`.
     """
@@ -189,7 +189,8 @@ def plan_memory(
       See `MemoryPlan`; its `check` raises where the plan does not fit.
 
     Raises:
-      ValueError: a size is below 1, the tokens don't fit the cache, or a policy needs a gate that the model has not.
+      ValueError: a size is below 1, the tokens don't fit the cache, or a policy needs a gate that the model has not or leaves
+        none of its layers sparse.
     """
     if batch < 1 or prompt_width < 1:
         raise ValueError(f"A batch has rows of at least one token; got {batch} rows of {prompt_width}.")

@@ -224,7 +224,8 @@ class Transformer(nnx.Module):
           float32.
 
         Raises:
-          ValueError: shapes, dtypes, tokens or lengths are wrong, or the policy needs a gate that the model has not.
+          ValueError: shapes, dtypes, tokens or lengths are wrong, the policy needs a gate that the model has not, or leaves none of
+            its layers sparse.
         """
         hidden, _ = self.hidden_states(tokens, lengths, sparsity=sparsity)
         return self.logits(hidden)

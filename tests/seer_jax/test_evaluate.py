@@ -23,6 +23,7 @@ from seer_jax.evaluate import (
     score_prompts,
     text_windows,
 )
+from seer_jax.evaluate.run import policy_name
 from seer_jax.evaluate.scoring import read_prompts
 from seer_jax.evaluate.table import print_scores, write_scores
 from seer_jax.policies import Dense, Oracle, Random, TokenBudget, TopK
@@ -91,6 +92,13 @@ def test_a_phase_without_a_gate_has_no_learned_row():
 
 def test_a_setting_makes_the_question_as_sparse_as_the_rest():
     assert Setting("x", TopK(0.1)).of(Method.ORACLE) == TopK(0.1, Oracle(), dense_last_rows=0)
+
+
+def test_columns_tell_settings_apart():
+    assert policy_name(TopK(0.1)) == "10%"
+    assert policy_name(TopK(0.1, dense_layers=2)) == "topk:0.1,dense_layers=2"
+    policy = Setting("x", TokenBudget(64, dense_layers=2)).of(Method.ORACLE)
+    assert policy == TokenBudget(64, Oracle(), dense_layers=2)
 
 
 def test_windows_follow_one_another():
