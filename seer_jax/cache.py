@@ -125,7 +125,9 @@ class Cache:
         kinds, b = gate.config.k_pooling, gate.config.block_size
         rows, block = jnp.arange(k.shape[0]), self.lengths // b
         old, key = self.gate.pools[layer], k.astype(jnp.float32)
-        merged = [_MERGE[kind](part, key) for kind, part in zip(kinds, jnp.split(old, len(kinds), axis=-1), strict=True)]
+        merged = [
+            _MERGE[kind](part, key) for kind, part in zip(kinds, jnp.split(old, len(kinds), axis=-1), strict=True)
+        ]
         is_first = (self.lengths % b == 0)[:, None, None]
         pools = jnp.where(is_first, jnp.tile(key, len(kinds)), jnp.concatenate(merged, axis=-1))
         pooled = _scale_averages(pools, kinds, 1 / b)
