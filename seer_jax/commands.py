@@ -140,9 +140,9 @@ class GenerateConfig:
     """Continues a prompt; the text appears while it is made.
 
     A policy is written dense, threshold:P, mass:P, topk:DENSITY or budget:TOKENS, for example threshold:5e-4, mass:0.9, topk:0.1, budget:4096;
-    with :oracle, :window or :random behind it blocks are ranked by something else than the learned gate. Then may follow
-    ,dense_layers=N (the first N layers keep every block) and, but for budget, ,dense_last_rows=N (the last N block rows of
-    the prompt do; else 2): topk:0.1,dense_layers=2,dense_last_rows=0.
+    with :oracle, :window or :random behind it blocks are ranked by something else than the learned gate.
+    Two settings may follow by name: dense_layers=N, the first N layers keep every block; dense_last_rows=N (none of budget),
+    the last N block rows of the prompt keep every block, else 2. For example topk:0.1,dense_layers=2,dense_last_rows=0.
 
     Attributes:
       model: folder or hub id of the base model; tiny-lm is the bundled one.
