@@ -123,7 +123,7 @@ class Cache:
         if self.gate is None:
             return self
         kinds, b = gate.config.k_pooling, gate.config.block_size
-        rows, block = jnp.arange(k.shape[0]), self.lengths // b
+        block = self.lengths // b
         old, key = self.gate.pools[layer], k.astype(jnp.float32)
         merged = [
             _MERGE[kind](part, key) for kind, part in zip(kinds, jnp.split(old, len(kinds), axis=-1), strict=True)
