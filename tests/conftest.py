@@ -39,6 +39,13 @@ def compile_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Each compiled program holds pages of memory, and a process may hold so many: XLA crashes when they run out."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets wrong arguments through to the library's own checks, as outside the tests."""

@@ -34,7 +34,11 @@ class TestMosaicGpuInterpreted(suite.Conformance):
     implementation = "mosaic_gpu"
 
 
-@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+# The longest rows take as long as all others together.
+LONG = [pytest.param(case, marks=pytest.mark.slow if "128k" in case.name else ()) for case in REAL]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 def test_mosaic_gpu_lowers_for_cuda(case: Case):
     assert_lowers_for_cuda(select_blocks, case)
 

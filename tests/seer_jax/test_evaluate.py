@@ -62,6 +62,7 @@ def rows(decoded: int = 16) -> Rows:
     return Rows(TOKENS[:1], [prompt], decoded)
 
 
+@pytest.mark.slow
 def test_every_method_is_compared_at_every_setting(tmp_path: Path):
     model = tiny_model()
     settings = [Setting("40%", TopK(0.4)), Setting("all", TopK(1.0))]

@@ -104,12 +104,11 @@ def test_scratch_is_what_the_compiler_lays_out(streamed: bool):
 
 COMPILED: list[tuple[dict[str, Any], bool]] = [
     (SPARSE, False),
-    (dict(prefill=Threshold(0.1), decode=Threshold(0.2), sampling=Sample(0.5)), False),
-    (SPARSE, True),
+    (dict(prefill=Threshold(0.1), decode=Threshold(0.2), sampling=Sample(0.5)), True),
 ]
 
 
-@pytest.mark.parametrize(("changes", "committed"), COMPILED, ids=["budget", "threshold, drawn", "put on a device"])
+@pytest.mark.parametrize(("changes", "committed"), COMPILED, ids=["budget", "threshold, drawn, put on a device"])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_plan_compiles_what_then_runs(
     streamed: bool, changes: dict[str, Any], committed: bool, caplog: pytest.LogCaptureFixture

@@ -15,7 +15,11 @@ from seer_jax.policies import Dense, Oracle, SinkWindow, Threshold, TokenBudget
 from tests.seer_jax import planted
 
 PAIRS = 8
-CASES = [(512, 16), (1024, 16), (2048, 32), (4096, 64)]  # tokens, block size
+CASES = [
+    (512, 16),
+    (2048, 32),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1024, 16), (4096, 64))),
+]  # tokens, b
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

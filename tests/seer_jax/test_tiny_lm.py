@@ -55,6 +55,7 @@ def test_logits_are_those_of_transformers(model: Transformer):
     assert report.relative_error < 1e-5
 
 
+@pytest.mark.slow
 def test_the_bundled_gates_find_what_a_window_misses(text: np.ndarray, tokenizer: Tokenizer):
     """With a fifth of the blocks, against the first block and the latest ones: better text from prompts, and the pass key."""
     model = from_pretrained(tiny_lm.path(), tuple(tiny_lm.gates().values()), dtype="float32")
@@ -96,6 +97,7 @@ def test_pass_key_prompts_are_those_of_the_recipe(tokenizer: Tokenizer, text: np
     assert hashlib.sha256(tokens.tobytes()).hexdigest() == PASSKEY_SHA256
 
 
+@pytest.mark.slow
 def test_pass_keys_are_found(model: Transformer, tokenizer: Tokenizer, text: np.ndarray):
     """As in reference.json, dense attention finds every key; the first prompts of each length."""
     for length, count in ((1024, 9), (2048, 4)):
