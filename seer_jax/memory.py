@@ -17,7 +17,7 @@ class MemoryPlan:
       weights: of the base model.
       gates: weights of its gates.
       cache: keys and values of the prompts and the new tokens.
-      gate_cache: what the decode gate keeps of the past: compressed keys, and the keys of unfinished blocks.
+      gate_cache: what the decode gate keeps of the past: compressed keys, and the pools of unfinished blocks.
       scratch: everything else that the compiler lays out for the program: activations, results, copies. None: not compiled.
       available: what the device has for all of this: its limit less what else is in use on it. None: the device does not
         tell.

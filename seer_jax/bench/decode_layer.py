@@ -23,11 +23,12 @@ from pallas_kernels.bench import (
     too_large,
 )
 from seer_jax.attention import decode_attention, rotate
-from seer_jax.bench.models import abstract_cache, random_cache, size_in_bytes
+from seer_jax.bench.models import abstract_cache, random_cache
 from seer_jax.bench.selection import LOGITS_SPREAD
 from seer_jax.cache import Cache
 from seer_jax.config import DecodeGateConfig, ModelConfig
 from seer_jax.gate import DecodeGate
+from seer_jax.memory import tree_bytes
 from seer_jax.model import LayerContext
 from seer_jax.policies import Dense, Threshold, TopK
 
@@ -66,9 +67,9 @@ class Step:
         """
         one = dataclasses.replace(self.config, num_layers=1)
         cache = abstract_cache(one, self.batch, self.length, DTYPE, self.gate)
-        read = kept * size_in_bytes((cache.keys, cache.values))
+        read = kept * tree_bytes((cache.keys, cache.values))
         if self.gate is not None:
-            read += size_in_bytes((cache.gate.keys, nnx.eval_shape(lambda: DecodeGate(GATE, one, rngs=nnx.Rngs(0)))))
+            read += tree_bytes((cache.gate.keys, nnx.eval_shape(lambda: DecodeGate(GATE, one, rngs=nnx.Rngs(0)))))
         return read
 
     def stacked(self, kept: float) -> ModelConfig:
@@ -90,7 +91,7 @@ def measure_layer(
             settings = dict(batch=batch, length=length, rule=rule, density=None if rule == "dense" else density)
             settings |= dict(layers=stacked.num_layers, dtype=str(jnp.dtype(DTYPE)))
             blank = Measurement("decode layer", f"{batch} x {length}, {rule}", settings)
-            note = too_large(size_in_bytes(abstract_cache(stacked, batch, length, DTYPE, step.gate)))
+            note = too_large(tree_bytes(abstract_cache(stacked, batch, length, DTYPE, step.gate)))
             if note is not None:
                 yield dataclasses.replace(blank, note=f"{batch} x {length} {note}")
                 continue

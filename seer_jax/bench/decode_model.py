@@ -21,10 +21,10 @@ from seer_jax.bench.models import (
     peak_bytes,
     random_cache,
     random_model,
-    size_in_bytes,
 )
 from seer_jax.cache import Cache
 from seer_jax.config import DecodeGateConfig
+from seer_jax.memory import tree_bytes
 from seer_jax.model import Transformer
 from seer_jax.policies import Dense, TopK
 
@@ -46,7 +46,7 @@ def new_tokens(
             name = f"{batch} x {length}, " + ("dense" if share is None else f"{share:g}")
             blank = Measurement("decode model", name, settings | dict(tokens=min(tokens, length - 1)))
             cache = abstract_cache(model.config, batch, length, model.dtype, _gate(model, policy))
-            note = too_large(size_in_bytes(model) + size_in_bytes(cache))
+            note = too_large(tree_bytes(model) + tree_bytes(cache))
             if note is not None:
                 yield dataclasses.replace(blank, note=f"{batch} x {length} {note}")
                 continue
@@ -62,9 +62,9 @@ def read_bytes(model: Transformer, batch: int, length: int, kept: float | None) 
     """
     gate = None if kept is None or model.decode_gate is None else model.decode_gate.config
     cache = abstract_cache(model.config, batch, length, model.dtype, gate)
-    read = size_in_bytes((model.layers, model.norm, model.head))
-    read += (1.0 if kept is None else kept) * size_in_bytes((cache.keys, cache.values))
-    return read if gate is None else read + size_in_bytes((cache.gate.keys, model.decode_gate))
+    read = tree_bytes((model.layers, model.norm, model.head))
+    read += (1.0 if kept is None else kept) * tree_bytes((cache.keys, cache.values))
+    return read if gate is None else read + tree_bytes((cache.gate.keys, model.decode_gate))
 
 
 def _gate(model: Transformer, policy: Dense | TopK) -> DecodeGateConfig | None:

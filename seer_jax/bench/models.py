@@ -17,6 +17,7 @@ from pallas_kernels.bench import GIB, Measurement, guarded, time_calls
 from pallas_kernels.shapes import Heads, large_random_array
 from seer_jax.cache import Cache, GateCache
 from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, PrefillGateConfig, RopeConfig, RopeKind
+from seer_jax.memory import laid_out_bytes
 from seer_jax.model import Transformer
 from seer_jax.policies import Dense, Policy, TopK
 
@@ -122,11 +123,6 @@ def abstract_cache(
     return jax.eval_shape(lambda: Cache.create(config, batch, capacity, dtype, gate))
 
 
-def size_in_bytes(tree: Any) -> int:
-    """Of all arrays, or of what shapes and dtypes describe."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def first_token(
     shape: Shape, lengths: Sequence[int], densities: Sequence[float], *, seed: int = 0
 ) -> Iterator[Measurement]:
@@ -193,6 +189,4 @@ def memory_results(compiled: Any, before: int) -> tuple[dict[str, float | None],
 
 def planned_bytes(compiled: Any) -> int:
     """What the compiler lays out for one run: arguments, results that do not take an argument's place, and scratch."""
-    memory = compiled.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    return compiled.memory_analysis().argument_size_in_bytes + (laid_out_bytes(compiled) or 0)
