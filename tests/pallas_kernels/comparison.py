@@ -1,11 +1,12 @@
 """How results are compared, and the definitions once more, in plain loops over numpy arrays."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from pallas_kernels import BlockIndices
 from pallas_kernels.hopper import assume_hopper
@@ -144,6 +145,11 @@ def assert_lowers_for_cuda(operation: Callable[..., Any], case: Any, **settings:
     with assume_hopper():
         lowered = jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+def slow_but(cases: Iterable[Any], *quick: str) -> list[Any]:
+    """Cases for `parametrize`, all but those of these names marked slow: the interpreter takes seconds for each."""
+    return [case if case.name in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def memory(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -20,6 +20,7 @@ from tests.pallas_kernels.comparison import (
     assert_bitwise_equal,
     assert_within_rounding,
     masked_attention,
+    slow_but,
     softmax_weights,
 )
 
@@ -219,6 +220,9 @@ class Conformance(Definition):
         assert gradient == pytest.approx(2 * 4 * 3, rel=1e-5)  # two layers, four heads, three rows that sum to 1
 
 
+QUICK = slow_but(HALF, "half-block-scores", "half-ragged", "half-blocks-of-128")
+
+
 class HalfPrecision:
     """What a backend for GPUs must do, which takes bfloat16 and float16, and blocks of 64 and 128 tokens."""
 
@@ -227,13 +231,14 @@ class HalfPrecision:
     def run(self, **arguments: Any) -> Any:
         return _compiled(**arguments, implementation=self.implementation)
 
-    @pytest.mark.parametrize("case", HALF, ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
     def test_errs_no_more_than_plain_attention(self, case: Case):
         compare_with_plain_attention(case, self.run)
 
     def test_scores_stay_exact_where_the_maximum_comes_late(self):
         compare_where_the_maximum_comes_late(Case("late", Heads(2, 1, 64), 320, token_scores=True), self.run)
 
+    @pytest.mark.slow
     def test_chunks_of_queries_are_the_whole(self):
         case = Case("chunks", Heads(2, 1, 64), 420, token_scores=True, segments=(90, 250))
         assert_chunks_are_the_whole(self.run, case, (0, 64, 320))

@@ -86,10 +86,10 @@ class Definition:
         [
             {},
             {"threshold": 0.15},
-            {"threshold": 0.0},
+            pytest.param({"threshold": 0.0}, marks=pytest.mark.slow),
             {"mass": 0.62},
-            {"mass": 1e-6},
-            {"mass": 1.0},
+            pytest.param({"mass": 1e-6}, marks=pytest.mark.slow),
+            pytest.param({"mass": 1.0}, marks=pytest.mark.slow),
             {"top_k": 2},
             {"max_blocks": 3, "width": 5},
         ],
@@ -140,7 +140,7 @@ class Definition:
         assert got.width == 6
         np.testing.assert_array_equal(listed_blocks(got, 6), chosen_by_hand(logits, **arguments))
 
-    @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 31), (4, 32), (5, 33), (7, 100)])
+    @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 33), (7, 100)])
     def test_any_number_of_rows_and_blocks(self, rows: int, columns: int):
         """For each row its own number, and kept blocks that some of the leading axes share."""
         logits = np.asarray(jax.random.normal(KEY, (2, 3, rows, columns)))

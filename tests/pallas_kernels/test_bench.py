@@ -203,6 +203,7 @@ def test_two_runs_that_differ_are_found():
     assert find_fault(errors, arguments, (out, lse), (other, lse)) == "two runs on the same arrays differ"
 
 
+@pytest.mark.slow
 def test_a_sweep_times_dense_attention_once_per_shape(clock: list[Callable[..., Any]]):
     lines = list(Bench("xla").sweep(sweep(HEADS, (64,), (0.5, 1.0))))
     assert len(lines) == 6 and len(clock) == 6 + 1
@@ -214,6 +215,7 @@ def test_a_sweep_times_dense_attention_once_per_shape(clock: list[Callable[..., 
     assert first.settings["implementation"] == "xla" and first.settings["config"] is None
 
 
+@pytest.mark.slow
 def test_odd_cases_stand_beside_aligned_ones(clock: list[Callable[..., Any]]):
     unaligned, ragged, *_, chunk = odd_cases(HEADS, 256)
     pairs = [unaligned, ragged, chunk]

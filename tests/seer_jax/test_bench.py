@@ -98,6 +98,7 @@ def test_a_whole_run(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("heads", [4, 68])
+@pytest.mark.slow
 def test_masks_of_a_trained_gate(heads: int, clock: None):
     """Of the gate's last heads, repeated where it has fewer; each row keeps its own block among its best."""
     (trained, random), *_ = pairs = trained_cases(Heads(heads, 2, 64), 1024, 0.6)
@@ -131,6 +132,7 @@ def test_a_wrong_kernel_makes_the_command_fail(
 
 
 @pytest.mark.usefixtures("unchecked")  # see above
+@pytest.mark.slow
 def test_ground_truth(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "bench.json"
     words = ["bench", "ground-truth", "--shape", "tiny", "--lengths", "150", "--chunk", "64", "--output", str(output)]
@@ -178,6 +180,7 @@ DECODE = ["bench", "decode", "--shape", "tiny", "--lengths", "256", "--batches",
 
 
 @pytest.mark.usefixtures("unchecked")  # see above
+@pytest.mark.slow
 def test_decode(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     assert cli.main([*DECODE, "--densities", "0.5", "--tokens", "4", "--output", str(output), "--plot", str(plot)]) == 0

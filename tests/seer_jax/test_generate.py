@@ -304,6 +304,7 @@ def test_seeds_reproduce_and_differ():
     assert all(len(set(row)) > NEW // 3 for row in run(**SPARSE, sampling=flat, key=jax.random.key(0)).rows())
 
 
+@pytest.mark.slow
 def test_only_shapes_and_static_fields_compile_anew(monkeypatch: pytest.MonkeyPatch):
     traces = []
     decode = Transformer.decode

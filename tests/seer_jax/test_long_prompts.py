@@ -97,6 +97,7 @@ def test_chunks_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch):
     assert largest_difference(run(), whole) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_through_chunks(monkeypatch: pytest.MonkeyPatch):
     """With respect to all weights, at a length that chunks do not divide."""
     graph, weights = nnx.split(tiny_model(gates=False))

@@ -92,7 +92,7 @@ def test_a_whole_size_is_planned_without_memory():
     assert plan_memory(nnx.eval_shape(build), 5, 130048, max_new_tokens=1025, **sizes).missing > 0
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scratch_is_what_the_compiler_lays_out(streamed: bool):
     """More rows and longer prompts take more of it, and it holds at least one layer's activations."""
     sizes: dict[str, Any] = dict(streamed=streamed, decode=TokenBudget(32))
@@ -109,7 +109,7 @@ COMPILED: list[tuple[dict[str, Any], bool]] = [
 
 
 @pytest.mark.parametrize(("changes", "committed"), COMPILED, ids=["budget", "threshold, drawn, put on a device"])
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_plan_compiles_what_then_runs(
     streamed: bool, changes: dict[str, Any], committed: bool, caplog: pytest.LogCaptureFixture
 ):

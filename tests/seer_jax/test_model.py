@@ -66,8 +66,6 @@ EVERYTHING = [
     TopK(1.0),
     TokenBudget(80),
     TopK(1.0, Oracle()),
-    TokenBudget(80, Random()),
-    TopK(1.0, SinkWindow()),
 ]
 
 

@@ -15,11 +15,10 @@ from seer_jax.policies import Dense, Oracle, SinkWindow, Threshold, TokenBudget
 from tests.seer_jax import planted
 
 PAIRS = 8
-CASES = [
+CASES = [  # tokens, block size
     (512, 16),
-    (2048, 32),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1024, 16), (4096, 64))),
-]  # tokens, b
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1024, 16), (2048, 32), (4096, 64))),
+]
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -85,7 +85,9 @@ def test_one_gate_or_both_from_one_pass():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
 
 
-@pytest.mark.parametrize(("kinds", "sizes"), [(("decode",), (10,)), (("prefill", "decode"), (2, 10, 24))])
+@pytest.mark.parametrize(
+    ("kinds", "sizes"), [(("decode",), (10,)), pytest.param(("prefill", "decode"), (2, 10, 24), marks=pytest.mark.slow)]
+)
 def test_chunks_of_queries_teach_what_the_whole_does(monkeypatch: pytest.MonkeyPatch, kinds: tuple, sizes: tuple):
     """Two rows of 24 blocks, of which recall takes every third token: chunks of 1, 5 (the last one reaches back) and 12."""
     length = 24 * BLOCK

@@ -135,6 +135,7 @@ def kill_when(condition, folder: Path) -> bool:
 
 
 @pytest.mark.timeout(600)  # four processes; each compiles anew, since programs read from a cache may round differently
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     folder, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
 
