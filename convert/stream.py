@@ -155,9 +155,8 @@ def _chunks(source: TensorSource, key: str, rows: slice) -> Iterator[tuple[int, 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Writes rows into the buffer in place; returns it and whether they are finite."""
-    if jnp.finfo(rows.dtype).bits > jnp.finfo(buffer.dtype).bits:  # a GPU would ask the numbers before conversion
-        rows = rounded(rows, buffer.dtype)
-    finite = jnp.isfinite(rows).all()
+    # Asked of the converted numbers, a GPU would look at those before conversion.
+    finite = jnp.isfinite(rounded(rows.astype(jnp.float32), buffer.dtype)).all()
     rows = rows.astype(buffer.dtype)
     rows = rows.reshape((1,) * (buffer.ndim - rows.ndim) + rows.shape)
     return jax.lax.dynamic_update_slice(buffer, rows, tuple(place)), finite

@@ -24,7 +24,8 @@ def precise_einsum(equation: str, x: Float32[Array, "..."], y: Float32[Array, ".
 
 
 def rounded(x: Float32[Array, "..."], dtype: DTypeLike) -> Float32[Array, "..."]:
-    """The numbers as `dtype` would hold them. A conversion there and back does nothing: XLA leaves it out."""
+    """The numbers as `dtype` would hold them, but 0 below its smallest normal one. A conversion there and back does nothing: XLA
+    leaves it out."""
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 

@@ -39,8 +39,8 @@ def _initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Poo
 def _project(x: Float[Array, "B n K P"], weight: Float[Array, "K P C"]) -> Float[Array, "B n K C"]:
     """A projection of each key/value head.
 
-    Of few vectors, as while tokens are decoded, it is a sum of products: XLA fuses that with what stands around it and reads the
-    layer's weights where they are, while a matrix product needs copies of its operands.
+    Of few vectors, as while tokens are decoded, it is a sum of products: XLA fuses that with what stands around it, while a matrix
+    product needs copies of its operands in every layer. (On GPUs XLA keeps one transposed copy of the stacked weights for it.)
     """
     if x.shape[0] * x.shape[1] > FEW_VECTORS:
         return precise_einsum("bnkp,kpc->bnkc", x, weight)

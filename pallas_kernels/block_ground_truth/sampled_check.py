@@ -97,8 +97,8 @@ def _block(q, k, v, query_offset, result, sequence, kv_head, row) -> tuple[Array
         lse = jax.nn.logsumexp(scores, axis=-1)
         return jnp.exp(scores - lse[..., None]), lse
 
-    plain_weights = rounded(weights(queries, keys)[0], v.dtype).astype(v.dtype)
-    plain = rounded(dot("tgs,sd->tgd", plain_weights, values), v.dtype)
+    plain_weights, _ = weights(queries, keys)
+    plain = rounded(dot("tgs,sd->tgd", plain_weights.astype(v.dtype), values), v.dtype)
     exact, lse = weights(queries.astype(jnp.float32), keys.astype(jnp.float32))
     out = dot("tgs,sd->tgd", exact, values.astype(jnp.float32))
     got = mine(result.output).astype(jnp.float32)

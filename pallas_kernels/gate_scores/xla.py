@@ -15,9 +15,8 @@ def score_blocks(
     """See the function of this name in api.py. What `causal` allows to be left out is there as well."""
     del causal
     (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
-    if (
-        rows == 1
-    ):  # a sum of products reads keys where they are, whatever they are a part of; a product may copy them all
+    if rows == 1:
+        # A sum of products reads the keys where they are, whatever they are a part of; a matrix product may copy them all.
         grouped = queries.reshape(batch, 1, kv_heads, heads // kv_heads, dim) * scale
         return (grouped * keys[:, :, :, None]).sum(-1).transpose(0, 2, 3, 1).reshape(batch, heads, 1, blocks)
     # One matrix product per key head, in the order of its result: what it writes needs no transposition.
