@@ -20,7 +20,8 @@ class GateCache:
     """What the decode gate keeps of the past (SeerAttention-R, arXiv 2506.08889, sec. 3.3).
 
     Attributes:
-      keys: one compressed key per block, float32; valid for completed blocks. Those of a head stand together, as they are read.
+      keys: one compressed key per block; valid for completed blocks. Those of a head stand together, as they are read. In bfloat16
+        beside 16-bit keys and values: scoring them takes as long as reading them. Else float32.
       pools: of the keys (before RoPE) of the unfinished block so far, as `pool_blocks` orders them, but sums in place of averages;
         float32. Anything where the block has no key yet.
     """
@@ -59,7 +60,10 @@ class Cache:
         if gate is not None:
             blocks = -(-capacity // gate.block_size)
             gate_cache = GateCache(
-                keys=jnp.zeros((*shape[:2], model.num_kv_heads, blocks, gate.gate_dim), jnp.float32),
+                keys=jnp.zeros(
+                    (*shape[:2], model.num_kv_heads, blocks, gate.gate_dim),
+                    jnp.bfloat16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32,
+                ),
                 pools=jnp.zeros((*shape[:2], shape[3], len(gate.k_pooling) * shape[4]), jnp.float32),
             )
         # Two zeros that a compiler can't take for one: it would make one array of them, and then two copies of that.
@@ -105,7 +109,9 @@ class Cache:
         return dataclasses.replace(
             self,
             gate=GateCache(
-                keys=jax.lax.dynamic_update_slice(self.gate.keys, compressed[None], (layer, 0, 0, 0, 0)),
+                keys=jax.lax.dynamic_update_slice(
+                    self.gate.keys, compressed[None].astype(self.gate.keys.dtype), (layer, 0, 0, 0, 0)
+                ),
                 pools=self.gate.pools.at[layer].set(pools),
             ),
         )
@@ -118,42 +124,49 @@ class Cache:
         rows = self.gate.keys.reshape(-1, *self.gate.keys.shape[2:])
         return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(rows, layer * batch, batch), 1, 2)
 
-    def append_gate(self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B K D"]) -> "Cache":
-        """Adds one token's key (before RoPE) to the unfinished block, and compresses the block where that completes it."""
+    def append_gate(self, gate: DecodeGate, k: Float[Array, "L B K D"]) -> "Cache":
+        """Adds one token's key of every layer (before RoPE) to the unfinished block, and compresses the block where that completes
+        it.
+
+        All layers at once, after the last one: no layer scores its unfinished block.
+
+        Args:
+          gate: of all layers.
+        """
         if self.gate is None:
             return self
         kinds, b = gate.config.k_pooling, gate.config.block_size
-        block = self.lengths // b
-        old, key = self.gate.pools[layer], k.astype(jnp.float32)
-        merged = [
-            _MERGE[kind](part, key) for kind, part in zip(kinds, jnp.split(old, len(kinds), axis=-1), strict=True)
-        ]
-        is_first = (self.lengths % b == 0)[:, None, None]
-        pools = jnp.where(is_first, jnp.tile(key, len(kinds)), jnp.concatenate(merged, axis=-1))
-        pooled = _scale_averages(pools, kinds, 1 / b)
-        compressed = gate.keys(pooled[:, None], (block * b)[:, None])[:, 0]
+        block, key = self.lengths // b, k.astype(jnp.float32)
+        parts = zip(kinds, jnp.split(self.gate.pools, len(kinds), axis=-1), strict=True)
+        merged = jnp.concatenate([_MERGE[kind](part, key) for kind, part in parts], axis=-1)
+        is_first = (self.lengths % b == 0)[None, :, None, None]
+        pools = jnp.where(is_first, jnp.tile(key, len(kinds)), merged)
+        pooled = _scale_averages(pools, kinds, 1 / b)[:, :, None]
+        compressed = jax.vmap(DecodeGate.keys, (0, 0, None))(gate, pooled, (block * b)[:, None])[:, :, 0]
         complete = self.lengths % b == b - 1
-        keys = _write_keys(self.gate.keys, compressed, layer, jnp.where(complete, block, -1))
-        return dataclasses.replace(self, gate=GateCache(keys, self.gate.pools.at[layer].set(pools)))
+        keys = _write_keys(self.gate.keys, compressed, jnp.where(complete, block, -1))
+        return dataclasses.replace(self, gate=GateCache(keys, pools))
 
 
 def _scale_averages(
-    pools: Float[Array, "B K P"], kinds: tuple[Pool, ...], factor: Float[Array, "..."] | Int[Array, "..."] | float
-) -> Float[Array, "B K P"]:
+    pools: Float[Array, "*L B K P"], kinds: tuple[Pool, ...], factor: Int[Array, "B 1 1"] | float
+) -> Float[Array, "*L B K P"]:
     """From averages to sums or back; maxima and minima stay."""
     parts = zip(kinds, jnp.split(pools, len(kinds), axis=-1), strict=True)
     return jnp.concatenate([part * factor if kind is Pool.AVG else part for kind, part in parts], axis=-1)
 
 
 def _write_keys(
-    cache: Float[Array, "L B K Sb C"], keys: Float[Array, "B K C"], layer: Int[Array, ""], block: Int[Array, "B"]
+    cache: Float[Array, "L B K Sb C"], keys: Float[Array, "L B K C"], block: Int[Array, "B"]
 ) -> Float[Array, "L B K Sb C"]:
-    """Writes one key of each row and head, at block number `block`; nothing where that is negative.
+    """Writes one key of each layer, row and head, at block number `block`; nothing where that is negative.
 
     As rows of a matrix: XLA would scatter into an array of five axes in an order of its own, and copy the whole cache for it.
     """
-    _, batch, heads, blocks, dim = cache.shape
-    row = (layer * batch + jnp.arange(batch)[:, None]) * heads + jnp.arange(heads)[None]
-    place = jnp.where(block[:, None] >= 0, row * blocks + block[:, None], len(cache) * batch * heads * blocks)
-    matrix = cache.reshape(-1, dim).at[place.reshape(-1)].set(keys.reshape(-1, dim), mode="drop", unique_indices=True)
+    layers, batch, heads, blocks, dim = cache.shape
+    row = jnp.arange(layers * batch * heads).reshape(layers, batch, heads)
+    block = jnp.broadcast_to(block[:, None], row.shape)
+    place = jnp.where(block >= 0, row * blocks + block, row.size * blocks + row)  # beyond the end: dropped
+    new = keys.reshape(-1, dim).astype(cache.dtype)
+    matrix = cache.reshape(-1, dim).at[place.reshape(-1)].set(new, mode="drop", unique_indices=True)
     return matrix.reshape(cache.shape)

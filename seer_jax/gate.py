@@ -37,13 +37,17 @@ def _initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Poo
 
 
 def _project(x: Float[Array, "B n K P"], weight: Float[Array, "K P C"]) -> Float[Array, "B n K C"]:
-    """A projection of each key/value head.
+    """A projection of each key/value head."""
+    return precise_einsum("bnkp,kpc->bnkc", x, weight)
 
-    Of few vectors, as while tokens are decoded, it is a sum of products: XLA fuses that with what stands around it, while a matrix
-    product needs copies of its operands in every layer. (On GPUs XLA keeps one transposed copy of the stacked weights for it.)
+
+def _project_queries(x: Float[Array, "B n K P"], weight: Float[Array, "K P C"]) -> Float[Array, "B n K C"]:
+    """As `_project`. Of few vectors, as while tokens are decoded, it is a sum of products: XLA fuses that with what stands around
+    it, while a matrix product needs copies of its operands in every layer. (On GPUs XLA keeps one transposed copy of the stacked
+    weights for it.)
     """
     if x.shape[0] * x.shape[1] > FEW_VECTORS:
-        return precise_einsum("bnkp,kpc->bnkc", x, weight)
+        return _project(x, weight)
     return (x[..., None] * weight[None, None]).sum(-2)
 
 
@@ -151,9 +155,9 @@ class DecodeGate(nnx.Module):
         elif self.config.query_reduction is QueryReduction.PROJ:
             weight = self.linear_q[...]
             flat = grouped.reshape(*grouped.shape[:3], -1)
-            out = _project(flat, weight.reshape(len(weight), -1, weight.shape[-1]))
+            out = _project_queries(flat, weight.reshape(len(weight), -1, weight.shape[-1]))
         else:
-            out = _project(grouped.mean(3), self.linear_q[...])
+            out = _project_queries(grouped.mean(3), self.linear_q[...])
         return self._finish(out, self.q_norm, positions)
 
     def keys(self, pooled: Float[Array, "B Sb K P"], first_positions: Int[Array, "#B Sb"]) -> Float[Array, "B Sb K C"]:
@@ -173,7 +177,7 @@ class DecodeGate(nnx.Module):
         Args:
           completed: number of completed earlier blocks of each query token, floor(t / b).
         """
-        logits = score_blocks(queries, keys)
+        logits = score_blocks(queries, keys.astype(jnp.float32))
         visible = jnp.arange(keys.shape[1])[None, None, None] < completed[:, None, :, None]
         return jnp.where(visible, logits, -jnp.inf)
 

@@ -45,21 +45,18 @@ class DecoderLayer(nnx.Module):
         return update_tokens(finish, x, attended), aux
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerContext:
     """What an attention function may need of the layer that it works for: its index and its slice of the gates.
-
-    Before the scan takes it apart it holds all layers, each leaf with a leading axis L.
 
     Attributes:
       dense: whether it is one of the first layers that are to keep every block.
     """
 
-    index: Int[Array, "*L"]
+    index: Int[Array, ""]
     prefill_gate: PrefillGate | None
     decode_gate: DecodeGate | None
-    dense: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    dense: bool
 
 
 Attend = Callable[[LayerContext, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any, Any]]
@@ -151,44 +148,37 @@ class Transformer(nnx.Module):
           (hidden states after the final norm, state, aux of all layers stacked).
         """
 
-        def body(carry: tuple, scanned: tuple) -> tuple[tuple, Any]:
-            x, state = carry
-            layers, context = scanned
+        every = (None if stacked else self.layers, self.prefill_gate, self.decode_gate)
 
-            def hook(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-                out, new_state, aux = attend(context, state, q, k, v)
-                return out, (new_state, aux)
+        def run(carry: tuple, length: int, *, dense: bool, sliced: bool) -> tuple[tuple, Any]:
+            def body(carry: tuple, scanned: Any) -> tuple[tuple, Any]:
+                index, x, state = carry
+                if not sliced:
+                    scanned = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), every)
+                layers, prefill_gate, decode_gate = scanned
+                context = LayerContext(index, prefill_gate, decode_gate, dense)
 
-            if stacked:
-                x, (state, aux) = self.layers(x, hook, context.index)
-            else:
-                x, (state, aux) = layers(x, hook)
-            return (x, state), aux
+                def hook(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+                    out, new_state, aux = attend(context, state, q, k, v)
+                    return out, (new_state, aux)
 
-        count = self.config.num_layers
+                x, (state, aux) = self.layers(x, hook, index) if stacked else layers(x, hook)
+                return (index + 1, x, state), aux
 
-        def run(carry: tuple, first: int, last: int, dense: bool) -> tuple[tuple, Any]:
-            contexts = LayerContext(jnp.arange(count), self.prefill_gate, self.decode_gate, dense)
-            every: Any = (None if stacked else self.layers, contexts)
+            # The loop itself keeps both computations of a layer apart.
+            step = jax.checkpoint(body, prevent_cse=False) if remat else body
+            return jax.lax.scan(step, carry, every if sliced else None, length)
 
-            def indexed(carry: tuple, layer: Int[Array, ""]) -> tuple[tuple, Any]:
-                one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), every)
-                return body(carry, one)
-
-            # Some of the layers are found by their index: a slice of the stack would be a copy of their weights.
-            step: Callable[[tuple, Any], tuple[tuple, Any]]
-            step, scanned = (body, every) if last - first == count else (indexed, jnp.arange(first, last))
-            if remat:
-                step = jax.checkpoint(step, prevent_cse=False)  # the loop itself keeps both computations apart
-            return jax.lax.scan(step, carry, scanned)
-
-        carry: tuple[jax.Array, Any] = (self.embed_tokens[...][tokens], state)
+        carry: tuple[jax.Array, jax.Array, Any] = (jnp.int32(0), self.embed_tokens[...][tokens], state)
+        sparse_layers = self.config.num_layers - dense_layers
+        # Some of the layers are found by their index: a slice of the stack would be a copy of their weights.
+        sliced = not stacked and min(dense_layers, sparse_layers) == 0
         parts = []
-        for first, last, dense in ((0, dense_layers, True), (dense_layers, count, False)):
-            if first < last:
-                carry, aux = run(carry, first, last, dense)
+        for length, dense in ((dense_layers, True), (sparse_layers, False)):
+            if length:
+                carry, aux = run(carry, length, dense=dense, sliced=sliced)
                 parts.append(aux)
-        (x, state), aux = carry, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        (_, x, state), aux = carry, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, aux
 
     def logits(self, hidden: Float[Array, "*b E"]) -> Float[Array, "*b V"]:
@@ -273,13 +263,14 @@ class Transformer(nnx.Module):
             policy, gate, index = Dense() if context.dense else sparsity, context.decode_gate, context.index
             q_rotated, k_rotated = rotate(q, k, position[:, None], self.config)
             cache = cache.append(index, k_rotated[:, 0], v[:, 0])
-            if gate is not None:
-                cache = cache.append_gate(index, gate, k[:, 0])
             out, kept = decode_attention(policy, gate, index, q, q_rotated, cache)
-            return out, cache, kept
+            return out, cache, (kept, k[:, 0])
 
         first = _dense_layers(sparsity, self.decode_gate)
-        hidden, cache, kept = self.scan(tokens[:, None], attend, cache, dense_layers=first, stacked=True)
+        hidden, cache, aux = self.scan(tokens[:, None], attend, cache, dense_layers=first, stacked=True)
+        kept, keys = aux
+        if self.decode_gate is not None:
+            cache = cache.append_gate(self.decode_gate, keys)
         return self.logits(hidden[:, 0]), dataclasses.replace(cache, lengths=position + 1), kept
 
     def make_cache(self, batch: int, capacity: int) -> Cache:

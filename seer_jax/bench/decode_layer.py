@@ -29,7 +29,6 @@ from seer_jax.cache import Cache
 from seer_jax.config import DecodeGateConfig, ModelConfig
 from seer_jax.gate import DecodeGate
 from seer_jax.memory import tree_bytes
-from seer_jax.model import LayerContext
 from seer_jax.policies import Dense, Threshold, TopK
 
 GATE = DecodeGateConfig()
@@ -106,30 +105,31 @@ def threshold_for(density: float, num_blocks: int) -> float:
 
 
 def repeated_layers(step: Step, rounds: int) -> Callable[..., tuple[Array, Cache, Array]]:
-    """A program of (queries, cache, contexts) that runs all layers, each as `Transformer.decode` does it, `rounds` times over.
+    """A program of (queries, cache, gate) that runs all layers, each as `Transformer.decode` does it, `rounds` times over.
 
     The next layer's queries, keys and values are of this one's output. The lengths stay as they are: each round appends to the
     same slots. Returns (output, cache, share of the blocks that each layer and row kept).
     """
     config = step.config
 
-    def layer(carry: tuple[Array, Cache], context: LayerContext) -> tuple[tuple[Array, Cache], Array]:
-        q, cache = carry
+    def layer(carry: tuple[Array, Array, Cache], gate: DecodeGate | None) -> tuple[tuple[Array, Array, Cache], Any]:
+        index, q, cache = carry
         k, v = q[:, :, : config.num_kv_heads], q[:, :, -config.num_kv_heads :]
         q_rotated, k_rotated = rotate(q, k, cache.lengths[:, None], config)
-        cache = cache.append(context.index, k_rotated[:, 0], v[:, 0])
-        if context.decode_gate is not None:
-            cache = cache.append_gate(context.index, context.decode_gate, k[:, 0])
-        out, kept = decode_attention(step.policy, context.decode_gate, context.index, q, q_rotated, cache)
-        return (out, cache), kept
+        cache = cache.append(index, k_rotated[:, 0], v[:, 0])
+        out, kept = decode_attention(step.policy, gate, index, q, q_rotated, cache)
+        return (index + 1, out, cache), (kept, k[:, 0])
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def program(q: Array, cache: Cache, contexts: LayerContext) -> tuple[Array, Cache, Array]:
-        def once(_: Any, carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
-            (q, cache), kept = jax.lax.scan(layer, carry[:2], contexts)
-            return q, cache, kept
+    def program(q: Array, cache: Cache, gate: DecodeGate | None) -> tuple[Array, Cache, Array]:
+        layers = len(cache.keys)
 
-        return jax.lax.fori_loop(0, rounds, once, (q, cache, jnp.zeros((len(contexts.index), step.batch))))
+        def once(_: Any, carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
+            q, cache, _ = carry
+            (_, q, cache), (kept, keys) = jax.lax.scan(layer, (jnp.int32(0), q, cache), gate, layers)
+            return q, cache if gate is None else cache.append_gate(gate, keys), kept
+
+        return jax.lax.fori_loop(0, rounds, once, (q, cache, jnp.zeros((layers, step.batch))))
 
     return program
 
@@ -137,7 +137,6 @@ def repeated_layers(step: Step, rounds: int) -> Callable[..., tuple[Array, Cache
 def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) -> Measurement:
     layers, read = stacked.num_layers, step.read_bytes(blank.settings["density"] or 1.0)
     gate = None if step.gate is None else DecodeGate(step.gate, stacked, rngs=nnx.Rngs(seed))
-    contexts = LayerContext(jnp.arange(layers), None, gate)
     rounds = rounds_of(layers, read / memory_rate() + LAYER_SECONDS)
     program = repeated_layers(step, rounds)
     q = jax.random.normal(jax.random.key(seed), (step.batch, 1, step.config.num_heads, step.config.head_dim), DTYPE)
@@ -145,7 +144,7 @@ def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) ->
     latest[1] = random_cache(stacked, step.batch, step.length, DTYPE, step.gate, gate_scale=LOGITS_SPREAD, seed=seed)
 
     def run() -> Float[Array, "B 1 H D"]:
-        latest[:] = program(q, latest[1], contexts)  # each run gives the cache to the next one
+        latest[:] = program(q, latest[1], gate)  # each run gives the cache to the next one
         return latest[0]
 
     timing = time_calls(run).divided(rounds * layers)

@@ -46,7 +46,6 @@ from seer_jax.bench.training import forward_flop
 from seer_jax.config import DecodeGateConfig
 from seer_jax.gate import DecodeGate, PrefillGate
 from seer_jax.memory import tree_bytes
-from seer_jax.model import LayerContext
 from seer_jax.policies import Dense, Policy, Threshold, TopK
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
@@ -250,11 +249,11 @@ def test_bytes_that_a_new_token_reads():
     dense, sparse = (decode_layer.Step(config, policy, 8, 131072) for policy in (Dense(), TopK(0.1)))
     assert dense.read_bytes(1.0) == keys_and_values
     gate = (8 * 4 * 128 * 128 + 8 * 3 * 128 * 128 + 2 * 128) * 4
-    assert sparse.read_bytes(0.1) == pytest.approx(keys_and_values / 10 + 8 * 2048 * 8 * 128 * 4 + gate)
+    assert sparse.read_bytes(0.1) == pytest.approx(keys_and_values / 10 + 8 * 2048 * 8 * 128 * 2 + gate)
     model = nnx.eval_shape(lambda: random_model(config, gates=(DecodeGateConfig(),)))
     assert decode_model.read_bytes(model, 8, 131072, None) == pytest.approx(15.0e9 + 32 * keys_and_values, rel=1e-3)
     more = decode_model.read_bytes(model, 8, 131072, 1.0) - decode_model.read_bytes(model, 8, 131072, None)
-    assert more == 32 * (8 * 2048 * 8 * 128 * 4 + gate)
+    assert more == 32 * (8 * 2048 * 8 * 128 * 2 + gate)
 
 
 @pytest.mark.cpu
@@ -265,7 +264,7 @@ def test_a_layer_that_is_timed_never_copies_its_cache():
     cache = models_bench.abstract_cache(config, 2, 8192, jnp.bfloat16, step.gate)
     gate = nnx.eval_shape(lambda: DecodeGate(decode_layer.GATE, config, rngs=nnx.Rngs(0)))
     q = jax.ShapeDtypeStruct((2, 1, config.num_heads, config.head_dim), jnp.bfloat16)
-    program = decode_layer.repeated_layers(step, 2).lower(q, cache, LayerContext(jnp.arange(3), None, gate))
+    program = decode_layer.repeated_layers(step, 2).lower(q, cache, gate)
     memory: Any = program.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= tree_bytes(cache) > 20 * memory.temp_size_in_bytes
 

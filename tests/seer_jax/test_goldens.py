@@ -141,15 +141,13 @@ def test_decode_scores_rank_blocks_as_the_release_does(decode: Golden):
         def attend(context, cache, q, k, v):
             gate, layer = context.decode_gate, context.index
             q_rotated, k_rotated = rotate(q, k, position[:, None], model.config)
-            cache = cache.append(layer, k_rotated[:, 0], v[:, 0]).append_gate(layer, gate, k[:, 0])
-            scores = gate.logits(
-                gate.queries(q, position[:, None]), cache.gate_keys(jnp.int32(layer)), (position // 64)[:, None]
-            )
+            cache = cache.append(layer, k_rotated[:, 0], v[:, 0])
+            scores = gate.logits(gate.queries(q, position[:, None]), cache.gate_keys(layer), (position // 64)[:, None])
             out, _ = decode_attention(given, gate, layer, q, q_rotated, cache)
-            return out, cache, scores[:, :, 0]
+            return out, cache, (scores[:, :, 0], k[:, 0])
 
-        _, cache, scores = model.scan(token[:, None], attend, cache)
-        return cache, scores
+        _, cache, (scores, keys) = model.scan(token[:, None], attend, cache)
+        return cache.append_gate(model.decode_gate, keys), scores
 
     _, cache, _ = jax.jit(lambda m, t, c: m.prefill(t, None, c))(model, ids[:, :prompt], model.make_cache(1, 768))
     for i in range(30):
