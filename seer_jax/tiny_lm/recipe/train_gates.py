@@ -2,7 +2,8 @@
 
 Distils both gates from the same passes over Python's standard library (less what evaluation is cut from) at the model's whole context,
 saves them in bfloat16, and measures what was saved on held-out text: how much of the true block scores the kept blocks hold, layer by layer
-and beside the best choice of as many blocks, perplexity, and pass keys; with the gates that training starts from, too.
+and beside the best choice of as many blocks, perplexity, and pass keys; with the gates that training starts from, too. And how often greedy
+decoding by the gate says what dense decoding says.
 """
 
 import argparse
@@ -24,20 +25,24 @@ from seer_jax.convert.hub import read_config
 from seer_jax.evaluate import Method, Setting, block_maps, compare
 from seer_jax.evaluate.run import EvalConfig, make_rows, score_line
 from seer_jax.model import Transformer
-from seer_jax.policies import TopK
+from seer_jax.policies import Dense, Policy, TokenBudget, TopK
 from seer_jax.tiny_lm.corpus import training_rows
 from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
 
 LENGTH = 8192
-ROWS, STEPS, BATCH = 224, 224, 4
+SEEDS, ROWS = 4, 224  # of each seed: the same files in another order, other pass keys
+STEPS, BATCH = 896, 4
 LEARNING_RATE = 2e-3
 DENSITIES = (0.05, 0.1, 0.2)
+BUDGETS = (256, 512, 1024, 2048, 3072, 4096, 6144)
+TEXTS, NEW_TOKENS = 12, 64  # continued greedily
 
 
 def train(to: Path, library: Path | None) -> dict:
     base = seer_jax.from_pretrained(tiny_lm.path(), dtype="float32")
     tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
-    text = training_rows(tokenizer, base.config.vocab_size, length=LENGTH, count=ROWS, keys=4, questions=6, library=library)
+    settings = dict(length=LENGTH, count=ROWS, keys=4, questions=6, library=library)
+    text = np.concatenate([training_rows(tokenizer, base.config.vocab_size, seed=i, **settings) for i in range(SEEDS)])
     prefill, decode = _configs(base)
     config = DistillConfig(
         gates=Gates.BOTH,
@@ -75,6 +80,30 @@ def measure(model: Transformer, methods: tuple[Method, ...]) -> dict:
         print(score_line(score), flush=True)
         scores.append(dataclasses.asdict(score))
     return {"device": jax.devices()[0].device_kind, "share_of_block_scores_by_layer": layers, "scores": scores}
+
+
+def greedy(model: Transformer) -> dict:
+    """Greedy decoding after dense prompts of about LENGTH tokens, by each token budget beside dense."""
+    tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
+    text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
+    rows = make_rows(EvalConfig(length=LENGTH, windows=TEXTS, passkeys=9), tokenizer, text, model.config.vocab_size)
+    ends, lengths = seer_jax.pad_prompts([prompt.tokens[: -prompt.answer_length] for prompt in rows.prompts])
+
+    def continued(policy: Policy) -> tuple[np.ndarray, float]:
+        texts = seer_jax.generate(model, rows.windows[:, :-NEW_TOKENS], max_new_tokens=NEW_TOKENS, decode=policy, eos=())
+        said = seer_jax.generate(model, ends, lengths, max_new_tokens=8, decode=policy, eos=()).rows()
+        found = [tokenizer.decode(row).strip().startswith(p.answer) for row, p in zip(said, rows.prompts, strict=True)]
+        return np.stack(texts.rows()), float(np.mean(found))
+
+    dense, found = continued(Dense())
+    report = {"texts": TEXTS, "new_tokens": NEW_TOKENS, "pass_keys_dense": found, "budgets": {}}
+    for budget in BUDGETS:
+        sparse, found = continued(TokenBudget(budget))
+        same = np.cumprod(sparse == dense, axis=1)
+        one = {"texts_equal": float(same[:, -1].mean()), "tokens_equal": float(same.mean()), "pass_keys": found}
+        report["budgets"][budget] = one
+        print(budget, one, flush=True)
+    return {"device": jax.devices()[0].device_kind, **report}
 
 
 def untrained() -> Transformer:
@@ -115,4 +144,6 @@ if __name__ == "__main__":
         path.write_text(json.dumps(report, indent=1))
         trained = seer_jax.from_pretrained(tiny_lm.path(), [arguments.to / "prefill", arguments.to / "decode"], dtype="float32")
         report["trained"] = measure(trained, tuple(Method))
+        path.write_text(json.dumps(report, indent=1))
+        report["greedy"] = greedy(trained)
         path.write_text(json.dumps(report, indent=1))
