@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.bench import (
     Measurement,
+    Timing,
     floor_results,
     guarded,
     layers_beyond_cache,
@@ -25,7 +26,7 @@ from pallas_kernels.bench import (
 from seer_jax.attention import decode_attention, rotate
 from seer_jax.bench.models import abstract_cache, random_cache
 from seer_jax.bench.selection import LOGITS_SPREAD
-from seer_jax.cache import Cache
+from seer_jax.cache import Cache, GateCache
 from seer_jax.config import DecodeGateConfig, ModelConfig
 from seer_jax.gate import DecodeGate
 from seer_jax.memory import tree_bytes
@@ -34,6 +35,7 @@ from seer_jax.policies import Dense, Threshold, TopK
 GATE = DecodeGateConfig()
 DTYPE = jnp.bfloat16
 LAYER_SECONDS = 5e-5  # about what a layer takes besides reading
+UPDATE_SECONDS = 5e-5  # about what the gate takes to take in a token's keys
 ROWS_DRAWN = 256
 
 
@@ -105,33 +107,47 @@ def threshold_for(density: float, num_blocks: int) -> float:
 
 
 def repeated_layers(step: Step, rounds: int) -> Callable[..., tuple[Array, Cache, Array]]:
-    """A program of (queries, cache, gate) that runs all layers, each as `Transformer.decode` does it, `rounds` times over.
+    """A program of (queries, cache, gate) that runs all layers, each as `Transformer.decode` does it, `rounds` times over; all but
+    what comes after the last layer, see `gate_update`.
 
     The next layer's queries, keys and values are of this one's output. The lengths stay as they are: each round appends to the
     same slots. Returns (output, cache, share of the blocks that each layer and row kept).
     """
     config = step.config
 
-    def layer(carry: tuple[Array, Array, Cache], gate: DecodeGate | None) -> tuple[tuple[Array, Array, Cache], Any]:
+    def layer(carry: tuple[Array, Array, Cache], gate: DecodeGate | None) -> tuple[tuple[Array, Array, Cache], Array]:
         index, q, cache = carry
         k, v = q[:, :, : config.num_kv_heads], q[:, :, -config.num_kv_heads :]
         q_rotated, k_rotated = rotate(q, k, cache.lengths[:, None], config)
         cache = cache.append(index, k_rotated[:, 0], v[:, 0])
         out, kept = decode_attention(step.policy, gate, index, q, q_rotated, cache)
-        return (index + 1, out, cache), (kept, k[:, 0])
+        return (index + 1, out, cache), kept
 
     @functools.partial(jax.jit, donate_argnums=1)
     def program(q: Array, cache: Cache, gate: DecodeGate | None) -> tuple[Array, Cache, Array]:
         layers = len(cache.keys)
 
         def once(_: Any, carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
-            q, cache, _ = carry
-            (_, q, cache), (kept, keys) = jax.lax.scan(layer, (jnp.int32(0), q, cache), gate, layers)
-            return q, cache if gate is None else cache.append_gate(gate, keys), kept
+            (_, q, cache), kept = jax.lax.scan(layer, (jnp.int32(0), *carry[:2]), gate, layers)
+            return q, cache, kept
 
         return jax.lax.fori_loop(0, rounds, once, (q, cache, jnp.zeros((layers, step.batch))))
 
     return program
+
+
+def gate_update(config: ModelConfig, batch: int, *, seed: int = 0) -> Timing:
+    """Time in which the gate takes in a token's keys, of all layers of the model at once; here each completes a block."""
+    gate = DecodeGate(GATE, config, rngs=nnx.Rngs(seed))
+    cache = random_cache(config, batch, GATE.block_size, DTYPE, GATE, seed=seed)  # it takes no longer in a longer one
+    k = jax.random.normal(jax.random.key(seed), (config.num_layers, batch, config.num_kv_heads, config.head_dim), DTYPE)
+    rounds = rounds_of(1, UPDATE_SECONDS)
+
+    @jax.jit
+    def program(gate: DecodeGate, cache: Cache, k: Array) -> GateCache | None:
+        return jax.lax.fori_loop(0, rounds, lambda _, cache: cache.append_gate(gate, k), cache).gate
+
+    return time_calls(program, gate, cache, k).divided(rounds)
 
 
 def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) -> Measurement:
@@ -148,12 +164,16 @@ def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) ->
         return latest[0]
 
     timing = time_calls(run).divided(rounds * layers)
-    kept = float(latest[2].mean())
+    update = (
+        0.0 if gate is None else gate_update(step.config, step.batch, seed=seed).milliseconds / step.config.num_layers
+    )
+    milliseconds, kept = timing.milliseconds + update, float(latest[2].mean())
     results = {
         "density": kept,
-        "milliseconds": timing.milliseconds,
+        "milliseconds": milliseconds,
         "spread": timing.spread,
-        **floor_results(timing.milliseconds, step.read_bytes(kept)),
+        "update_milliseconds": update,
+        **floor_results(milliseconds, step.read_bytes(kept)),
     }
     fault = None if bool(jnp.isfinite(latest[0]).all()) else "the output is not finite"
     return dataclasses.replace(blank, results=results, failure=fault)
