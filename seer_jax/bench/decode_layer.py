@@ -83,6 +83,7 @@ def measure_layer(
     config: ModelConfig, batches: Sequence[int], lengths: Sequence[int], density: float, *, seed: int = 0
 ) -> Iterator[Measurement]:
     """For each batch and length: dense, by top-k, and by a threshold that keeps about as much."""
+    updates: dict[int, float] = {}
     for batch, length in itertools.product(batches, lengths):
         level = threshold_for(density, -(-length // GATE.block_size))
         rules = {"dense": Dense(), f"top {density:g}": TopK(density), f"threshold {level:.2g}": Threshold(level)}
@@ -96,7 +97,10 @@ def measure_layer(
             if note is not None:
                 yield dataclasses.replace(blank, note=f"{batch} x {length} {note}")
                 continue
-            yield guarded(functools.partial(_measure, step, stacked, seed, blank), blank, must_fit=False)
+            if step.gate is not None and batch not in updates:
+                updates[batch] = gate_update(config, batch, seed=seed).milliseconds / config.num_layers
+            update = 0.0 if step.gate is None else updates[batch]
+            yield guarded(functools.partial(_measure, step, stacked, update, seed, blank), blank, must_fit=False)
 
 
 def threshold_for(density: float, num_blocks: int) -> float:
@@ -150,7 +154,7 @@ def gate_update(config: ModelConfig, batch: int, *, seed: int = 0) -> Timing:
     return time_calls(program, gate, cache, k).divided(rounds)
 
 
-def _measure(step: Step, stacked: ModelConfig, seed: int, blank: Measurement) -> Measurement:
+def _measure(step: Step, stacked: ModelConfig, update: float, seed: int, blank: Measurement) -> Measurement:
     layers, read = stacked.num_layers, step.read_bytes(blank.settings["density"] or 1.0)
     gate = None if step.gate is None else DecodeGate(step.gate, stacked, rngs=nnx.Rngs(seed))
     rounds = rounds_of(layers, read / memory_rate() + LAYER_SECONDS)

@@ -232,6 +232,7 @@ def recorded[R](monkeypatch: pytest.MonkeyPatch, run: Callable[[], R], shape: tu
     return result, np.stack([np.broadcast_to(mask, shape) for mask in masks])
 
 
+@pytest.mark.cpu  # the masks come by a callback, which needs a CPU device
 @pytest.mark.parametrize(
     ("policy", "dense_layers"),
     [(TopK(0.4), 1), (TokenBudget(32), 2), (CumulativeMass(0.5, dense_last_rows=0), 3)],
@@ -254,6 +255,7 @@ def test_dense_first_layers_of_a_prompt_are_masks_that_are_full(
     assert (kept[dense_layers:, 0] < 1).all()
 
 
+@pytest.mark.cpu  # the masks come by a callback, which needs a CPU device
 @pytest.mark.parametrize(
     ("policy", "dense_layers", "start_layer"),
     [
