@@ -87,11 +87,11 @@ class Cache:
     def append(self, layer: Int[Array, ""], k: Float[Array, "B K D"], v: Float[Array, "B K D"]) -> "Cache":
         """Writes one token of every row of one layer, at the row's length."""
         at = (layer, jnp.arange(k.shape[0]), self.lengths)
-        return dataclasses.replace(
-            self,
-            keys=self.keys.at[at].set(k.astype(self.keys.dtype)),
-            values=self.values.at[at].set(v.astype(self.values.dtype)),
-        )
+        keys = self.keys.at[at].set(k.astype(self.keys.dtype))
+        values = self.values.at[at].set(v.astype(self.values.dtype))
+        # A CPU would write a single row twice, once for who reads it next, and copy the whole cache in each layer for that.
+        keys, values = jax.lax.optimization_barrier((keys, values))
+        return dataclasses.replace(self, keys=keys, values=values)
 
     def fill_gate(
         self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B T K D"], lengths: Int[Array, "B"]

@@ -1,10 +1,12 @@
 """Tiny random models shared by the tests of this folder."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.typing import DTypeLike
 
 from seer_jax import memory
 from seer_jax.config import DecodeGateConfig, ModelConfig, PrefillGateConfig, RopeConfig, RopeKind
@@ -25,9 +27,22 @@ QWEN2 = dataclasses.replace(LLAMA, family="qwen2", qkv_bias=True, tie_word_embed
 QWEN3 = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True, num_kv_heads=4, rope=RopeConfig(theta=1e4))
 
 
-def tiny_model(config: ModelConfig = LLAMA, *, gates: bool = True, block_size: int = 16, seed: int = 0) -> Transformer:
-    """A float32 model with random weights and, if asked for, both gates."""
-    model = Transformer(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+def tiny_model(
+    config: ModelConfig = LLAMA,
+    *,
+    gates: bool = True,
+    block_size: int = 16,
+    seed: int = 0,
+    dtype: DTypeLike = jnp.float32,
+) -> Transformer:
+    """A model with random weights and, if asked for, both gates. Each call gives one of its own."""
+    return nnx.clone(_tiny_model(config, gates, block_size, seed, jnp.dtype(dtype)))
+
+
+@functools.cache
+def _tiny_model(config: ModelConfig, gates: bool, block_size: int, seed: int, dtype: jnp.dtype) -> Transformer:
+    """Weights take seconds to draw, most of them for compiling."""
+    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(seed))
     # Random weights attend almost evenly; sharper queries make it matter which blocks are kept.
     model.layers.self_attn.q_proj.weight[...] *= 4
     if gates:

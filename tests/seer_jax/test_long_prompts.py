@@ -1,6 +1,7 @@
 """Long prompts: what they need in memory, read off the compiled program, and that working in chunks changes nothing."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import pytest
 from flax import nnx
 
 from seer_jax import layers, plan_memory
+from seer_jax.cache import Cache
 from seer_jax.config import ModelConfig
+from seer_jax.memory import tree_bytes
 from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Policy, SinkWindow, TopK
+from seer_jax.policies import Dense, Policy, SinkWindow, TokenBudget, TopK
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 TOKENS = 131072  # the context of Llama 3.1
@@ -32,6 +35,22 @@ def scratch_bytes(config: ModelConfig, tokens: int) -> tuple[int, int]:
     size = cache.keys.size * cache.keys.dtype.itemsize * 2
     assert memory.alias_size_in_bytes >= size  # the results take the place of the cache that was given away
     return memory.temp_size_in_bytes, size
+
+
+@pytest.mark.usefixtures("unchecked")  # shapes stand for arrays
+@pytest.mark.parametrize("policy", [Dense(), TokenBudget(1024)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_new_tokens_copy_no_cache(rows: int, policy: Policy):
+    model = tiny_model()
+    cache = jax.eval_shape(lambda: model.make_cache(rows, TOKENS))
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def decode(model: Transformer, tokens: jax.Array, cache: Cache) -> Cache:
+        step = functools.partial(model.decode, sparsity=policy)
+        return jax.lax.fori_loop(0, 4, lambda _, cache: step(tokens, cache)[1], cache)
+
+    memory: Any = decode.lower(model, jax.ShapeDtypeStruct((rows,), jnp.int32), cache).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= tree_bytes(cache) > 10 * memory.temp_size_in_bytes
 
 
 @pytest.mark.usefixtures("unchecked")  # shapes stand for arrays

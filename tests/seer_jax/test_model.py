@@ -175,8 +175,10 @@ def decode_equals_prefill(model: Transformer, policy: Policy) -> None:
     np.testing.assert_array_equal(cache.lengths, lengths + steps)
 
 
-def test_compressed_keys_made_while_decoding_equal_those_of_prefill():
-    model = tiny_model()
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.05)])
+def test_compressed_keys_made_while_decoding_equal_those_of_prefill(dtype: str, tolerance: float):
+    """They are as wide as the model."""
+    model = tiny_model(dtype=dtype)
     tokens, _ = batch(2)
     _, whole = prefill(model, tokens, None, model.make_cache(len(LENGTHS), 96), Dense())
     start = jnp.asarray([1, 15, 16, 40], jnp.int32)
@@ -184,10 +186,11 @@ def test_compressed_keys_made_while_decoding_equal_those_of_prefill():
     rows = jnp.arange(len(LENGTHS))
     for step in range(30):
         _, cache, _ = decode(model, tokens[rows, start + step], cache, Dense())
-    assert whole.gate is not None and cache.gate is not None
+    assert whole.gate is not None and cache.gate is not None and whole.gate.keys.dtype == dtype
     for row in range(len(LENGTHS)):
         done = (int(start[row]) + 30) // 16
-        np.testing.assert_allclose(cache.gate.keys[:, row, :, :done], whole.gate.keys[:, row, :, :done], atol=2e-5)
+        ours, theirs = (x.gate.keys[:, row, :, :done].astype("float32") for x in (cache, whole))
+        np.testing.assert_allclose(ours, theirs, atol=tolerance)
 
 
 @pytest.mark.parametrize("policy", [TokenBudget(32), TokenBudget(48, Oracle()), TokenBudget(32, Random())], ids=str)

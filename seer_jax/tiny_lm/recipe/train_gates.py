@@ -19,6 +19,7 @@ from flax import nnx
 
 import seer_jax
 from seer_jax import tiny_lm
+from seer_jax.cache import Cache
 from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig
 from seer_jax.convert import save_gates
 from seer_jax.convert.hub import read_config
@@ -87,13 +88,25 @@ def greedy(model: Transformer) -> dict:
     tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
     text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
     rows = make_rows(EvalConfig(length=LENGTH, windows=TEXTS, passkeys=9), tokenizer, text, model.config.vocab_size)
-    ends, lengths = seer_jax.pad_prompts([prompt.tokens[: -prompt.answer_length] for prompt in rows.prompts])
+    prompts = [*rows.windows[:, :-NEW_TOKENS], *(prompt.tokens[: -prompt.answer_length] for prompt in rows.prompts)]
+    tokens, lengths = seer_jax.pad_prompts(prompts)
+    prefill = jax.jit(lambda model, tokens, lengths: model.prefill(tokens, lengths, model.make_cache(1, LENGTH + NEW_TOKENS)))
+    starts = [jax.block_until_ready(prefill(model, tokens[i : i + 1], lengths[i : i + 1])[:2]) for i in range(len(prompts))]
+
+    @jax.jit
+    def decode(model: Transformer, logits: jax.Array, cache: Cache, policy: Policy) -> jax.Array:
+        def step(carry: tuple, _: None) -> tuple:
+            logits, cache = carry
+            token = logits.argmax(-1).astype(jnp.int32)
+            return model.decode(token, cache, sparsity=policy)[:2], token[0]
+
+        return jax.lax.scan(step, (logits, cache), length=NEW_TOKENS)[1]
 
     def continued(policy: Policy) -> tuple[np.ndarray, float]:
-        texts = seer_jax.generate(model, rows.windows[:, :-NEW_TOKENS], max_new_tokens=NEW_TOKENS, decode=policy, eos=())
-        said = seer_jax.generate(model, ends, lengths, max_new_tokens=8, decode=policy, eos=()).rows()
-        found = [tokenizer.decode(row).strip().startswith(p.answer) for row, p in zip(said, rows.prompts, strict=True)]
-        return np.stack(texts.rows()), float(np.mean(found))
+        said = np.stack([decode(model, logits, cache, policy) for logits, cache in starts])
+        answers = zip(said[TEXTS:], rows.prompts, strict=True)
+        found = [tokenizer.decode(said[: len(p.answer)]).strip().startswith(p.answer) for said, p in answers]
+        return said[:TEXTS], float(np.mean(found))
 
     dense, found = continued(Dense())
     report = {"texts": TEXTS, "new_tokens": NEW_TOKENS, "pass_keys_dense": found, "budgets": {}}
@@ -132,18 +145,22 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="folder for the gates and gates.json")
     parser.add_argument("--library", type=Path, help="folder of a standard library's source; the running interpreter's if left out")
-    parser.add_argument("--only", choices=("train", "measure"), help="one of the two stages")
+    parser.add_argument("--only", choices=("train", "measure", "greedy"), help="one of the three stages")
     arguments = parser.parse_args()
     path = arguments.to / "gates.json"
     report = json.loads(path.read_text()) if path.exists() else {}
-    if arguments.only != "measure":
+
+    def trained() -> Transformer:
+        return seer_jax.from_pretrained(tiny_lm.path(), [arguments.to / "prefill", arguments.to / "decode"], dtype="float32")
+
+    if arguments.only in (None, "train"):
         report["training"] = train(arguments.to, arguments.library)
         path.write_text(json.dumps(report, indent=1))
-    if arguments.only != "train":
+    if arguments.only in (None, "measure"):
         report["untrained"] = measure(untrained(), (Method.GATE,))
         path.write_text(json.dumps(report, indent=1))
-        trained = seer_jax.from_pretrained(tiny_lm.path(), [arguments.to / "prefill", arguments.to / "decode"], dtype="float32")
-        report["trained"] = measure(trained, tuple(Method))
+        report["trained"] = measure(trained(), tuple(Method))
         path.write_text(json.dumps(report, indent=1))
-        report["greedy"] = greedy(trained)
+    if arguments.only in (None, "greedy"):
+        report["greedy"] = greedy(trained())
         path.write_text(json.dumps(report, indent=1))
