@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -41,14 +42,15 @@ def tiny_model(
 
 @functools.cache
 def _tiny_model(config: ModelConfig, gates: bool, block_size: int, seed: int, dtype: jnp.dtype) -> Transformer:
-    """Weights take seconds to draw, most of them for compiling."""
-    model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(seed))
-    # Random weights attend almost evenly; sharper queries make it matter which blocks are kept.
-    model.layers.self_attn.q_proj.weight[...] *= 4
-    if gates:
-        model.add_gate(PrefillGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 1))
-        model.add_gate(DecodeGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 2))
-    return model
+    """Weights take seconds to draw, most of them for compiling. Arrays, also where the caller is traced."""
+    with jax.ensure_compile_time_eval():
+        model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(seed))
+        # Random weights attend almost evenly; sharper queries make it matter which blocks are kept.
+        model.layers.self_attn.q_proj.weight[...] *= 4
+        if gates:
+            model.add_gate(PrefillGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 1))
+            model.add_gate(DecodeGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 2))
+        return model
 
 
 @pytest.fixture(autouse=True)

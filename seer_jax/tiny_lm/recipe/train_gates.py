@@ -2,8 +2,8 @@
 
 Distils both gates from the same passes over Python's standard library (less what evaluation is cut from) at the model's whole context,
 saves them in bfloat16, and measures what was saved on held-out text: how much of the true block scores the kept blocks hold, layer by layer
-and beside the best choice of as many blocks, perplexity, and pass keys; with the gates that training starts from, too. And how often greedy
-decoding by the gate says what dense decoding says.
+and beside the best choice of as many blocks, perplexity, and pass keys; with the gates that training starts from, too. And how decoding by the
+gate compares with dense decoding, by several policies.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from flax import nnx
 import seer_jax
 from seer_jax import tiny_lm
 from seer_jax.cache import Cache
+from seer_jax.commands import write_policy
 from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig
 from seer_jax.convert import save_gates
 from seer_jax.convert.hub import read_config
 from seer_jax.evaluate import Method, Setting, block_maps, compare
 from seer_jax.evaluate.run import EvalConfig, make_rows, score_line
 from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Policy, TokenBudget, TopK
+from seer_jax.policies import CumulativeMass, Dense, Policy, TokenBudget, TopK
 from seer_jax.tiny_lm.corpus import training_rows
 from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
 
@@ -35,8 +36,8 @@ SEEDS, ROWS = 4, 224  # of each seed: the same files in another order, other pas
 STEPS, BATCH = 896, 4
 LEARNING_RATE = 2e-3
 DENSITIES = (0.05, 0.1, 0.2)
-BUDGETS = (256, 512, 1024, 2048, 3072, 4096, 6144)
-TEXTS, NEW_TOKENS = 12, 64  # continued greedily
+BUDGETS, MASSES = (512, 1024, 2048, 4096), (0.9, 0.95, 0.99, 0.999)
+TEXTS, NEW_TOKENS = 12, 64  # that are decoded
 
 
 def train(to: Path, library: Path | None) -> dict:
@@ -84,7 +85,11 @@ def measure(model: Transformer, methods: tuple[Method, ...]) -> dict:
 
 
 def greedy(model: Transformer) -> dict:
-    """Greedy decoding after dense prompts of about LENGTH tokens, by each token budget beside dense."""
+    """Decoding by the gate beside dense decoding, after dense prompts of about LENGTH tokens.
+
+    Per policy: share of the blocks kept; pass keys found; greedy texts equal to dense ones, and their tokens before the first difference;
+    and with the tokens of the text given, how often the likeliest next token is dense attention's and the text's, and the perplexity.
+    """
     tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
     text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
     rows = make_rows(EvalConfig(length=LENGTH, windows=TEXTS, passkeys=9), tokenizer, text, model.config.vocab_size)
@@ -92,31 +97,43 @@ def greedy(model: Transformer) -> dict:
     tokens, lengths = seer_jax.pad_prompts(prompts)
     prefill = jax.jit(lambda model, tokens, lengths: model.prefill(tokens, lengths, model.make_cache(1, LENGTH + NEW_TOKENS)))
     starts = [jax.block_until_ready(prefill(model, tokens[i : i + 1], lengths[i : i + 1])[:2]) for i in range(len(prompts))]
+    targets = rows.windows[:, -NEW_TOKENS:]
 
     @jax.jit
-    def decode(model: Transformer, logits: jax.Array, cache: Cache, policy: Policy) -> jax.Array:
-        def step(carry: tuple, _: None) -> tuple:
+    def decode(model: Transformer, start: tuple, given: jax.Array | None, policy: Policy) -> tuple:
+        def step(carry: tuple, given: jax.Array | None) -> tuple:
             logits, cache = carry
-            token = logits.argmax(-1).astype(jnp.int32)
-            return model.decode(token, cache, sparsity=policy)[:2], token[0]
+            best = logits.argmax(-1).astype(jnp.int32)
+            after, cache, kept = model.decode(best if given is None else given[None], cache, sparsity=policy)
+            return (after, cache), (best[0], jax.nn.log_softmax(logits[0]), kept.mean())
 
-        return jax.lax.scan(step, (logits, cache), length=NEW_TOKENS)[1]
+        return jax.lax.scan(step, start, given, length=NEW_TOKENS)[1]
 
-    def continued(policy: Policy) -> tuple[np.ndarray, float]:
-        said = np.stack([decode(model, logits, cache, policy) for logits, cache in starts])
+    def run(policy: Policy) -> dict:
+        said, _, kept = (np.stack(x) for x in zip(*(decode(model, start, None, policy) for start in starts)))
+        given = zip(starts[:TEXTS], targets, strict=True)
+        best, logs, _ = (np.stack(x) for x in zip(*(decode(model, start, jnp.asarray(text), policy) for start, text in given)))
         answers = zip(said[TEXTS:], rows.prompts, strict=True)
-        found = [tokenizer.decode(said[: len(p.answer)]).strip().startswith(p.answer) for said, p in answers]
-        return said[:TEXTS], float(np.mean(found))
+        found = [tokenizer.decode(tokens[: len(p.answer)]).strip().startswith(p.answer) for tokens, p in answers]
+        nll = -np.take_along_axis(logs, targets[..., None], axis=-1)[:, 1:]  # the prompt's own logits, dense, foretell the first
+        return {
+            "said": said[:TEXTS],
+            "best": best[:, 1:],
+            "kept": float(kept[:TEXTS].mean()),
+            "pass_keys": float(np.mean(found)),
+            "accuracy": float((best == targets)[:, 1:].mean()),
+            "perplexity": float(np.exp(nll.mean())),
+        }
 
-    dense, found = continued(Dense())
-    report = {"texts": TEXTS, "new_tokens": NEW_TOKENS, "pass_keys_dense": found, "budgets": {}}
-    for budget in BUDGETS:
-        sparse, found = continued(TokenBudget(budget))
-        same = np.cumprod(sparse == dense, axis=1)
-        one = {"texts_equal": float(same[:, -1].mean()), "tokens_equal": float(same.mean()), "pass_keys": found}
-        report["budgets"][budget] = one
-        print(budget, one, flush=True)
-    return {"device": jax.devices()[0].device_kind, **report}
+    dense, report = run(Dense()), {}
+    for policy in (Dense(), *map(TokenBudget, BUDGETS), *map(CumulativeMass, MASSES)):
+        one = run(policy)
+        same = np.cumprod(one.pop("said") == dense["said"], axis=1)
+        agreement = float((one.pop("best") == dense["best"]).mean())
+        one |= {"agreement": agreement, "texts_equal": float(same[:, -1].mean()), "tokens_equal": float(same.mean())}
+        report[write_policy(policy)] = one
+        print(write_policy(policy), one, flush=True)
+    return {"device": jax.devices()[0].device_kind, "texts": TEXTS, "new_tokens": NEW_TOKENS, "policies": report}
 
 
 def untrained() -> Transformer:
