@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +133,7 @@ def processor_seconds(code: str) -> float:
 
 def test_import_time():
     ours, theirs = [], []
-    for _ in range(3):
+    for _ in range(2):
         theirs.append(processor_seconds("import jax, flax.nnx"))
         ours.append(processor_seconds("import seer_jax"))
-    assert statistics.median(ours) <= 1.5 * statistics.median(theirs), f"{ours} {theirs}"
+    assert min(ours) <= 1.5 * min(theirs), f"{ours} {theirs}"

@@ -203,7 +203,7 @@ class Conformance(Definition):
         compare_gradients(named("bf16"), self.implementation)
 
 
-QUICK = slow_but(HALF, "half-own", "half-float16", "half-ragged", "half-128")
+QUICK = slow_but(HALF, "half-own", "half-ragged")
 
 
 class HalfPrecision:
@@ -231,7 +231,9 @@ class HalfPrecision:
         case = Case("few", Heads(2, 1, 64), 256, lists=1, density=0.5)
         compare_with_poisoned(case.arguments(KEY), self.run)
 
-    @pytest.mark.parametrize(("lists", "density"), [(2, None), (2, 1.0), (1, None)])
+    @pytest.mark.parametrize(
+        ("lists", "density"), [(2, None), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((2, 1.0), (1, None)))]
+    )
     def test_a_query_that_sees_nothing_gets_zero(self, lists: int, density: float | None):
         """Empty lists, queries beyond the sequence, lists of blocks that lie ahead, an empty sequence."""
         arguments = Case("empty", Heads(2, 1, 64), 256, batch=3, lists=lists).arguments(KEY)

@@ -150,7 +150,13 @@ class Definition:
         np.testing.assert_array_equal(listed_blocks(got, columns), chosen_by_hand(logits, top_k=top_k, keep=keep))
 
     @pytest.mark.parametrize(
-        "rule", [{}, {"threshold": 0.01}, {"mass": 0.8}, {"top_k": 5}, {"max_blocks": 9}], ids=lambda rule: str(*rule)
+        "rule",
+        [
+            {"mass": 0.8},
+            {"top_k": 5},
+            *(pytest.param(r, marks=pytest.mark.slow) for r in ({}, {"threshold": 0.01}, {"max_blocks": 9})),
+        ],
+        ids=lambda rule: str(*rule),
     )
     def test_what_is_not_visible_has_no_influence(self, rule: dict[str, Any]):
         """Rows that see nothing, a few blocks, all; beyond, logits and kept blocks of any kind."""

@@ -175,7 +175,9 @@ def decode_equals_prefill(model: Transformer, policy: Policy) -> None:
     np.testing.assert_array_equal(cache.lengths, lengths + steps)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 2e-5), pytest.param("bfloat16", 0.05, marks=pytest.mark.slow)]
+)
 def test_compressed_keys_made_while_decoding_equal_those_of_prefill(dtype: str, tolerance: float):
     """They are as wide as the model."""
     model = tiny_model(dtype=dtype)
@@ -238,7 +240,13 @@ def recorded[R](monkeypatch: pytest.MonkeyPatch, run: Callable[[], R], shape: tu
 @pytest.mark.cpu  # the masks come by a callback, which needs a CPU device
 @pytest.mark.parametrize(
     ("policy", "dense_layers"),
-    [(TopK(0.4), 1), (TokenBudget(32), 2), (CumulativeMass(0.5, dense_last_rows=0), 3)],
+    [
+        (TopK(0.4), 1),
+        *(
+            pytest.param(*c, marks=pytest.mark.slow)
+            for c in ((TokenBudget(32), 2), (CumulativeMass(0.5, dense_last_rows=0), 3))
+        ),
+    ],
     ids=str,
 )
 def test_dense_first_layers_of_a_prompt_are_masks_that_are_full(
@@ -262,8 +270,9 @@ def test_dense_first_layers_of_a_prompt_are_masks_that_are_full(
 @pytest.mark.parametrize(
     ("policy", "dense_layers", "start_layer"),
     [
-        *((TokenBudget(32), *counts) for counts in ((1, 0), (0, 2), (1, 2))),
+        (TokenBudget(32), 1, 2),
         (Threshold(0.2), 2, 1),
+        *(pytest.param(TokenBudget(32), *counts, marks=pytest.mark.slow) for counts in ((1, 0), (0, 2))),
     ],
     ids=str,
 )

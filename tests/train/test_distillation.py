@@ -163,7 +163,7 @@ def make_task(gates: Gates | None, layers: int = 2):
     return (*LanguageModelling.start(model, packed=True), *optimizer)
 
 
-@pytest.mark.parametrize("gates", [Gates.DECODE, None])
+@pytest.mark.parametrize("gates", [pytest.param(Gates.DECODE, marks=pytest.mark.slow), None])
 def test_accumulation_is_one_large_batch(gates):
     task, trained, frozen, optimizer, schedule = make_task(gates)
     documents = [row[:n] for row, n in zip(make_rows(6), (128, 90, 64, 128, 50, 40), strict=True)]

@@ -170,7 +170,11 @@ def raising(number: int, error: BaseException | signal.Signals):
 
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt), (RuntimeError("broken"), RuntimeError)],
+    [
+        (signal.SIGTERM, SystemExit),
+        pytest.param(signal.SIGINT, KeyboardInterrupt, marks=pytest.mark.slow),
+        pytest.param(RuntimeError("broken"), RuntimeError, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, raised):
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
