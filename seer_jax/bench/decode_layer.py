@@ -155,6 +155,7 @@ def gate_update(config: ModelConfig, batch: int, *, seed: int = 0) -> Timing:
 
 
 def _measure(step: Step, stacked: ModelConfig, update: float, seed: int, blank: Measurement) -> Measurement:
+    """One line; `update` is the layer's share of `gate_update` in milliseconds."""
     layers, read = stacked.num_layers, step.read_bytes(blank.settings["density"] or 1.0)
     gate = None if step.gate is None else DecodeGate(step.gate, stacked, rngs=nnx.Rngs(seed))
     rounds = rounds_of(layers, read / memory_rate() + LAYER_SECONDS)
@@ -168,9 +169,6 @@ def _measure(step: Step, stacked: ModelConfig, update: float, seed: int, blank: 
         return latest[0]
 
     timing = time_calls(run).divided(rounds * layers)
-    update = (
-        0.0 if gate is None else gate_update(step.config, step.batch, seed=seed).milliseconds / step.config.num_layers
-    )
     milliseconds, kept = timing.milliseconds + update, float(latest[2].mean())
     results = {
         "density": kept,
