@@ -36,7 +36,7 @@ class TestMosaicGpuInterpreted(suite.Conformance):
 
 
 # The largest take as long as all others together.
-LONG = [pytest.param(case, marks=pytest.mark.slow if math.prod(case.shape) > 2**25 else ()) for case in REAL]
+LONG = [pytest.param(case, marks=pytest.mark.slow if math.prod(case.shape) > 2**22 else ()) for case in REAL]
 
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
