@@ -154,7 +154,7 @@ class Conformance(Definition):
                 assert_within_rounding(together[i], alone)
 
 
-QUICK = slow_but(HALF, "half-group-of-12", "half-ragged", "half-many-tiles")
+QUICK = slow_but(HALF, "half-group-of-12", "half-ragged")
 
 
 class HalfPrecision:

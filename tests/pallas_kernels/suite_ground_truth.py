@@ -220,7 +220,7 @@ class Conformance(Definition):
         assert gradient == pytest.approx(2 * 4 * 3, rel=1e-5)  # two layers, four heads, three rows that sum to 1
 
 
-QUICK = slow_but(HALF, "half-block-scores", "half-ragged")
+QUICK = slow_but(HALF, "half-ragged")
 
 
 class HalfPrecision:

@@ -65,7 +65,7 @@ def test_greedy_generation_is_the_argmax_of_full_forward_passes(model: Transform
     np.testing.assert_array_equal(generated.decode_kept, np.ones((2, len(LENGTHS))))
 
 
-@pytest.mark.parametrize("policy", [Threshold(0.0), TokenBudget(80)], ids=str)
+@pytest.mark.parametrize("policy", [pytest.param(Threshold(0.0), marks=pytest.mark.slow), TokenBudget(80)], ids=str)
 def test_policies_that_keep_everything_generate_what_dense_does(policy: Policy):
     generated = run(prefill=policy, decode=policy)
     assert generated.rows() == run().rows()
@@ -97,6 +97,7 @@ def test_layers_and_steps_are_told_apart():
         np.testing.assert_allclose(generated.decode_kept_steps[:, :, row], kept, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dense_first_layers_in_both_phases():
     """As the masks that a window leaves, given for all layers but the first; a stream goes the same way."""
     window = TokenBudget(32, SinkWindow(), dense_layers=1)
