@@ -125,13 +125,13 @@ class Cache:
         return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(rows, layer * batch, batch), 1, 2)
 
     def append_gate(self, gate: DecodeGate, k: Float[Array, "L B K D"]) -> "Cache":
-        """Adds one token's key of every layer (before RoPE) to the unfinished block, and compresses the block where that completes
-        it.
+        """Adds the key of the token at position `lengths` to the unfinished block, and compresses the block where that completes it.
 
         All layers at once, after the last one: no layer scores its unfinished block.
 
         Args:
           gate: of all layers.
+          k: of each layer, before RoPE.
         """
         if self.gate is None:
             return self

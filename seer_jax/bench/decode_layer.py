@@ -83,7 +83,11 @@ def measure_layer(
     config: ModelConfig, batches: Sequence[int], lengths: Sequence[int], density: float, *, seed: int = 0
 ) -> Iterator[Measurement]:
     """For each batch and length: dense, by top-k, and by a threshold that keeps about as much."""
-    updates: dict[int, float] = {}
+
+    @functools.cache
+    def update(batch: int) -> float:
+        return gate_update(config, batch, seed=seed).milliseconds / config.num_layers
+
     for batch, length in itertools.product(batches, lengths):
         level = threshold_for(density, -(-length // GATE.block_size))
         rules = {"dense": Dense(), f"top {density:g}": TopK(density), f"threshold {level:.2g}": Threshold(level)}
@@ -97,9 +101,6 @@ def measure_layer(
             if note is not None:
                 yield dataclasses.replace(blank, note=f"{batch} x {length} {note}")
                 continue
-            if step.gate is not None and batch not in updates:
-                updates[batch] = gate_update(config, batch, seed=seed).milliseconds / config.num_layers
-            update = 0.0 if step.gate is None else updates[batch]
             yield guarded(functools.partial(_measure, step, stacked, update, seed, blank), blank, must_fit=False)
 
 
@@ -154,8 +155,10 @@ def gate_update(config: ModelConfig, batch: int, *, seed: int = 0) -> Timing:
     return time_calls(program, gate, cache, k).divided(rounds)
 
 
-def _measure(step: Step, stacked: ModelConfig, update: float, seed: int, blank: Measurement) -> Measurement:
-    """One line; `update` is the layer's share of `gate_update` in milliseconds."""
+def _measure(
+    step: Step, stacked: ModelConfig, update: Callable[[int], float], seed: int, blank: Measurement
+) -> Measurement:
+    """One line; `update` gives a layer's share of `gate_update` for so many sequences, in milliseconds."""
     layers, read = stacked.num_layers, step.read_bytes(blank.settings["density"] or 1.0)
     gate = None if step.gate is None else DecodeGate(step.gate, stacked, rngs=nnx.Rngs(seed))
     rounds = rounds_of(layers, read / memory_rate() + LAYER_SECONDS)
@@ -169,12 +172,13 @@ def _measure(step: Step, stacked: ModelConfig, update: float, seed: int, blank: 
         return latest[0]
 
     timing = time_calls(run).divided(rounds * layers)
-    milliseconds, kept = timing.milliseconds + update, float(latest[2].mean())
+    share = 0.0 if gate is None else update(step.batch)
+    milliseconds, kept = timing.milliseconds + share, float(latest[2].mean())
     results = {
         "density": kept,
         "milliseconds": milliseconds,
         "spread": timing.spread,
-        "update_milliseconds": update,
+        "update_milliseconds": share,
         **floor_results(milliseconds, step.read_bytes(kept)),
     }
     fault = None if bool(jnp.isfinite(latest[0]).all()) else "the output is not finite"

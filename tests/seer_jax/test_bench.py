@@ -204,6 +204,10 @@ def test_decode(clock: None, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert half["milliseconds"] == 1 and half["times_floor"] == 1 / half["floor_milliseconds"] and half["speedup"] == 1
     assert found["decode layer", "dense"]["density"] == 1 > found["decode layer", "threshold"]["density"]
     assert found["decode layer", "top"]["density"] == 0.5 == found["decode model", "0.1"]["density"]
+    share = 2 / CONFIGS[Shape.TINY].num_layers  # of the gate's update, which is said to take 2 ms too
+    for m in (m for m in lines if m["table"] == "decode layer"):
+        added = 0 if m["settings"]["rule"] == "dense" else share
+        assert m["results"]["milliseconds"] == 2 / m["settings"]["layers"] + added
     for rule in ("dense", "0.1"):
         results = found["decode model", rule]
         assert results["milliseconds"] == 2 / 4 and results["tokens_per_second"] == 2 / (2e-3 / 4)
