@@ -1,7 +1,7 @@
 """Hugging Face checkpoints and gate checkpoints, in and out, without torch."""
 
 from seer_jax.convert.base import load_base, save_base
-from seer_jax.convert.command import ConvertConfig, VerifyConfig, convert, verify
+from seer_jax.commands.convert import ConvertConfig, VerifyConfig, convert, verify
 from seer_jax.convert.gates import GateFormat, load_gates, recommended_policy, save_gates
 from seer_jax.convert.logits import Bounds, LogitsReport, compare_logits, verify_logits
 

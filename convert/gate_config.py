@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from seer_jax.config import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
-from seer_jax.policies import Gate, Policy, RankingPolicy, Threshold, TokenBudget, TopK
+from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.selection.policies import Policy, RankingPolicy
+from seer_jax.selection.rules import Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import Gate
 
 PREFIX = "seerattn_"
 _POOLS = "(max)?(min)?(avg)?"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from seer_jax.config import ModelConfig, RopeConfig, RopeKind
-from seer_jax.families import config_from_hf
+from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
+from seer_jax.models.families import config_from_hf
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 

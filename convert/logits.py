@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seer_jax.model import Transformer
+from seer_jax.models.decoder import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

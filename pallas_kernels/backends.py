@@ -52,7 +52,7 @@ class Operation:
 
     def used_here(self) -> str:
         """The backend that `implementation=None` tries first on this machine's default device."""
-        from pallas_kernels.hopper import require_hopper  # which needs this module
+        from pallas_kernels.devices import require_hopper  # which needs this module
 
         for backend in self.preferred[:-1]:
             try:

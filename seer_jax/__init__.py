@@ -1,37 +1,18 @@
 """Learned block-sparse attention for long-context language models, in JAX."""
 
-from seer_jax.config import (
-    DecodeGateConfig,
-    DType,
-    ModelConfig,
-    Pool,
-    PrefillGateConfig,
-    QueryReduction,
-    RopeConfig,
-    RopeKind,
-)
-from seer_jax.gate import DecodeGate, PrefillGate
-from seer_jax.generate import Generated, generate, plan_memory, stream
-from seer_jax.memory import MemoryPlan
-from seer_jax.model import Transformer
-from seer_jax.policies import (
-    CumulativeMass,
-    Dense,
-    Gate,
-    Given,
-    Oracle,
-    Policy,
-    Random,
-    Scorer,
-    SinkWindow,
-    Threshold,
-    TokenBudget,
-    TopK,
-)
-from seer_jax.pretrained import from_pretrained, load_tokenizer
-from seer_jax.prompts import pad_prompts
-from seer_jax.sampling import Greedy, Sample, Sampling
-from seer_jax.text import Tokenizer
+from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.models.config import DType, ModelConfig, RopeConfig, RopeKind
+from seer_jax.gates.gate import DecodeGate, PrefillGate
+from seer_jax.inference.generate import Generated, generate, plan_memory, stream
+from seer_jax.inference.memory import MemoryPlan
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Given, Policy
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import Gate, Oracle, Random, Scorer, SinkWindow
+from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.inference.prompts import pad_prompts
+from seer_jax.inference.sampling import Greedy, Sample, Sampling
+from seer_jax.inference.text import Tokenizer
 
 __version__ = "0.1.0"
 

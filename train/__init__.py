@@ -1,6 +1,6 @@
 """Training: distillation of gates, and of all weights by the language-model loss."""
 
-from seer_jax.config import Gates
+from seer_jax.gates.configs import Gates
 from seer_jax.train.config import (
     DistillConfig,
     FinetuneConfig,
@@ -9,10 +9,10 @@ from seer_jax.train.config import (
     load_config,
     to_dict,
 )
-from seer_jax.train.data import DataConfig, load_dataset
-from seer_jax.train.loop import TrainResult
-from seer_jax.train.packing import PackedDataset, Packing, pack
-from seer_jax.train.progress import ConsoleProgress, StepReport
+from seer_jax.train.data.batches import DataConfig, load_dataset
+from seer_jax.train.loop.loop import TrainResult
+from seer_jax.train.data.packing import PackedDataset, Packing, pack
+from seer_jax.train.loop.progress import ConsoleProgress, StepReport
 from seer_jax.train.runs import distill, finetune
 
 __all__ = [

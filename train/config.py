@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seer_jax.config import DecodeGateConfig, DType, Gates, PrefillGateConfig, check_at_least
-from seer_jax.train.data import DataConfig
-from seer_jax.train.packing import Packing
+from seer_jax.checks import check_at_least
+from seer_jax.gates.configs import DecodeGateConfig, Gates, PrefillGateConfig
+from seer_jax.models.config import DType
+from seer_jax.train.data.batches import DataConfig
+from seer_jax.train.data.packing import Packing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import attention_with_block_scores, pool_blocks
-from seer_jax.config import RopeConfig
-from seer_jax.gate import DecodeGate, PrefillGate
-from seer_jax.model import LayerContext, Transformer
-from seer_jax.rope import apply_rope
-from seer_jax.train.data import Batch
+from seer_jax.models.config import RopeConfig
+from seer_jax.gates.gate import DecodeGate, PrefillGate
+from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.rope import apply_rope
+from seer_jax.train.data.batches import Batch
 from seer_jax.train.loss import block_recall, recall_of_rows, recall_stride, row_kl
 
 QUERIES_AT_ONCE = (

@@ -3,14 +3,14 @@
 import numpy as np
 from flax import nnx
 
-from seer_jax.config import GateConfig
-from seer_jax.model import Transformer
+from seer_jax.gates.configs import GateConfig
+from seer_jax.models.decoder import Transformer
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
-from seer_jax.train.data import load_dataset
-from seer_jax.train.loop import ProgressFunction, SaveFunction, TrainResult, run, run_folder
-from seer_jax.train.packing import PackedDataset
+from seer_jax.train.data.batches import load_dataset
+from seer_jax.train.loop.loop import ProgressFunction, SaveFunction, TrainResult, run, run_folder
+from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.tasks import GATE_NAMES, Distillation, LanguageModelling
-from seer_jax.train.tokens import check_tokens
+from seer_jax.train.data.tokens import check_tokens
 
 
 def distill(
@@ -79,7 +79,7 @@ def _load_model(config: TrainConfig, model: Transformer | None) -> Transformer:
         return nnx.merge(*nnx.split(model))
     if not config.model:
         raise ValueError("Training needs a base model: set `model` to a folder or hub id; got ''.")
-    from seer_jax.pretrained import from_pretrained
+    from seer_jax.models.pretrained import from_pretrained
 
     return from_pretrained(config.model, dtype=config.precision)
 

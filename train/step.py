@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int
 
-from seer_jax.model import Transformer
-from seer_jax.train.data import Batch
+from seer_jax.models.decoder import Transformer
+from seer_jax.train.data.batches import Batch
 
 # Weights by name, nested as the model is: {"decode_gate": {"linear_k": array}}.
 Weights = dict[str, Any]

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32
 
-from seer_jax.attention import dense_attention, rotate
-from seer_jax.config import Gates
-from seer_jax.layers import BaseParam
-from seer_jax.model import LayerContext, Transformer
+from seer_jax.models.dense_attention import dense_attention
+from seer_jax.models.rope import rotate
+from seer_jax.gates.configs import Gates
+from seer_jax.models.layers import BaseParam
+from seer_jax.models.decoder import LayerContext, Transformer
 from seer_jax.train.config import DistillConfig
-from seer_jax.train.data import Batch
+from seer_jax.train.data.batches import Batch
 from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, lm_loss, lm_targets, prefill_rows, row_weights
 from seer_jax.train.step import FrozenWeights, ModelParts, Sums, Weights

@@ -14,7 +14,7 @@ from pallas_kernels.block_ground_truth.api import AttentionWithScores, attention
 from pallas_kernels.block_ground_truth.cases import Case
 from pallas_kernels.block_ground_truth.sampled_check import find_fault, sampled_errors
 from pallas_kernels.block_sparse_attention.bench import dense_attention
-from pallas_kernels.shapes import Heads
+from pallas_kernels.cases import Heads
 
 
 class Wanted(enum.StrEnum):

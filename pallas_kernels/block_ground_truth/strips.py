@@ -15,7 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array
 
-from pallas_kernels.borders import SCALAR
+from pallas_kernels.mosaic.edge_tiles import SCALAR
 
 _MULTIPROCESSORS = 132  # of an H100 or H200; on a device with more, warpgroups wait for each other's strips
 _THREADS = 128  # of a warpgroup

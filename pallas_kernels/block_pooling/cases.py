@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from pallas_kernels.shapes import LLAMA_3_1_8B, QWEN2_5_7B
+from pallas_kernels.cases import LLAMA_3_1_8B, QWEN2_5_7B
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.block_pooling import xla
-from pallas_kernels.hopper import interpreter, require_hopper
+from pallas_kernels.devices import interpreter, require_hopper
 
 CHANNELS = 256  # of a CTA
 

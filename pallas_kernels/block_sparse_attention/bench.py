@@ -17,7 +17,7 @@ from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.cases import Case
 from pallas_kernels.block_sparse_attention.sampled_check import find_fault, sampled_errors
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.shapes import Heads
+from pallas_kernels.cases import Heads
 
 PACKAGE = "pallas_kernels.block_sparse_attention"
 Call = Callable[..., tuple[Array, Array]]

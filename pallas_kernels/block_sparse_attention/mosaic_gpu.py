@@ -13,8 +13,8 @@ from pallas_kernels.block_sparse_attention.ring import Ring, Sharing, ring_kerne
 from pallas_kernels.block_sparse_attention.solo import Solo, solo_kernel
 from pallas_kernels.block_sparse_attention.tile import Shape
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.flash_tiles import LOG2_E, positive_scale
-from pallas_kernels.hopper import interpreter, require_hopper
+from pallas_kernels.mosaic.flash_tiles import LOG2_E, positive_scale
+from pallas_kernels.devices import interpreter, require_hopper
 
 TOKENS = 8  # the copy engine takes tokens in groups of so many
 

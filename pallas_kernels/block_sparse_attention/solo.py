@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.block_sparse_attention.tile import Inputs, Queries, Row, Shape, write_results
-from pallas_kernels.flash_tiles import QUERIES, Softmax, accumulate, columns, i32, product, tile
+from pallas_kernels.mosaic.flash_tiles import QUERIES, Softmax, accumulate, columns, i32, product, tile
 
 
 @dataclasses.dataclass(frozen=True)

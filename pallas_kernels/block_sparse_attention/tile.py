@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.flash_tiles import QUERIES, ROWS, Softmax, i32, mask
+from pallas_kernels.mosaic.flash_tiles import QUERIES, ROWS, Softmax, i32, mask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
-from pallas_kernels.attend_rows import Rows, Tiling, attend_rows, attend_rows_gradients
+from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows, attend_rows_gradients
 from pallas_kernels.blocks import BlockIndices
 
 _KEYS_PER_STEP = 128  # wide enough for matrix units; wider wastes work on short lists

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import PRNGKeyArray
 
-from pallas_kernels.shapes import random_arrays
+from pallas_kernels.cases import random_arrays
 
 
 @dataclasses.dataclass(frozen=True)

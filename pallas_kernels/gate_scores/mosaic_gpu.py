@@ -19,8 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float16, Float32, Int32
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.borders import store_inside
-from pallas_kernels.hopper import interpreter, require_hopper
+from pallas_kernels.mosaic.edge_tiles import store_inside
+from pallas_kernels.devices import interpreter, require_hopper
 from pallas_kernels.precision import precise_einsum
 
 TILE = 64  # queries, and key blocks, that are multiplied at a time

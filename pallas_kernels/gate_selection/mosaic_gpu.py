@@ -34,7 +34,7 @@ from pallas_kernels.gate_selection.warps import (
     own_row,
     write_counts,
 )
-from pallas_kernels.hopper import interpreter, require_hopper
+from pallas_kernels.devices import interpreter, require_hopper
 
 MAX_KEY_BLOCKS = 4096  # what a warp's registers hold: 256k tokens in blocks of 64
 

@@ -15,21 +15,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.borders import store_inside
-from pallas_kernels.flash_tiles import (
-    LOG2_E,
-    MATRIX,
-    QUERIES,
-    ROWS,
-    Softmax,
-    accumulate,
-    columns,
-    i32,
-    positive_scale,
-    product,
-    tile,
-)
-from pallas_kernels.hopper import interpreter, require_hopper
+from pallas_kernels.mosaic.edge_tiles import store_inside
+from pallas_kernels.mosaic.flash_tiles import LOG2_E, MATRIX, QUERIES, ROWS, Softmax, accumulate, columns, i32, positive_scale, product, tile
+from pallas_kernels.devices import interpreter, require_hopper
 
 KEYS = 64  # of a tile
 TOKENS = 8  # the copy engine takes tokens in groups of so many, and rows of a matrix product come in such groups

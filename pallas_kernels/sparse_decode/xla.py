@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.attend_rows import Rows, Tiling, attend_rows
+from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import BLOCK_SIZES
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from pallas_kernels.shapes import random_arrays
+from pallas_kernels.cases import random_arrays
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.borders import store_transposed
-from pallas_kernels.flash_tiles import MATRIX, i32, product, tile
-from pallas_kernels.hopper import interpreter, require_hopper
+from pallas_kernels.mosaic.edge_tiles import store_transposed
+from pallas_kernels.mosaic.flash_tiles import MATRIX, i32, product, tile
+from pallas_kernels.devices import interpreter, require_hopper
 
 OUTPUTS = 64  # of a tile
 INPUTS = 128

@@ -23,14 +23,17 @@ from pallas_kernels.bench import (
     time_calls,
     too_large,
 )
-from seer_jax.attention import decode_attention, rotate
+from seer_jax.models.attention import decode_attention
+from seer_jax.models.rope import rotate
 from seer_jax.bench.models import abstract_cache, random_cache
 from seer_jax.bench.selection import LOGITS_SPREAD
-from seer_jax.cache import Cache, GateCache
-from seer_jax.config import DecodeGateConfig, ModelConfig
-from seer_jax.gate import DecodeGate
-from seer_jax.memory import tree_bytes
-from seer_jax.policies import Dense, Threshold, TopK
+from seer_jax.models.cache import Cache, GateCache
+from seer_jax.gates.configs import DecodeGateConfig
+from seer_jax.models.config import ModelConfig
+from seer_jax.gates.gate import DecodeGate
+from seer_jax.inference.memory import tree_bytes
+from seer_jax.selection.policies import Dense
+from seer_jax.selection.rules import Threshold, TopK
 
 GATE = DecodeGateConfig()
 DTYPE = jnp.bfloat16

@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray
 
 from pallas_kernels import BlockIndices
 from pallas_kernels.block_sparse_attention.cases import Case
-from pallas_kernels.shapes import Heads
+from pallas_kernels.cases import Heads
 from seer_jax import tiny_lm
 
 LENGTH = 8192  # tokens the bundled model was trained to read
@@ -38,7 +38,7 @@ def trained_cases(heads: Heads, length: int, density: float) -> list[tuple[Case,
 def _lists(tokens: int, heads: int, density: float) -> BlockIndices:
     """Every layer's heads one after the other, the last of them; repeated where the model has fewer."""
     from seer_jax.evaluate import block_maps
-    from seer_jax.pretrained import from_pretrained, load_tokenizer
+    from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 
     model = from_pretrained(tiny_lm.path(), [tiny_lm.gates()["prefill"]], dtype="float32")
     assert model.prefill_gate is not None

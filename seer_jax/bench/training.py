@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.bench import Measurement, guarded, time_calls
 from seer_jax.bench.models import CONFIGS, Shape, check_device, memory_results, peak_bytes, random_model
 from seer_jax.bench.report import report
-from seer_jax.config import DecodeGateConfig, Gates, ModelConfig, PrefillGateConfig
-from seer_jax.model import Transformer
+from seer_jax.gates.configs import DecodeGateConfig, Gates, PrefillGateConfig
+from seer_jax.models.config import ModelConfig
+from seer_jax.models.decoder import Transformer
 
 FULL_RATE = 700e12  # flop per second, about what bfloat16 products reach on an H200
 RECIPE_TOKENS = 500 * 16 * 65536  # of the authors' prefill recipe
@@ -106,7 +107,7 @@ def _step(
     model: Transformer, gates: Gates, tokens: Int[Array, "B T"], forward: Callable[[], float], blank: Measurement
 ) -> Measurement:
     from seer_jax.train.config import DistillConfig
-    from seer_jax.train.data import Batch
+    from seer_jax.train.data.batches import Batch
     from seer_jax.train.optimizer import make_optimizer, make_schedule
     from seer_jax.train.step import make_step
     from seer_jax.train.tasks import Distillation

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from seer_jax.cache import Cache
+from seer_jax.models.cache import Cache
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.scoring import TokenScores, perplexity, read_prompts, score_decoded, score_prompts
-from seer_jax.model import Transformer
-from seer_jax.policies import SCORERS, Dense, Policy, Scorer
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.scorers import SCORERS, Scorer
 
 
 class Phase(enum.StrEnum):

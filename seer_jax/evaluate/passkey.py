@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from seer_jax.text import Tokenizer
+from seer_jax.inference.text import Tokenizer
 
 DIGITS = 5
 DEPTHS = 9  # the key stands at depth 0.1, 0.2 .. 0.9 in turn

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
 from pallas_kernels import attention_with_block_scores, select_blocks
-from seer_jax.attention import rotate
-from seer_jax.model import LayerContext, Transformer
-from seer_jax.policies import TopK
+from seer_jax.models.rope import rotate
+from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.selection.rules import TopK
 
 FLOOR = 1e-3  # the least weight that the colours tell from nothing
 LOCAL = 2  # blocks up to the diagonal that any window would keep

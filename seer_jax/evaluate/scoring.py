@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from seer_jax.attention import prefill_attention
-from seer_jax.cache import Cache
-from seer_jax.model import LayerContext, Transformer
-from seer_jax.policies import Dense, Policy
+from seer_jax.models.attention import prefill_attention
+from seer_jax.models.cache import Cache
+from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.selection.policies import Dense, Policy
 
 HEAD_CHUNK = 256  # tokens whose logits are held at once
 

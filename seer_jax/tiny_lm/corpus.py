@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from seer_jax import tiny_lm
 from seer_jax.evaluate.passkey import encode_line, ends_of_lines, passkey_lines, secret_name, secret_value
-from seer_jax.text import Tokenizer
+from seer_jax.inference.text import Tokenizer
 
 # The evaluation text is cut from these modules of the standard library, so nothing here may be. The others are no ordinary code.
 HELD_OUT = ("argparse.py", "asyncio", "email", "http", "logging", "unittest", "xml", "json")

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from seer_jax.convert import load_base
-from seer_jax.convert.sources import SafetensorsSource
+from seer_jax.convert.formats.sources import SafetensorsSource
 
 
 def main(folder: str) -> None:

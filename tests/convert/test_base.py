@@ -16,14 +16,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from seer_jax.config import ModelConfig
+from seer_jax.models.config import ModelConfig
 from seer_jax.convert import compare_logits, load_base, save_base
 from seer_jax.convert.base import abstract_model
 from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.rules import BASE_RULES, Rule, expected_slots
-from seer_jax.convert.sources import TensorInfo
+from seer_jax.convert.formats.sources import TensorInfo
 from seer_jax.convert.stream import load_parameters
-from seer_jax.model import Transformer
+from seer_jax.models.decoder import Transformer
 from tests.golden.data import RELEASE, release, transformers_case, transformers_names, write_base
 
 HERE = Path(__file__).parent
@@ -131,7 +131,7 @@ def test_saving_again_leaves_no_old_weights(tmp_path: Path):
 
 
 def test_a_saved_model_holds_no_gates(tmp_path: Path):
-    from seer_jax.config import PrefillGateConfig
+    from seer_jax.gates.configs import PrefillGateConfig
 
     model = load_base(write_base(tmp_path / "a", transformers_case(LLAMA)))
     model.add_gate(PrefillGateConfig(gate_dim=8), rngs=nnx.Rngs(0))

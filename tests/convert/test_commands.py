@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from seer_jax.config import DType, PrefillGateConfig
+from seer_jax.gates.configs import PrefillGateConfig
+from seer_jax.models.config import DType
 from seer_jax.convert import (
     Bounds,
     ConvertConfig,
@@ -24,8 +25,8 @@ from seer_jax.convert import (
     verify,
     verify_logits,
 )
-from seer_jax.gate import PrefillGate
-from seer_jax.policies import Threshold
+from seer_jax.gates.gate import PrefillGate
+from seer_jax.selection.rules import Threshold
 from tests.convert.test_gates import assert_same
 from tests.golden.data import Golden, release, transformers_case, write_base, write_gates
 

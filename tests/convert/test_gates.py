@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.models.config import ModelConfig
 from seer_jax.convert import GateFormat, load_gates, recommended_policy, save_gates
 from seer_jax.convert.gate_config import (
     gate_config_from_hf,
@@ -24,10 +25,12 @@ from seer_jax.convert.gate_config import (
     policy_to_hf,
 )
 from seer_jax.convert.gates import abstract_gate
-from seer_jax.convert.torch_zip import read_torch_zip, write_torch_zip
-from seer_jax.families import config_from_hf
-from seer_jax.gate import DecodeGate, PrefillGate
-from seer_jax.policies import Dense, Oracle, Policy, Threshold, TokenBudget, TopK
+from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
+from seer_jax.models.families import config_from_hf
+from seer_jax.gates.gate import DecodeGate, PrefillGate
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import Oracle
 from tests.golden.data import RELEASE, gate_file, release, write_gates
 
 PREFILL, DECODE = RELEASE

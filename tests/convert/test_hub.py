@@ -9,7 +9,7 @@ from huggingface_hub import errors
 
 from seer_jax.convert import load_base, load_gates
 from seer_jax.convert.base import BASE_PATTERNS
-from seer_jax.convert.hub import read_config, resolve, write_config
+from seer_jax.models.hub import read_config, resolve, write_config
 from tests.golden.data import transformers_case, write_base, write_gates
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from seer_jax.convert.torch_pickle import STORAGES, read_pickle
-from seer_jax.convert.torch_zip import read_torch_zip
+from seer_jax.convert.formats.torch_pickle import STORAGES, read_pickle
+from seer_jax.convert.formats.torch_zip import read_torch_zip
 from tests.convert.torch_files import (
     GOOD,
     HOOKS,

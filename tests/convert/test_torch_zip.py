@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seer_jax.convert import torch_zip
-from seer_jax.convert.torch_pickle import STORAGES, read_pickle
-from seer_jax.convert.torch_zip import read_torch_zip, write_torch_zip
+from seer_jax.convert.formats import torch_zip
+from seer_jax.convert.formats.torch_pickle import STORAGES, read_pickle
+from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
 from tests.convert.torch_files import GOOD, VALUES, archive, assert_equal, raw_zip
 from tests.golden.data import RELEASE, gate_file, release
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockIndices
-from pallas_kernels.hopper import assume_hopper
+from pallas_kernels.devices import assume_hopper
 
 # Compiles several times faster than the default generator.
 KEY = jax.random.key(0, impl="rbg")

@@ -6,7 +6,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # the one place that tells of races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import assume_hopper
+from pallas_kernels.devices import assume_hopper
 
 SUITES = ("block_sparse", "ground_truth", "decode", "selection", "pooling", "gate_scores", "stacked_linear")
 for module in ("comparison", *(f"suite_{name}" for name in SUITES)):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import BlockIndices, block_sparse_attention
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_sparse_attention.cases import HALF, TINY, Case
-from pallas_kernels.shapes import Heads, random_arrays
+from pallas_kernels.cases import Heads, random_arrays
 from tests.pallas_kernels.comparison import (
     KEY,
     assert_as_good_as,

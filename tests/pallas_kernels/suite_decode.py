@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import BlockIndices, sparse_decode_attention
 from pallas_kernels.backends import Implementation
-from pallas_kernels.shapes import Heads
+from pallas_kernels.cases import Heads
 from pallas_kernels.sparse_decode.cases import HALF, TINY, Case
 from tests.pallas_kernels.comparison import (
     KEY,

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import attention_with_block_scores
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_ground_truth.cases import HALF, TINY, Case
-from pallas_kernels.shapes import Heads
+from pallas_kernels.cases import Heads
 from tests.pallas_kernels.comparison import (
     KEY,
     assert_as_good_as,

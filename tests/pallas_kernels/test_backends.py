@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from pallas_kernels.backends import Operation, Unsupported
-from pallas_kernels.hopper import assume_hopper
+from pallas_kernels.devices import assume_hopper
 
 OPERATION = Operation("add", "made_up", preferred=("fast", "steady"), others=("reference",))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bench as measurements
-from pallas_kernels import block_sparse_attention, shapes
+from pallas_kernels import block_sparse_attention, cases as shapes
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.bench import (
     GIB,
@@ -35,7 +35,7 @@ from pallas_kernels.block_sparse_attention import bench, xla
 from pallas_kernels.block_sparse_attention.bench import Bench, listed_flops, odd_cases, sweep
 from pallas_kernels.block_sparse_attention.cases import Case
 from pallas_kernels.block_sparse_attention.sampled_check import find_fault, sampled_errors
-from pallas_kernels.shapes import Heads, large_random_array
+from pallas_kernels.cases import Heads, large_random_array
 from tests.pallas_kernels.comparison import KEY, listed_blocks
 
 HEADS = Heads(4, 2, 64)

@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels import pool_blocks
 from pallas_kernels.block_pooling.cases import REAL, Case
-from pallas_kernels.hopper import assume_hopper
+from pallas_kernels.devices import assume_hopper
 from tests.pallas_kernels import suite_pooling as suite
 from tests.pallas_kernels.comparison import assert_bitwise_equal, assert_lowers_for_cuda
 

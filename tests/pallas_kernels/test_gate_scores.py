@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels import score_blocks
 from pallas_kernels.gate_scores.cases import REAL, Case
-from pallas_kernels.hopper import assume_hopper
+from pallas_kernels.devices import assume_hopper
 from tests.pallas_kernels import suite_gate_scores as suite
 from tests.pallas_kernels.comparison import assert_lowers_for_cuda
 

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from jax.typing import DTypeLike
 
-from seer_jax import memory
-from seer_jax.config import DecodeGateConfig, ModelConfig, PrefillGateConfig, RopeConfig, RopeKind
-from seer_jax.model import Transformer
+from seer_jax.inference import memory
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
+from seer_jax.models.decoder import Transformer
 
 LLAMA = ModelConfig(
     family="llama",

@@ -20,22 +20,16 @@ from hypothesis import strategies
 from safetensors.numpy import save_file
 
 import seer_jax
-from seer_jax import Generated, Transformer, cli, from_pretrained, load_tokenizer, memory, plan_memory, stream, tiny_lm
-from seer_jax.commands import GenerateConfig, kept_table, parse_policy, write_policy
+from seer_jax import Generated, Transformer, from_pretrained, load_tokenizer, plan_memory, stream, tiny_lm
+from seer_jax.commands import main as cli
+from seer_jax.inference import memory
+from seer_jax.commands.generate import GenerateConfig, kept_table
+from seer_jax.selection.notation import parse_policy, write_policy
 from seer_jax.convert import load_gates, save_base, save_gates
-from seer_jax.policies import (
-    SCORERS,
-    CumulativeMass,
-    Dense,
-    Oracle,
-    Policy,
-    Random,
-    SinkWindow,
-    Threshold,
-    TokenBudget,
-    TopK,
-)
-from seer_jax.sampling import Sample
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import Oracle, Random, SCORERS, SinkWindow
+from seer_jax.inference.sampling import Sample
 from tests.seer_jax.conftest import LLAMA, tiny_model
 from tests.seer_jax.test_text import TINY_LM
 

@@ -9,18 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seer_jax.config import (
-    DecodeGateConfig,
-    ModelConfig,
-    Pool,
-    PrefillGateConfig,
-    QueryReduction,
-    RopeConfig,
-    RopeKind,
-)
+from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.convert.hf_config import config_to_hf
-from seer_jax.families import config_from_hf
-from seer_jax.rope import apply_rope, inverse_frequencies
+from seer_jax.models.families import config_from_hf
+from seer_jax.models.rope import apply_rope, inverse_frequencies
 from tests.golden.data import RELEASE, release, transformers_case, transformers_names
 
 # Configurations as they are on the hub, cut to the keys that matter.

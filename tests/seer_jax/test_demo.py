@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from seer_jax.convert import load_gates
-from seer_jax.demo import DemoConfig, demo
+from seer_jax.commands.demo import DemoConfig, demo
 from seer_jax.evaluate import Method, Phase
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

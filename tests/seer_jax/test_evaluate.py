@@ -23,10 +23,12 @@ from seer_jax.evaluate import (
     score_prompts,
     text_windows,
 )
-from seer_jax.evaluate.run import policy_name
+from seer_jax.commands.eval import policy_name
 from seer_jax.evaluate.scoring import read_prompts
 from seer_jax.evaluate.table import print_scores, write_scores
-from seer_jax.policies import Dense, Oracle, Random, TokenBudget, TopK
+from seer_jax.selection.policies import Dense
+from seer_jax.selection.rules import TokenBudget, TopK
+from seer_jax.selection.scorers import Oracle, Random
 from tests.seer_jax.conftest import tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax import Generated, Transformer, generate, pad_prompts, stream
-from seer_jax.config import DecodeGateConfig
-from seer_jax.policies import CumulativeMass, Given, Policy, Random, SinkWindow, Threshold, TokenBudget, TopK
-from seer_jax.sampling import Sample, row_keys
+from seer_jax import Generated, Transformer, pad_prompts, stream
+from seer_jax.inference import generate
+from seer_jax.gates.configs import DecodeGateConfig
+from seer_jax.selection.policies import Given, Policy
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import Random, SinkWindow
+from seer_jax.inference.sampling import Sample, row_keys
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 # With blocks of 16: less than one, exactly one, exactly two, and the width of the batch.

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from seer_jax.convert import load_base, load_gates, recommended_policy
-from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Given, Policy, Threshold, TokenBudget
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Given, Policy
+from seer_jax.selection.rules import Threshold, TokenBudget
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -86,7 +87,7 @@ def test_gate_scores_and_masks(prefill: Golden):
     given, tokens = released_masks(prefill), ids.shape[1]
 
     def attend(context, state, q, k, v):
-        from seer_jax.attention import prefill_attention
+        from seer_jax.models.attention import prefill_attention
 
         scores = jax.nn.softmax(context.prefill_gate(q, k, jnp.arange(tokens)[None]), axis=-1)
         lengths = jnp.full(1, tokens, jnp.int32)
@@ -134,7 +135,8 @@ def test_decode_scores_rank_blocks_as_the_release_does(decode: Golden):
     @jax.jit
     def step(model: Transformer, token: jax.Array, cache, given: Given):
         """One token through the sparse layers, with the gate logits of each layer beside."""
-        from seer_jax.attention import decode_attention, rotate
+        from seer_jax.models.attention import decode_attention
+        from seer_jax.models.rope import rotate
 
         position = cache.lengths
 

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax import layers, plan_memory
-from seer_jax.cache import Cache
-from seer_jax.config import ModelConfig
-from seer_jax.memory import tree_bytes
-from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Policy, SinkWindow, TokenBudget, TopK
+from seer_jax import plan_memory
+from seer_jax.models import layers
+from seer_jax.models.cache import Cache
+from seer_jax.models.config import ModelConfig
+from seer_jax.inference.memory import tree_bytes
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import TokenBudget, TopK
+from seer_jax.selection.scorers import SinkWindow
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 TOKENS = 131072  # the context of Llama 3.1

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax import MemoryPlan, Transformer, generate, memory, plan_memory, stream
-from seer_jax.config import DecodeGateConfig, PrefillGateConfig
-from seer_jax.families import config_from_hf
-from seer_jax.policies import SinkWindow, Threshold, TokenBudget, TopK
-from seer_jax.sampling import Greedy, Sample
+from seer_jax import MemoryPlan, Transformer, plan_memory, stream
+from seer_jax.inference import generate, memory
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.models.families import config_from_hf
+from seer_jax.selection.rules import Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import SinkWindow
+from seer_jax.inference.sampling import Greedy, Sample
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 # Shapes stand for arrays.

@@ -12,24 +12,16 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import BlockIndices, select_blocks
-from seer_jax.attention import decode_attention, dense_attention, rotate
-from seer_jax.cache import Cache
-from seer_jax.config import DecodeGateConfig, PrefillGateConfig
-from seer_jax.families import config_from_hf
-from seer_jax.model import LayerContext, Transformer
-from seer_jax.policies import (
-    CumulativeMass,
-    Dense,
-    Given,
-    Oracle,
-    Policy,
-    Random,
-    RankingPolicy,
-    SinkWindow,
-    Threshold,
-    TokenBudget,
-    TopK,
-)
+from seer_jax.models.attention import decode_attention
+from seer_jax.models.dense_attention import dense_attention
+from seer_jax.models.rope import rotate
+from seer_jax.models.cache import Cache
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.models.families import config_from_hf
+from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.selection.policies import Dense, Given, Policy, RankingPolicy
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import Oracle, Random, SinkWindow
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -126,7 +118,7 @@ def test_given_masks_equal_masked_dense_attention(model: Transformer):
     sparse = model(tokens, sparsity=Given(mask, block_size=16))
 
     def attend(context, state, q, k, v):
-        from seer_jax.attention import rotate
+        from seer_jax.models.rope import rotate
 
         q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config)
         allowed = jnp.repeat(jnp.repeat(mask[context.index], 16, -1), 16, -2)[..., :TOKENS, :TOKENS]

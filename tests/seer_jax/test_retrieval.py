@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax.config import DecodeGateConfig, PrefillGateConfig
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.convert import load_base
-from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Oracle, SinkWindow, Threshold, TokenBudget
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense
+from seer_jax.selection.rules import Threshold, TokenBudget
+from seer_jax.selection.scorers import Oracle, SinkWindow
 from tests.seer_jax import planted
 
 PAIRS = 8

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seer_jax.sampling import Greedy, Sample, Sampling, row_keys
+from seer_jax.inference.sampling import Greedy, Sample, Sampling, row_keys
 
 DRAWS = 4000
 draw = jax.jit(lambda method, logits, key: method.sample(logits, key))

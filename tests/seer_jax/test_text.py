@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 import seer_jax
-from seer_jax.text import REPLACEMENT, Tokenizer
+from seer_jax.inference.text import REPLACEMENT, Tokenizer
 
 TINY_LM = Path(seer_jax.__file__).parent / "tiny_lm"
 BYTE_LEVEL = Tokenizer.load(TINY_LM)

@@ -21,10 +21,10 @@ from seer_jax.evaluate import (
     score_prompts,
     text_windows,
 )
-from seer_jax.model import Transformer
-from seer_jax.policies import TopK
-from seer_jax.pretrained import from_pretrained
-from seer_jax.text import Tokenizer
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.rules import TopK
+from seer_jax.models.pretrained import from_pretrained
+from seer_jax.inference.text import Tokenizer
 from seer_jax.tiny_lm.corpus import HELD_OUT, training_rows
 
 REFERENCE = json.loads((tiny_lm.path() / "reference.json").read_text())

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from seer_jax.config import GateConfig
-from seer_jax.families import config_from_hf
-from seer_jax.model import Transformer
+from seer_jax.gates.configs import GateConfig
+from seer_jax.models.families import config_from_hf
+from seer_jax.models.decoder import Transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from seer_jax.config import Gates
+from seer_jax.gates.configs import Gates
 from seer_jax.train import distill
 from tests.train.tiny import distill_config, make_model, make_rows
 

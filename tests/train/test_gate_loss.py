@@ -20,8 +20,8 @@ from seer_jax.train.loss import (
     row_kl,
     row_weights,
 )
-from seer_jax.train.packing import Packing, pack
-from seer_jax.train.tokens import TokenStore
+from seer_jax.train.data.packing import Packing, pack
+from seer_jax.train.data.tokens import TokenStore
 
 BLOCK = 16
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seer_jax.train.packing import PackedDataset, Packing, pack
-from seer_jax.train.tokens import TokenStore
+from seer_jax.train.data.packing import PackedDataset, Packing, pack
+from seer_jax.train.data.tokens import TokenStore
 
 BLOCK = 16
 

@@ -6,10 +6,11 @@ import json
 import pytest
 import tyro
 
-from seer_jax.config import DecodeGateConfig, DType, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.models.config import DType
 from seer_jax.train import DistillConfig, FinetuneConfig, Gates, OptimizerConfig, Packing
 from seer_jax.train.config import TrainConfig, from_dict, load_config, to_dict
-from seer_jax.train.data import DataConfig
+from seer_jax.train.data.batches import DataConfig
 
 WRONG = [
     (lambda: OptimizerConfig(learning_rate=0), r"learning_rate > 0; got 0.0 and 0"),

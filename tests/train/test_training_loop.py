@@ -20,14 +20,14 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
-from seer_jax.config import Gates
-from seer_jax.gate import DecodeGate, PrefillGate
+from seer_jax.gates.configs import Gates
+from seer_jax.gates.gate import DecodeGate, PrefillGate
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import OptimizerConfig
-from seer_jax.train.data import DataConfig
-from seer_jax.train.metrics import MetricsLog, read_metrics
-from seer_jax.train.packing import Packing, pack
-from seer_jax.train.tokens import TokenStore
+from seer_jax.train.data.batches import DataConfig
+from seer_jax.train.loop.metrics import MetricsLog, read_metrics
+from seer_jax.train.data.packing import Packing, pack
+from seer_jax.train.data.tokens import TokenStore
 from tests.train.killable_run import CONFIG as RUN
 from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
 

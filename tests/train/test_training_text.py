@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from seer_jax.train.data import DataConfig, batches, load_dataset
-from seer_jax.train.packing import PackedDataset, Packing
-from seer_jax.train.sources import SourceConfig, list_files, read_documents
-from seer_jax.train.tokens import ModelTokenizer, TokenStore, load_tokens
+from seer_jax.train.data.batches import DataConfig, batches, load_dataset
+from seer_jax.train.data.packing import PackedDataset, Packing
+from seer_jax.train.data.sources import SourceConfig, list_files, read_documents
+from seer_jax.train.data.tokens import ModelTokenizer, TokenStore, load_tokens
 
 CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seer_jax.config import DecodeGateConfig, Gates, ModelConfig, PrefillGateConfig
-from seer_jax.model import Transformer
+from seer_jax.gates.configs import DecodeGateConfig, Gates, PrefillGateConfig
+from seer_jax.models.config import ModelConfig
+from seer_jax.models.decoder import Transformer
 from seer_jax.train.config import DistillConfig, FinetuneConfig, OptimizerConfig
 
 CONFIG = ModelConfig(

@@ -19,15 +19,17 @@ from flax import nnx
 
 import seer_jax
 from seer_jax import tiny_lm
-from seer_jax.cache import Cache
-from seer_jax.commands import write_policy
-from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig
+from seer_jax.models.cache import Cache
+from seer_jax.selection.notation import write_policy
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.models.config import DType
 from seer_jax.convert import save_gates
-from seer_jax.convert.hub import read_config
+from seer_jax.models.hub import read_config
 from seer_jax.evaluate import Method, Setting, block_maps, compare
-from seer_jax.evaluate.run import EvalConfig, make_rows, score_line
-from seer_jax.model import Transformer
-from seer_jax.policies import CumulativeMass, Dense, Policy, TokenBudget, TopK
+from seer_jax.commands.eval import EvalConfig, make_rows, score_line
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import CumulativeMass, TokenBudget, TopK
 from seer_jax.tiny_lm.corpus import training_rows
 from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
 

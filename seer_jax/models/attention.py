@@ -13,25 +13,13 @@ from pallas_kernels import (
     select_blocks,
     sparse_decode_attention,
 )
-from seer_jax.cache import Cache
-from seer_jax.config import ModelConfig
-from seer_jax.gate import DecodeGate, PrefillGate
-from seer_jax.policies import (
-    CumulativeMass,
-    Dense,
-    Gate,
-    Given,
-    Oracle,
-    Policy,
-    Random,
-    RankingPolicy,
-    Scorer,
-    SinkWindow,
-    Threshold,
-    TokenBudget,
-    TopK,
-)
-from seer_jax.rope import apply_rope
+from seer_jax.models.cache import Cache
+from seer_jax.models.config import ModelConfig
+from seer_jax.gates.gate import DecodeGate, PrefillGate
+from seer_jax.selection.policies import Dense, Given, Policy, RankingPolicy
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import Gate, Oracle, Random, Scorer, SinkWindow
+from seer_jax.models.rope import apply_rope
 
 QUERY_CHUNK = 256
 CHUNKS_PER_SPAN = 4  # fewer waste less work on the future, more compile faster

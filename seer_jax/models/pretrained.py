@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from seer_jax.families import config_from_hf
-from seer_jax.files import read_json
-from seer_jax.model import Transformer
-from seer_jax.text import TOKENIZER_PATTERNS, Tokenizer
+from seer_jax.models.families import config_from_hf
+from seer_jax.models.hub import read_json
+from seer_jax.models.decoder import Transformer
+from seer_jax.inference.text import TOKENIZER_PATTERNS, Tokenizer
 
 if TYPE_CHECKING:
-    from seer_jax.gate import DecodeGate, PrefillGate
+    from seer_jax.gates.gate import DecodeGate, PrefillGate
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -50,7 +50,7 @@ def from_pretrained(
     """
     from seer_jax.convert import load_base, load_gates
     from seer_jax.convert.base import BASE_PATTERNS
-    from seer_jax.convert.hub import resolve
+    from seer_jax.models.hub import resolve
 
     sharding = None if mesh is None else _place_on(mesh)
     weights = (CONFIG,) if abstract else BASE_PATTERNS
@@ -72,14 +72,14 @@ def load_tokenizer(base: Location) -> Tokenizer:
       FileNotFoundError, PermissionError, ConnectionError: it is not there, or can't be downloaded.
       ValueError: a file is damaged.
     """
-    from seer_jax.convert.hub import resolve
+    from seer_jax.models.hub import resolve
 
     return Tokenizer.load(resolve(base, TOKENIZER_PATTERNS))
 
 
 def _abstract_base(folder: Path, dtype: Any) -> Transformer:
     from seer_jax.convert.base import abstract_model
-    from seer_jax.convert.hub import read_config
+    from seer_jax.models.hub import read_config
 
     return abstract_model(config_from_hf(read_config(folder)), dtype)
 
@@ -87,7 +87,7 @@ def _abstract_base(folder: Path, dtype: Any) -> Transformer:
 def _abstract_gate(place: Location) -> "PrefillGate | DecodeGate":
     from seer_jax.convert.gate_config import gate_config_from_hf
     from seer_jax.convert.gates import abstract_gate
-    from seer_jax.convert.hub import read_config, resolve
+    from seer_jax.models.hub import read_config, resolve
 
     config = read_config(resolve(place, (CONFIG,)))
     return abstract_gate(gate_config_from_hf(config), config_from_hf(config))

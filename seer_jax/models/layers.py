@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import stacked_linear
-from seer_jax.config import ModelConfig
+from seer_jax.models.config import ModelConfig
 
 Layer = Int[Array, ""] | None  # which one of weights that are stacked; None: they are those of a single layer
 TOKENS_AT_ONCE = 8192  # fill the matrix units of a large GPU; more only take memory

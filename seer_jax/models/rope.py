@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from seer_jax.config import RopeConfig, RopeKind
+from seer_jax.models.config import RopeConfig, RopeKind
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seer_jax.files import read_json
-
-
 def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revision: str | None = None) -> Path:
     """The local folder of a model, downloaded if need be.
 
@@ -71,6 +68,21 @@ def _download(repo: str, patterns: Sequence[str], revision: str | None) -> str:
             f"{' because HF_HUB_OFFLINE is set' if huggingface_hub.constants.is_offline_mode() else ''}. "
             "Download it where there is a connection, or give a local folder."
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON; {error}. Download it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object; got a {type(values).__name__}.")
+    return values
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model and its gates look like: frozen dataclasses that check themselves."""
+"""What a model looks like: frozen dataclasses that check themselves."""
 
 import dataclasses
 import enum
@@ -8,22 +8,7 @@ from typing import Any
 
 import jax
 
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be positive; got {getattr(config, name)}.")
-
-
-def check_at_least(least: int, config: Any, *names: str) -> None:
-    """Refuses a configuration in which a setting of these names is smaller.
-
-    Raises:
-      ValueError: one is.
-    """
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} is at least {least}; got {getattr(config, name)}.")
+from seer_jax.checks import check_positive
 
 
 class DType(enum.StrEnum):
@@ -81,7 +66,7 @@ class RopeConfig:
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "theta", "original_max_position", "attention_factor")
+        check_positive(self, "theta", "original_max_position", "attention_factor")
         if self.factor < 1:
             raise ValueError(f"A RoPE scaling factor is at least 1; got {self.factor}.")
         if self.kind is RopeKind.LLAMA3 and self.low_freq_factor >= self.high_freq_factor:
@@ -173,7 +158,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _positive(
+        check_positive(
             self,
             *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
             *("rms_norm_eps", "max_position_embeddings"),
@@ -190,98 +175,3 @@ class ModelConfig:
     def group_size(self) -> int:
         """G = H / K: query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
-
-
-class Pool(enum.StrEnum):
-    """How a block of tokens becomes one vector. Pooled vectors are concatenated in the order of this list."""
-
-    MAX = "max"
-    MIN = "min"
-    AVG = "avg"
-
-
-class QueryReduction(enum.StrEnum):
-    """How the decode gate reduces the G query heads of a group to one vector; the names are those of the release."""
-
-    PROJ = "Qproj"
-    AVG_PROJ = "Qavgproj"
-    AVG = "Qavg"
-
-
-def _check_pooling(side: str, kinds: tuple[Pool, ...]) -> None:
-    if not kinds or list(kinds) != [p for p in Pool if p in kinds]:
-        raise ValueError(
-            f"{side} pooling is a non-empty subset of (max, min, avg), each once and in that order; got {kinds}."
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillGateConfig:
-    """The gate of SeerAttention (arXiv 2410.13276, sec. 3.1): one choice of blocks per query head and query block.
-
-    Attributes:
-      block_size (b): tokens per block, a power of two from 16 to 128.
-      gate_dim (C): channels of the gate's queries and keys, even. The release calls it `gate_hidden_size`.
-      q_pooling, k_pooling: see `Pool`.
-      force_double: keep two projections where one would do.
-    """
-
-    block_size: int = 64
-    gate_dim: int = 128
-    q_pooling: tuple[Pool, ...] = (Pool.AVG,)
-    k_pooling: tuple[Pool, ...] = (Pool.MAX, Pool.MIN, Pool.AVG)
-    force_double: bool = False
-
-    def __post_init__(self) -> None:
-        _check_gate_sizes(self.block_size, self.gate_dim)
-        _check_pooling("Query", self.q_pooling)
-        _check_pooling("Key", self.k_pooling)
-
-    def one_linear(self, head_dim: int) -> bool:
-        """Whether pooled queries are used as they are and keys get one projection per query head."""
-        return len(self.q_pooling) == 1 and self.gate_dim == head_dim and not self.force_double
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeGateConfig:
-    """The gate of SeerAttention-R (arXiv 2506.08889, sec. 3): one choice of blocks per key/value head and query token.
-
-    Attributes:
-      block_size (b), gate_dim (C), k_pooling: as in `PrefillGateConfig`.
-      query_reduction: how a group's query heads become one vector. `AVG` needs gate_dim == head_dim.
-      use_qk_norm: RMSNorm over C on the gate's queries and keys, before RoPE.
-      use_rope: rotate queries at their token, keys at the first token of their block.
-      start_layer: layers before it attend densely while decoding; a policy can ask for more (`dense_layers`).
-    """
-
-    block_size: int = 64
-    gate_dim: int = 128
-    query_reduction: QueryReduction = QueryReduction.PROJ
-    k_pooling: tuple[Pool, ...] = (Pool.MAX, Pool.MIN, Pool.AVG)
-    use_qk_norm: bool = True
-    use_rope: bool = True
-    start_layer: int = 0
-
-    def __post_init__(self) -> None:
-        _check_gate_sizes(self.block_size, self.gate_dim)
-        _check_pooling("Key", self.k_pooling)
-        if self.start_layer < 0:
-            raise ValueError(f"start_layer counts the dense first layers, so it is at least 0; got {self.start_layer}.")
-
-
-GateConfig = PrefillGateConfig | DecodeGateConfig
-
-
-class Gates(enum.StrEnum):
-    """Which gates a run distils; both come from the same dense pass."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    BOTH = "both"
-
-
-def _check_gate_sizes(block_size: int, gate_dim: int) -> None:
-    if block_size not in (16, 32, 64, 128):
-        raise ValueError(f"block_size is one of 16, 32, 64, 128 tokens; got {block_size}.")
-    if gate_dim < 2 or gate_dim % 2:
-        raise ValueError(f"gate_dim must be even and positive, since RoPE rotates pairs of channels; got {gate_dim}.")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from seer_jax.config import ModelConfig, RopeConfig
+from seer_jax.models.config import ModelConfig, RopeConfig
 
 HFConfig = Mapping[str, Any]
 

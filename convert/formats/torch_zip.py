@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seer_jax.convert.torch_pickle import STORAGES, Storage, StoredTensor, read_pickle, write_pickle
+from seer_jax.convert.formats.torch_pickle import STORAGES, Storage, StoredTensor, read_pickle, write_pickle
 
 MAX_BYTES = 16 * 2**30
 MAX_PICKLE_BYTES = 8 * 2**20

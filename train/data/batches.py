@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from seer_jax.train.packing import PackedDataset, Packing, Row, pack
-from seer_jax.train.sources import SourceConfig
-from seer_jax.train.tokens import ModelTokenizer, Tokenizer, load_tokens
+from seer_jax.train.data.packing import PackedDataset, Packing, Row, pack
+from seer_jax.train.data.sources import SourceConfig
+from seer_jax.train.data.tokens import ModelTokenizer, Tokenizer, load_tokens
 
 
 @dataclasses.dataclass(frozen=True)

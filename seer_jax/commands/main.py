@@ -16,7 +16,7 @@ from seer_jax import tiny_lm
 
 if TYPE_CHECKING:
     from pallas_kernels.bench import Measurement
-    from seer_jax.model import Transformer
+    from seer_jax.models.decoder import Transformer
     from seer_jax.train import DistillConfig
 
 PROGRAM = "seer-jax"
@@ -113,7 +113,7 @@ def _located[C](config: C) -> C:
 
 
 def _demo(words: list[str]) -> int:
-    from seer_jax.demo import DemoConfig, demo
+    from seer_jax.commands.demo import DemoConfig, demo
 
     demo(_parse(DemoConfig, "demo", words))
     return OK
@@ -164,7 +164,7 @@ def _train_defaults(words: list[str]) -> "tuple[DistillConfig, list[str]]":
 def _save_gates(config: "DistillConfig", model: "Transformer", folder: Path) -> None:
     """Writes the gates in the release's layout, each into a folder of its own, and says how to use them."""
     from seer_jax.convert import save_gates
-    from seer_jax.convert.hub import read_config, resolve
+    from seer_jax.models.hub import read_config, resolve
 
     hf_config = read_config(resolve(_located(config).model, ("config.json",)))
     gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
@@ -179,7 +179,7 @@ def _save_gates(config: "DistillConfig", model: "Transformer", folder: Path) -> 
 
 
 def _generate(words: list[str]) -> int:
-    from seer_jax.commands import GenerateConfig, run_generate
+    from seer_jax.commands.generate import GenerateConfig, run_generate
 
     run_generate(_located(_parse(GenerateConfig, "generate", words)))
     return OK
@@ -232,7 +232,7 @@ def _outcome(measurements: "list[Measurement]") -> int:
 
 def _info(words: list[str]) -> int:
     argparse.ArgumentParser(f"{PROGRAM} info", description=COMMANDS["info"].summary).parse_args(words)
-    from seer_jax.commands import describe
+    from seer_jax.commands.info import describe
 
     print(describe())
     return OK

@@ -9,16 +9,19 @@ from jaxtyping import Int
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.config import DecodeGateConfig, DType, PrefillGateConfig, check_at_least
+from seer_jax.checks import check_at_least
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.models.config import DType
 from seer_jax.evaluate import Method, PassKeyPrompt, Phase, Rows, Score, Setting, block_maps, compare
 from seer_jax.evaluate.plots import far_sighted_heads, plot_block_maps
-from seer_jax.evaluate.run import EvalConfig, make_rows, score_line
+from seer_jax.commands.eval import EvalConfig, make_rows, score_line
 from seer_jax.evaluate.table import beaten, print_scores, write_scores
-from seer_jax.generate import generate
-from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Policy, TopK
-from seer_jax.stages import Stages
-from seer_jax.text import Tokenizer
+from seer_jax.inference.generate import generate
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import TopK
+from seer_jax.commands.stages import Stages
+from seer_jax.inference.text import Tokenizer
 from seer_jax.tiny_lm.corpus import training_rows
 
 PLOTTED_HEADS = 4
@@ -96,7 +99,7 @@ class DemoConfig:
 
 def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
     """Runs the demonstration, prints it, writes its files, and returns the scores."""
-    from seer_jax.pretrained import from_pretrained
+    from seer_jax.models.pretrained import from_pretrained
 
     stages = Stages(console or Console())
     with stages.stage("Loading the bundled model"):
@@ -123,7 +126,7 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
 def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: Tokenizer) -> Transformer:
     """Both gates from the same dense passes over text that the evaluation does not use."""
     from seer_jax.convert import save_gates
-    from seer_jax.convert.hub import read_config
+    from seer_jax.models.hub import read_config
     from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
 
     with stages.stage("Preparing training text"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seer_jax.files import read_json
+from seer_jax.models.hub import read_json
 
 if TYPE_CHECKING:
     import tokenizers

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from seer_jax.train.data import DataPosition
+from seer_jax.train.data.batches import DataPosition
 from seer_jax.train.step import Weights
 
 

@@ -8,8 +8,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import pool_blocks
-from seer_jax.config import DecodeGateConfig, ModelConfig, Pool
-from seer_jax.gate import DecodeGate
+from seer_jax.gates.configs import DecodeGateConfig, Pool
+from seer_jax.models.config import ModelConfig
+from seer_jax.gates.gate import DecodeGate
 
 _MERGE = {Pool.MAX: jnp.maximum, Pool.MIN: jnp.minimum, Pool.AVG: jnp.add}
 

@@ -10,7 +10,7 @@ import math
 import jax
 from jaxtyping import Array, Bool, Float
 
-from seer_jax.config import check_at_least
+from seer_jax.checks import check_at_least
 
 
 class Scorer:

@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from seer_jax.text import TOKENIZER_PATTERNS
-from seer_jax.train.sources import Document, SourceConfig, read_documents
+from seer_jax.inference.text import TOKENIZER_PATTERNS
+from seer_jax.train.data.sources import Document, SourceConfig, read_documents
 
 DOCUMENTS_PER_BATCH = 256  # enough to keep the tokenizer's threads busy
 
@@ -43,7 +43,7 @@ class ModelTokenizer:
         Args:
           model: folder or hub id.
         """
-        from seer_jax.pretrained import load_tokenizer
+        from seer_jax.models.pretrained import load_tokenizer
 
         self._tokenizer = load_tokenizer(model)
         end = self._tokenizer.special.get("eos_token")

@@ -12,12 +12,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from seer_jax.attention import decode_attention, prefill_attention, rotate
-from seer_jax.cache import Cache
-from seer_jax.config import GateConfig, ModelConfig
-from seer_jax.gate import DecodeGate, PrefillGate, make_gate
-from seer_jax.layers import MLP, BaseParam, Layer, Projections, of_layer, rms_norm, update_tokens
-from seer_jax.policies import Dense, Policy, RankingPolicy, ranks_by_gate
+from seer_jax.models.attention import decode_attention, prefill_attention
+from seer_jax.models.rope import rotate
+from seer_jax.models.cache import Cache
+from seer_jax.gates.configs import GateConfig
+from seer_jax.models.config import ModelConfig
+from seer_jax.gates.gate import DecodeGate, PrefillGate, make_gate
+from seer_jax.models.layers import BaseParam, Layer, MLP, Projections, of_layer, rms_norm, update_tokens
+from seer_jax.selection.policies import Dense, Policy, RankingPolicy, ranks_by_gate
 
 
 class DecoderLayer(nnx.Module):

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from seer_jax.cache import Cache
-from seer_jax.memory import MemoryPlan, abstract_argument, available_bytes, laid_out_bytes, tree_bytes
-from seer_jax.model import Transformer
-from seer_jax.policies import Dense, Policy, ranks_by_gate
-from seer_jax.prompts import Lengths, Prompts, check_prompts
-from seer_jax.sampling import Greedy, Keys, Sample, Sampling, row_keys
+from seer_jax.models.cache import Cache
+from seer_jax.inference.memory import MemoryPlan, abstract_argument, available_bytes, laid_out_bytes, tree_bytes
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy, ranks_by_gate
+from seer_jax.inference.prompts import Lengths, Prompts, check_prompts
+from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, row_keys
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
 PROMPT_MULTIPLE = 8  # tokens; the prompts' width is rounded up to what GPU kernels take without copies in every layer

@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import pool_blocks, score_blocks
 from pallas_kernels.precision import precise_einsum
-from seer_jax.config import DecodeGateConfig, GateConfig, ModelConfig, Pool, PrefillGateConfig, QueryReduction
-from seer_jax.layers import GateParam, rms_norm
-from seer_jax.rope import apply_rope
+from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.models.config import ModelConfig
+from seer_jax.models.layers import GateParam, rms_norm
+from seer_jax.models.rope import apply_rope
 
 NORM_EPS = 1e-6
 FEW_VECTORS = 16  # more would read the weights too often

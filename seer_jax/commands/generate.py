@@ -18,24 +18,16 @@ import tyro
 import seer_jax
 from pallas_kernels.backends import Operation
 from seer_jax import tiny_lm
-from seer_jax.config import DType
-from seer_jax.generate import Generated, plan_memory, stream
-from seer_jax.memory import MemoryPlan
-from seer_jax.model import Transformer
-from seer_jax.policies import (
-    SCORERS,
-    CumulativeMass,
-    Dense,
-    Policy,
-    RankingPolicy,
-    Scorer,
-    Threshold,
-    TokenBudget,
-    TopK,
-)
-from seer_jax.pretrained import from_pretrained, load_tokenizer
-from seer_jax.sampling import Greedy, Sample, Sampling
-from seer_jax.text import Tokenizer
+from seer_jax.models.config import DType
+from seer_jax.inference.generate import Generated, plan_memory, stream
+from seer_jax.inference.memory import MemoryPlan
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy, RankingPolicy
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import SCORERS, Scorer
+from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.inference.sampling import Greedy, Sample, Sampling
+from seer_jax.inference.text import Tokenizer
 
 POLICY_SYNTAX = "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random][,dense_layers=N][,dense_last_rows=N]"
 # Fields of policies that are written by name, where they differ from their default.

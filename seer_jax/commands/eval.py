@@ -8,14 +8,17 @@ import numpy as np
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.commands import PolicyArgument, write_policy
-from seer_jax.config import DType, check_at_least
+from seer_jax.commands.arguments import PolicyArgument
+from seer_jax.selection.notation import write_policy
+from seer_jax.checks import check_at_least
+from seer_jax.models.config import DType
 from seer_jax.evaluate.comparison import Method, Phase, Rows, Score, Setting, compare
 from seer_jax.evaluate.passkey import passkey_prompts
 from seer_jax.evaluate.scoring import text_windows
 from seer_jax.evaluate.table import print_scores, write_scores
-from seer_jax.policies import Policy, RankingPolicy, TopK
-from seer_jax.text import Tokenizer
+from seer_jax.selection.policies import Policy, RankingPolicy
+from seer_jax.selection.rules import TopK
+from seer_jax.inference.text import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ def evaluate(config: EvalConfig) -> list[Score]:
       FileNotFoundError, PermissionError, ConnectionError: model, gates or text are not there.
       ValueError: settings, model, gates and text do not fit each other.
     """
-    from seer_jax.pretrained import from_pretrained, load_tokenizer
+    from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 
     place = str(tiny_lm.path()) if config.model == tiny_lm.NAME else config.model
     text = (config.text or tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
