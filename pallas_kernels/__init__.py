@@ -4,7 +4,7 @@ Letters: B batch, T query tokens, S key tokens, H query heads, K key/value heads
 Tb = ceil(T/b), Sb = ceil(S/b), N width of the block lists.
 """
 
-import pallas_kernels.hopper  # noqa: F401 - at once, see there
+import pallas_kernels.devices  # noqa: F401 - at once, see there
 from pallas_kernels.block_ground_truth.api import AttentionWithScores, attention_with_block_scores
 from pallas_kernels.block_pooling.api import pool_blocks
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
