@@ -1,9 +1,10 @@
 """`score_blocks`: scores of key blocks for queries, before softmax."""
 
-from jaxtyping import Array, Float32
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
-from pallas_kernels.checks import resolve_scale
+from pallas_kernels.checks import check_integers, resolve_scale
 
 _run = Operation("score_blocks", "pallas_kernels.gate_scores", preferred=("mosaic_gpu", "xla"))
 
@@ -16,6 +17,7 @@ def score_blocks(
     *,
     scale: float | None = None,
     causal: bool = False,
+    row_offset: int | Int[Array, ""] = 0,
     implementation: Implementation | None = None,
 ) -> Float32[Array, "B H T Sb"]:
     """Products of a gate's queries and its keys, accurate to float32: scores are compared with thresholds.
@@ -28,7 +30,9 @@ def score_blocks(
       queries: one per token or block of tokens; H is a multiple of K.
       keys: one per key block.
       scale: factor on the products; 1 / sqrt(C) if None.
-      causal: entries with j > t are not needed and may hold anything, NaN too; half the work is left.
+      causal: entries with j > row_offset + t are not needed and may hold anything, NaN too; where T = Sb, half the work is left.
+      row_offset: position of the first query among the key blocks, at least 0, where the queries are a chunk of rows. May be
+        traced. Read only if `causal`.
       implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; C 64 or 128; T 64 or more), or None for the best that works
         here, which is "xla" for few scores.
 
@@ -54,6 +58,12 @@ def score_blocks(
         )
     if 0 in queries.shape or 0 in keys.shape:
         raise ValueError(f"{name}: no axis may be empty; got {queries.shape} and {keys.shape}.")
+    if isinstance(row_offset, int):
+        if row_offset < 0:
+            raise ValueError(f"{name}: row_offset must be at least 0; got {row_offset}.")
+        row_offset = jnp.asarray(row_offset, jnp.int32)
+    check_integers(name, "row_offset", row_offset, "[]", ())
     if implementation is None and queries.shape[1] * keys.shape[1] < FEW:
         implementation = "xla"
-    return _run(implementation, queries, keys, scale=resolve_scale(name, scale, queries.shape[3]), causal=causal)
+    scale = resolve_scale(name, scale, queries.shape[3])
+    return _run(implementation, queries, keys, scale=scale, causal=causal, row_offset=row_offset)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float16, Float32, Int32
+from jaxtyping import Array, Float16, Float32, Int, Int32
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.mosaic.edge_tiles import store_inside
 from pallas_kernels.devices import interpreter, require_hopper
+from pallas_kernels.mosaic.edge_tiles import store_inside
 from pallas_kernels.precision import precise_einsum
 
 TILE = 64  # queries, and key blocks, that are multiplied at a time
@@ -34,7 +34,12 @@ _f32, _i32 = jnp.float32, jnp.int32
 
 
 def score_blocks(
-    queries: Float32[Array, "B T H C"], keys: Float32[Array, "B Sb K C"], *, scale: float, causal: bool
+    queries: Float32[Array, "B T H C"],
+    keys: Float32[Array, "B Sb K C"],
+    *,
+    scale: float,
+    causal: bool,
+    row_offset: Int[Array, ""],
 ) -> Float32[Array, "B H T Sb"]:
     """See the function of this name in api.py."""
     require_hopper()
@@ -42,28 +47,30 @@ def score_blocks(
         raise Unsupported(f"takes vectors of 64 and 128 numbers; got {queries.shape[3]}.")
     if queries.shape[1] < TILE:  # a decoder's few queries are not worth splitting all its keys for
         raise Unsupported(f"takes {TILE} queries or more; got {queries.shape[1]}.")
-    return _differentiable(scale, causal, interpreter(), queries, keys)
+    return _differentiable(scale, causal, interpreter(), queries, keys, row_offset)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(scale, causal, interpret, queries, keys):
-    return _score(scale, causal, interpret, queries, keys)
+def _differentiable(scale, causal, interpret, queries, keys, row_offset):
+    return _score(scale, causal, interpret, queries, keys, row_offset)
 
 
-def _forward_rule(scale, causal, interpret, queries, keys):
-    return _score(scale, causal, interpret, queries, keys), (queries, keys)
+def _forward_rule(scale, causal, interpret, queries, keys, row_offset):
+    return _score(scale, causal, interpret, queries, keys, row_offset), (queries, keys, row_offset)
 
 
 def _backward_rule(scale, causal, interpret, residuals, cotangent):
     del interpret
-    (batch, rows, heads, dim), (_, blocks, kv_heads, _) = residuals[0].shape, residuals[1].shape
-    queries, keys = (x.transpose(0, 2, 1, 3) for x in residuals)
+    *vectors, row_offset = residuals
+    (batch, rows, heads, dim), (_, blocks, kv_heads, _) = (x.shape for x in vectors)
+    queries, keys = (x.transpose(0, 2, 1, 3) for x in vectors)
     if causal:
-        cotangent = jnp.where(jnp.tril(jnp.ones((1, 1, rows, blocks), bool)), cotangent, 0)
+        needed = jnp.arange(blocks)[None] <= row_offset + jnp.arange(rows)[:, None]
+        cotangent = jnp.where(needed[None, None], cotangent, 0)
     grouped = (scale * cotangent).reshape(batch, kv_heads, -1, blocks)
     d_queries = precise_einsum("bkmj,bkjc->bkmc", grouped, keys).reshape(batch, heads, rows, dim)
     d_keys = precise_einsum("bkmj,bkmc->bkjc", grouped, queries.reshape(batch, kv_heads, -1, dim))
-    return d_queries.transpose(0, 2, 1, 3), d_keys.transpose(0, 2, 1, 3)
+    return d_queries.transpose(0, 2, 1, 3), d_keys.transpose(0, 2, 1, 3), None
 
 
 _differentiable.defvjp(_forward_rule, _backward_rule)
@@ -97,10 +104,13 @@ class _Call:
         row = (self.row_tiles - 1 - tile) * TILE
         return lax.div(rest, _i32(self.heads)), lax.rem(rest, _i32(self.heads)), row
 
-    def tiles(self, row: Array) -> Array:
+    def tiles(self, row: Array, row_offset_ref: Any) -> Array:
         """How many tiles of key blocks the queries from `row` on need."""
         every = _i32(-(-self.blocks // TILE))
-        return jnp.minimum(lax.div(row, _i32(TILE)) + 1, every) if self.causal else every
+        if not self.causal:
+            return every
+        last_needed = row_offset_ref[0] + row + (TILE - 1)
+        return jnp.minimum(lax.div(last_needed, _i32(TILE)) + 1, every)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -110,6 +120,7 @@ def _score(
     interpret: Any,
     queries: Float32[Array, "B T H C"],
     keys: Float32[Array, "B Sb K C"],
+    row_offset: Int[Array, ""],
 ) -> Float32[Array, "B H T Sb"]:
     (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
     call = _Call(rows, heads, blocks, kv_heads, dim, causal, interpret is not None)
@@ -128,7 +139,7 @@ def _score(
         ],
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         interpret=interpret,
-    )(queries_parts, keys_parts, factor)
+    )(queries_parts, keys_parts, factor, row_offset.astype(_i32)[None])
     return scores[:, :, :rows, :blocks]
 
 
@@ -147,12 +158,21 @@ def _power_of_two(exponent: Int32[Array, "B heads"]) -> Float32[Array, "B heads"
 
 
 def _kernel(
-    call: _Call, queries_ref, keys_ref, factor_ref, scores_ref, query_tile, key_tiles, queries_ready, keys_ready
+    call: _Call,
+    queries_ref,
+    keys_ref,
+    factor_ref,
+    row_offset_ref,
+    scores_ref,
+    query_tile,
+    key_tiles,
+    queries_ready,
+    keys_ready,
 ) -> None:
-    """queries [2, B, T, H, C], keys [2, B, Sb, K, C] in parts and factor [B, H] to scores [B, H, T, Sb]."""
+    """queries [2, B, T, H, C], keys [2, B, Sb, K, C] in parts, factor [B, H] and row offset [1] to scores [B, H, T, Sb]."""
     sequence, head, row = call.place(lax.axis_index("cta"))
     kv_head = lax.div(head, _i32(call.heads // call.kv_heads))
-    tiles = call.tiles(row)
+    tiles = call.tiles(row, row_offset_ref)
 
     def load_keys(tile: Array) -> None:
         @pl.when(tile < tiles)

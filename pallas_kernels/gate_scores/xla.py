@@ -3,17 +3,22 @@
 import functools
 
 import jax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int
 
 from pallas_kernels.precision import precise_einsum
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "causal"))
 def score_blocks(
-    queries: Float32[Array, "B T H C"], keys: Float32[Array, "B Sb K C"], *, scale: float, causal: bool
+    queries: Float32[Array, "B T H C"],
+    keys: Float32[Array, "B Sb K C"],
+    *,
+    scale: float,
+    causal: bool,
+    row_offset: Int[Array, ""],
 ) -> Float32[Array, "B H T Sb"]:
-    """See the function of this name in api.py. What `causal` allows to be left out is there as well."""
-    del causal
+    """See the function of this name in api.py. Computes the entries that `causal` allows to leave out as well."""
+    del causal, row_offset
     (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
     if rows == 1:
         # A sum of products reads the keys where they are, whatever they are a part of; a matrix product may copy them all.

@@ -24,9 +24,11 @@ def scores_by_hand(queries: Any, keys: Any, scale: float) -> tuple[np.ndarray, n
     return scale * scores, abs(scale) * bounds
 
 
-def assert_accurate(got: jax.Array, queries: Any, keys: Any, *, causal: bool, scale: float | None = None) -> None:
+def assert_accurate(
+    got: jax.Array, queries: Any, keys: Any, *, causal: bool, scale: float | None = None, row_offset: int = 0
+) -> None:
     truth, bounds = scores_by_hand(queries, keys, queries.shape[-1] ** -0.5 if scale is None else scale)
-    needed = np.tril(np.ones(truth.shape, bool)) | (not causal)
+    needed = np.tril(np.ones(truth.shape, bool), k=int(row_offset)) | (not causal)
     assert got.dtype == jnp.float32 and got.shape == truth.shape
     assert (np.abs(array(got) - truth)[needed] <= 1e-6 * bounds[needed]).all()
 
@@ -44,6 +46,18 @@ class Definition:
         arguments = case.arguments(KEY)
         assert_accurate(self.run(**arguments), **arguments)
 
+    def test_chunks_of_rows(self):
+        """Scanned over, so that the offset is traced; it is no multiple of a tile."""
+        arguments = Case("chunks", 2, 1, 64, 140, 140).arguments(KEY)
+        queries, keys = arguments["queries"], arguments["keys"]
+
+        def chunk(i: jax.Array) -> jax.Array:
+            rows = jax.lax.dynamic_slice_in_dim(queries, 70 * i, 70, axis=1)
+            return score_blocks(rows, keys, causal=True, row_offset=70 * i, implementation=self.implementation)
+
+        got = jax.jit(lambda: jax.lax.map(chunk, jnp.arange(2)))()
+        assert_accurate(jnp.concatenate(list(got), axis=2), queries, keys, causal=True)
+
     def test_heads_of_any_size(self):
         """Each head has its own; one is zero throughout."""
         arguments = Case("heads", 4, 2, 64, 70, 70).arguments(KEY)
@@ -55,13 +69,14 @@ class Definition:
 class Conformance(Definition):
     """What a backend must do besides: give the definition's gradients, and map."""
 
-    def test_gradients(self):
-        arguments = Case("gradients", 4, 2, 64, 70, 70).arguments(KEY)
+    @pytest.mark.parametrize("offset", [0, 25])
+    def test_gradients(self, offset: int):
+        arguments = Case("gradients", 4, 2, 64, 70, 100).arguments(KEY)
 
         def loss(implementation: Implementation):
             def square(queries: jax.Array, keys: jax.Array) -> jax.Array:
-                scores = score_blocks(queries, keys, causal=True, implementation=implementation)
-                return (jnp.where(jnp.tril(jnp.ones((1, 1, 70, 70), bool)), scores, 0) ** 2).sum()
+                scores = score_blocks(queries, keys, causal=True, row_offset=offset, implementation=implementation)
+                return (jnp.where(jnp.tril(jnp.ones((1, 1, 70, 100), bool), k=offset), scores, 0) ** 2).sum()
 
             return jax.jit(jax.grad(square, argnums=(0, 1)))
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import score_blocks
-from pallas_kernels.gate_scores.cases import REAL, Case
 from pallas_kernels.devices import assume_hopper
+from pallas_kernels.gate_scores.cases import REAL, Case
 from tests.pallas_kernels import suite_gate_scores as suite
 from tests.pallas_kernels.comparison import assert_lowers_for_cuda
 
@@ -79,6 +79,9 @@ def test_mosaic_gpu_needs_a_hopper_gpu():
         ({"keys": jnp.ones((1, 4, 2, 16))}, r"must agree in B and C"),
         ({"keys": jnp.ones((1, 4, 3, 8))}, r"H be a multiple of K; got \(1, 4, 4, 8\) and \(1, 4, 3, 8\)"),
         ({"keys": jnp.ones((1, 0, 2, 8))}, r"no axis may be empty; got .* \(1, 0, 2, 8\)"),
+        ({"row_offset": -1}, r"row_offset must be at least 0; got -1"),
+        ({"row_offset": jnp.zeros(1, int)}, r"row_offset must have shape \[\] = \(\); got \(1,\)"),
+        ({"row_offset": jnp.zeros(())}, r"row_offset must hold integers; got float32"),
         ({"scale": float("inf")}, r"scale must be a finite number; got inf"),
     ],
 )
