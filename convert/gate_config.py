@@ -8,8 +8,7 @@ import numpy as np
 
 from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.selection.policies import Policy
-from seer_jax.selection.rules import RankingPolicy
-from seer_jax.selection.rules import Threshold, TokenBudget, TopK
+from seer_jax.selection.rules import RankingPolicy, Threshold, TokenBudget, TopK
 
 PREFIX = "seerattn_"
 _POOLS = "(max)?(min)?(avg)?"

@@ -18,8 +18,7 @@ from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
 from seer_jax.selection.notation import write_policy
 from seer_jax.selection.policies import Policy
-from seer_jax.selection.rules import RankingPolicy
-from seer_jax.selection.rules import TopK
+from seer_jax.selection.rules import RankingPolicy, TopK
 
 
 @dataclasses.dataclass(frozen=True)
