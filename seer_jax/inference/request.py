@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +76,7 @@ class Request:
         """
         return cls(**settings).for_model(model)  # pyright: ignore[reportCallIssue]
 
-    def for_model(self, model: "Transformer") -> Self:
+    def for_model(self, model: "Transformer") -> "Request":
         """See `of`."""
         prefill, decode = (
             policy or (None if gate is None else gate.recommended) or Dense()

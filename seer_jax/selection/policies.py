@@ -6,7 +6,7 @@ change numbers (a threshold) are leaves; values that change shapes (a density, a
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class Policy(abc.ABC):
                 "Lower it, or use Dense()."
             )
 
-    def stacked(self, num_layers: int, heads: int) -> Self:
+    def stacked(self, num_layers: int, heads: int) -> "Policy":
         """The policy with every array that its fields hold as `[L, heads]` or `[L, 1]`; scalars stay.
 
         Args:
@@ -98,7 +98,7 @@ class Policy(abc.ABC):
                 changes[name] = _by_layer(f"{type(self).__name__}.{name}", value, num_layers, heads)
         return dataclasses.replace(self, **changes) if changes else self
 
-    def of_layer(self, layer: jax.Array) -> Self:
+    def of_layer(self, layer: jax.Array) -> "Policy":
         """The policy of one layer out of a stacked one."""
         changes = {name: getattr(self, name)[layer] for name in self.per_head if jnp.ndim(getattr(self, name))}
         return dataclasses.replace(self, **changes) if changes else self
@@ -161,7 +161,7 @@ class Given(Policy):
     def blocks(self, context: Context) -> BlockIndices:
         return context.of_mask(self.mask)
 
-    def stacked(self, num_layers: int, heads: int) -> Self:
+    def stacked(self, num_layers: int, heads: int) -> "Policy":
         if jnp.ndim(self.mask) not in (4, 5) or self.mask.shape[0] != num_layers or self.mask.dtype != jnp.bool_:
             raise ValueError(
                 f"Given.mask must be bool [L, B, Hs, Tb, Sb] (prefill) or [L, B, K, Sb] (decode) with L = {num_layers}; "
@@ -169,5 +169,5 @@ class Given(Policy):
             )
         return self
 
-    def of_layer(self, layer: jax.Array) -> Self:
+    def of_layer(self, layer: jax.Array) -> "Policy":
         return dataclasses.replace(self, mask=self.mask[layer])
