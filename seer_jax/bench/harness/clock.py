@@ -1,32 +1,22 @@
-"""Measurements: how time is taken, what one is written as, and the file that holds them.
+"""The clock: how long compiled functions take, and how fast the memory of the device is."""
 
-An operation's folder has a `bench.py` of its own where it is measured: it checks the results first and times them then.
-"""
-
-import dataclasses
-import datetime
 import functools
-import importlib
-import importlib.metadata
-import json
 import math
-import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
-WARM_UP = 0.2  # seconds: an idle GPU takes a while to reach its clock
+from seer_jax.bench.harness.memory import default_device
+from seer_jax.inference.memory import GIB
+
+WARM_UP = 0.2  # seconds: an idle GPU takes a while to reach its clock rate
 LONG = 1.0  # seconds: a call that takes longer is not repeated as often
 QUEUED_BYTES = 2**32  # of results that wait in memory at once
-GIB = 2**30
-MEMORY_SHARE = 0.9  # of the device's memory; the rest is for what programs need besides
-PROGRAM_SECONDS = 4e-3  # of a program that holds many calls: against this the host's dispatch is nothing
+PROGRAM_SECONDS = 4e-3  # of a program that holds many calls: beside this the host's dispatch is negligible
 LAUNCH_SECONDS = 5e-6  # about what a short call takes besides reading
 FEWEST_CALLS = 4  # in the body of a loop, whose result may be copied once
 BEYOND_CACHE = 2e8  # bytes, four times the L2 cache of an H200: after so many, nothing of them is left in it
@@ -50,36 +40,20 @@ class Timing(NamedTuple):
     calls: int
 
     def divided(self, calls: int) -> "Timing":
-        """Of one call, where what was timed holds so many."""
+        """The timing of one call, where what was timed holds several."""
         return Timing(self.milliseconds / calls, self.spread, self.calls * calls)
 
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """One line of a report.
-
-    Attributes:
-      table: which table it is a line of.
-      case: what was run, by name.
-      settings: what was run, by numbers.
-      results: what came out, by the name of the quantity; None where it does not apply.
-      note: why something does not apply.
-      failure: why the results are wrong; None where they are right.
-    """
-
-    table: str
-    case: str
-    settings: Mapping[str, Any]
-    results: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
-    note: str | None = None
-    failure: str | None = None
+    @property
+    def results(self) -> dict[str, float | None]:
+        """As a measurement holds them."""
+        return {"milliseconds": self.milliseconds, "spread": self.spread}
 
 
 def time_calls(function: Callable[..., Any], *arguments: Any, seconds: float = 0.08, repetitions: int = 5) -> Timing:
     """Times calls of a compiled function by the clock of the host, around as many queued calls as fill `seconds`.
 
     Args:
-      function: returns arrays, and the same work is done by each call. Compiling and warming up is not counted.
+      function: returns arrays, and does the same work in each call. Compiling and warming up are not counted.
       arguments: of the calls.
       seconds: that a repetition takes at least.
       repetitions: at least 3; 3 where a single call takes longer than a second.
@@ -95,6 +69,25 @@ def time_calls(function: Callable[..., Any], *arguments: Any, seconds: float = 0
         times = [_run(function, arguments, calls) / calls for _ in range(repetitions)]
     middle = statistics.median(times)
     return Timing(1e3 * middle, (max(times) - min(times)) / middle, calls)
+
+
+def time_carried(function: Callable[..., tuple[Any, Any]], carried: Any, *arguments: Any) -> tuple[Timing, Any]:
+    """Times calls of function(carried, *arguments) -> (carried, outputs); each call takes what the one before it carried on.
+
+    Args:
+      function: compiled; it may take the memory of `carried` for its results.
+
+    Returns:
+      (timing, outputs of the last call).
+    """
+    latest = [carried, None]
+    del carried
+
+    def run() -> Any:
+        latest[:] = function(latest[0], *arguments)
+        return latest[1]
+
+    return time_calls(run), latest[1]
 
 
 def time_chain(
@@ -113,7 +106,7 @@ def time_chain(
       seconds: about what a call takes.
     """
     numbers = list(range(len(operands)))
-    if jax.default_backend() != "cpu":
+    if not _on_cpu():
         numbers *= -(-FEWEST_CALLS // len(operands))
     rounds = rounds_of(len(numbers), seconds)
 
@@ -131,10 +124,8 @@ def time_chain(
 
 
 def rounds_of(calls: int, seconds: float) -> int:
-    """How often a program repeats so many calls of about `seconds` each to take a few milliseconds."""
-    if jax.default_backend() == "cpu":
-        return 1
-    return max(1, math.ceil(PROGRAM_SECONDS / (calls * (seconds + LAUNCH_SECONDS))))
+    """How often a program repeats that many calls of about `seconds` each to take a few milliseconds."""
+    return 1 if _on_cpu() else max(1, math.ceil(PROGRAM_SECONDS / (calls * (seconds + LAUNCH_SECONDS))))
 
 
 def layers_beyond_cache(read: float, size: float) -> int:
@@ -144,24 +135,40 @@ def layers_beyond_cache(read: float, size: float) -> int:
       read: bytes that a layer reads.
       size: bytes of its cache.
     """
-    wanted = 2 if jax.default_backend() == "cpu" else math.ceil(BEYOND_CACHE / read)
+    wanted = 2 if _on_cpu() else math.ceil(BEYOND_CACHE / read)
     return max(1, min(wanted, MOST_LAYERS, int(MOST_BYTES // size)))
 
 
+def read_seconds(read: float) -> float:
+    """Time in which the memory of the device moves that many bytes."""
+    return read / memory_rate(default_device())
+
+
+def floor_results(milliseconds: float, read: float) -> dict[str, float | None]:
+    """A time beside the time in which the memory of the device moves as many bytes as must be read."""
+    floor = read_seconds(read) * 1e3
+    return {
+        "floor_milliseconds": floor,
+        "times_floor": milliseconds / floor,
+        "read_gib": read / GIB,
+        "memory_terabytes": memory_rate(default_device()) / 1e12,
+    }
+
+
 @functools.cache
-def memory_rate() -> float:
+def memory_rate(device: jax.Device) -> float:
     """Bytes per second of the device's memory: of a large sum or of a large copy (bytes read and bytes written), whichever has more."""
-    size = MOVED_BYTES if jax.default_backend() != "cpu" else MOVED_BYTES // 2**7
+    size = MOVED_BYTES if device.platform != "cpu" else MOVED_BYTES // 2**7
 
     @jax.jit
-    def sums(x: jax.Array) -> jax.Array:  # each of other numbers, since a sum that is known need not be read
+    def sums(x: jax.Array) -> jax.Array:  # each of other elements, since a sum that is known need not be read
         return jax.lax.fori_loop(0, MOVES, lambda i, total: total + (x ^ i).sum(), jnp.int32(0))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def copies(x: jax.Array) -> jax.Array:  # plus 1, since a plain copy could be left out
         return jax.lax.fori_loop(0, MOVES, lambda _, x: x + 1, x)
 
-    latest = [jnp.zeros(size // 4, jnp.int32)]
+    latest = [jnp.zeros(size // 4, jnp.int32, device=device)]
 
     def copy() -> jax.Array:
         latest[:] = [copies(*latest)]
@@ -171,38 +178,16 @@ def memory_rate() -> float:
     return size * MOVES * max(1 / reading, 2 / copying) * 1e3
 
 
-def floor_results(milliseconds: float, read: float) -> dict[str, float | None]:
-    """What a time is worth beside the time in which the device's memory moves as many bytes as must be read."""
-    floor = read / memory_rate() * 1e3
-    return {
-        "floor_milliseconds": floor,
-        "times_floor": milliseconds / floor,
-        "read_gib": read / GIB,
-        "memory_terabytes": memory_rate() / 1e12,
-    }
-
-
-def memory_limit() -> int | None:
-    """Bytes that JAX may use on the device, where it tells."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def too_large(needed: float) -> str | None:
-    """Why arrays of so many bytes are not tried here; None where they fit."""
-    limit = memory_limit()
-    if limit is None or needed <= MEMORY_SHARE * limit:
-        return None
-    return (
-        f"needs {needed / GIB:.1f} GiB; {MEMORY_SHARE:.0%} of the {limit / GIB:.1f} GiB that JAX may use here are "
-        f"{MEMORY_SHARE * limit / GIB:.1f} (XLA_PYTHON_CLIENT_MEM_FRACTION sets them)"
-    )
+def _on_cpu() -> bool:
+    """Whether arrays that are drawn now lie on a CPU."""
+    return default_device().platform == "cpu"
 
 
 def _run(function: Callable[..., Any], arguments: Sequence[Any], calls: int) -> float:
     """Seconds that so many calls take, one after the other."""
     queue, start = 1, time.perf_counter()
     results = function(*arguments)
-    if jax.default_backend() != "cpu":  # which would run queued calls side by side
+    if not _on_cpu():  # which would run queued calls side by side
         queue = max(1, QUEUED_BYTES // max(1, sum(x.nbytes for x in jax.tree.leaves(results))))
     for number in range(1, calls):
         if number % queue == 0:
@@ -210,65 +195,3 @@ def _run(function: Callable[..., Any], arguments: Sequence[Any], calls: int) -> 
         results = function(*arguments)
     jax.block_until_ready(results)
     return time.perf_counter() - start
-
-
-def variants(package: str, implementation: str | None) -> dict[str, Any]:
-    """The configurations by name that a backend offers as `CONFIGS`; none where it has no such choice."""
-    if implementation is None:
-        return {}
-    return dict(getattr(importlib.import_module(f"{package}.{implementation}"), "CONFIGS", {}))
-
-
-def guarded(
-    measure: Callable[[], Measurement], blank: Measurement, *, required: bool = False, must_fit: bool = True
-) -> Measurement:
-    """What `measure` returns; where it cannot be had, `blank` with the reason.
-
-    What the device fails at is a failure, for want of memory only if it `must_fit`, else a note. What is not implemented is
-    a failure if it is `required`, else a note.
-    """
-    try:
-        return measure()
-    except NotImplementedError as error:
-        return dataclasses.replace(blank, **{"failure" if required else "note": first_line(error)})
-    except jax.errors.JaxRuntimeError as error:
-        small = "RESOURCE_EXHAUSTED" in str(error) and not must_fit
-        return dataclasses.replace(blank, **{"note" if small else "failure": first_line(error)})
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in its first line."""
-    return str(error).partition("\n")[0]
-
-
-@functools.cache
-def hardware() -> dict[str, Any]:
-    """What the measurements were taken on: devices and versions."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.device_count(),
-        "versions": versions,
-    }
-
-
-def write_report(path: Path, measurements: Sequence[Measurement], *, command: Sequence[str]) -> None:
-    """JSON: hardware, versions, date and command line, then `measurements`, one object each."""
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    report = {**hardware(), "date": date, "command": " ".join(command)}
-    report["measurements"] = [_without_nan(dataclasses.asdict(m)) for m in measurements]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, allow_nan=False, default=str) + "\n")
-
-
-def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN and no infinity: None in their place."""
-    results = {k: v if v is None or math.isfinite(v) else None for k, v in line["results"].items()}
-    return line | {"results": results}

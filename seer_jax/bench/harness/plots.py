@@ -1,13 +1,49 @@
-"""Pictures of measurements."""
+"""Measurements as plots."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from pallas_kernels.bench import Measurement, hardware
-from seer_jax.bench.table import beside_each_other
+from seer_jax.bench.harness.measurement import Measurement, hardware
 
 STYLES = ("-", "--", ":", "-.")
-PANELS = {"decode kernel": "attention kernel", "decode layer": "one layer's attention", "decode model": "whole model"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A diagram of one table: a result against a setting or another result, with a curve for each colour and line style.
+
+    Attributes:
+      title: above it.
+      table: name of the table.
+      x, y: names of a setting or result.
+      x_label, y_label: of the axes.
+      colour, style: what measurements of one curve have in common, as the legend names it.
+      ticks: name of the setting that has the ticks of the x axis.
+      tick: how a tick is written.
+      ideal: whether to draw 1 / x.
+      shown: which of the table's measurements are drawn.
+    """
+
+    title: str
+    table: str
+    colour: Callable[[Measurement], str]
+    style: Callable[[Measurement], str]
+    x: str = "length"
+    y: str = "speedup"
+    x_label: str = "tokens"
+    y_label: str = "times faster than dense attention"
+    ticks: str = "length"
+    tick: str = "d"
+    ideal: bool = False
+    shown: Callable[[Measurement], bool] = lambda m: True
+
+    def lines(self, measurements: Sequence[Measurement]) -> list[Measurement]:
+        """The measurements that the panel draws."""
+        return [
+            m for m in measurements if m.table == self.table and m.results.get(self.y) is not None and self.shown(m)
+        ]
 
 
 def check_matplotlib() -> None:
@@ -15,119 +51,57 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'seer-jax[plot]'.") from error
+        raise ImportError("Plots need matplotlib: pip install 'seer-jax[plot]'.") from error
 
 
-def plot_prefill(path: Path, measurements: Sequence[Measurement]) -> Path:
-    """Writes a PNG: how many times faster than dense attention the kernel is, over the density and over the length.
+def plot_panels(path: Path, panels: Sequence[Panel], measurements: Sequence[Measurement]) -> Path:
+    """Writes a PNG of the panels that have measurements.
 
     Raises:
-      ValueError: no measurement has a dense time beside it.
+      ValueError: none has.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [m for m in measurements if m.table == "attention" and m.results.get("speedup") is not None]
-    if not lines:
+    drawn = [(panel, lines) for panel in panels if (lines := panel.lines(measurements))]
+    if not drawn:
         raise ValueError(
-            "The picture compares with dense attention, which no measurement has beside it; got none to draw."
+            "A plot must have measurements with a dense time beside them; got none to draw. Measure the parts that it shows."
         )
-    figure = Figure(figsize=(13, 5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(1 + 5.5 * len(drawn), 5), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    densities = sorted({m.settings["density"] for m in lines})
-    lengths = sorted({m.settings["num_queries"] for m in lines})
-    kinds = list(dict.fromkeys(_kind(m) for m in lines))
-    kept = sorted(float(m.results["density"] or 1) for m in lines)
-    left.plot(kept, [1 / d for d in kept], color="0.5", linewidth=1, label="ideal, 1 / share")
-    for (length, kind), group in _grouped(lines, lambda m: (m.settings["num_queries"], _kind(m))).items():
-        style = dict(color=f"C{lengths.index(length)}", linestyle=STYLES[kinds.index(kind) % len(STYLES)])
-        left.plot(*_points(group, "density"), marker=".", label=f"{length} tokens, {kind}", **style)
-    for (density, kind), group in _grouped(lines, lambda m: (m.settings["density"], _kind(m))).items():
-        style = dict(color=f"C{densities.index(density)}", linestyle=STYLES[kinds.index(kind) % len(STYLES)])
-        right.plot(*_points(group, "num_queries"), marker=".", label=f"{density:.0%}, {kind}", **style)
-    left.set_xscale("log")
-    left.set_xticks(densities, [f"{d:.0%}" for d in densities], minor=False)
-    left.set_xlabel("share of the causal map's blocks")
-    left.set_ylabel("times faster than dense attention")
-    left.set_yscale("log", base=2)
-    left.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    right.set_xscale("log", base=2)
-    right.set_xticks(lengths, [str(n) for n in lengths], minor=False)
-    right.set_xlabel("tokens")
-    for axis in (left, right):
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
+    # The same colour for the same thing in every panel.
+    colours = list(dict.fromkeys(panel.colour(m) for panel, lines in drawn for m in lines))
+    for axis, (panel, lines) in zip(axes, drawn, strict=True):
+        _draw(axis, panel, lines, colours)
     figure.suptitle(hardware()["device"])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
-def plot_decode(path: Path, measurements: Sequence[Measurement]) -> Path:
-    """Writes a PNG: how many times faster than dense kernel, layer and model are, over the length, a panel for each.
-
-    Raises:
-      ValueError: no measurement has a dense time beside it.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = [m for m in beside_each_other(measurements) if m.table in PANELS and m.results.get("speedup") is not None]
-    lines = [m for m in lines if m.settings["density"] is not None]
-    if not lines:
-        raise ValueError(
-            "The picture compares with dense attention, which no measurement has beside it; got none to draw."
-        )
-    tables = [name for name in PANELS if any(m.table == name for m in lines)]
-    figure = Figure(figsize=(1 + 4.5 * len(tables), 4.5), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(tables), squeeze=False)[0]
-    lengths = sorted({m.settings["length"] for m in lines})
-    batches = sorted({m.settings["batch"] for m in lines})
-    for axis, table in zip(axes, tables, strict=True):
-        panel = [m for m in lines if m.table == table]
-        rules = list(dict.fromkeys(_rule(m) for m in panel))
-        for (batch, rule), group in _grouped(panel, lambda m: (m.settings["batch"], _rule(m))).items():
-            style = dict(color=f"C{batches.index(batch)}", linestyle=STYLES[rules.index(rule) % len(STYLES)])
-            axis.plot(*_points(group, "length"), marker=".", label=f"batch {batch}, {rule}", **style)
-        axis.axhline(1, color="0.5", linewidth=1)
-        axis.set_title(PANELS[table])
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)
-        axis.set_xlabel("tokens")
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel("times faster than dense")
-    figure.suptitle(hardware()["device"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
-
-
-def _rule(m: Measurement) -> str:
-    """How blocks are chosen, the same at every length."""
-    rule = m.settings.get("rule") or "top"
-    return f"{rule.split()[0]} {m.settings['density']:.0%}"
-
-
-def _kind(m: Measurement) -> str:
-    s = m.settings
-    lists = "own lists" if s["lists"] == s["heads"] else "shared lists"
-    return f"{s['block_size']}x{s['block_size']}, {lists}" + (f", {s['config']}" if s["config"] else "")
-
-
-def _grouped(lines: Sequence[Measurement], key: Callable[[Measurement], tuple]) -> dict[tuple, list[Measurement]]:
-    groups: dict[tuple, list[Measurement]] = {}
+def _draw(axis: Any, panel: Panel, lines: Sequence[Measurement], colours: list[str]) -> None:
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for m in lines:
-        groups.setdefault(key(m), []).append(m)
-    return groups
-
-
-def _points(group: Sequence[Measurement], name: str) -> tuple[list[float], list[float]]:
-    """Abscissas, sorted, and speed-ups."""
-    pairs = sorted(({**m.settings, **m.results}[name], m.results["speedup"] or 0.0) for m in group)
-    return [x for x, _ in pairs], [y for _, y in pairs]
+        values = {**m.settings, **m.results}
+        curves.setdefault((panel.colour(m), panel.style(m)), []).append((values[panel.x], values[panel.y]))
+    styles = list(dict.fromkeys(style for _, style in curves))
+    if panel.ideal:
+        kept = sorted(x for points in curves.values() for x, _ in points)
+        axis.plot(kept, [1 / x for x in kept], color="0.5", linewidth=1, label="ideal, 1 / share")
+    axis.axhline(1, color="0.5", linewidth=1)
+    for (colour, style), points in curves.items():
+        look = dict(color=f"C{colours.index(colour)}", linestyle=STYLES[styles.index(style) % len(STYLES)])
+        axis.plot(*zip(*sorted(points), strict=True), marker=".", label=f"{colour}, {style}", **look)
+    ticks = sorted({m.settings[panel.ticks] for m in lines})
+    axis.set_title(panel.title)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [format(x, panel.tick) for x in ticks], minor=False)
+    axis.set_xlabel(panel.x_label)
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axis.set_ylabel(panel.y_label)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
