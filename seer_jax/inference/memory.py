@@ -55,9 +55,9 @@ class MemoryPlan:
         if self.missing:
             parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in self._parts() if size is not None)
             raise MemoryError(
-                f"A generation fits its device's memory: expected at most {(self.available or 0) / GIB:.3f} GiB, what is not in "
-                f"use otherwise; got {self.total / GIB:.3f} GiB ({parts}). Take fewer rows at a time, shorter prompts, fewer "
-                "new tokens or a smaller cache_capacity, or free what else is on the device."
+                f"The generation must fit in device memory: needs {self.total / GIB:.3f} GiB ({parts}), "
+                f"{(self.available or 0) / GIB:.3f} GiB available. Take fewer rows at a time, shorter prompts, fewer new tokens or a "
+                "smaller cache_capacity, or free other arrays on the device."
             )
 
     def __str__(self) -> str:
