@@ -1,23 +1,18 @@
 """Hugging Face checkpoints and gate checkpoints, in and out, without torch."""
 
 from seer_jax.convert.base import load_base, save_base
-from seer_jax.commands.convert import ConvertConfig, VerifyConfig, convert, verify
 from seer_jax.convert.gates import GateFormat, load_gates, recommended_policy, save_gates
 from seer_jax.convert.logits import Bounds, LogitsReport, compare_logits, verify_logits
 
 __all__ = [
     "Bounds",
-    "ConvertConfig",
     "GateFormat",
     "LogitsReport",
-    "VerifyConfig",
     "compare_logits",
-    "convert",
     "load_base",
     "load_gates",
     "recommended_policy",
     "save_base",
     "save_gates",
-    "verify",
     "verify_logits",
 ]

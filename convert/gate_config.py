@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
-from seer_jax.selection.policies import Policy, RankingPolicy
-from seer_jax.selection.rules import Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import Gate
+from seer_jax.selection.policies import Policy
+from seer_jax.selection.rules import RankingPolicy, Threshold, TokenBudget, TopK
 
 PREFIX = "seerattn_"
 _POOLS = "(max)?(min)?(avg)?"
@@ -142,7 +141,7 @@ def policy_to_hf(policy: Policy, config: GateConfig) -> dict[str, Any]:
     Raises:
       ValueError: the release's keys can't express it.
     """
-    if not isinstance(policy, RankingPolicy) or not isinstance(policy.scorer, Gate):
+    if not isinstance(policy, RankingPolicy) or not isinstance(policy.scorer, LearnedGate):
         raise ValueError(
             f"A gate can recommend Threshold, TopK or TokenBudget, ranked by the gate itself; got {policy!r}."
         )

@@ -14,18 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seer_jax.gates.configs import GateConfig, PrefillGateConfig
-from seer_jax.models.config import DType, ModelConfig
 from seer_jax.convert.base import write_safetensors
+from seer_jax.convert.formats.sources import ArraySource, SafetensorsSource
+from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
 from seer_jax.convert.gate_config import PREFIX, gate_config_from_hf, gate_config_to_hf, policy_from_hf, policy_to_hf
 from seer_jax.convert.hf_config import config_to_hf
-from seer_jax.models.hub import read_config, resolve, write_config
 from seer_jax.convert.rules import DECODE_GATE_RULES, PREFILL_GATE_RULES, Rule
-from seer_jax.convert.formats.sources import ArraySource, SafetensorsSource
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
-from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
+from seer_jax.gates.configs import GateConfig, PrefillGateConfig
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.make import make_gate
+from seer_jax.gates.prefill import PrefillGate
+from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.families import config_from_hf
-from seer_jax.gates.gate import DecodeGate, PrefillGate, make_gate
+from seer_jax.models.hub import read_config, resolve, write_config
 from seer_jax.models.layers import GateParam
 from seer_jax.selection.policies import Policy
 

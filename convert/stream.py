@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from pallas_kernels.precision import rounded
-from seer_jax.convert.rules import Rule, Slot, expected_slots
 from seer_jax.convert.formats.sources import TensorSource
+from seer_jax.convert.rules import Rule, Slot, expected_slots
 
 CHUNK_BYTES = 16 * 2**20
 FLOAT_DTYPES = ("BF16", "F16", "F32")

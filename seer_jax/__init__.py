@@ -1,20 +1,29 @@
 """Learned block-sparse attention for long-context language models, in JAX."""
 
+import pathlib
+
 from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
-from seer_jax.models.config import DType, ModelConfig, RopeConfig, RopeKind
-from seer_jax.gates.gate import DecodeGate, PrefillGate
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.prefill import PrefillGate
 from seer_jax.inference.generate import Generated, generate, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
-from seer_jax.models.decoder import Transformer
-from seer_jax.selection.policies import Dense, Given, Policy
-from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import Gate, Oracle, Random, Scorer, SinkWindow
-from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.inference.prompts import pad_prompts
+from seer_jax.inference.request import Request
 from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.inference.text import Tokenizer
+from seer_jax.models.config import DType, ModelConfig, RopeConfig, RopeKind
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.selection.policies import Dense, Given, Policy
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import LearnedGate, Oracle, Random, Scorer, SinkWindow
 
 __version__ = "0.1.0"
+
+# In a checkout, train/ and convert/ lie beside this folder: found there, two checkouts never mix, whichever one is installed.
+_CHECKOUT = pathlib.Path(__file__).parents[1]
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "train" / "__init__.py").is_file():
+    __path__.append(str(_CHECKOUT))
 
 __all__ = [
     "CumulativeMass",
@@ -22,10 +31,10 @@ __all__ = [
     "DecodeGate",
     "DecodeGateConfig",
     "Dense",
-    "Gate",
     "Generated",
     "Given",
     "Greedy",
+    "LearnedGate",
     "MemoryPlan",
     "ModelConfig",
     "Oracle",
@@ -35,6 +44,7 @@ __all__ = [
     "PrefillGateConfig",
     "QueryReduction",
     "Random",
+    "Request",
     "RopeConfig",
     "RopeKind",
     "Sample",

@@ -10,8 +10,8 @@ from seer_jax.train.config import (
     to_dict,
 )
 from seer_jax.train.data.batches import DataConfig, load_dataset
-from seer_jax.train.loop.loop import TrainResult
 from seer_jax.train.data.packing import PackedDataset, Packing, pack
+from seer_jax.train.loop.loop import TrainResult
 from seer_jax.train.loop.progress import ConsoleProgress, StepReport
 from seer_jax.train.runs import distill, finetune
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import attention_with_block_scores, pool_blocks
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import RopeConfig
-from seer_jax.gates.gate import DecodeGate, PrefillGate
 from seer_jax.models.decoder import LayerContext, Transformer
 from seer_jax.models.rope import apply_rope
 from seer_jax.train.data.batches import Batch
@@ -99,10 +100,12 @@ def packed_prefill_logits(
     segment_ids: Int[Array, "B T"],
 ) -> Float32[Array, "B H Tb Tb"]:
     """Logits of one layer for packed sequences, -inf outside a block row's own sequence; q and k before RoPE."""
-    logits = gate(q, k, positions, segment_ids > 0)
+    valid = segment_ids > 0
+    logits = gate.logits(gate.queries(q, positions, valid), gate.keys(k, positions, valid))
     segment = segment_ids[:, :: gate.config.block_size]
     same = (segment[:, :, None] == segment[:, None]) & (segment > 0)[:, :, None]
-    return jnp.where(same[:, None], logits, -jnp.inf)
+    causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+    return jnp.where((same & causal[None])[:, None], logits, -jnp.inf)
 
 
 def packed_decode_keys(
@@ -112,7 +115,7 @@ def packed_decode_keys(
     b = gate.config.block_size
     pooled = pool_blocks(k, gate.config.k_pooling, block_size=b, valid=segment_ids > 0)
     # The prefill gate projects the same pooled keys: XLA would make one product of both, which it then cannot compile.
-    return gate.keys(jax.lax.optimization_barrier(pooled), positions[:, ::b])
+    return gate.compress(jax.lax.optimization_barrier(pooled), positions[:, ::b])
 
 
 def packed_decode_logits(
@@ -134,7 +137,7 @@ def packed_decode_logits(
     """
     b, place = gate.config.block_size, start + jnp.arange(q.shape[1])
     completed = jnp.broadcast_to(place // b, positions.shape)  # in the row; other sequences go below
-    logits = gate.logits(gate.queries(q, positions), keys, completed)
+    logits = gate.logits(gate.queries(q, positions), keys, completed=completed)
     own = segment_ids[:, place]
     same = (own[:, :, None] == segment_ids[:, None, ::b]) & (own > 0)[:, :, None]
     return jnp.where(same[:, None], logits, -jnp.inf)

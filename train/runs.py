@@ -7,10 +7,10 @@ from seer_jax.gates.configs import GateConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
 from seer_jax.train.data.batches import load_dataset
-from seer_jax.train.loop.loop import ProgressFunction, SaveFunction, TrainResult, run, run_folder
 from seer_jax.train.data.packing import PackedDataset
-from seer_jax.train.tasks import GATE_NAMES, Distillation, LanguageModelling
 from seer_jax.train.data.tokens import check_tokens
+from seer_jax.train.loop.loop import ProgressFunction, SaveFunction, TrainResult, run, run_folder
+from seer_jax.train.tasks import GATE_NAMES, Distillation, LanguageModelling
 
 
 def distill(

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32
 
-from seer_jax.models.dense_attention import dense_attention
-from seer_jax.models.rope import rotate
 from seer_jax.gates.configs import Gates
-from seer_jax.models.layers import BaseParam
 from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.dense_attention import dense_attention
+from seer_jax.models.layers import BaseParam
+from seer_jax.models.rope import rotate
 from seer_jax.train.config import DistillConfig
 from seer_jax.train.data.batches import Batch
 from seer_jax.train.distillation import RowWeights, distillation_pass
@@ -111,7 +111,7 @@ class LanguageModelling:
             model = self.parts.merge(trained, frozen)
 
             def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-                q, k = rotate(q, k, batch.positions, model.config)
+                q, k = rotate(q, k, batch.positions, model.config.rope)
                 return dense_attention(q, k, v, segment_ids=segment_ids if self.packed else None), state, None
 
             hidden = model.scan(tokens, attend, remat=True)[0]

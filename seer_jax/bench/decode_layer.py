@@ -23,15 +23,15 @@ from pallas_kernels.bench import (
     time_calls,
     too_large,
 )
-from seer_jax.models.attention import decode_attention
-from seer_jax.models.rope import rotate
 from seer_jax.bench.models import abstract_cache, random_cache
 from seer_jax.bench.selection import LOGITS_SPREAD
-from seer_jax.models.cache import Cache, GateCache
 from seer_jax.gates.configs import DecodeGateConfig
-from seer_jax.models.config import ModelConfig
-from seer_jax.gates.gate import DecodeGate
+from seer_jax.gates.decode import DecodeGate
 from seer_jax.inference.memory import tree_bytes
+from seer_jax.models.attention import decode_attention
+from seer_jax.models.cache import Cache
+from seer_jax.models.config import ModelConfig
+from seer_jax.models.rope import rotate
 from seer_jax.selection.policies import Dense
 from seer_jax.selection.rules import Threshold, TopK
 

@@ -22,9 +22,9 @@ from seer_jax.bench.models import (
     random_cache,
     random_model,
 )
-from seer_jax.models.cache import Cache
 from seer_jax.gates.configs import DecodeGateConfig
 from seer_jax.inference.memory import tree_bytes
+from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense
 from seer_jax.selection.rules import TopK

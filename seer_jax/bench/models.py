@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bench import GIB, Measurement, guarded, time_calls
 from pallas_kernels.cases import Heads, large_random_array
-from seer_jax.models.cache import Cache, GateCache
 from seer_jax.gates.configs import DecodeGateConfig, GateConfig, PrefillGateConfig
-from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.inference.memory import laid_out_bytes
+from seer_jax.models.cache import Cache
+from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import TopK

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import BlockIndices, select_blocks
 from pallas_kernels.bench import Measurement, guarded, time_calls
-from seer_jax.models import attention
 from seer_jax.gates.configs import PrefillGateConfig
+from seer_jax.gates.prefill import PrefillGate
+from seer_jax.models import attention
 from seer_jax.models.config import ModelConfig
-from seer_jax.gates.gate import PrefillGate
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TopK
 

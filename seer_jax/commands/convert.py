@@ -5,14 +5,14 @@ import os
 import shutil
 from pathlib import Path
 
-from seer_jax.models.config import DType
 from seer_jax.convert.base import BASE_PATTERNS, load_base
 from seer_jax.convert.gate_config import policy_from_hf
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates
-from seer_jax.models.hub import read_config, resolve
 from seer_jax.convert.logits import Bounds, LogitsReport, verify_logits
-from seer_jax.models.families import config_from_hf
 from seer_jax.inference.text import TOKENIZER_PATTERNS
+from seer_jax.models.config import DType
+from seer_jax.models.families import config_from_hf
+from seer_jax.models.hub import read_config, resolve
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
 

@@ -10,18 +10,18 @@ from rich.console import Console
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
-from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
-from seer_jax.models.config import DType
+from seer_jax.commands.eval import EvalConfig, make_rows, score_line
+from seer_jax.commands.stages import Stages
 from seer_jax.evaluate import Method, PassKeyPrompt, Phase, Rows, Score, Setting, block_maps, compare
 from seer_jax.evaluate.plots import far_sighted_heads, plot_block_maps
-from seer_jax.commands.eval import EvalConfig, make_rows, score_line
 from seer_jax.evaluate.table import beaten, print_scores, write_scores
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.inference.generate import generate
+from seer_jax.inference.text import Tokenizer
+from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import TopK
-from seer_jax.commands.stages import Stages
-from seer_jax.inference.text import Tokenizer
 from seer_jax.tiny_lm.corpus import training_rows
 
 PLOTTED_HEADS = 4

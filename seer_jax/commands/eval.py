@@ -8,17 +8,17 @@ import numpy as np
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.commands.arguments import PolicyArgument
-from seer_jax.selection.notation import write_policy
 from seer_jax.checks import check_at_least
-from seer_jax.models.config import DType
+from seer_jax.commands.arguments import PolicyArgument
 from seer_jax.evaluate.comparison import Method, Phase, Rows, Score, Setting, compare
 from seer_jax.evaluate.passkey import passkey_prompts
 from seer_jax.evaluate.scoring import text_windows
 from seer_jax.evaluate.table import print_scores, write_scores
-from seer_jax.selection.policies import Policy, RankingPolicy
-from seer_jax.selection.rules import TopK
 from seer_jax.inference.text import Tokenizer
+from seer_jax.models.config import DType
+from seer_jax.selection.notation import write_policy
+from seer_jax.selection.policies import Policy
+from seer_jax.selection.rules import RankingPolicy, TopK
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,130 +1,26 @@
-"""What `seer-jax generate` and `seer-jax info` do, and how policies are written on a command line."""
+"""`seer-jax generate`: continues a prompt; the text appears while it is made."""
 
 import dataclasses
-import importlib
-import importlib.metadata
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-import seer_jax
-from pallas_kernels.backends import Operation
 from seer_jax import tiny_lm
-from seer_jax.models.config import DType
+from seer_jax.commands.arguments import PolicyArgument
 from seer_jax.inference.generate import Generated, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
-from seer_jax.models.decoder import Transformer
-from seer_jax.selection.policies import Dense, Policy, RankingPolicy
-from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import SCORERS, Scorer
-from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.inference.text import Tokenizer
-
-POLICY_SYNTAX = "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:gate|oracle|window|random][,dense_layers=N][,dense_last_rows=N]"
-# Fields of policies that are written by name, where they differ from their default.
-POLICY_SETTINGS = ("dense_layers", "dense_last_rows")
-
-CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
-OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "cuda13", "matplotlib": "plot", "tensorboardX": "train", "datasets": "data"}
-OPERATION_FOLDERS = (
-    "block_sparse_attention",
-    "block_ground_truth",
-    "sparse_decode",
-    "gate_selection",
-    "block_pooling",
-    "gate_scores",
-)
-
-
-def parse_policy(text: str) -> Policy:
-    """A sparsity policy as written on a command line.
-
-    >>> parse_policy("threshold:5e-4")
-    Threshold(threshold=0.0005, scorer=Gate(), dense_last_rows=2, dense_layers=0)
-    >>> parse_policy("budget:4096:oracle,dense_layers=2")
-    TokenBudget(tokens=4096, scorer=Oracle(), dense_layers=2)
-
-    Raises:
-      ValueError: it is none.
-    """
-    rule, *settings = text.split(",")
-    name, _, rest = rule.partition(":")
-    value, _, scorer = rest.partition(":")
-    try:
-        if text == "dense":
-            return Dense()
-        policy = _parse_rule(name, value, SCORERS[scorer or "gate"])
-        return dataclasses.replace(policy, **_parse_settings(policy, settings))
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"A policy is written {POLICY_SYNTAX}; got {text!r} ({error}).") from error
-
-
-def _parse_rule(name: str, value: str, scorer: Scorer) -> RankingPolicy:
-    match name:
-        case "threshold":
-            return Threshold(float(value), scorer)
-        case "mass":
-            return CumulativeMass(float(value), scorer)
-        case "topk":
-            return TopK(float(value), scorer)
-        case "budget":
-            return TokenBudget(int(value), scorer)
-    raise ValueError("dense stands alone" if name == "dense" else f"no rule {name!r}")
-
-
-def _parse_settings(policy: RankingPolicy, words: list[str]) -> dict[str, Any]:
-    """Fields that are written NAME=N, each once, and only those that the policy has."""
-    settings: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in POLICY_SETTINGS or not hasattr(policy, name):
-            raise ValueError(f"no setting {name!r} of {type(policy).__name__}")
-        if name in settings:
-            raise ValueError(f"{name} twice")
-        settings[name] = int(value)
-    return settings
-
-
-def write_policy(policy: Policy) -> str:
-    """The inverse of `parse_policy`, for help texts and reports."""
-    if not isinstance(policy, RankingPolicy):
-        return "dense"
-    scorer = next(name for name, kind in SCORERS.items() if type(kind) is type(policy.scorer))
-    suffix = "" if scorer == "gate" else f":{scorer}"
-    defaults = {field.name: field.default for field in dataclasses.fields(policy)}
-    for name in POLICY_SETTINGS:
-        if name in defaults and getattr(policy, name) != defaults[name]:
-            suffix += f",{name}={getattr(policy, name)}"
-    match policy:
-        case Threshold():
-            return f"threshold:{policy.threshold}{suffix}"
-        case CumulativeMass():
-            return f"mass:{policy.mass}{suffix}"
-        case TopK():
-            return f"topk:{policy.density}{suffix}"
-        case TokenBudget():
-            return f"budget:{policy.tokens}{suffix}"
-
-
-PolicyArgument = Annotated[
-    Policy,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="POLICY",
-        instance_from_str=lambda words: parse_policy(words[0]),
-        is_instance=lambda value: isinstance(value, Policy),
-        str_from_instance=lambda policy: [write_policy(policy)],
-    ),
-]
+from seer_jax.models.config import DType
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.selection.notation import write_policy
+from seer_jax.selection.policies import Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,31 +233,3 @@ def _write_stream(
             return end.value
         clock.add(len(new))
         print(text.push(new), end="", flush=True)
-
-
-def describe() -> str:
-    """Versions, devices, and which implementation each operation uses on them."""
-    lines = [
-        f"seer-jax {seer_jax.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        "",
-        "Packages",
-    ]
-    lines += [f"  {name:<18} {importlib.metadata.version(name)}" for name in CORE_PACKAGES]
-    for name, extra in OPTIONAL_PACKAGES.items():
-        try:
-            lines.append(f"  {name:<18} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"  {name:<18} not installed (pip install 'seer-jax[{extra}]')")
-    lines += ["", "Devices"]
-    lines += [f"  {device.platform}:{device.id}  {device.device_kind}" for device in jax.devices()]
-    lines += [f"  CPU cores         {os.cpu_count()}", "", "Operations"]
-    for operation in map(_operation, OPERATION_FOLDERS):
-        used = operation.used_here()
-        others = [name for name in operation.preferred + operation.others if name != used]
-        lines.append(f"  {operation.name:<28} {used} (also there: {', '.join(others)})")
-    return "\n".join(lines)
-
-
-def _operation(folder: str) -> Operation:
-    api = importlib.import_module(f"pallas_kernels.{folder}.api")
-    return next(value for value in vars(api).values() if isinstance(value, Operation))

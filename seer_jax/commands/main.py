@@ -120,14 +120,14 @@ def _demo(words: list[str]) -> int:
 
 
 def _convert(words: list[str]) -> int:
-    from seer_jax.convert import ConvertConfig, convert
+    from seer_jax.commands.convert import ConvertConfig, convert
 
     print(convert(_located(_parse(ConvertConfig, "convert", words))))
     return OK
 
 
 def _verify(words: list[str]) -> int:
-    from seer_jax.convert import VerifyConfig, verify
+    from seer_jax.commands.convert import VerifyConfig, verify
 
     report = verify(_located(_parse(VerifyConfig, "verify", words)))
     print(report)
@@ -186,7 +186,7 @@ def _generate(words: list[str]) -> int:
 
 
 def _eval(words: list[str]) -> int:
-    from seer_jax.evaluate import EvalConfig, evaluate
+    from seer_jax.commands.eval import EvalConfig, evaluate
 
     evaluate(_parse(EvalConfig, "eval", words))
     return OK

@@ -3,12 +3,10 @@
 from seer_jax.evaluate.comparison import Method, Phase, Rows, Score, Setting, compare
 from seer_jax.evaluate.passkey import PassKeyPrompt, passkey_prompts
 from seer_jax.evaluate.plots import BlockMaps, block_maps, plot_block_maps
-from seer_jax.commands.eval import EvalConfig, evaluate
 from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts, text_windows
 
 __all__ = [
     "BlockMaps",
-    "EvalConfig",
     "Method",
     "PassKeyPrompt",
     "Phase",
@@ -18,7 +16,6 @@ __all__ = [
     "TokenScores",
     "block_maps",
     "compare",
-    "evaluate",
     "passkey_prompts",
     "perplexity",
     "plot_block_maps",

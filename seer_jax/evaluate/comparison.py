@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from seer_jax.models.cache import Cache
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.scoring import TokenScores, perplexity, read_prompts, score_decoded, score_prompts
+from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.scorers import SCORERS, Scorer
@@ -40,7 +40,7 @@ class Method(enum.StrEnum):
     @property
     def scorer(self) -> Scorer:
         """As policies take it."""
-        return SCORERS[self]
+        return SCORERS[self]()
 
     @property
     def title(self) -> str:

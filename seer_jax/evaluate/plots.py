@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
-from pallas_kernels import attention_with_block_scores, select_blocks
-from seer_jax.models.rope import rotate
+from pallas_kernels import attention_with_block_scores
 from seer_jax.models.decoder import LayerContext, Transformer
 from seer_jax.selection.rules import TopK
 
@@ -46,18 +45,17 @@ def block_maps(model: Transformer, tokens: Int[Array, "T"], *, density: float) -
     """
     if model.prefill_gate is None:
         raise ValueError("Block maps show a prefill gate, and the model has none; load or train one.")
-    b = model.prefill_gate.config.block_size
-    positions = jnp.arange(len(tokens))[None]
-    diagonal = jnp.eye(-(-len(tokens) // b), dtype=bool)[None, None]
-    top_k = TopK(density).blocks(len(diagonal[0, 0]))
+    policy = TopK(density, dense_last_rows=0)
+    whole = jnp.full(1, len(tokens), jnp.int32)
 
-    def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        assert context.prefill_gate is not None
-        q_rotated, k_rotated = rotate(q, k, positions, model.config)
-        scored = attention_with_block_scores(q_rotated, k_rotated, v, block_size=b)
+    def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        context = model.prefill_context(layer, q, k, v, whole)
+        scored = attention_with_block_scores(context.q_rotated, context.k_rotated, v, block_size=context.block_size)
         assert scored.block_scores is not None
-        logits = context.prefill_gate(q, k, positions)
-        kept = select_blocks(logits, block_size=b, top_k=top_k, keep=diagonal).to_mask(logits.shape[-1])
+        logits = policy.scorer.prefill_scores(context)
+        visible = jnp.arange(logits.shape[-1]) < context.visible
+        logits = jnp.where(visible, logits, -jnp.inf)
+        kept = policy.select(logits, context).to_mask(logits.shape[-1])
         return scored.output, state, BlockMaps(scored.block_scores[0], jax.nn.softmax(logits)[0], kept[0])
 
     return model.scan(tokens[None], attend)[2]

@@ -104,17 +104,18 @@ def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, keep: int) ->
     """
     whole, kept = (jnp.full(1, n, jnp.int32) for n in (tokens.shape[1], keep))
 
-    def attend(context: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        out, k_rotated, share = prefill_attention(Dense(), None, context.index, q, k, v, whole, model.config)
-        cache = cache.fill(context.index, k_rotated, v)
-        if context.decode_gate is not None:
-            cache = cache.fill_gate(context.index, context.decode_gate, k, kept)
+    def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        context = model.prefill_context(layer, q, k, v, whole)
+        out, share = prefill_attention(layer.policy, context)
+        cache = cache.fill(layer.index, context.k_rotated, v)
+        if layer.decode_gate is not None:
+            cache = cache.fill_decode_gate(layer.index, layer.decode_gate, k, kept)
         return out, cache, share
 
     def read(row: Int[Array, "T"]) -> tuple[tuple, Cache]:
         hidden, cache, share = model.scan(row[None], attend, model.make_cache(1, len(row)))
         # What lies behind the first tokens is overwritten before it is read.
-        return (*_score(model, hidden[0, :-1], row[1:]), share.mean()), dataclasses.replace(cache, lengths=kept)
+        return (*_score(model, hidden[0, :-1], row[1:]), share.mean()), cache.with_lengths(kept)
 
     def join(x: Array) -> Array:  # [rows, L, 1, ...] or, of lengths, [rows, 1]
         return x[:, 0] if x.ndim == 2 else jnp.swapaxes(x[:, :, 0], 0, 1)

@@ -1,0 +1,1 @@
+"""The learned gates: what they look like and what they compute."""

@@ -1,0 +1,1 @@
+"""Generation: prompts, sampling, memory plans and text."""

@@ -7,22 +7,22 @@ device tells its memory, what the program takes of it is checked before it runs.
 
 import dataclasses
 import functools
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Generator
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from seer_jax.models.cache import Cache
 from seer_jax.inference.memory import MemoryPlan, abstract_argument, available_bytes, laid_out_bytes, tree_bytes
-from seer_jax.models.decoder import Transformer
-from seer_jax.selection.policies import Dense, Policy, ranks_by_gate
 from seer_jax.inference.prompts import Lengths, Prompts, check_prompts
-from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, row_keys
+from seer_jax.inference.request import Request, RequestSettings
+from seer_jax.inference.sampling import Sample, Sampling, row_keys
+from seer_jax.models.cache import Cache
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Policy
 
-CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
 PROMPT_MULTIPLE = 8  # tokens; the prompts' width is rounded up to what GPU kernels take without copies in every layer
 
 
@@ -58,18 +58,7 @@ class Generated:
 
 
 def generate(
-    model: Transformer,
-    tokens: Prompts,
-    lengths: Lengths | None = None,
-    *,
-    max_new_tokens: int,
-    prefill: Policy = Dense(),
-    decode: Policy = Dense(),
-    sampling: Sampling = Greedy(),
-    key: Keys | None = None,
-    eos: int | Sequence[int] | None = None,
-    cache_capacity: int | None = None,
-    beyond_context: bool = False,
+    model: Transformer, tokens: Prompts, lengths: Lengths | None = None, **settings: Unpack[RequestSettings]
 ) -> Generated:
     """Continues each prompt until it ends or `max_new_tokens` are there.
 
@@ -77,15 +66,8 @@ def generate(
       model: with a decode gate where `decode` ranks by it, a prefill gate where `prefill` does.
       tokens: integers [B, T] in [0, vocab_size), right-padded with anything; see `pad_prompts`.
       lengths: tokens of each prompt, integers [B] in [1, T]; None: all T.
-      max_new_tokens: N >= 1.
-      prefill: which blocks attention keeps while the prompts are read.
-      decode: which cached blocks each new token attends to.
-      sampling: how tokens are drawn.
-      key: a PRNG key, or one for each row, where `sampling` draws at random. A row's tokens depend on its own key and
-        prompt, never on its neighbours; row i of a single key uses `fold_in(key, i)`.
-      eos: tokens that end a row; None: `model.config.eos_token_ids`; (): none.
-      cache_capacity: S, tokens that the cache has room for in each row; None: T + N - 1. Rounded up to whole blocks.
-      beyond_context: allow more tokens than the model's `max_position_embeddings`.
+      **settings: `max_new_tokens`, and optionally `prefill`, `decode`, `sampling`, `key`, `eos`, `cache_capacity` and
+        `beyond_context`; see `Request`.
 
     Returns:
       See `Generated`.
@@ -93,12 +75,10 @@ def generate(
     Raises:
       ValueError: an argument is outside its domain, the tokens don't fit the cache or the model's context, a policy needs a
         gate that the model has not or leaves none of its layers sparse, or logits are not finite.
-      MemoryError: weights, cache and what else the compiled program takes do not fit the device, as far as it tells its
+      MemoryError: weights, cache and scratch of the compiled program do not fit the device, as far as it tells its
         memory. Nothing has been allocated then; see `plan_memory`.
     """
-    job = _make_job(
-        model, tokens, lengths, max_new_tokens, prefill, decode, sampling, key, eos, cache_capacity, beyond_context
-    )
+    job = _make_job(model, tokens, lengths, Request.of(model, **settings))
     _check_memory(model, job)
     outcome = _run(model, job)
     _check_finite(outcome.failed)
@@ -110,15 +90,8 @@ def stream(
     tokens: Prompts,
     lengths: Lengths | None = None,
     *,
-    max_new_tokens: int,
-    prefill: Policy = Dense(),
-    decode: Policy = Dense(),
-    sampling: Sampling = Greedy(),
-    key: Keys | None = None,
-    eos: int | Sequence[int] | None = None,
-    cache_capacity: int | None = None,
-    beyond_context: bool = False,
     chunk: int = 8,
+    **settings: Unpack[RequestSettings],
 ) -> Generator[list[list[int]], None, Generated]:
     """As `generate`, but gives the tokens while they are made.
 
@@ -138,10 +111,8 @@ def stream(
       MemoryError: as `generate`; for weights and cache at once, for the compiled programs when the first token is asked for.
     """
     if chunk < 1:
-        raise ValueError(f"A chunk is at least 1 token; got {chunk}.")
-    job = _make_job(
-        model, tokens, lengths, max_new_tokens, prefill, decode, sampling, key, eos, cache_capacity, beyond_context
-    )
+        raise ValueError(f"chunk must be at least 1 token; got {chunk}.")
+    job = _make_job(model, tokens, lengths, Request.of(model, **settings))
     _check_memory(model, job, compiled=False)
     return _stream(model, job, chunk)
 
@@ -164,14 +135,10 @@ def plan_memory(
     batch: int,
     prompt_width: int,
     *,
-    max_new_tokens: int,
-    prefill: Policy = Dense(),
-    decode: Policy = Dense(),
-    sampling: Sampling = Greedy(),
-    cache_capacity: int | None = None,
     streamed: bool = False,
     compiled: bool = True,
     available: int | None = None,
+    **settings: Unpack[RequestSettings],
 ) -> MemoryPlan:
     """What `generate` would take of its device's memory. Nothing is allocated.
 
@@ -179,11 +146,11 @@ def plan_memory(
       model: with weights, or of shapes alone (`from_pretrained(..., abstract=True)`).
       batch: B, rows.
       prompt_width: T, tokens of the longest prompt.
-      max_new_tokens, prefill, decode, sampling, cache_capacity: see `generate`.
       streamed: of `stream` in place of `generate`: the larger of its two programs.
       compiled: compile the program, which a later `generate` or `stream` with the same shapes need not do again, and read
         off what it takes besides weights and cache. False: at once, without scratch.
       available: bytes that there are for weights, cache and scratch; None: what the device tells.
+      **settings: see `Request`; the key is not looked at, and the context may be exceeded.
 
     Returns:
       See `MemoryPlan`; its `check` raises where the plan does not fit.
@@ -193,23 +160,14 @@ def plan_memory(
         none of its layers sparse.
     """
     if batch < 1 or prompt_width < 1:
-        raise ValueError(f"A batch has rows of at least one token; got {batch} rows of {prompt_width}.")
-    _check_choices(model, max_new_tokens, prefill, decode, sampling)
+        raise ValueError(f"A batch must have rows of at least one token; got {batch} rows of {prompt_width}.")
+    request = dataclasses.replace(Request.of(model, **settings), beyond_context=True)
     width = prompt_width + -prompt_width % PROMPT_MULTIPLE
-    capacity = _check_capacity(model, prompt_width, prompt_width, max_new_tokens, cache_capacity, beyond_context=True)
 
     def make_job() -> _Job:
-        return _Job(
-            tokens=jnp.zeros((batch, width), jnp.int32),
-            lengths=jnp.zeros(batch, jnp.int32),
-            keys=row_keys(jax.random.key(0), batch) if isinstance(sampling, Sample) else None,
-            eos=jnp.zeros(len(model.config.eos_token_ids), jnp.int32),
-            prefill=prefill,
-            decode=decode,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            capacity=capacity,
-        )
+        keys = row_keys(jax.random.key(0), batch) if isinstance(request.sampling, Sample) else None
+        prompts = jnp.zeros((batch, width), jnp.int32), jnp.zeros(batch, jnp.int32)
+        return _Job.of(model, request, *prompts, keys, request.capacity(model, prompt_width, prompt_width))
 
     call = _abstract_call(model, jax.eval_shape(make_job))
     plan = _compiled_plan(*call, streamed) if compiled else _plan_of_shapes(*call)
@@ -230,6 +188,30 @@ class _Job:
     sampling: Sampling
     max_new_tokens: int = dataclasses.field(metadata=dict(static=True))
     capacity: int = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        request: Request,
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        keys: Key[Array, "B"] | None,
+        capacity: int,
+    ) -> "_Job":
+        """A request, which names its policies, with its prompts."""
+        assert request.prefill is not None and request.decode is not None
+        return cls(
+            tokens,
+            lengths,
+            keys,
+            eos=request.end_tokens(model),
+            prefill=request.prefill,
+            decode=request.decode,
+            sampling=request.sampling,
+            max_new_tokens=request.max_new_tokens,
+            capacity=capacity,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -275,9 +257,9 @@ def _begin(model: Transformer, job: _Job) -> _State:
 
 
 def _empty_cache(model: Transformer, job: _Job) -> Cache:
-    # The gate's part of the cache costs time at every step: leave it out where no one reads it.
-    gate = model.decode_gate.config if ranks_by_gate(job.decode) and model.decode_gate is not None else None
-    return Cache.create(model.config, job.lengths.shape[0], job.capacity, model.dtype, gate)
+    # The gate's part of the cache costs time at every step: leave it out where it is not read.
+    gate = model.decode_gate.config if job.decode.needs_gate and model.decode_gate is not None else None
+    return Cache.create(model.config, job.lengths.shape[0], job.capacity, model.dtype, decode_gate=gate)
 
 
 def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array, ""]) -> _State:
@@ -289,7 +271,7 @@ def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Arra
         assert state.cache is not None
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
         logits, cache, kept = model.decode(last, state.cache, sparsity=job.decode)
-        cache = dataclasses.replace(cache, lengths=jnp.where(state.ended, state.cache.lengths, cache.lengths))
+        cache = cache.with_lengths(jnp.where(state.ended, state.cache.lengths, cache.lengths))
         kept_steps = state.decode_kept_steps.at[state.step - 1].set(jnp.where(state.ended[None], 0.0, kept))
         return _draw(job, dataclasses.replace(state, cache=cache, decode_kept_steps=kept_steps), logits)
 
@@ -354,8 +336,8 @@ def _plan_of_shapes(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) ->
     return MemoryPlan(
         weights=tree_bytes(model) - gates,
         gates=gates,
-        cache=tree_bytes((cache.keys, cache.values)),
-        gate_cache=tree_bytes(cache.gate),
+        cache=tree_bytes(cache.token_arrays),
+        gate_cache=tree_bytes(cache.gate_arrays),
     )
 
 
@@ -382,80 +364,14 @@ def _bytes_of_stream(model: Transformer, job: _Job) -> int | None:
     return None if rest is None else max(first, tree_bytes(state) + rest)
 
 
-def _make_job(
-    model: Transformer,
-    tokens: Prompts,
-    lengths: Lengths | None,
-    max_new_tokens: int,
-    prefill: Policy,
-    decode: Policy,
-    sampling: Sampling,
-    key: Keys | None,
-    eos: int | Sequence[int] | None,
-    cache_capacity: int | None,
-    beyond_context: bool,
-) -> _Job:
-    config = model.config
-    prompts, counts = check_prompts(tokens, lengths, vocab_size=config.vocab_size)
+def _make_job(model: Transformer, tokens: Prompts, lengths: Lengths | None, request: Request) -> _Job:
+    prompts, counts = check_prompts(tokens, lengths, vocab_size=model.config.vocab_size)
+    request.check_key()
     width = prompts.shape[1]
     prompts = np.pad(prompts, ((0, 0), (0, -width % PROMPT_MULTIPLE)))
-    _check_choices(model, max_new_tokens, prefill, decode, sampling)
-    if isinstance(sampling, Sample) and key is None:
-        raise ValueError(f"{sampling} draws at random and needs a key; got None. Pass key=jax.random.key(seed).")
-    return _Job(
-        tokens=jnp.asarray(prompts),
-        lengths=jnp.asarray(counts),
-        keys=None if key is None else row_keys(key, len(counts)),
-        eos=_check_eos(config.eos_token_ids if eos is None else eos, config.vocab_size),
-        prefill=prefill,
-        decode=decode,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        capacity=_check_capacity(model, width, int(counts.max()), max_new_tokens, cache_capacity, beyond_context),
-    )
-
-
-def _check_choices(
-    model: Transformer, max_new_tokens: int, prefill: Policy, decode: Policy, sampling: Sampling
-) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is at least 1; got {max_new_tokens}.")
-    for name, policy in (("prefill", prefill), ("decode", decode)):
-        if not isinstance(policy, Policy):
-            raise ValueError(f"{name} is a sparsity policy such as Dense() or Threshold(5e-4); got {policy!r}.")
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling is Greedy() or Sample(temperature, ...); got {sampling!r}.")
-    model.check_policy(prefill, model.prefill_gate)
-    model.check_policy(decode, model.decode_gate)
-
-
-def _check_eos(eos: int | Sequence[int], vocab_size: int) -> Int[Array, "E"]:
-    ids = np.array(eos if isinstance(eos, Sequence) else [eos], np.int64)
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(f"EOS tokens lie in [0, {vocab_size}), the model's vocabulary; got {ids.tolist()}.")
-    return jnp.asarray(ids, jnp.int32)
-
-
-def _check_capacity(
-    model: Transformer, width: int, longest: int, new: int, capacity: int | None, beyond_context: bool
-) -> int:
-    """S, rounded up to whole blocks."""
-    context = model.config.max_position_embeddings
-    if longest + new > context and not beyond_context:
-        raise ValueError(
-            f"Prompt and new tokens fit the context that the model was made for, max_position_embeddings = {context} tokens; "
-            f"got {longest} + {new}. Shorten the prompt or max_new_tokens, load the model with a RoPE scaling for longer "
-            "contexts, or pass beyond_context=True."
-        )
-    needed = max(width, longest + new - 1)  # the last token is never fed
-    if capacity is not None and capacity < needed:
-        raise ValueError(
-            f"The cache holds the padded prompts and all new tokens but the last, {needed} tokens; got "
-            f"cache_capacity={capacity}. Raise it, leave it out, or lower max_new_tokens."
-        )
-    size = width + new - 1 if capacity is None else capacity
-    multiple = CACHE_MULTIPLE if model.decode_gate is None else model.decode_gate.config.block_size
-    return -(-size // multiple) * multiple
+    keys = None if request.key is None else row_keys(request.key, len(counts))
+    capacity = request.capacity(model, width, int(counts.max()))
+    return _Job.of(model, request, jnp.asarray(prompts), jnp.asarray(counts), keys, capacity)
 
 
 def _check_finite(failed: Int[Array | np.ndarray, "B"]) -> None:

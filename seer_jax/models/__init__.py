@@ -1,0 +1,1 @@
+"""The decoder: configurations, families, layers, cache, and models by name."""

@@ -1,28 +1,32 @@
-"""The static cache of generation: keys and values, and the compressed keys that the decode gate scores."""
+"""The static cache of generation: keys and values, and the compressed keys that gates score.
+
+Nothing outside this module reads the fields that hold them: a cache is filled by prompts (`fill`), appended to by tokens (`append`,
+`finish_step`), and read through the view of a layer (`view`).
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels import pool_blocks
-from seer_jax.gates.configs import DecodeGateConfig, Pool
+from pallas_kernels import BlockIndices, pool_blocks, sparse_decode_attention
+from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig
+from seer_jax.gates.decode import DecodeGate
 from seer_jax.models.config import ModelConfig
-from seer_jax.gates.gate import DecodeGate
 
 _MERGE = {Pool.MAX: jnp.maximum, Pool.MIN: jnp.minimum, Pool.AVG: jnp.add}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GateCache:
+class DecodeGateCache:
     """What the decode gate keeps of the past (SeerAttention-R, arXiv 2506.08889, sec. 3.3).
 
     Attributes:
       keys: one compressed key per block; valid for completed blocks. Those of a head stand together, as they are read. In bfloat16
-        beside 16-bit keys and values: scoring them takes as long as reading them. Else float32.
+        beside 16-bit keys and values, since scoring them takes as long as reading them; otherwise float32.
       pools: of the keys (before RoPE) of the unfinished block so far, as `pool_blocks` orders them, but sums in place of averages;
         float32. Anything where the block has no key yet.
     """
@@ -36,117 +40,239 @@ class GateCache:
 class Cache:
     """Keys (after RoPE) and values of S token slots; row i holds `lengths[i]` tokens, the rest is not read.
 
-    Axes named maps come from `jax.lax.map` or `jax.vmap` over whole caches; there are none else.
+    Axes named maps come from `jax.lax.map` or `jax.vmap` over whole caches; a cache by itself has none.
 
     Attributes:
       keys, values: in the model's dtype.
       lengths: tokens in each row.
-      gate: of the decode gate, or None where none is used.
+      decode_gate: of the decode gate, or None where none is used.
+      prefill_gate_keys: the prefill gate's compressed keys, float32, for prompts that are read in parts; None where they are not kept.
     """
 
     keys: Float[Array, "*maps L B S K D"]
     values: Float[Array, "*maps L B S K D"]
     lengths: Int[Array, "*maps B"]
-    gate: GateCache | None = None
+    decode_gate: DecodeGateCache | None = None
+    prefill_gate_keys: Float32[Array, "*maps L B Sb heads C"] | None = None
 
     @classmethod
     def create(
-        cls, model: ModelConfig, batch: int, capacity: int, dtype: DTypeLike, gate: DecodeGateConfig | None = None
+        cls,
+        model: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: DTypeLike,
+        *,
+        decode_gate: DecodeGateConfig | None = None,
+        prefill_gate: PrefillGateConfig | None = None,
     ) -> "Cache":
-        """An empty cache for `batch` rows of `capacity` tokens."""
+        """An empty cache for `batch` rows of `capacity` tokens.
+
+        Args:
+          model: of the decoder.
+          batch, capacity: B and S.
+          dtype: of keys and values.
+          decode_gate, prefill_gate: gates whose compressed keys are kept.
+
+        Raises:
+          ValueError: no row or no token.
+        """
         if batch < 1 or capacity < 1:
-            raise ValueError(f"A cache needs at least one row and one token; got batch={batch}, capacity={capacity}.")
-        shape = (model.num_layers, batch, capacity, model.num_kv_heads, model.head_dim)
-        gate_cache = None
-        if gate is not None:
-            blocks = -(-capacity // gate.block_size)
-            gate_cache = GateCache(
-                keys=jnp.zeros(
-                    (*shape[:2], model.num_kv_heads, blocks, gate.gate_dim),
-                    jnp.bfloat16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32,
-                ),
-                pools=jnp.zeros((*shape[:2], shape[3], len(gate.k_pooling) * shape[4]), jnp.float32),
+            raise ValueError(
+                f"A cache must have at least one row and one token; got batch={batch}, capacity={capacity}."
             )
-        # Two zeros that a compiler can't take for one: it would make one array of them, and then two copies of that.
+        layers, heads, dim = model.num_layers, model.num_kv_heads, model.head_dim
+        shape = (layers, batch, capacity, heads, dim)
+        decode_cache = prefill_keys = None
+        if decode_gate is not None:
+            blocks = -(-capacity // decode_gate.block_size)
+            kept = jnp.bfloat16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32
+            decode_cache = DecodeGateCache(
+                keys=jnp.zeros((layers, batch, heads, blocks, decode_gate.gate_dim), kept),
+                pools=jnp.zeros((layers, batch, heads, len(decode_gate.k_pooling) * dim), jnp.float32),
+            )
+        if prefill_gate is not None:
+            blocks = -(-capacity // prefill_gate.block_size)
+            key_heads = model.num_heads if prefill_gate.one_linear(dim) else heads
+            prefill_keys = jnp.zeros((layers, batch, blocks, key_heads, prefill_gate.gate_dim), jnp.float32)
+        # XLA merges equal constants and would then copy the one array twice; the barrier prevents that.
         keys, values = (jnp.full(shape, zero) for zero in jax.lax.optimization_barrier([jnp.zeros((), dtype)] * 2))
-        return cls(keys, values, jnp.zeros(batch, jnp.int32), gate_cache)
+        return cls(keys, values, jnp.zeros(batch, jnp.int32), decode_cache, prefill_keys)
 
     @property
     def capacity(self) -> int:
         """S: tokens that each row has room for."""
         return self.keys.shape[2]
 
-    def fill(self, layer: Int[Array, ""], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]) -> "Cache":
-        """Writes the first T tokens of every row of one layer."""
-        start = (layer, 0, 0, 0, 0)
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.keys.shape[0]
+
+    @property
+    def token_arrays(self) -> tuple[Array, Array]:
+        """Keys and values, for counting bytes."""
+        return self.keys, self.values
+
+    @property
+    def gate_key_arrays(self) -> list[Array]:
+        """The compressed keys that a decoding step reads, for counting bytes."""
+        return [] if self.decode_gate is None else [self.decode_gate.keys]
+
+    @property
+    def gate_arrays(self) -> list[Array]:
+        """Everything that gates keep, for counting bytes."""
+        return jax.tree.leaves((self.decode_gate, self.prefill_gate_keys))
+
+    def with_lengths(self, lengths: Int[Array, "B"]) -> "Cache":
+        """The same contents with other lengths; what lies behind them is not read, and is overwritten by later tokens."""
+        return dataclasses.replace(self, lengths=lengths)
+
+    def view(self, layer: Int[Array, ""]) -> "CacheView":
+        """What one layer may read."""
+        return CacheView(self, layer)
+
+    @jax.named_scope("cache")
+    def fill(
+        self,
+        layer: Int[Array, ""],
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K D"],
+        *,
+        start: int | Int[Array, ""] = 0,
+    ) -> "Cache":
+        """Writes T tokens of every row of one layer, from position `start` on; k after RoPE."""
+        place = (layer, 0, start, 0, 0)
         return dataclasses.replace(
             self,
-            keys=jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), start),
-            values=jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), start),
+            keys=jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), place),
+            values=jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), place),
         )
 
-    def append(self, layer: Int[Array, ""], k: Float[Array, "B K D"], v: Float[Array, "B K D"]) -> "Cache":
-        """Writes one token of every row of one layer, at the row's length."""
-        at = (layer, jnp.arange(k.shape[0]), self.lengths)
-        keys = self.keys.at[at].set(k.astype(self.keys.dtype))
-        values = self.values.at[at].set(v.astype(self.values.dtype))
-        # A CPU would write a single row twice, once for who reads it next, and copy the whole cache in each layer for that.
-        keys, values = jax.lax.optimization_barrier((keys, values))
-        return dataclasses.replace(self, keys=keys, values=values)
-
-    def fill_gate(
+    @jax.named_scope("cache")
+    def fill_decode_gate(
         self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B T K D"], lengths: Int[Array, "B"]
     ) -> "Cache":
-        """Compresses the blocks of a prompt; k before RoPE. The unfinished last block goes to `pools`."""
-        if self.gate is None:
+        """Compresses the blocks of a prompt; k before RoPE. The unfinished last block goes to the pools."""
+        if self.decode_gate is None:
             return self
         kinds, b = gate.config.k_pooling, gate.config.block_size
-        pooled = pool_blocks(k, kinds, block_size=b)
-        compressed = jnp.swapaxes(gate.keys(pooled, jnp.arange(pooled.shape[1])[None] * b), 1, 2)
+        compressed = jnp.swapaxes(gate.keys(k, jnp.arange(k.shape[1])[None]), 1, 2)
         unfinished = (lengths // b)[:, None] * b + jnp.arange(b)[None]
         last = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
         pools = pool_blocks(last, kinds, block_size=b, valid=unfinished < lengths[:, None])[:, 0]
         pools = _scale_averages(pools, kinds, (lengths % b)[:, None, None])
+        cache = self.decode_gate
+        keys = jax.lax.dynamic_update_slice(cache.keys, compressed[None].astype(cache.keys.dtype), (layer, 0, 0, 0, 0))
+        return dataclasses.replace(self, decode_gate=DecodeGateCache(keys, cache.pools.at[layer].set(pools)))
+
+    @jax.named_scope("cache")
+    def append_prefill_gate_keys(
+        self, layer: Int[Array, ""], keys: Float32[Array, "B n heads C"], *, first_block: int | Int[Array, ""]
+    ) -> "Cache":
+        """Writes the prefill gate's compressed keys of n blocks of one layer, from block `first_block` on."""
+        assert self.prefill_gate_keys is not None
+        place = (layer, 0, first_block, 0, 0)
         return dataclasses.replace(
-            self,
-            gate=GateCache(
-                keys=jax.lax.dynamic_update_slice(
-                    self.gate.keys, compressed[None].astype(self.gate.keys.dtype), (layer, 0, 0, 0, 0)
-                ),
-                pools=self.gate.pools.at[layer].set(pools),
-            ),
+            self, prefill_gate_keys=jax.lax.dynamic_update_slice(self.prefill_gate_keys, keys[None], place)
         )
 
-    def gate_keys(self, layer: Int[Array, ""]) -> Float[Array, "B Sb K C"]:
-        """The compressed keys of a layer."""
-        assert self.gate is not None
-        batch = len(self.lengths)
-        # Indexed by layer, XLA would lay out the cache in an order of its own, and copy it at each end of a loop.
-        rows = self.gate.keys.reshape(-1, *self.gate.keys.shape[2:])
-        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(rows, layer * batch, batch), 1, 2)
+    @jax.named_scope("cache")
+    def append(self, layer: Int[Array, ""], k: Float[Array, "B K D"], v: Float[Array, "B K D"]) -> "Cache":
+        """Writes one token of every row of one layer, at the row's length, which `finish_step` raises after the last layer."""
+        at = (layer, jnp.arange(k.shape[0]), self.lengths)
+        keys = self.keys.at[at].set(k.astype(self.keys.dtype))
+        values = self.values.at[at].set(v.astype(self.values.dtype))
+        # Without a barrier a CPU writes a single row twice, once for its next reader, and copies the whole cache in each layer.
+        keys, values = jax.lax.optimization_barrier((keys, values))
+        return dataclasses.replace(self, keys=keys, values=values)
 
-    def append_gate(self, gate: DecodeGate, k: Float[Array, "L B K D"]) -> "Cache":
-        """Adds the key of the token at position `lengths` to the unfinished block, and compresses the block where that completes it.
+    @jax.named_scope("cache")
+    def finish_step(self, gate: DecodeGate | None, k: Float[Array, "L B K D"]) -> "Cache":
+        """Counts the token that `append` wrote, and adds its keys to what the decode gate keeps.
 
-        All layers at once, after the last one: no layer scores its unfinished block.
+        All layers at once, after the last one: no layer scores its unfinished block. A block that the token completes is compressed.
 
         Args:
           gate: of all layers.
           k: of each layer, before RoPE.
         """
-        if self.gate is None:
-            return self
+        decode_gate = self.decode_gate
+        if gate is not None and decode_gate is not None:
+            decode_gate = self._grow(gate, decode_gate, k)
+        return dataclasses.replace(self, lengths=self.lengths + 1, decode_gate=decode_gate)
+
+    def _grow(self, gate: DecodeGate, cache: DecodeGateCache, k: Float[Array, "L B K D"]) -> DecodeGateCache:
         kinds, b = gate.config.k_pooling, gate.config.block_size
         block, key = self.lengths // b, k.astype(jnp.float32)
-        parts = zip(kinds, jnp.split(self.gate.pools, len(kinds), axis=-1), strict=True)
+        parts = zip(kinds, jnp.split(cache.pools, len(kinds), axis=-1), strict=True)
         merged = jnp.concatenate([_MERGE[kind](part, key) for kind, part in parts], axis=-1)
         is_first = (self.lengths % b == 0)[None, :, None, None]
         pools = jnp.where(is_first, jnp.tile(key, len(kinds)), merged)
         pooled = _scale_averages(pools, kinds, 1 / b)[:, :, None]
-        compressed = jax.vmap(DecodeGate.keys, (0, 0, None))(gate, pooled, (block * b)[:, None])[:, :, 0]
+        compressed = jax.vmap(DecodeGate.compress, (0, 0, None))(gate, pooled, (block * b)[:, None])[:, :, 0]
         complete = self.lengths % b == b - 1
-        keys = _write_keys(self.gate.keys, compressed, jnp.where(complete, block, -1))
-        return dataclasses.replace(self, gate=GateCache(keys, pools))
+        return DecodeGateCache(_write_keys(cache.keys, compressed, jnp.where(complete, block, -1)), pools)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheView:
+    """What one layer may read of a cache."""
+
+    cache: Cache
+    layer: Int[Array, ""]
+
+    @property
+    def capacity(self) -> int:
+        """S."""
+        return self.cache.capacity
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.cache.keys.shape[3]
+
+    @property
+    def lengths(self) -> Int[Array, "B"]:
+        """Tokens of each row, without those that are appended in this step."""
+        return self.cache.lengths
+
+    @property
+    def keys(self) -> Float[Array, "B S K D"]:
+        """Keys after RoPE, a copy of the layer's part: for scorers that look at every key."""
+        return self.cache.keys[self.layer]
+
+    @property
+    def gate_keys(self) -> Float[Array, "B Sb K C"]:
+        """The decode gate's compressed keys.
+
+        Raises:
+          ValueError: the cache keeps none.
+        """
+        if self.cache.decode_gate is None:
+            raise ValueError(
+                "Blocks can be ranked by the decode gate only with a cache that keeps its keys; got one without. "
+                "Make it by Transformer.make_cache of a model that has the gate."
+            )
+        keys, batch = self.cache.decode_gate.keys, len(self.lengths)
+        # Indexed by layer, XLA would lay out the cache in an order of its own, and copy it at each end of a loop.
+        rows = keys.reshape(-1, *keys.shape[2:])
+        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(rows, self.layer * batch, batch), 1, 2)
+
+    @property
+    def prefill_gate_keys(self) -> Float32[Array, "B Sb heads C"] | None:
+        """The prefill gate's compressed keys; None where they are not kept."""
+        keys = self.cache.prefill_gate_keys
+        return None if keys is None else keys[self.layer]
+
+    def attend(self, q: Float[Array, "B H D"], blocks: BlockIndices | None) -> Float[Array, "B H D"]:
+        """Attention of the token that this step appended; q after RoPE, blocks None: every key."""
+        # A slice of this layer would be a copy of its whole cache, which takes longer than reading it.
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in self.cache.token_arrays)
+        rows = self.layer * len(self.lengths) + jnp.arange(len(self.lengths))
+        out = sparse_decode_attention(q, keys, values, blocks, lengths=self.lengths + 1, cache_rows=rows)
+        assert isinstance(out, jax.Array)  # without return_lse
+        return out
 
 
 def _scale_averages(

@@ -1,7 +1,7 @@
-"""The decoder: one module for the Llama, Qwen2 and Qwen3 families, its layers stacked and scanned."""
+"""The decoder: one module for all families, its layers stacked and scanned."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,53 +12,73 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from seer_jax.models.attention import decode_attention, prefill_attention
-from seer_jax.models.rope import rotate
-from seer_jax.models.cache import Cache
 from seer_jax.gates.configs import GateConfig
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.make import make_gate
+from seer_jax.gates.prefill import PrefillGate
+from seer_jax.models.attention import decode_attention, prefill_attention
+from seer_jax.models.cache import Cache
 from seer_jax.models.config import ModelConfig
-from seer_jax.gates.gate import DecodeGate, PrefillGate, make_gate
-from seer_jax.models.layers import BaseParam, Layer, MLP, Projections, of_layer, rms_norm, update_tokens
-from seer_jax.selection.policies import Dense, Policy, RankingPolicy, ranks_by_gate
+from seer_jax.models.families import FAMILIES
+from seer_jax.models.layers import BaseParam, Projections, layer_view, rms_norm, update_tokens
+from seer_jax.models.rope import rotate
+from seer_jax.selection.context import DecodeContext, PrefillContext
+from seer_jax.selection.policies import Dense, Policy
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the MLP is the one that the family names."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = BaseParam(jnp.ones(config.hidden_size, dtype))
         self.self_attn = Projections(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = BaseParam(jnp.ones(config.hidden_size, dtype))
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = FAMILIES[config.family].mlp(config, dtype=dtype, rngs=rngs)
         self.config = config
 
-    def __call__(
-        self, x: Float[Array, "B T E"], attend: Callable, layer: Layer = None
-    ) -> tuple[Float[Array, "B T E"], Any]:
+    def __call__(self, x: Float[Array, "B T E"], attend: Callable) -> tuple[Float[Array, "B T E"], Any]:
         """`attend(q, k, v) -> (output, aux)` gets queries and keys before RoPE; returns (x, aux)."""
         eps = self.config.rms_norm_eps
-        normed = rms_norm(x, of_layer(self.input_layernorm, layer), eps)
-        attended, aux = attend(*self.self_attn.qkv(normed, layer))
+        with jax.named_scope("qkv"):
+            projected = self.self_attn.qkv(rms_norm(x, self.input_layernorm[...], eps))
+        with jax.named_scope("attention"):
+            attended, aux = attend(*projected)
 
         def finish(x: Float[Array, "B n E"], attended: Float[Array, "B n H D"]) -> Float[Array, "B n E"]:
-            x = x + self.self_attn.out(attended, layer)
-            return x + self.mlp(rms_norm(x, of_layer(self.post_attention_layernorm, layer), eps), layer)
+            x = x + self.self_attn.out(attended)
+            return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps))
 
-        return update_tokens(finish, x, attended), aux
+        with jax.named_scope("mlp"):
+            return update_tokens(finish, x, attended), aux
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Consecutive layers that run alike, in one loop.
+
+    Attributes:
+      num_layers: how many.
+      policy: which blocks their attention keeps; arrays that it holds have a value for each layer of the model.
+    """
+
+    num_layers: int
+    policy: Policy = Dense()
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerContext:
-    """What an attention function may need of the layer that it works for: its index and its slice of the gates.
+    """What an attention function may need of the layer that it works for.
 
     Attributes:
-      dense: whether it is one of the first layers that are to keep every block.
+      index: of the layer.
+      policy: of the layer.
+      prefill_gate, decode_gate: the layer's slices of the gates.
     """
 
     index: Int[Array, ""]
+    policy: Policy
     prefill_gate: PrefillGate | None
     decode_gate: DecodeGate | None
-    dense: bool
 
 
 Attend = Callable[[LayerContext, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any, Any]]
@@ -93,12 +113,12 @@ class Transformer(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the base weights, and so of hidden states and cache."""
+        """Dtype of the base weights, the hidden states and the cache."""
         return self.embed_tokens.dtype
 
     @property
     def head(self) -> BaseParam:
-        """Of the output, `[V, E]`: the embedding where the two are tied."""
+        """Output head, `[V, E]`: the embedding where the two are tied."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def attach(self, *gates: PrefillGate | DecodeGate) -> "Transformer":
@@ -131,9 +151,9 @@ class Transformer(nnx.Module):
         attend: Attend,
         state: Any = None,
         *,
-        dense_layers: int = 0,
+        segments: Sequence[Segment] | None = None,
         remat: bool = False,
-        stacked: bool = False,
+        in_place: bool = False,
     ) -> tuple[Float[Array, "B T E"], Any, Any]:
         """Runs all layers and the final norm.
 
@@ -141,47 +161,62 @@ class Transformer(nnx.Module):
           tokens: `[B, T]`.
           attend: `attend(context, state, q, k, v) -> (output, state, aux)`, with q and k before RoPE.
           state: carried from layer to layer, for example a cache.
-          dense_layers: the first layers, in [0, L], whose `context.dense` is set. They run in a loop of their own: in one loop
-            the choice would be made on the device in every layer, and on a GPU the host waits for such a choice.
-          stacked: read each layer's weights where they lie among those of all layers, without a copy; pays for few tokens.
+          segments: all layers of the model in order; None: one segment. Each has a loop of its own: in one loop the device would make
+            the choice between two kinds in every layer, and on a GPU the host waits for such a choice.
           remat: keep nothing for a backward pass but what goes from layer to layer, and compute each layer anew there.
+          in_place: read each layer's weights where they lie among those of all layers, without a copy; pays for few tokens.
 
         Returns:
           (hidden states after the final norm, state, aux of all layers stacked).
         """
+        segments = [s for s in segments or (Segment(self.config.num_layers),) if s.num_layers]
+        every = (None if in_place else self.layers, self.prefill_gate, self.decode_gate)
+        # Where a loop takes some of the layers, it finds them by their index: a slice of the stack would be a copy of their weights.
+        sliced = not in_place and len(segments) == 1
 
-        every = (None if stacked else self.layers, self.prefill_gate, self.decode_gate)
-
-        def run(carry: tuple, length: int, *, dense: bool, sliced: bool) -> tuple[tuple, Any]:
+        def run(carry: tuple, segment: Segment) -> tuple[tuple, Any]:
             def body(carry: tuple, scanned: Any) -> tuple[tuple, Any]:
                 index, x, state = carry
                 if not sliced:
                     scanned = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), every)
-                layers, prefill_gate, decode_gate = scanned
-                context = LayerContext(index, prefill_gate, decode_gate, dense)
+                layer, prefill_gate, decode_gate = scanned
+                layer = layer_view(self.layers, index) if in_place else layer
+                context = LayerContext(index, segment.policy.of_layer(index), prefill_gate, decode_gate)
 
                 def hook(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                     out, new_state, aux = attend(context, state, q, k, v)
                     return out, (new_state, aux)
 
-                x, (state, aux) = self.layers(x, hook, index) if stacked else layers(x, hook)
+                x, (state, aux) = layer(x, hook)
                 return (index + 1, x, state), aux
 
             # The loop itself keeps both computations of a layer apart.
             step = jax.checkpoint(body, prevent_cse=False) if remat else body
-            return jax.lax.scan(step, carry, every if sliced else None, length)
+            return jax.lax.scan(step, carry, every if sliced else None, segment.num_layers)
 
         carry: tuple[jax.Array, jax.Array, Any] = (jnp.int32(0), self.embed_tokens[...][tokens], state)
-        sparse_layers = self.config.num_layers - dense_layers
-        # Some of the layers are found by their index: a slice of the stack would be a copy of their weights.
-        sliced = not stacked and min(dense_layers, sparse_layers) == 0
         parts = []
-        for length, dense in ((dense_layers, True), (sparse_layers, False)):
-            if length:
-                carry, aux = run(carry, length, dense=dense, sliced=sliced)
-                parts.append(aux)
+        for segment in segments:
+            carry, aux = run(carry, segment)
+            parts.append(aux)
         (_, x, state), aux = carry, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, aux
+
+    def segments(self, policy: Policy, gate: PrefillGate | DecodeGate | None, heads: int) -> list[Segment]:
+        """The layers under a policy: the first ones, which it leaves dense, and the others.
+
+        Args:
+          policy: of the whole model.
+          gate: of the phase that the policy is for.
+          heads: that the policy may hold values for: H while prompts are read, K while tokens are decoded.
+
+        Raises:
+          ValueError: the policy does not fit the model.
+        """
+        num_layers = self.config.num_layers
+        policy.check(num_layers, gate)
+        dense = policy.dense_first_layers(gate)
+        return [Segment(dense), Segment(num_layers - dense, policy.stacked(num_layers, heads))]
 
     def logits(self, hidden: Float[Array, "*b E"]) -> Float[Array, "*b V"]:
         """Output head, float32."""
@@ -192,15 +227,37 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T E"], Float[Array, "L B"]]:
         """Hidden states after the final norm, and the share of causal blocks that each layer and row kept."""
         lengths = self.check(tokens, lengths)
-        self.check_policy(sparsity, self.prefill_gate)
 
-        def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            policy, gate = Dense() if context.dense else sparsity, context.prefill_gate
-            out, _, kept = prefill_attention(policy, gate, context.index, q, k, v, lengths, self.config)
+        def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+            context = self.prefill_context(layer, q, k, v, lengths)
+            out, kept = prefill_attention(layer.policy, context)
             return out, state, kept
 
-        hidden, _, kept = self.scan(tokens, attend, dense_layers=_dense_layers(sparsity, self.prefill_gate))
+        segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads)
+        hidden, _, kept = self.scan(tokens, attend, segments=segments)
         return hidden, kept
+
+    def prefill_context(
+        self,
+        layer: LayerContext,
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K D"],
+        lengths: Int[Array, "B"],
+    ) -> PrefillContext:
+        """What a policy may look at while a layer reads whole prompts; q and k before RoPE."""
+        q_rotated, k_rotated = rotate(q, k, jnp.arange(q.shape[1])[None], self.config.rope)
+        return PrefillContext(
+            q=q,
+            k=k,
+            q_rotated=q_rotated,
+            k_rotated=k_rotated,
+            v=v,
+            lengths=lengths,
+            layer=layer.index,
+            block_size=layer.policy.tokens_per_block(layer.prefill_gate),
+            gate=layer.prefill_gate,
+        )
 
     def __call__(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, sparsity: Policy = Dense()
@@ -233,23 +290,23 @@ class Transformer(nnx.Module):
           cache: of at least T tokens; what it held is lost.
         """
         lengths = self.check(tokens, lengths)
-        self.check_policy(sparsity, self.prefill_gate)
         if tokens.shape[1] > cache.capacity:
             raise ValueError(
                 f"A prompt must fit the cache: got {tokens.shape[1]} tokens for {cache.capacity} slots. Make a larger cache."
             )
 
-        def attend(context: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            policy, gate, index = Dense() if context.dense else sparsity, context.prefill_gate, context.index
-            out, k_rotated, kept = prefill_attention(policy, gate, index, q, k, v, lengths, self.config)
-            cache = cache.fill(index, k_rotated, v)
-            if context.decode_gate is not None:
-                cache = cache.fill_gate(index, context.decode_gate, k, lengths)
+        def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+            context = self.prefill_context(layer, q, k, v, lengths)
+            out, kept = prefill_attention(layer.policy, context)
+            cache = cache.fill(layer.index, context.k_rotated, v)
+            if layer.decode_gate is not None:
+                cache = cache.fill_decode_gate(layer.index, layer.decode_gate, k, lengths)
             return out, cache, kept
 
-        hidden, cache, kept = self.scan(tokens, attend, cache, dense_layers=_dense_layers(sparsity, self.prefill_gate))
+        segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads)
+        hidden, cache, kept = self.scan(tokens, attend, cache, segments=segments)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(last), dataclasses.replace(cache, lengths=lengths), kept
+        return self.logits(last), cache.with_lengths(lengths), kept
 
     def decode(
         self, tokens: Int[Array, "B"], cache: Cache, *, sparsity: Policy = Dense()
@@ -258,27 +315,30 @@ class Transformer(nnx.Module):
 
         The cache must have a free slot in every row (`generate` sees to that); an append beyond it would be lost.
         """
-        self.check_policy(sparsity, self.decode_gate)
-        position = cache.lengths
 
-        def attend(context: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            policy, gate, index = Dense() if context.dense else sparsity, context.decode_gate, context.index
-            q_rotated, k_rotated = rotate(q, k, position[:, None], self.config)
-            cache = cache.append(index, k_rotated[:, 0], v[:, 0])
-            out, kept = decode_attention(policy, gate, index, q, q_rotated, cache)
+        def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+            q_rotated, k_rotated = rotate(q, k, cache.lengths[:, None], self.config.rope)
+            cache = cache.append(layer.index, k_rotated[:, 0], v[:, 0])
+            context = DecodeContext(
+                q=q,
+                q_rotated=q_rotated,
+                cache=cache.view(layer.index),
+                layer=layer.index,
+                block_size=layer.policy.tokens_per_block(layer.decode_gate),
+                gate=layer.decode_gate,
+            )
+            out, kept = decode_attention(layer.policy, context)
             return out, cache, (kept, k[:, 0])
 
-        first = _dense_layers(sparsity, self.decode_gate)
-        hidden, cache, aux = self.scan(tokens[:, None], attend, cache, dense_layers=first, stacked=True)
+        segments = self.segments(sparsity, self.decode_gate, self.config.num_kv_heads)
+        hidden, cache, aux = self.scan(tokens[:, None], attend, cache, segments=segments, in_place=True)
         kept, keys = aux
-        if self.decode_gate is not None:
-            cache = cache.append_gate(self.decode_gate, keys)
-        return self.logits(hidden[:, 0]), dataclasses.replace(cache, lengths=position + 1), kept
+        return self.logits(hidden[:, 0]), cache.finish_step(self.decode_gate, keys), kept
 
     def make_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache that fits this model and its decode gate."""
         gate = None if self.decode_gate is None else self.decode_gate.config
-        return Cache.create(self.config, batch, capacity, self.dtype, gate)
+        return Cache.create(self.config, batch, capacity, self.dtype, decode_gate=gate)
 
     def check(self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None) -> Int[Array, "B"]:
         """Checks tokens and lengths (their values where they are concrete) and returns the lengths."""
@@ -301,27 +361,6 @@ class Transformer(nnx.Module):
                 f"Each row has 1 to T = {width} tokens (no empty prompt); got lengths {counts.min()} .. {counts.max()}."
             )
         return jnp.asarray(counts, jnp.int32)
-
-    def check_policy(self, policy: Policy, gate: PrefillGate | DecodeGate | None) -> None:
-        """Refuses a policy that ranks by a gate which the model does not have, or that leaves none of its layers sparse."""
-        if ranks_by_gate(policy) and gate is None:
-            raise ValueError(
-                f"{policy} ranks blocks by a learned gate, but the model has none of this kind; "
-                "load one (from_pretrained(..., gates=...)), train one, or use Dense()."
-            )
-        if isinstance(policy, RankingPolicy) and policy.dense_layers >= self.config.num_layers:
-            raise ValueError(
-                f"dense_layers must leave a sparse layer: below {self.config.num_layers}, the model's layers; got "
-                f"{policy.dense_layers}. Lower it, or use Dense()."
-            )
-
-
-def _dense_layers(policy: Policy, gate: PrefillGate | DecodeGate | None) -> int:
-    """How many of the first layers keep every block although the policy is sparse: 0 where it is `Dense`."""
-    if isinstance(policy, Dense):
-        return 0
-    start = gate.config.start_layer if isinstance(gate, DecodeGate) else 0
-    return max(start, policy.dense_layers if isinstance(policy, RankingPolicy) else 0)
 
 
 def _concrete(x: ArrayLike) -> Tracer | np.ndarray:

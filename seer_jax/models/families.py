@@ -1,9 +1,13 @@
 """Which Hugging Face models can be read, and what differs between them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax import nnx
+
 from seer_jax.models.config import ModelConfig, RopeConfig
+from seer_jax.models.layers import MLP
 
 HFConfig = Mapping[str, Any]
 
@@ -25,7 +29,20 @@ def _qwen3(hf: HFConfig) -> dict[str, bool]:
     return dict(qk_norm=True, qkv_bias=bias, o_bias=bias)
 
 
-FAMILIES: dict[str, Callable[[HFConfig], dict[str, bool]]] = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3}
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What one Hugging Face model type has of its own.
+
+    Attributes:
+      fields: values of `ModelConfig` from a parsed `config.json`, besides those that all families read alike.
+      mlp: feed-forward module of a layer.
+    """
+
+    fields: Callable[[HFConfig], dict[str, Any]]
+    mlp: Callable[..., nnx.Module] = MLP
+
+
+FAMILIES: dict[str, Family] = {"llama": Family(_llama), "qwen2": Family(_qwen2), "qwen3": Family(_qwen3)}
 
 
 def config_from_hf(hf: HFConfig) -> ModelConfig:
@@ -64,7 +81,7 @@ def config_from_hf(hf: HFConfig) -> ModelConfig:
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
         max_position_embeddings=int(hf.get("max_position_embeddings") or 8192),
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
-        **FAMILIES[family](hf),
+        **FAMILIES[family].fields(hf),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+
 def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revision: str | None = None) -> Path:
     """The local folder of a model, downloaded if need be.
 

@@ -1,6 +1,7 @@
 """Building blocks of the decoder. Weights keep names and layout of the Hugging Face checkpoint, stacked over layers."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import stacked_linear
 from seer_jax.models.config import ModelConfig
 
-Layer = Int[Array, ""] | None  # which one of weights that are stacked; None: they are those of a single layer
 TOKENS_AT_ONCE = 8192  # fill the matrix units of a large GPU; more only take memory
 TOKENS_PER_TILE = 128
 
@@ -25,6 +25,31 @@ class GateParam(nnx.Param):
     """A weight of a gate: float32, trained by distillation."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerSlice:
+    """One layer's part of a weight that is stacked over layers, read where it lies: stands for the array in a `layer_view`.
+
+    Attributes:
+      stacked: `[L, ...]`.
+      index: of the layer.
+    """
+
+    stacked: Array
+    index: Int[Array, ""]
+
+    def __getitem__(self, key: Any) -> Array:
+        """The layer's part as an array of its own."""
+        return self.stacked[self.index][key]
+
+
+def layer_view[M: nnx.Module](stack: M, index: Int[Array, ""]) -> M:
+    """The module of one layer out of a module whose parameters are stacked over layers, without a copy of its weights.
+
+    `parameter[...]` of the view is the layer's part. `Linear` and `apply_linears` read their weights where they lie in the stack.
+    """
+    return jax.tree.map(lambda x: LayerSlice(x, index), stack)
+
+
 class Linear(nnx.Module):
     """y = x W^T + b, with W `[out, in]` as in the checkpoint."""
 
@@ -34,25 +59,21 @@ class Linear(nnx.Module):
         self.bias = BaseParam(jnp.zeros(out_features, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
-        return self.add_bias(jnp.einsum("...i,oi->...o", x, self.weight[...]), None)
-
-    def add_bias(self, y: Float[Array, "*b out"], layer: Layer) -> Float[Array, "*b out"]:
-        return y if self.bias is None else y + jnp.broadcast_to(of_layer(self.bias, layer), y.shape)
+        return apply_linears(x, self)[0]
 
 
-def of_layer(param: nnx.Param, layer: Layer) -> Array:
-    """The value of a parameter; that of one layer, where it is stacked."""
-    return param[...] if layer is None else param[...][layer]
-
-
-def apply_linears(linears: Sequence[Linear], x: Float[Array, "*b in"], layer: Layer) -> list[Float[Array, "*b _"]]:
-    """Several linear maps of the same vectors. With a layer, of weights that are stacked: see `stacked_linear`."""
-    if layer is None:
-        return [linear(x) for linear in linears]
-    weights = [linear.weight[...] for linear in linears]
-    products = stacked_linear(x.reshape(-1, x.shape[-1]), weights, layer)
-    whole = (y.reshape(*x.shape[:-1], -1) for y in products)
-    return [linear.add_bias(y, layer) for linear, y in zip(linears, whole, strict=True)]
+def apply_linears(x: Float[Array, "*b in"], *linears: Linear) -> list[Float[Array, "*b _"]]:
+    """Several linear maps of the same vectors; those of a `layer_view` in one kernel, see `stacked_linear`."""
+    weights = [linear.weight.get_value() for linear in linears]
+    if isinstance(weights[0], LayerSlice):
+        products = stacked_linear(x.reshape(-1, x.shape[-1]), [w.stacked for w in weights], weights[0].index)
+        products = [y.reshape(*x.shape[:-1], -1) for y in products]
+    else:
+        products = [jnp.einsum("...i,oi->...o", x, weight) for weight in weights]
+    return [
+        y if linear.bias is None else y + jnp.broadcast_to(linear.bias[...], y.shape)
+        for linear, y in zip(linears, products, strict=True)
+    ]
 
 
 def rms_norm(x: Float[Array, "*b dim"], weight: Float[Array, "dim"], eps: float) -> Float[Array, "*b dim"]:
@@ -103,22 +124,27 @@ class Projections(nnx.Module):
         self.config = config
 
     def qkv(
-        self, x: Float[Array, "B T E"], layer: Layer = None
+        self, x: Float[Array, "B T E"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Queries, keys and values **before RoPE**, normed where the family norms them: what the gates read."""
         dim, eps = self.config.head_dim, self.config.rms_norm_eps
-        projected = apply_linears((self.q_proj, self.k_proj, self.v_proj), x, layer)
+        projected = apply_linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.reshape(*x.shape[:2], -1, dim) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, of_layer(self.q_norm, layer), eps), rms_norm(k, of_layer(self.k_norm, layer), eps)
+            q, k = rms_norm(q, self.q_norm[...], eps), rms_norm(k, self.k_norm[...], eps)
         return q, k, v
 
-    def out(self, attended: Float[Array, "B T H D"], layer: Layer = None) -> Float[Array, "B T E"]:
-        return apply_linears((self.o_proj,), attended.reshape(*attended.shape[:2], -1), layer)[0]
+    def out(self, attended: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
+        """Projection of the attention's output."""
+        return self.o_proj(attended.reshape(*attended.shape[:2], -1))
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)).
+
+    The feed-forward part of the dense families. Another family names a module of its own: constructed as this one, and called with the
+    normed hidden states, it returns what is added to them.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         kinds: dict[str, Any] = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
@@ -126,6 +152,6 @@ class MLP(nnx.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, **kinds)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, **kinds)
 
-    def __call__(self, x: Float[Array, "B T E"], layer: Layer = None) -> Float[Array, "B T E"]:
-        gate, up = apply_linears((self.gate_proj, self.up_proj), x, layer)
-        return apply_linears((self.down_proj,), jax.nn.silu(gate) * up, layer)[0]
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        gate, up = apply_linears(x, self.gate_proj, self.up_proj)
+        return self.down_proj(jax.nn.silu(gate) * up)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from seer_jax.inference.text import TOKENIZER_PATTERNS, Tokenizer
+from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
 from seer_jax.models.hub import read_json
-from seer_jax.models.decoder import Transformer
-from seer_jax.inference.text import TOKENIZER_PATTERNS, Tokenizer
 
 if TYPE_CHECKING:
-    from seer_jax.gates.gate import DecodeGate, PrefillGate
+    from seer_jax.gates.decode import DecodeGate
+    from seer_jax.gates.prefill import PrefillGate
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

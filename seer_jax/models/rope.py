@@ -56,3 +56,10 @@ def apply_rope(
     sin = jnp.sin(angles)[..., None, :] * rope.attention_factor
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rotate(
+    q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], positions: Int[Array, "#B T"], rope: RopeConfig
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"]]:
+    """RoPE on queries and keys of the same tokens."""
+    return apply_rope(q, positions, rope), apply_rope(k, positions, rope)

@@ -1,0 +1,1 @@
+"""Which key blocks attention reads: contexts, scorers, rules and policies."""

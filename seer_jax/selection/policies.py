@@ -1,194 +1,173 @@
-"""Sparsity policies: how many blocks a row keeps, and by what they are ranked.
+"""Sparsity policies: `policy.blocks(context)` is the one place where blocks are chosen.
 
 A policy is a frozen dataclass and a JAX pytree, so it passes through `jax.jit` as an ordinary argument. Values that only
 change numbers (a threshold) are leaves; values that change shapes (a density, a budget) are static.
 """
 
+import abc
 import dataclasses
-import math
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
-from jaxtyping import Array, Bool, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
-from seer_jax.checks import check_at_least
+from pallas_kernels import BlockIndices
+from seer_jax.selection.context import Context, PrefillContext
 
+if TYPE_CHECKING:
+    from seer_jax.gates.decode import DecodeGate
+    from seer_jax.gates.prefill import PrefillGate
 
-class Scorer:
-    """What ranks the blocks. The learned gate is the default; the others are yardsticks for evaluation."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Gate(Scorer):
-    """The learned gate of the model."""
+DEFAULT_BLOCK_SIZE = 64  # of a model without gates
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Oracle(Scorer):
-    """The true block maxima of the attention map: the best any gate could learn. Costs a dense pass."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SinkWindow(Scorer):
-    """The first block, then the most recent ones (StreamingLLM, arXiv 2309.17453)."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Random(Scorer):
-    """Blocks at random.
+class Policy(abc.ABC):
+    """How blocks are chosen, in every layer of a model.
 
     Attributes:
-      seed: of the pseudo-random ranking.
+      is_dense: whether every block is kept in every layer.
+      needs_gate: whether it works with a learned gate alone.
+      expected_density: share of the blocks that the lists will hold, where that is known beforehand: a hint for kernels.
+      per_head: names of the fields that may hold a value for each layer and head.
     """
 
-    seed: int = dataclasses.field(default=0, metadata=dict(static=True))
+    is_dense: ClassVar[bool] = False
+    per_head: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def blocks(self, context: Context) -> BlockIndices | None:
+        """The lists of key blocks that attention reads in one layer; None: every block.
+
+        Args:
+          context: of the layer; the policy is that of the layer too, see `of_layer`.
+        """
+
+    @property
+    def needs_gate(self) -> bool:
+        return False
+
+    @property
+    def expected_density(self) -> float | None:
+        return None
+
+    def tokens_per_block(self, gate: "PrefillGate | DecodeGate | None") -> int:
+        """b: the gate's where there is one, so that all scorers are compared at the same size."""
+        return gate.config.block_size if gate is not None else DEFAULT_BLOCK_SIZE
+
+    def dense_first_layers(self, gate: "PrefillGate | DecodeGate | None") -> int:
+        """How many of the first layers keep every block although the policy is sparse."""
+        return getattr(gate.config, "start_layer", 0) if gate is not None else 0
+
+    def prepare(self, context: PrefillContext) -> PrefillContext:
+        """The context with what all chunks of query rows share."""
+        return context
+
+    def check(self, num_layers: int, gate: "PrefillGate | DecodeGate | None") -> None:
+        """Checks the policy against a model.
+
+        Raises:
+          ValueError: it ranks by a gate that the model has not, or leaves none of its layers sparse.
+        """
+        if self.needs_gate and gate is None:
+            raise ValueError(
+                f"{self} ranks blocks by a learned gate, but the model has none of this kind; "
+                "load one (from_pretrained(..., gates=...)), train one, or use Dense()."
+            )
+        dense_layers = getattr(self, "dense_layers", 0)
+        if dense_layers >= num_layers:
+            raise ValueError(
+                f"dense_layers must leave a sparse layer: below {num_layers}, the model's layers; got {dense_layers}. "
+                "Lower it, or use Dense()."
+            )
+
+    def stacked(self, num_layers: int, heads: int) -> "Policy":
+        """The policy with every array that its fields hold as `[L, heads]` or `[L, 1]`; scalars stay.
+
+        Args:
+          num_layers: L.
+          heads: H while prompts are read, K while tokens are decoded.
+
+        Raises:
+          ValueError: an array has another shape than [L], [L, heads], [heads] or [].
+        """
+        changes = {}
+        for name in self.per_head:
+            value = getattr(self, name)
+            if jnp.ndim(value):
+                changes[name] = _by_layer(f"{type(self).__name__}.{name}", value, num_layers, heads)
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def of_layer(self, layer: jax.Array) -> "Policy":
+        """The policy of one layer out of a stacked one."""
+        changes = {name: getattr(self, name)[layer] for name in self.per_head if jnp.ndim(getattr(self, name))}
+        return dataclasses.replace(self, **changes) if changes else self
 
 
-# By the names that a command line uses.
-SCORERS: dict[str, Scorer] = {"gate": Gate(), "oracle": Oracle(), "window": SinkWindow(), "random": Random()}
+def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
+    """A value as [L, heads] or [L, 1]."""
+    shape = jnp.shape(value)
+    value = jnp.asarray(value, jnp.float32)
+    by_layer, by_head = shape == (num_layers,), shape == (heads,)
+    if by_layer and by_head and num_layers > 1:
+        raise ValueError(
+            f"{name} must say which axis it has, as the model has {num_layers} layers and as many heads; got shape {shape}. "
+            f"Give [{num_layers}, 1] for one value per layer, or [1, {heads}] for one per head."
+        )
+    if by_layer:
+        return value[:, None]
+    if by_head or shape == (1, heads):
+        return jnp.broadcast_to(value, (num_layers, heads))
+    if shape in ((num_layers, heads), (num_layers, 1)):
+        return value
+    raise ValueError(
+        f"{name} must be a number, [L] = [{num_layers}], [heads] = [{heads}] or [L, heads] = [{num_layers}, {heads}]; "
+        f"got shape {shape}."
+    )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(Policy):
     """Every block."""
 
+    is_dense = True
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Threshold:
-    """Blocks whose score after softmax is above a threshold.
+    def blocks(self, context: Context) -> None:
+        return None
 
-    Attributes:
-      threshold: in [0, 1); 0 keeps every block. A scalar, or an array `[H, 1, 1]` (prefill) or `[K, 1]` (decode) with one
-        value per head.
-      scorer: what ranks the blocks.
-      dense_last_rows: the last block rows of a prompt, which hold its question, keep every block (`last_block_dense` of the
-        release is 2). Prefill alone.
-      dense_layers: the first layers, which keep every block in either phase; fewer than the model has. While decoding it is
-        the larger of this and the gate's own `start_layer`.
-    """
-
-    threshold: float | Float[Array, "..."]
-    scorer: Scorer = Gate()
-    dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
-    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
-
-    def __post_init__(self) -> None:
-        check_at_least(0, self, "dense_last_rows", "dense_layers")
-        if isinstance(self.threshold, (int, float)) and not 0 <= self.threshold < 1:
-            raise ValueError(f"A threshold on softmax scores lies in [0, 1); got {self.threshold}.")
+    def dense_first_layers(self, gate: Any) -> int:
+        return 0  # one program for all layers
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CumulativeMass:
-    """The fewest best blocks of each row whose scores after softmax add up to a given share.
-
-    Rows that spread their attention keep more blocks than rows that know where to look.
-
-    Attributes:
-      mass: in (0, 1]; 1 keeps every block. A scalar, or an array `[H, 1, 1]` (prefill) or `[K, 1]` (decode) with one value
-        per head.
-      scorer: what ranks the blocks.
-      dense_last_rows, dense_layers: as in `Threshold`.
-    """
-
-    mass: float | Float[Array, "..."]
-    scorer: Scorer = Gate()
-    dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
-    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
-
-    def __post_init__(self) -> None:
-        check_at_least(0, self, "dense_last_rows", "dense_layers")
-        if isinstance(self.mass, (int, float)) and not 0 < self.mass <= 1:
-            raise ValueError(f"A share of the softmax scores lies in (0, 1]; got {self.mass}.")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TopK:
-    """The best blocks of each row, so many that a given share of the causal map is kept.
-
-    Prefill: with n blocks in a sequence (its own length, not what the batch is padded to) every row keeps its
-    k = max(1, floor((1 - sqrt(1 - density)) n)) best; rows that have fewer keep all. `density` is then the share of the causal
-    map (SeerAttention's `nz_ratio`). Decode: a row that sees n blocks keeps max(2, floor(density n)), the current and the first
-    among them.
-
-    Attributes:
-      density: in (0, 1].
-      scorer: what ranks the blocks.
-      dense_last_rows, dense_layers: as in `Threshold`.
-    """
-
-    density: float = dataclasses.field(metadata=dict(static=True))
-    scorer: Scorer = Gate()
-    dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
-    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
-
-    def __post_init__(self) -> None:
-        check_at_least(0, self, "dense_last_rows", "dense_layers")
-        if not 0 < self.density <= 1:
-            raise ValueError(f"TopK takes the share of the causal map to keep, in (0, 1]; got {self.density}.")
-
-    def blocks(self, num_blocks: int) -> int:
-        """k for a sequence of `num_blocks` blocks."""
-        return max(1, math.floor((1 - math.sqrt(1 - self.density)) * num_blocks))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenBudget:
-    """At most floor(tokens / b) blocks in each row: the current one, the first one, then the best.
-
-    Attributes:
-      tokens: the budget, at least one block.
-      scorer: what ranks the blocks.
-      dense_layers: as in `Threshold`.
-    """
-
-    tokens: int = dataclasses.field(metadata=dict(static=True))
-    scorer: Scorer = Gate()
-    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
-
-    def __post_init__(self) -> None:
-        check_at_least(0, self, "dense_layers")
-        if self.tokens < 1:
-            raise ValueError(f"A token budget is positive; got {self.tokens}.")
-
-    def blocks(self, block_size: int) -> int:
-        """Blocks that fit the budget."""
-        if self.tokens < block_size:
-            raise ValueError(
-                f"A token budget holds at least one block of {block_size} tokens; got {self.tokens}. Use {block_size} or more."
-            )
-        return self.tokens // block_size
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Policy):
     """Masks of the caller's own, one per layer.
 
     Attributes:
       mask: prefill `[L, B, Hs, Tb, Sb]` with Hs in (1, K, H); decode `[L, B, K, Sb]`. True keeps a block. Causality is
         applied on top, and a row that would keep no block keeps its own. While decoding, layers before the gate's
         `start_layer` are dense whatever their mask says.
-      block_size: tokens per block.
+      block_size: b, tokens per block.
     """
 
     mask: Bool[Array, "L B ..."]
-    block_size: int = dataclasses.field(default=64, metadata=dict(static=True))
+    block_size: int = dataclasses.field(default=DEFAULT_BLOCK_SIZE, metadata=dict(static=True))
 
+    def tokens_per_block(self, gate: Any) -> int:
+        return self.block_size
 
-# These keep the best blocks by the ranking of their scorer.
-RankingPolicy = Threshold | CumulativeMass | TopK | TokenBudget
-Policy = Dense | Given | RankingPolicy
+    def blocks(self, context: Context) -> BlockIndices:
+        return context.of_mask(self.mask)
 
+    def stacked(self, num_layers: int, heads: int) -> "Policy":
+        if jnp.ndim(self.mask) not in (4, 5) or self.mask.shape[0] != num_layers or self.mask.dtype != jnp.bool_:
+            raise ValueError(
+                f"Given.mask must be bool [L, B, Hs, Tb, Sb] (prefill) or [L, B, K, Sb] (decode) with L = {num_layers}; "
+                f"got {self.mask.dtype} {jnp.shape(self.mask)}."
+            )
+        return self
 
-def ranks_by_gate(policy: Policy) -> bool:
-    """Whether a policy works only with a learned gate."""
-    return isinstance(policy, RankingPolicy) and isinstance(policy.scorer, Gate)
+    def of_layer(self, layer: jax.Array) -> "Policy":
+        return dataclasses.replace(self, mask=self.mask[layer])

@@ -25,7 +25,7 @@ from seer_jax.convert import (
     verify,
     verify_logits,
 )
-from seer_jax.gates.gate import PrefillGate
+from seer_jax.gates.prefill import PrefillGate
 from seer_jax.selection.rules import Threshold
 from tests.convert.test_gates import assert_same
 from tests.golden.data import Golden, release, transformers_case, write_base, write_gates

@@ -27,7 +27,8 @@ from seer_jax.convert.gate_config import (
 from seer_jax.convert.gates import abstract_gate
 from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
 from seer_jax.models.families import config_from_hf
-from seer_jax.gates.gate import DecodeGate, PrefillGate
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.prefill import PrefillGate
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Oracle

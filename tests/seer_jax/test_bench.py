@@ -44,7 +44,8 @@ from seer_jax.bench.selection import chosen_blocks
 from seer_jax.bench.table import beside_each_other, print_measurements
 from seer_jax.bench.training import forward_flop
 from seer_jax.gates.configs import DecodeGateConfig
-from seer_jax.gates.gate import DecodeGate, PrefillGate
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.prefill import PrefillGate
 from seer_jax.inference.memory import tree_bytes
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import Threshold, TopK

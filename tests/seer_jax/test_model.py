@@ -19,7 +19,8 @@ from seer_jax.models.cache import Cache
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.models.families import config_from_hf
 from seer_jax.models.decoder import LayerContext, Transformer
-from seer_jax.selection.policies import Dense, Given, Policy, RankingPolicy
+from seer_jax.selection.policies import Dense, Given, Policy
+from seer_jax.selection.rules import RankingPolicy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Oracle, Random, SinkWindow
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model

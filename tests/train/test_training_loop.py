@@ -21,7 +21,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
 from seer_jax.gates.configs import Gates
-from seer_jax.gates.gate import DecodeGate, PrefillGate
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.prefill import PrefillGate
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data.batches import DataConfig

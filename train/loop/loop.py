@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from seer_jax.models.decoder import Transformer
-from seer_jax.train.loop.checkpoint import Checkpoints, RunState
 from seer_jax.train.config import TrainConfig, to_dict
 from seer_jax.train.data.batches import Batch, DataPosition, batches
-from seer_jax.train.loop.metrics import MetricsLog
-from seer_jax.train.optimizer import make_optimizer, make_schedule
 from seer_jax.train.data.packing import PackedDataset
+from seer_jax.train.loop.checkpoint import Checkpoints, RunState
+from seer_jax.train.loop.metrics import MetricsLog
 from seer_jax.train.loop.progress import ConsoleProgress, StepReport
+from seer_jax.train.optimizer import make_optimizer, make_schedule
 from seer_jax.train.step import FrozenWeights, Step, Task, Weights, make_step
 
 IN_FLIGHT = 2  # steps that metrics lag behind, so that the device has the next step at hand while the host reads them

@@ -1,0 +1,1 @@
+"""Weight files, tensor by tensor: safetensors, and torch's .pth without torch."""

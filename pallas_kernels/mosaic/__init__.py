@@ -1,0 +1,1 @@
+"""What Mosaic GPU kernels share."""

@@ -1,0 +1,112 @@
+"""The decode gate of SeerAttention-R: one choice of blocks per key/value head and query token. Stacked over layers like the prefill gate."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels import pool_blocks, score_blocks
+from seer_jax.gates.configs import DecodeGateConfig, Pool, QueryReduction
+from seer_jax.gates.projections import initial_projection, project, project_few
+from seer_jax.gates.recommendation import Recommendation
+from seer_jax.models.config import ModelConfig
+from seer_jax.models.layers import GateParam, rms_norm
+from seer_jax.models.rope import apply_rope
+
+NORM_EPS = 1e-6
+
+
+class DecodeGate(Recommendation, nnx.Module):
+    """score[k, t, j] = rope(norm(Wq q_t)) . rope(norm(Wk Pk(k)_j)) / sqrt(C) for j < floor(t / b) (SeerAttention-R, arXiv
+    2506.08889, sec. 3).
+
+    Attributes:
+      linear_q: `[L, K, G, D, C]` (PROJ), `[L, K, D, C]` (AVG_PROJ) or None (AVG).
+      linear_k: `[L, K, |Pk| D, C]`.
+      q_norm, k_norm: `[L, C]` or None.
+      recommended: the policy to use the gate with, or None.
+    """
+
+    def __init__(self, config: DecodeGateConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        self.config, self.model = config, model
+        layers, kv_heads, group = model.num_layers, model.num_kv_heads, model.group_size
+        dim, gate_dim = model.head_dim, config.gate_dim
+        if config.query_reduction is QueryReduction.AVG and gate_dim != dim:
+            raise ValueError(
+                f"A gate that averages queries without projecting them needs gate_dim == head_dim; got {gate_dim} and {dim}."
+            )
+        if config.start_layer >= layers:
+            raise ValueError(f"start_layer must leave a sparse layer: below {layers}; got {config.start_layer}.")
+        make = functools.partial(initial_projection, head_dim=dim)
+        shapes = {
+            QueryReduction.PROJ: (layers, kv_heads, group, dim, gate_dim),
+            QueryReduction.AVG_PROJ: (layers, kv_heads, dim, gate_dim),
+        }
+        q_shape = shapes.get(config.query_reduction)
+        scale = 1 / group if config.query_reduction is QueryReduction.PROJ else 1
+        self.linear_q = None if q_shape is None else GateParam(make(rngs.params(), q_shape, (Pool.AVG,)) * scale)
+        self.linear_k = GateParam(
+            make(rngs.params(), (layers, kv_heads, len(config.k_pooling) * dim, gate_dim), config.k_pooling)
+        )
+        self.q_norm = GateParam(jnp.ones((layers, gate_dim))) if config.use_qk_norm else None
+        self.k_norm = GateParam(jnp.ones((layers, gate_dim))) if config.use_qk_norm else None
+
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of the compressed keys: K."""
+        return self.model.num_kv_heads
+
+    def queries(self, q: Float[Array, "B T H D"], positions: Int[Array, "#B T"]) -> Float32[Array, "B T K C"]:
+        """The gate's queries, one per token and key/value head; q before RoPE."""
+        grouped = q.astype(jnp.float32).reshape(*q.shape[:2], self.model.num_kv_heads, -1, q.shape[-1])
+        if self.linear_q is None:
+            out = grouped.mean(3)
+        elif self.config.query_reduction is QueryReduction.PROJ:
+            weight = self.linear_q[...]
+            flat = grouped.reshape(*grouped.shape[:3], -1)
+            out = project_few(flat, weight.reshape(len(weight), -1, weight.shape[-1]))
+        else:
+            out = project_few(grouped.mean(3), self.linear_q[...])
+        return self._finish(out, self.q_norm, positions)
+
+    def keys(
+        self, k: Float[Array, "B S K D"], positions: Int[Array, "#B S"], valid: Bool[Array, "#B S"] | None = None
+    ) -> Float32[Array, "B Sb K C"]:
+        """Compressed keys, one per block and key/value head.
+
+        Args:
+          k: before RoPE; S counts from the start of a block.
+          positions: of the tokens; a key is rotated at the first token of its block.
+          valid: tokens that count, see `pool_blocks`.
+        """
+        b = self.config.block_size
+        return self.compress(pool_blocks(k, self.config.k_pooling, block_size=b, valid=valid), positions[:, ::b])
+
+    def compress(
+        self, pooled: Float32[Array, "B Sb K P"], first_positions: Int[Array, "#B Sb"]
+    ) -> Float32[Array, "B Sb K C"]:
+        """Compressed keys from pooled ones (`pool_blocks`); positions are those of each block's first token."""
+        return self._finish(project(pooled, self.linear_k[...]), self.k_norm, first_positions)
+
+    def logits(
+        self,
+        queries: Float32[Array, "B T K C"],
+        keys: Float[Array, "B Sb K C"],
+        *,
+        completed: Int[Array, "B T"],
+    ) -> Float32[Array, "B K T Sb"]:
+        """Logits of tokens against key blocks, -inf from block `completed` on.
+
+        Args:
+          completed: number of completed earlier blocks of each query token, floor(t / b).
+        """
+        logits = score_blocks(queries, keys.astype(jnp.float32))
+        visible = jnp.arange(keys.shape[1])[None, None, None] < completed[:, None, :, None]
+        return jnp.where(visible, logits, -jnp.inf)
+
+    def _finish(self, x: jax.Array, norm: GateParam | None, positions: jax.Array) -> jax.Array:
+        if norm is not None:
+            x = rms_norm(x, norm[...], NORM_EPS)
+        return apply_rope(x, positions, self.model.rope) if self.config.use_rope else x

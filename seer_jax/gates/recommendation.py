@@ -1,0 +1,24 @@
+"""The policy that a gate is best used with."""
+
+import json
+
+from seer_jax.selection.notation import policy_from_json, policy_to_json
+from seer_jax.selection.policies import Policy
+
+
+class Recommendation:
+    """Gives a gate the attribute `recommended`.
+
+    It is kept as text: a module's static parts must be comparable, and thresholds per layer and head are arrays.
+    """
+
+    _recommended: str | None = None
+
+    @property
+    def recommended(self) -> Policy | None:
+        """The policy to use the gate with; None where nothing is recommended."""
+        return None if self._recommended is None else policy_from_json(json.loads(self._recommended))
+
+    @recommended.setter
+    def recommended(self, policy: Policy | None) -> None:
+        self._recommended = None if policy is None else json.dumps(policy_to_json(policy))

@@ -1,0 +1,225 @@
+"""Rules: from scores to lists of blocks. Each is a policy that keeps the best blocks by the ranking of its scorer."""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels import BlockIndices
+from seer_jax.checks import check_at_least
+from seer_jax.selection.context import Context, DecodeContext, PrefillContext
+from seer_jax.selection.policies import Policy
+from seer_jax.selection.scorers import LearnedGate, Scorer
+
+Scores = Float32[Array, "B Hs Tb Sb"] | Float32[Array, "B K Sb"]
+
+
+class RankingPolicy(Policy):
+    """Base of the rules.
+
+    Attributes:
+      name: as a command line writes it.
+      value: name of the field that says how much is kept.
+      scorer: what ranks the blocks.
+      dense_layers: the first layers, which keep every block in either phase; fewer than the model has. While decoding it is
+        the larger of this and the gate's own `start_layer`.
+    """
+
+    name: ClassVar[str]
+    value: ClassVar[str]
+    scorer: Scorer
+    dense_layers: int
+
+    @abc.abstractmethod
+    def select(self, scores: Scores, context: Context) -> BlockIndices:
+        """The lists that the rule makes of scores before softmax."""
+
+    def blocks(self, context: Context) -> BlockIndices:
+        with jax.named_scope("scores"):
+            if isinstance(context, PrefillContext):
+                scores = self.scorer.prefill_scores(context)
+            else:
+                scores = self.scorer.decode_scores(context)
+        with jax.named_scope("select"):
+            return self.select(scores, context)
+
+    @property
+    def needs_gate(self) -> bool:
+        return self.scorer.needs_gate
+
+    def prepare(self, context: PrefillContext) -> PrefillContext:
+        with jax.named_scope("prepare_keys"):
+            return dataclasses.replace(context, prepared=self.scorer.prepare(context))
+
+    def dense_first_layers(self, gate: Any) -> int:
+        return max(super().dense_first_layers(gate), self.dense_layers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Threshold(RankingPolicy):
+    """Blocks whose score after softmax is above a threshold.
+
+    Attributes:
+      threshold: in [0, 1); 0 keeps every block. A number, or an array `[L]`, `[heads]` or `[L, heads]` with one value per layer
+        and head: H heads while prompts are read, K while tokens are decoded.
+      scorer: what ranks the blocks.
+      dense_last_rows: the last block rows of a prompt, which hold its question, keep every block (`last_block_dense` of the
+        release is 2). Prefill alone.
+      dense_layers: see `RankingPolicy`.
+    """
+
+    name = "threshold"
+    value = "threshold"
+    per_head = ("threshold",)
+
+    threshold: float | Float[Array, "..."]
+    scorer: Scorer = LearnedGate()
+    dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
+    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "dense_last_rows", "dense_layers")
+        _check_values(self, lambda x: (x >= 0) & (x < 1), "lie in [0, 1), as softmax scores do")
+
+    def select(self, scores: Scores, context: Context) -> BlockIndices:
+        scores, threshold = context.per_head(scores, self.threshold)
+        return context.select(scores, threshold=threshold, keep=context.keep(self.dense_last_rows))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CumulativeMass(RankingPolicy):
+    """The smallest set of top blocks of each row whose scores after softmax sum to at least `mass`.
+
+    Rows that spread their attention keep more blocks than rows that concentrate it.
+
+    Attributes:
+      mass: in (0, 1]; 1 keeps every block. A number or an array, as in `Threshold`.
+      scorer, dense_last_rows, dense_layers: as in `Threshold`.
+    """
+
+    name = "mass"
+    value = "mass"
+    per_head = ("mass",)
+
+    mass: float | Float[Array, "..."]
+    scorer: Scorer = LearnedGate()
+    dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
+    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "dense_last_rows", "dense_layers")
+        _check_values(self, lambda x: (x > 0) & (x <= 1), "lie in (0, 1], a share of the softmax scores")
+
+    def select(self, scores: Scores, context: Context) -> BlockIndices:
+        scores, mass = context.per_head(scores, self.mass)
+        return context.select(scores, mass=mass, keep=context.keep(self.dense_last_rows))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopK(RankingPolicy):
+    """The k best blocks of each row, with k from the share of the causal map that is to be kept.
+
+    Prefill: with n blocks in a sequence (its own length, not what the batch is padded to) every row keeps its
+    k = max(1, floor((1 - sqrt(1 - density)) n)) best; rows that have fewer keep all. `density` is then the share of the causal
+    map (SeerAttention's `nz_ratio`). Decode: a row that sees n blocks keeps max(2, floor(density n)), the current and the first
+    among them.
+
+    Attributes:
+      density: in (0, 1].
+      scorer, dense_last_rows, dense_layers: as in `Threshold`.
+    """
+
+    name = "topk"
+    value = "density"
+
+    density: float = dataclasses.field(metadata=dict(static=True))
+    scorer: Scorer = LearnedGate()
+    dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
+    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "dense_last_rows", "dense_layers")
+        if not 0 < self.density <= 1:
+            raise ValueError(
+                f"TopK.density must lie in (0, 1], the share of the causal map to keep; got {self.density}."
+            )
+
+    @property
+    def expected_density(self) -> float:
+        return self.density
+
+    def blocks_per_row(self, num_blocks: int) -> int:
+        """k of a prompt of `num_blocks` blocks."""
+        return max(1, math.floor((1 - math.sqrt(1 - self.density)) * num_blocks))
+
+    def select(self, scores: Scores, context: Context) -> BlockIndices:
+        keep, total = context.keep(self.dense_last_rows), context.num_key_blocks
+        if isinstance(context, DecodeContext):
+            width = min(max(2, int(self.density * total)), total)
+            wanted = jnp.floor(self.density * (context.current + 1)).astype(jnp.int32)  # by the row's own length
+            wanted = jnp.clip(wanted, min(2, width), width)
+            return context.select(scores, max_blocks=wanted, keep=keep, width=width)
+        # As many as a sequence's own length asks for, whatever the batch is padded to.
+        counts = jnp.asarray([self.blocks_per_row(n) for n in range(1, total + 1)])
+        return context.select(scores, top_k=counts[context.last], keep=keep)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenBudget(RankingPolicy):
+    """At most floor(tokens / b) blocks in each row: the current one, the first one, then the best.
+
+    Attributes:
+      tokens: the budget, at least one block.
+      scorer, dense_layers: as in `Threshold`.
+    """
+
+    name = "budget"
+    value = "tokens"
+
+    tokens: int = dataclasses.field(metadata=dict(static=True))
+    scorer: Scorer = LearnedGate()
+    dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "dense_layers")
+        if self.tokens < 1:
+            raise ValueError(f"TokenBudget.tokens must be at least 1; got {self.tokens}.")
+
+    def blocks_per_row(self, block_size: int) -> int:
+        """Blocks that fit the budget."""
+        if self.tokens < block_size:
+            raise ValueError(
+                f"A token budget must hold at least one block of {block_size} tokens; got {self.tokens}. "
+                f"Use {block_size} or more."
+            )
+        return self.tokens // block_size
+
+    def select(self, scores: Scores, context: Context) -> BlockIndices:
+        most = self.blocks_per_row(context.block_size)
+        keep = context.sink_and_own if most > 1 else context.own  # a budget of one block is for the current one
+        return context.select(scores, max_blocks=most, keep=keep)
+
+
+RULES: dict[str, type[RankingPolicy]] = {rule.name: rule for rule in (Threshold, CumulativeMass, TopK, TokenBudget)}
+
+
+def _check_values(policy: RankingPolicy, inside: Any, must: str) -> None:
+    """Checks the values of a field where they are known: inside JAX's transformations they are tracers or placeholders."""
+    value = getattr(policy, policy.value)
+    if isinstance(value, (list, tuple, str, bool)):
+        raise ValueError(
+            f"{type(policy).__name__}.{policy.value} must be a number or an array; got {value!r}. Wrap it in jnp.asarray."
+        )
+    known = isinstance(value, (int, float, np.ndarray, np.generic))
+    known |= isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    if known and not inside(np.asarray(value)).all():
+        raise ValueError(f"{type(policy).__name__}.{policy.value} must {must}; got {value}.")

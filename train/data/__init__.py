@@ -1,0 +1,1 @@
+"""Training data: documents, tokens, packed rows, batches."""
