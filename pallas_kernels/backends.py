@@ -105,6 +105,11 @@ class Operation:
                 reasons.append(f"{backend.name}: {error}")
         raise Unsupported(f"{self.name}: no backend can do this. " + "; ".join(reasons))
 
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """What the public function takes as `implementation`."""
+        return tuple(backend.name for backend in self.preferred + self.others)
+
     def used_here(self) -> str:
         """Name of the backend that `implementation=None` tries first on the default device."""
         for backend in self.preferred[:-1]:
@@ -120,10 +125,10 @@ class Operation:
         return getattr(importlib.import_module(f"{self.package}.{backend.name}"), name or self.name)
 
     def _named(self, name: str) -> Backend:
-        known = {backend.name: backend for backend in self.preferred + self.others}
-        if name not in known:
-            raise ValueError(f"{self.name}: implementation must be None or one of {tuple(known)}; got {name!r}.")
-        return known[name]
+        for backend in self.preferred + self.others:
+            if backend.name == name:
+                return backend
+        raise ValueError(f"{self.name}: implementation must be None or one of {self.implementations}; got {name!r}.")
 
     def _run(self, backend: Backend, otherwise: Backend | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs a backend; `otherwise` runs if the program is lowered for a platform for which the backend is not, None: nothing."""
