@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels.devices import default_device
+
 GIB = 2**30
 
 
@@ -106,7 +108,7 @@ def available_bytes(model: Any) -> int | None:
       None where the device does not tell, or the model lies on several.
     """
     arrays = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
-    devices = {device for x in arrays for device in x.devices()} or {jax.local_devices()[0]}
+    devices = {device for x in arrays for device in x.devices()} or {default_device()}
     memory = device_memory(*devices) if len(devices) == 1 else None
     return None if memory is None else memory.limit - max(memory.in_use - tree_bytes(arrays), 0)
 

@@ -421,7 +421,7 @@ BAD_PROMPTS = [
     (dict(prompts=[[1], []]), "at least one token; prompt 1 is empty. Start it with a BOS"),
     (dict(prompts=[np.array([0.5])]), r"list of integers; prompt 0 is float64 \(1,\)"),
     (dict(prompts=[np.array([[1]])]), r"prompt 0 is int64 \(1, 1\)"),
-    (dict(prompts=[[1]], multiple_of=0), "multiple_of is at least 1 token; got 0"),
+    (dict(prompts=[[1]], multiple_of=0), "multiple_of must be at least 1 token; got 0"),
 ]
 
 

@@ -459,13 +459,13 @@ def test_a_chunked_dense_pass_equals_one_piece():
 
 
 BAD_INPUT = [
-    (dict(tokens=np.zeros(3, np.int32)), r"tokens are integers \[B, T\].*got int32 \(3,\)"),
-    (dict(tokens=np.zeros((1, 3), np.float32)), r"tokens are integers.*got float32"),
+    (dict(tokens=np.zeros(3, np.int32)), r"tokens must be integers \[B, T\].*got int32 \(3,\)"),
+    (dict(tokens=np.zeros((1, 3), np.float32)), r"tokens must be integers.*got float32"),
     (dict(tokens=np.zeros((1, 0), np.int32)), r"B, T >= 1; got int32 \(1, 0\)"),
     (dict(tokens=np.full((1, 3), 64)), r"\[0, 64\).*got 64 \.\. 64.*tokenizer"),
     (dict(tokens=np.full((1, 3), -1)), r"got -1 \.\. -1"),
-    (dict(lengths=np.ones(2, np.int32)), r"lengths are integers \[B\] with B = 1; got int32 \(2,\)"),
-    (dict(lengths=np.ones(1, np.float32)), "lengths are integers.*got float32"),
+    (dict(lengths=np.ones(2, np.int32)), r"lengths must be integers \[B\] with B = 1; got int32 \(2,\)"),
+    (dict(lengths=np.ones(1, np.float32)), "lengths must be integers.*got float32"),
     (dict(lengths=np.zeros(1, np.int32)), "1 to T = 3 tokens.*got lengths 0 .. 0"),
     (dict(lengths=np.full(1, 4)), "got lengths 4 .. 4"),
     (dict(sparsity=TopK(0.1)), "the model has none of this kind.*from_pretrained"),
@@ -493,7 +493,7 @@ def test_a_prompt_longer_than_the_cache_is_refused():
 def test_gates_of_another_model_are_refused():
     gate = tiny_model(QWEN3).prefill_gate
     assert gate is not None
-    with pytest.raises(ValueError, match="expected num_kv_heads=2, got 4"):
+    with pytest.raises(ValueError, match="num_kv_heads must be 2; got 4"):
         tiny_model(gates=False).attach(gate)
     with pytest.raises(ValueError, match="below 2; got 2"):
         tiny_model(gates=False).add_gate(DecodeGateConfig(gate_dim=16, start_layer=2), rngs=nnx.Rngs(0))
