@@ -86,12 +86,10 @@ def _abstract_base(folder: Path, dtype: Any) -> Transformer:
 
 
 def _abstract_gate(place: Location) -> "PrefillGate | DecodeGate":
-    from seer_jax.convert.gate_config import gate_config_from_hf
-    from seer_jax.convert.gates import abstract_gate
+    from seer_jax.convert.gates import described_gate
     from seer_jax.models.hub import read_config, resolve
 
-    config = read_config(resolve(place, (CONFIG,)))
-    return abstract_gate(gate_config_from_hf(config), config_from_hf(config))
+    return described_gate(read_config(resolve(place, (CONFIG,))))
 
 
 def _place_on(mesh: jax.sharding.Mesh) -> Any:
