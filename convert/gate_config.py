@@ -171,11 +171,11 @@ def _release_keys(policy: Policy, config: GateConfig) -> dict[str, Any]:
     """The release's keys for a policy, without their prefix; none where they cannot express it."""
     if not isinstance(policy, RankingPolicy) or type(policy.scorer) is not LearnedGate or policy.dense_layers:
         return {}
-    rows: dict[str, Any] = {}
-    if isinstance(config, PrefillGateConfig) and hasattr(policy, "dense_last_rows"):
-        if policy.dense_last_rows not in (0, 2):
+    rows, dense_rows = {}, getattr(policy, "dense_last_rows", None)
+    if isinstance(config, PrefillGateConfig) and dense_rows is not None:
+        if dense_rows not in (0, 2):
             return {}
-        rows["last_block_dense"] = policy.dense_last_rows == 2
+        rows["last_block_dense"] = dense_rows == 2
     match policy:
         case Threshold(threshold=threshold) if not np.ndim(threshold):
             return {"sparsity_method": "threshold", "threshold": float(threshold)} | rows

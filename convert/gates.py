@@ -33,7 +33,7 @@ from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import read_config, resolve, write_config
+from seer_jax.models.hub import Location, read_config, resolve_gate, write_config
 from seer_jax.models.layers import GateParam
 from seer_jax.selection.policies import Policy
 
@@ -56,13 +56,13 @@ GATE_PATTERNS = ("config.json", *(format.file_name for format in GateFormat))
 
 
 def load_gates(
-    path_or_id: str | os.PathLike[str], model_config: ModelConfig | None = None, *, sharding: Sharding | None = None
+    location: Location, model_config: ModelConfig | None = None, *, sharding: Sharding | None = None
 ) -> PrefillGate | DecodeGate:
     """A gate from a folder or hub id, in float32, with the policy that it recommends (`gate.recommended`).
 
     Args:
-      path_or_id: such as "SeerAttention/SeerAttention-Llama-3.1-8B-AttnGates". Where both formats are there, safetensors is
-        read.
+      location: a folder, or a hub id such as "SeerAttention/SeerAttention-Llama-3.1-8B-AttnGates". Where both formats are there,
+        safetensors is read.
       model_config: of the base model that the gate is to serve. None: the one in the gate's own `config.json`.
       sharding: see `load_base`; paths are "linear_q", "linear_k", "q_norm", "k_norm".
 
@@ -70,7 +70,7 @@ def load_gates(
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
       ValueError: the gate was made for another model, or its file or configuration is damaged or not supported.
     """
-    folder = resolve(path_or_id, GATE_PATTERNS)
+    folder = resolve_gate(location, GATE_PATTERNS)
     hf = read_config(folder)
     if model_config is not None:
         _check_same_model(folder, hf, config_from_hf(hf), model_config)
@@ -94,9 +94,9 @@ def described_gate(hf: Mapping[str, Any], model_config: ModelConfig | None = Non
     return gate
 
 
-def recommended_policy(path_or_id: str | os.PathLike[str]) -> Policy | None:
+def recommended_policy(location: Location) -> Policy | None:
     """The policy that a gate's `config.json` recommends, without reading the gate; None where it recommends nothing."""
-    return policy_from_hf(read_config(resolve(path_or_id, GATE_PATTERNS)))
+    return policy_from_hf(read_config(resolve_gate(location, GATE_PATTERNS)))
 
 
 def save_gates(
