@@ -121,10 +121,11 @@ def test_trained_gates_are_written_and_no_others(undisturbed, tmp_path):
     saved = load_gates(folder / "decode_gate", result.model.config)
     jax.tree.map(np.testing.assert_array_equal, saved, result.model.decode_gate)
     model = make_model(gates=(PREFILL, DECODE))
+    assert model.decode_gate is not None
     model.decode_gate.recommended = CumulativeMass(0.9)
-    short = {"steps": 1, "optimizer": OptimizerConfig(warmup_steps=0), "output": str(tmp_path), "model": "some/base"}
+    short = {"steps": 1, "optimizer": OptimizerConfig(warmup_steps=0), "model": "some/base"}
     for gates, names in ((Gates.DECODE, ["decode_gate"]), (Gates.BOTH, ["prefill_gate", "decode_gate"])):
-        config = distill_config(gates=gates, **short | {"output": str(tmp_path / gates)})
+        config = distill_config(gates=gates, output=str(tmp_path / gates), **short)
         result = distill(config, model=model, dataset=make_rows(), progress=ignore)
         assert result.gates == tuple(tmp_path / gates / name for name in names)
         assert {p.name for p in (tmp_path / gates).iterdir() if p.name.endswith("_gate")} == set(names)
