@@ -16,7 +16,6 @@ from seer_jax import tiny_lm
 
 if TYPE_CHECKING:
     from pallas_kernels.bench import Measurement
-    from seer_jax.models.decoder import Transformer
     from seer_jax.train import DistillConfig
 
 PROGRAM = "seer-jax"
@@ -128,7 +127,10 @@ def _train(words: list[str]) -> int:
     config = _parse(DistillConfig, "train", rest, default=default, description=TRAIN_DESCRIPTION)
     if config.output is None:
         raise ValueError("Training writes its gates to --output FOLDER; got none, so they would be lost.")
-    distill(config, save=lambda model, folder: _save_gates(config, model, folder))
+    result = distill(config)
+    places = " ".join(map(str, result.gates))
+    print(f"Gates: {places}")
+    print(f"Use them: {PROGRAM} generate --model {config.model} --gates {places} --prompt ...")
     return OK
 
 
@@ -146,23 +148,6 @@ def _train_defaults(words: list[str]) -> "tuple[DistillConfig, list[str]]":
     if given.config is not None:
         return load_config(DistillConfig, given.config), rest
     return (DistillConfig.decode_recipe() if given.recipe == "decode" else DistillConfig.prefill_recipe()), rest
-
-
-def _save_gates(config: "DistillConfig", model: "Transformer", folder: Path) -> None:
-    """Writes the gates in the release's layout, each into a folder of its own, and says how to use them."""
-    from seer_jax.convert import save_gates
-    from seer_jax.models.hub import read_config, resolve
-
-    hf_config = read_config(resolve(config.model, ("config.json",)))
-    gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
-    places = []
-    for kind, gate in gates.items():
-        if gate is not None:
-            place = folder / f"{kind}_gate"
-            save_gates(gate, place, base_model=config.model, hf_config=hf_config)
-            places.append(str(place))
-    print(f"Gates: {', '.join(places)}")
-    print(f"Use them: {PROGRAM} generate --model {config.model} --gates {' '.join(places)} --prompt ...")
 
 
 def _generate(words: list[str]) -> int:
