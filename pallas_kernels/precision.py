@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32
 
+from pallas_kernels import devices
+
 TENSOR_CORE_ROWS = 2048
 
 
@@ -53,16 +55,22 @@ _differentiable.defvjp(_forward_rule, _backward_rule)
 
 
 def _einsum(equation: str, x: jax.Array, y: jax.Array, algorithm: jax.lax.DotAlgorithmPreset | None) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if algorithm is None else algorithm
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+    if algorithm is None or not devices.has_tf32():
+        return _plain_einsum(equation, x, y)
+    return _tensor_core_einsum(equation, algorithm, x, y)
+
+
+def _plain_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, y, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _tensor_core_einsum(equation: str, algorithm: jax.lax.DotAlgorithmPreset, x: jax.Array, y: jax.Array) -> jax.Array:
+    """With the algorithm if it is lowered for GPUs."""
+    einsum = functools.partial(jnp.einsum, equation, precision=algorithm, preferred_element_type=jnp.float32)
+    return jax.lax.platform_dependent(x, y, cuda=einsum, default=functools.partial(_plain_einsum, equation))
 
 
 def _many(x: jax.Array) -> bool:
-    """Whether tensor cores are worth their while."""
-    return x.size // x.shape[-1] >= TENSOR_CORE_ROWS and _has_tf32()
-
-
-def _has_tf32() -> bool:
-    """NVIDIA GPUs have it from Ampere on."""
-    capability = getattr(jax.devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
-    return capability.replace(".", "").isdigit() and float(capability) >= 8
+    """Whether x holds enough vectors for tensor cores to be faster."""
+    return x.size // x.shape[-1] >= TENSOR_CORE_ROWS

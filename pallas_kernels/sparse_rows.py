@@ -9,15 +9,19 @@ Sorting mixes the batch and the heads: where those are sharded over a mesh, call
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels import devices
 from pallas_kernels.online_softmax import OnlineSoftmax, dot, finite
 
 _NOWHERE = 2**30  # a key position beyond every limit
+# Elements of a chunk's key tile, and of its scores: what a CPU's cache holds; on other devices, enough to keep them busy.
+_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**19, 2**25
 
 
 class Rows(NamedTuple):
@@ -48,10 +52,9 @@ class Tiling(NamedTuple):
         """List entries that a step takes."""
         return max(1, self.keys_per_step // self.block_size)
 
-    def rows_per_chunk(self, queries: int, head_dim: int) -> int:
-        """Rows whose key tile and scores still fit a CPU's cache; on other devices, rows enough to keep them busy."""
-        budget = 2**19 if jax.default_backend() == "cpu" else 2**25
-        return max(1, budget // (self.slots * self.block_size * max(queries, head_dim)))
+    def rows_per_chunk(self, elements: int, queries: int, head_dim: int) -> int:
+        """Rows whose key tile and scores have at most so many elements each."""
+        return max(1, elements // (self.slots * self.block_size * max(queries, head_dim)))
 
 
 def attend_rows(
@@ -66,7 +69,11 @@ def attend_rows(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, rows, tiling):
-    order, chunks = _sorted_chunks(rows, tiling, q)
+    return _with_chunk_size(_attend_chunks, tiling, q, k, v, rows)
+
+
+def _attend_chunks(tiling, chunk_elements, q, k, v, rows):
+    order, chunks = _sorted_chunks(rows, tiling, chunk_elements, q)
 
     def chunk(operands):
         rows, q = operands
@@ -102,7 +109,11 @@ def attend_rows_gradients(
     seen = lse > -jnp.inf
     # d scores = weights * (d_weights - inner): softmax's own rule, with lse as a second output.
     inner = jnp.where(seen, jnp.einsum("rmd,rmd->rm", d_out, out, preferred_element_type=jnp.float32) - d_lse, 0)
-    order, chunks = _sorted_chunks(rows, tiling, q, d_out, finite(lse), inner)
+    return _with_chunk_size(_gradient_chunks, tiling, q, k, v, rows, d_out, finite(lse), inner)
+
+
+def _gradient_chunks(tiling, chunk_elements, q, k, v, rows, d_out, lse, inner):
+    order, chunks = _sorted_chunks(rows, tiling, chunk_elements, q, d_out, lse, inner)
 
     def chunk(carry, operands):
         rows, q, d_out, lse, inner = operands
@@ -135,10 +146,18 @@ def _backward(tiling, residuals, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _sorted_chunks(rows: Rows, tiling: Tiling, q: Array, *others: Array) -> tuple[Array, Any]:
+def _with_chunk_size(function: Callable[..., Any], tiling: Tiling, *operands: Any) -> Any:
+    """Calls a function of (tiling, elements of a chunk, operands), where the device may be known only when it is lowered."""
+    if devices.has_only_cpus():
+        return function(tiling, _CPU_ELEMENTS, *operands)
+    on_cpus, on_others = (functools.partial(function, tiling, n) for n in (_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS))
+    return jax.lax.platform_dependent(*operands, cpu=on_cpus, default=on_others)
+
+
+def _sorted_chunks(rows: Rows, tiling: Tiling, chunk_elements: int, q: Array, *others: Array) -> tuple[Array, Any]:
     """Sorts the rows by the length of their lists and cuts them into chunks [n, X, ...]; the last chunk is filled up."""
     rows = rows._replace(indices=jnp.pad(rows.indices, ((0, 0), (0, -rows.indices.shape[1] % tiling.slots))))
-    size = min(len(q), tiling.rows_per_chunk(*q.shape[1:]))
+    size = min(len(q), tiling.rows_per_chunk(chunk_elements, *q.shape[1:]))
     order = jnp.pad(jnp.argsort(rows.counts), (0, -len(q) % size), constant_values=len(q))
     counts = rows.counts.at[order].get(mode="fill", fill_value=0)  # what fills up the last chunk has empty lists
     rows, *arrays = jax.tree.map(lambda x: x.at[order].get(mode="clip"), (rows, q, *others))

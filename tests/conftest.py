@@ -8,6 +8,8 @@ from collections.abc import Iterator
 os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
 # Warpgroups of an interpreted kernel that wait for each other each take one of XLA's threads, of which two cores would have too few.
 os.environ.setdefault("PJRT_NPROC", "4")
+# Two devices, as a host with two GPUs has them: what takes the first device where the arguments say another one fails.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 # No test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +19,8 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Not the first one, so that code which takes jax.devices()[0] meets arrays of another device.
+jax.config.update("jax_default_device", jax.devices()[-1])
 # Float32 models are held to float32 bounds; a GPU would multiply in TF32.
 jax.config.update("jax_default_matmul_precision", "highest")
 

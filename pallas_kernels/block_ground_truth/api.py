@@ -14,7 +14,7 @@ from pallas_kernels.checks import (
     resolve_scale,
 )
 
-_run = Operation("attention_with_block_scores", "pallas_kernels.block_ground_truth", preferred=("mosaic_gpu", "xla"))
+_run = Operation("attention_with_block_scores", "pallas_kernels.block_ground_truth")
 
 
 class AttentionWithScores(NamedTuple):

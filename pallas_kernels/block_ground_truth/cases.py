@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from pallas_kernels.cases import Heads, LLAMA_3_1_8B, QWEN3_4B, random_arrays
+from pallas_kernels.cases import LLAMA_3_1_8B, QWEN3_4B, Heads, random_arrays
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ free by an atomic exchange, and gives it back. Which one it gets has no influenc
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
@@ -15,6 +14,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 from jaxtyping import Array
 
+from pallas_kernels.devices import local_gpus
 from pallas_kernels.mosaic.edge_tiles import SCALAR
 
 _MULTIPROCESSORS = 132  # of an H100 or H200; on a device with more, warpgroups wait for each other's strips
@@ -47,9 +47,8 @@ def pool_size(ctas: int, warpgroups: int, *, interpreted: bool) -> int:
     """How many strips there must be for so many CTAs of so many warpgroups, one CTA at a time on each multiprocessor."""
     if interpreted:  # without atomic exchange, each has its own
         return ctas * warpgroups
-    device = jax.devices()[0]
-    multiprocessors = getattr(device, "core_count", None) if device.platform == "gpu" else None
-    return warpgroups * min(ctas, multiprocessors or _MULTIPROCESSORS)
+    multiprocessors = max((gpu.core_count for gpu in local_gpus()), default=_MULTIPROCESSORS)
+    return warpgroups * min(ctas, multiprocessors)
 
 
 def take_strip(taken_ref: Any, note_ref: Any, cta: Array, warpgroup: Array, *, interpreted: bool) -> Array:

@@ -8,7 +8,7 @@ from pallas_kernels.checks import check_block_size
 
 KINDS = ("max", "min", "avg")
 
-_run = Operation("pool_blocks", "pallas_kernels.block_pooling", preferred=("mosaic_gpu", "xla"))
+_run = Operation("pool_blocks", "pallas_kernels.block_pooling", gradients="pool_blocks_gradients")
 
 
 def pool_blocks(

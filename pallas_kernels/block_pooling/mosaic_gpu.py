@@ -16,8 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.block_pooling import xla
-from pallas_kernels.devices import interpreter, require_hopper
+from pallas_kernels.devices import interpreter
 
 CHANNELS = 256  # of a CTA
 
@@ -29,8 +28,7 @@ _f32, _i32 = jnp.float32, jnp.int32
 def pool_blocks(
     x: Float[Array, "B T heads D"], *, kinds: tuple[str, ...], block_size: int, valid: Bool[Array, "#B T"] | None
 ) -> Float32[Array, "B Tb heads P"]:
-    """See the function of this name in api.py. Gradients are those of xla.py."""
-    require_hopper()
+    """See the function of this name in api.py."""
     _, tokens, heads, dim = x.shape
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise Unsupported(f"takes float32, bfloat16 and float16; got {x.dtype}.")
@@ -38,26 +36,7 @@ def pool_blocks(
         raise Unsupported(f"takes a multiple of {CHANNELS} channels in all heads together; got {heads} * {dim}.")
     if tokens < block_size:
         raise Unsupported(f"takes at least one whole block of {block_size} tokens; got {tokens}.")
-    return _differentiable(kinds, block_size, interpreter(), x, valid)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(kinds, block_size, interpret, x, valid):
-    return _pool(kinds, block_size, interpret, x, valid)
-
-
-def _forward_rule(kinds, block_size, interpret, x, valid):
-    return _pool(kinds, block_size, interpret, x, valid), (x, valid)
-
-
-def _backward_rule(kinds, block_size, interpret, residuals, cotangent):
-    del interpret
-    x, valid = residuals
-    _, pull_back = jax.vjp(lambda x: xla.pool_blocks(x, kinds=kinds, block_size=block_size, valid=valid), x)
-    return *pull_back(cotangent), None
-
-
-_differentiable.defvjp(_forward_rule, _backward_rule)
+    return _pool(kinds, block_size, interpreter(), x, valid)
 
 
 @dataclasses.dataclass(frozen=True)

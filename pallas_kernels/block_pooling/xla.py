@@ -26,3 +26,15 @@ def pool_blocks(
     }
     pooled = [jnp.where(count > 0, pools[kind](), 0).reshape(batch, -1, heads, dim) for kind in kinds]
     return jnp.concatenate(pooled, axis=-1)
+
+
+def pool_blocks_gradients(
+    cotangent: Float32[Array, "B Tb heads P"],
+    x: Float[Array, "B T heads D"],
+    *,
+    kinds: tuple[str, ...],
+    block_size: int,
+    valid: Bool[Array, "#B T"] | None,
+) -> tuple[Float[Array, "B T heads D"]]:
+    """The gradient in x."""
+    return jax.vjp(lambda x: pool_blocks(x, kinds=kinds, block_size=block_size, valid=valid), x)[1](cotangent)

@@ -7,7 +7,12 @@ from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_attention_inputs, check_integers, resolve_scale
 
-_run = Operation("block_sparse_attention", "pallas_kernels.block_sparse_attention", preferred=("mosaic_gpu", "xla"))
+_run = Operation(
+    "block_sparse_attention",
+    "pallas_kernels.block_sparse_attention",
+    gradients="block_sparse_attention_gradients",
+    gradients_use_results=True,
+)
 
 
 def block_sparse_attention(

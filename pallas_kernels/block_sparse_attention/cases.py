@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, PRNGKeyArray
 
-from pallas_kernels.cases import Heads, LLAMA_3_1_8B, QWEN2_5_7B, random_arrays, random_blocks
+from pallas_kernels.cases import LLAMA_3_1_8B, QWEN2_5_7B, Heads, random_arrays, random_blocks
 
 
 @dataclasses.dataclass(frozen=True)

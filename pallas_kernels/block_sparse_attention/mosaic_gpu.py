@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.block_sparse_attention import xla
 from pallas_kernels.block_sparse_attention.ring import Ring, Sharing, ring_kernel
 from pallas_kernels.block_sparse_attention.solo import Solo, solo_kernel
 from pallas_kernels.block_sparse_attention.tile import Shape
 from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.flash_tiles import LOG2_E, positive_scale
-from pallas_kernels.devices import interpreter, require_hopper
 
 TOKENS = 8  # the copy engine takes tokens in groups of so many
 
@@ -55,12 +54,11 @@ def block_sparse_attention(
     density: float | None,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    """See the function of this name in api.py. Gradients are those of xla.py.
+    """See the function of this name in api.py.
 
     Args:
       config: which kernel; None for what `choose_config` says.
     """
-    require_hopper()
     (_, _, heads, head_dim), kv_heads, lists = q.shape, k.shape[2], blocks.counts.shape[1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"takes bfloat16 and float16; got {q.dtype}.")
@@ -72,8 +70,7 @@ def block_sparse_attention(
         heads, kv_heads, lists, blocks.block_size, -(-k.shape[1] // blocks.block_size), density
     )
     _check_config(config, heads // kv_heads, lists <= kv_heads, blocks.block_size)
-    call = functools.partial(_differentiable, config, scale, interpreter())
-    return call(q, k, v, blocks, query_offset, lengths)
+    return _attend(config, scale, interpreter(), q, k, v, blocks, query_offset, lengths)
 
 
 def _check_config(config: Config, group: int, shared_lists: bool, block_size: int) -> None:
@@ -84,29 +81,8 @@ def _check_config(config: Config, group: int, shared_lists: bool, block_size: in
         raise Unsupported(f"Sharing.HEADS needs lists shared by an even number of query heads; got groups of {group}.")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(config, scale, interpret, q, k, v, blocks, query_offset, lengths):
-    return _forward(config, scale, interpret, q, k, v, blocks, query_offset, lengths)
-
-
-def _forward_rule(config, scale, interpret, q, k, v, blocks, query_offset, lengths):
-    out, lse = _forward(config, scale, interpret, q, k, v, blocks, query_offset, lengths)
-    return (out, lse), (q, k, v, blocks, query_offset, lengths, out, lse)
-
-
-def _backward_rule(config, scale, interpret, residuals, cotangents):
-    q, k, v, blocks, query_offset, lengths, out, lse = residuals
-    gradients = xla.block_sparse_attention_gradients(
-        q, k, v, blocks, out, lse, *cotangents, scale=scale, query_offset=query_offset, lengths=lengths
-    )
-    return *gradients, None, None, None
-
-
-_differentiable.defvjp(_forward_rule, _backward_rule)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(
+def _attend(
     config: Config,
     scale: float,
     interpret: Any,

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
-from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows, attend_rows_gradients
 from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows, attend_rows_gradients
 
 _KEYS_PER_STEP = 128  # wide enough for matrix units; wider wastes work on short lists
 
@@ -31,22 +31,22 @@ def block_sparse_attention(
     return folding.unfold(out), folding.unfold(lse[..., None])[..., 0]
 
 
-@functools.partial(jax.jit, static_argnames=("scale",))
+@functools.partial(jax.jit, static_argnames=("scale", "density"))
 def block_sparse_attention_gradients(
+    results: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]],
+    cotangents: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]],
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
     blocks: BlockIndices,
-    out: Float[Array, "B T H D"],
-    lse: Float32[Array, "B T H"],
-    d_out: Float[Array, "B T H D"],
-    d_lse: Float32[Array, "B T H"],
     *,
     scale: float,
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
+    density: float | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """Gradients in q, k and v from the results (out, lse) of any implementation and the gradients in those."""
+    """Gradients in q, k and v, from the results (out, lse) of any implementation and the gradients in those."""
+    (out, lse), (d_out, d_lse) = results, cotangents
     folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
     lse, d_lse = (folding.fold(x[..., None], fill)[..., 0] for x, fill in ((lse, -jnp.inf), (d_lse, 0)))
     residuals = folding.fold(q), k, v, rows, folding.fold(out), lse

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float32, Int
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.checks import check_integers, resolve_scale
 
-_run = Operation("score_blocks", "pallas_kernels.gate_scores", preferred=("mosaic_gpu", "xla"))
+_run = Operation("score_blocks", "pallas_kernels.gate_scores", gradients="score_blocks_gradients")
 
 FEW = 1024 * 1024  # scores of a head: below, XLA's product is over before the kernel's preparations pay
 

@@ -19,9 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float16, Float32, Int, Int32
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.devices import interpreter, require_hopper
+from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.edge_tiles import store_inside
-from pallas_kernels.precision import precise_einsum
 
 TILE = 64  # queries, and key blocks, that are multiplied at a time
 SLOTS = 2  # tiles of keys in flight
@@ -42,38 +41,11 @@ def score_blocks(
     row_offset: Int[Array, ""],
 ) -> Float32[Array, "B H T Sb"]:
     """See the function of this name in api.py."""
-    require_hopper()
     if queries.shape[3] not in (64, 128):
         raise Unsupported(f"takes vectors of 64 and 128 numbers; got {queries.shape[3]}.")
     if queries.shape[1] < TILE:  # a decoder's few queries are not worth splitting all its keys for
         raise Unsupported(f"takes {TILE} queries or more; got {queries.shape[1]}.")
-    return _differentiable(scale, causal, interpreter(), queries, keys, row_offset)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(scale, causal, interpret, queries, keys, row_offset):
-    return _score(scale, causal, interpret, queries, keys, row_offset)
-
-
-def _forward_rule(scale, causal, interpret, queries, keys, row_offset):
-    return _score(scale, causal, interpret, queries, keys, row_offset), (queries, keys, row_offset)
-
-
-def _backward_rule(scale, causal, interpret, residuals, cotangent):
-    del interpret
-    *vectors, row_offset = residuals
-    (batch, rows, heads, dim), (_, blocks, kv_heads, _) = (x.shape for x in vectors)
-    queries, keys = (x.transpose(0, 2, 1, 3) for x in vectors)
-    if causal:
-        needed = jnp.arange(blocks)[None] <= row_offset + jnp.arange(rows)[:, None]
-        cotangent = jnp.where(needed[None, None], cotangent, 0)
-    grouped = (scale * cotangent).reshape(batch, kv_heads, -1, blocks)
-    d_queries = precise_einsum("bkmj,bkjc->bkmc", grouped, keys).reshape(batch, heads, rows, dim)
-    d_keys = precise_einsum("bkmj,bkmc->bkjc", grouped, queries.reshape(batch, kv_heads, -1, dim))
-    return d_queries.transpose(0, 2, 1, 3), d_keys.transpose(0, 2, 1, 3), None
-
-
-_differentiable.defvjp(_forward_rule, _backward_rule)
+    return _score(scale, causal, interpreter(), queries, keys, row_offset)
 
 
 @dataclasses.dataclass(frozen=True)

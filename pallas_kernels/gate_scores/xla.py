@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
 from pallas_kernels.precision import precise_einsum
@@ -28,3 +29,24 @@ def score_blocks(
     queries = (queries * scale).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, dim)
     scores = precise_einsum("bkmc,bkjc->bkmj", queries, keys.transpose(0, 2, 1, 3))
     return scores.reshape(batch, heads, rows, blocks)
+
+
+def score_blocks_gradients(
+    cotangent: Float32[Array, "B H T Sb"],
+    queries: Float32[Array, "B T H C"],
+    keys: Float32[Array, "B Sb K C"],
+    *,
+    scale: float,
+    causal: bool,
+    row_offset: Int[Array, ""],
+) -> tuple[Float32[Array, "B T H C"], Float32[Array, "B Sb K C"]]:
+    """Gradients in queries and keys. Entries that `causal` allows to leave out have none, whatever their cotangents are."""
+    (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
+    queries, keys = (x.transpose(0, 2, 1, 3) for x in (queries, keys))
+    if causal:
+        needed = jnp.arange(blocks)[None] <= row_offset + jnp.arange(rows)[:, None]
+        cotangent = jnp.where(needed[None, None], cotangent, 0)
+    grouped = (scale * cotangent).reshape(batch, kv_heads, -1, blocks)
+    d_queries = precise_einsum("bkmj,bkjc->bkmc", grouped, keys).reshape(batch, heads, rows, dim)
+    d_keys = precise_einsum("bkmj,bkmc->bkjc", grouped, queries.reshape(batch, kv_heads, -1, dim))
+    return d_queries.transpose(0, 2, 1, 3), d_keys.transpose(0, 2, 1, 3)

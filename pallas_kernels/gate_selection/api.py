@@ -1,5 +1,6 @@
 """`select_blocks`: from gate logits to lists of key blocks."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
@@ -7,7 +8,7 @@ from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_block_size
 
-_run = Operation("select_blocks", "pallas_kernels.gate_selection", preferred=("mosaic_gpu", "xla"))
+_run = Operation("select_blocks", "pallas_kernels.gate_selection")
 
 
 def select_blocks(
@@ -99,6 +100,7 @@ def select_blocks(
     if width is None:
         bound = max_blocks if keep is not None else max_blocks if top_k is None else top_k
         width = min(bound, logits.shape[-1]) if isinstance(bound, int) else logits.shape[-1]
+    logits = jax.lax.stop_gradient(logits)
     return _run(implementation, logits, block_size=block_size, **rules, keep=keep, visible=visible, width=width)
 
 
@@ -107,7 +109,7 @@ def _rule_value(name: str, rule: str, value: float | Array | None, shape: tuple[
     counted = rule in ("top_k", "max_blocks")
     if value is None or (counted and isinstance(value, int)):
         return value
-    array = jnp.asarray(value)
+    array = jax.lax.stop_gradient(jnp.asarray(value))
     if counted and not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name}: {rule} must hold integers; got {array.dtype}.")
     _check_broadcast(name, rule, "[..., R, 1]", array.shape, (*shape[:-1], 1))

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.devices import interpreter
 from pallas_kernels.gate_selection.bisection import any_row, best, count, full, next_up
 from pallas_kernels.gate_selection.warps import (
     LANES,
@@ -34,7 +35,6 @@ from pallas_kernels.gate_selection.warps import (
     own_row,
     write_counts,
 )
-from pallas_kernels.devices import interpreter, require_hopper
 
 MAX_KEY_BLOCKS = 4096  # what a warp's registers hold: 256k tokens in blocks of 64
 
@@ -57,14 +57,12 @@ def select_blocks(
     width: int,
 ) -> BlockIndices:
     """See the function of this name in api.py."""
-    require_hopper()
     if logits.shape[-1] > MAX_KEY_BLOCKS:
         raise Unsupported(f"takes rows of at most {MAX_KEY_BLOCKS} key blocks; got {logits.shape[-1]}.")
     rules = dict(threshold=threshold, mass=mass, top_k=top_k, max_blocks=max_blocks)
     rule, value = next(((name, value) for name, value in rules.items() if value is not None), ("all", 0))
     value = jnp.broadcast_to(jnp.asarray(value, _f32), (*logits.shape[:-1], 1))[..., 0]  # counts are exact in float32
     visible = None if visible is None else visible[..., 0]
-    logits, value = lax.stop_gradient((logits, value))
     counts, indices = _select(rule, width, interpreter(), logits, value, visible, keep)
     return BlockIndices(counts, indices, block_size)
 

@@ -7,7 +7,7 @@ from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_attention_inputs, check_integers, check_shape, resolve_scale
 
-_run = Operation("sparse_decode_attention", "pallas_kernels.sparse_decode", preferred=("mosaic_gpu", "xla"))
+_run = Operation("sparse_decode_attention", "pallas_kernels.sparse_decode")
 
 
 def sparse_decode_attention(

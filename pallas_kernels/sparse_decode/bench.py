@@ -23,8 +23,8 @@ from pallas_kernels.bench import (
 )
 from pallas_kernels.block_sparse_attention.sampled_check import find_fault, sampled_errors
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.gate_selection.api import select_blocks
 from pallas_kernels.cases import Heads, large_random_array
+from pallas_kernels.gate_selection.api import select_blocks
 from pallas_kernels.sparse_decode.api import sparse_decode_attention
 
 BLOCK = 64

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from pallas_kernels.cases import Heads, QWEN3_4B, random_arrays, random_blocks
+from pallas_kernels.cases import QWEN3_4B, Heads, random_arrays, random_blocks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,21 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.edge_tiles import store_inside
-from pallas_kernels.mosaic.flash_tiles import LOG2_E, MATRIX, QUERIES, ROWS, Softmax, accumulate, columns, i32, positive_scale, product, tile
-from pallas_kernels.devices import interpreter, require_hopper
+from pallas_kernels.mosaic.flash_tiles import (
+    LOG2_E,
+    MATRIX,
+    QUERIES,
+    ROWS,
+    Softmax,
+    accumulate,
+    columns,
+    i32,
+    positive_scale,
+    product,
+    tile,
+)
 
 KEYS = 64  # of a tile
 TOKENS = 8  # the copy engine takes tokens in groups of so many, and rows of a matrix product come in such groups
@@ -42,7 +54,6 @@ def sparse_decode_attention(
     Args:
       parts: into how many parts each list is split, a power of two up to 64; None for what `choose_parts` says.
     """
-    require_hopper()
     (batch, heads, head_dim), (_, num_keys, kv_heads, _) = q.shape, k.shape
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"takes bfloat16 and float16; got {q.dtype}.")

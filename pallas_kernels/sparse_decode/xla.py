@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import BLOCK_SIZES
+from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows
 
 _KEYS_PER_STEP = 512  # a row has few queries, so it can take many keys at a time
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import Implementation, Operation
 
-_run = Operation("stacked_linear", "pallas_kernels.stacked_linear", preferred=("mosaic_gpu", "xla"))
+_run = Operation("stacked_linear", "pallas_kernels.stacked_linear")
 
 
 def stacked_linear(

@@ -18,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import Unsupported
+from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.edge_tiles import store_transposed
 from pallas_kernels.mosaic.flash_tiles import MATRIX, i32, product, tile
-from pallas_kernels.devices import interpreter, require_hopper
 
 OUTPUTS = 64  # of a tile
 INPUTS = 128
@@ -34,7 +34,6 @@ def stacked_linear(
     x: Float[Array, "R in"], weights: list[Float[Array, "L _ in"]], layer: Int[Array, ""]
 ) -> list[Float[Array, "R _"]]:
     """See the function of this name in api.py."""
-    require_hopper()
     vectors, inputs = x.shape
     outputs = tuple(w.shape[1] for w in weights)
     if x.dtype not in (jnp.bfloat16, jnp.float16):

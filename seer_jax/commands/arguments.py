@@ -1,13 +1,11 @@
 """What all commands share: the program's name, its exit codes, and how a configuration dataclass becomes options."""
 
-import dataclasses
 import enum
 import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
 
-from seer_jax import tiny_lm
 from seer_jax.selection.notation import parse_policy, policy_syntax, write_policy
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import SCORERS, Scorer
@@ -67,19 +65,6 @@ def _constructors() -> Any:
         return None
 
     return registry
-
-
-def located[C](config: C) -> C:
-    """The configuration with the folders of the bundled model and of its gates in place of their name."""
-    fields: Any = config
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(fields):
-        value = getattr(config, field.name)
-        if field.name in ("model", "base") and value == tiny_lm.NAME:
-            changes[field.name] = str(tiny_lm.path())
-        elif field.name == "gates" and isinstance(value, tuple) and tiny_lm.NAME in value:
-            changes[field.name] = tiny_lm.locate_gates(value)
-    return dataclasses.replace(fields, **changes)
 
 
 def policy_help() -> str:

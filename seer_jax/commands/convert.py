@@ -5,14 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
-from seer_jax.commands.arguments import ExitCode, located, parse
+from seer_jax.commands.arguments import ExitCode, parse
 from seer_jax.convert.base import BASE_PATTERNS
-from seer_jax.convert.gate_config import policy_from_hf
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import read_config, resolve
+from seer_jax.models.hub import read_config, resolve, resolve_gate
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
 
@@ -46,7 +45,7 @@ class ConvertConfig:
 
 
 def run(words: list[str]) -> int:
-    print(convert(located(parse(ConvertConfig, "convert", words))))
+    print(convert(parse(ConvertConfig, "convert", words)))
     return ExitCode.OK
 
 
@@ -57,10 +56,9 @@ def convert(config: ConvertConfig) -> Path:
       ValueError: the gates do not fit the base model, or output is a folder that is read.
       OSError: gates or base are not there; see `load_gates`.
     """
-    source = resolve(config.gates, GATE_PATTERNS)
+    source = resolve_gate(config.gates, GATE_PATTERNS)
     hf = read_config(source)
-    policy, base_model = policy_from_hf(hf), hf.get("base_model", "")
-    base = None
+    base, base_model = None, hf.get("base_model", "")
     if config.base is not None:
         base = resolve(config.base, _MODEL_PATTERNS if config.include_base else ("config.json",))
         hf, base_model = read_config(base), config.base
@@ -78,7 +76,6 @@ def convert(config: ConvertConfig) -> Path:
         base_model=base_model,
         hf_config=hf,
         format=config.format,
-        policy=policy,
         dtype=config.dtype,
     )
 

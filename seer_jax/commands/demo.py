@@ -24,7 +24,7 @@ from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.hub import read_config
-from seer_jax.models.pretrained import from_pretrained
+from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import TopK
 from seer_jax.tiny_lm.corpus import training_rows
@@ -100,9 +100,8 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
     """Runs the demonstration, prints it, writes its files, and returns the scores."""
     stages = Stages(console or Console())
     with stages.stage("Loading the bundled model"):
-        gates = tuple(tiny_lm.gates().values()) if config.bundled_gates else ()
-        base = from_pretrained(tiny_lm.path(), gates, dtype="float32")
-        tokenizer = Tokenizer.load(tiny_lm.path())
+        gates = tiny_lm.NAME if config.bundled_gates else None
+        base, tokenizer = from_pretrained(tiny_lm.NAME, gates, dtype="float32"), load_tokenizer(tiny_lm.NAME)
         rows = make_rows(
             tokenizer,
             tiny_lm.eval_text(),

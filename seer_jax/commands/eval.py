@@ -7,7 +7,7 @@ from rich.console import Console
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
-from seer_jax.commands.arguments import ExitCode, located, parse, policy_help
+from seer_jax.commands.arguments import ExitCode, parse, policy_help
 from seer_jax.evaluate.comparison import (
     Phase,
     Score,
@@ -96,7 +96,7 @@ class EvalConfig:
 
 def run(words: list[str]) -> int:
     description = DESCRIPTION.format(policies=policy_help())
-    evaluate(located(parse(EvalConfig, "eval", words, description=description)))
+    evaluate(parse(EvalConfig, "eval", words, description=description))
     return ExitCode.OK
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from seer_jax import tiny_lm
-from seer_jax.commands.arguments import ExitCode, located, parse, policy_help
+from seer_jax.commands.arguments import ExitCode, parse, policy_help
 from seer_jax.inference.generate import Generated, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
 from seer_jax.inference.request import Request
@@ -99,7 +99,7 @@ class GenerateConfig:
 
 def run(words: list[str]) -> int:
     description = DESCRIPTION.format(policies=policy_help())
-    generate(located(parse(GenerateConfig, "generate", words, description=description)))
+    generate(parse(GenerateConfig, "generate", words, description=description))
     return ExitCode.OK
 
 

@@ -44,7 +44,7 @@ def describe() -> str:
     lines += [f"  CPU cores         {os.cpu_count()}", "", "Operations"]
     for operation in operations():
         used = operation.used_here()
-        others = [name for name in operation.preferred + operation.others if name != used]
+        others = [name for name in operation.implementations if name != used]
         lines.append(f"  {operation.name:<28} {used} (also there: {', '.join(others)})")
     return "\n".join(lines)
 

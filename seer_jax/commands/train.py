@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from seer_jax.commands.arguments import PROGRAM, ExitCode, located, parse
+from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
 from seer_jax.convert import save_gates
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.hub import read_config, resolve
@@ -21,7 +21,7 @@ def run(words: list[str]) -> int:
     config = parse(DistillConfig, "train", rest, default=start, description=DESCRIPTION)
     if config.output is None:
         raise ValueError("output must be a folder for the gates and checkpoints; got None. Pass --output FOLDER.")
-    distill(located(config), save=lambda model, folder: _save_gates(config, model, folder))
+    distill(config, save=lambda model, folder: _save_gates(config, model, folder))
     return ExitCode.OK
 
 
@@ -39,7 +39,7 @@ def starting_settings(words: list[str]) -> tuple[DistillConfig, list[str]]:
 
 
 def _save_gates(config: DistillConfig, model: Transformer, folder: Path) -> None:
-    hf_config = read_config(resolve(located(config).model, ("config.json",)))
+    hf_config = read_config(resolve(config.model, ("config.json",)))
     gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
     for kind, gate in gates.items():
         if gate is not None:

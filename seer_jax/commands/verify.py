@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from seer_jax.commands.arguments import ExitCode, located, parse
+from seer_jax.commands.arguments import ExitCode, parse
 from seer_jax.convert.base import load_base
 from seer_jax.convert.logits import Bounds, verify_logits
 from seer_jax.models.config import DType
@@ -28,7 +28,7 @@ class VerifyConfig:
 
 
 def run(words: list[str]) -> int:
-    config = located(parse(VerifyConfig, "verify", words))
+    config = parse(VerifyConfig, "verify", words)
     report = verify_logits(load_base(config.base, dtype=config.dtype), config.reference, config.bounds)
     print(report)
     return ExitCode.OK if report.passed else ExitCode.FAILED

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels.devices import default_device
+
 GIB = 2**30
 
 
@@ -55,9 +57,9 @@ class MemoryPlan:
         if self.missing:
             parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in self._parts() if size is not None)
             raise MemoryError(
-                f"A generation fits its device's memory: expected at most {(self.available or 0) / GIB:.3f} GiB, what is not in "
-                f"use otherwise; got {self.total / GIB:.3f} GiB ({parts}). Take fewer rows at a time, shorter prompts, fewer "
-                "new tokens or a smaller cache_capacity, or free what else is on the device."
+                f"The generation must fit in device memory: needs {self.total / GIB:.3f} GiB ({parts}), "
+                f"{(self.available or 0) / GIB:.3f} GiB available. Take fewer rows at a time, shorter prompts, fewer new tokens or a "
+                "smaller cache_capacity, or free other arrays on the device."
             )
 
     def __str__(self) -> str:
@@ -106,7 +108,7 @@ def available_bytes(model: Any) -> int | None:
       None where the device does not tell, or the model lies on several.
     """
     arrays = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
-    devices = {device for x in arrays for device in x.devices()} or {jax.local_devices()[0]}
+    devices = {device for x in arrays for device in x.devices()} or {default_device()}
     memory = device_memory(*devices) if len(devices) == 1 else None
     return None if memory is None else memory.limit - max(memory.in_use - tree_bytes(arrays), 0)
 

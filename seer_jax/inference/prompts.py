@@ -26,18 +26,18 @@ def pad_prompts(
       (tokens int32 [B, T], padded with 0; lengths int32 [B]).
 
     Raises:
-      ValueError: there is no prompt, one is empty, or one holds something else than integers.
+      ValueError: there is no prompt, one is empty, or one holds anything but integers.
     """
     if not len(prompts):
         raise ValueError("Generation needs at least one prompt; got none.")
     if multiple_of < 1:
-        raise ValueError(f"multiple_of is at least 1 token; got {multiple_of}.")
+        raise ValueError(f"multiple_of must be at least 1 token; got {multiple_of}.")
     rows = [np.asarray(prompt) for prompt in prompts]
     for number, row in enumerate(rows):
         if not row.size:
-            raise ValueError(f"A prompt has at least one token; prompt {number} is empty. Start it with a BOS token.")
+            raise ValueError(f"A prompt must have at least one token; prompt {number} is empty. Start it with a BOS token.")
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(f"A prompt is a list of integers; prompt {number} is {row.dtype} {row.shape}.")
+            raise ValueError(f"A prompt must be a list of integers; prompt {number} is {row.dtype} {row.shape}.")
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), -(-int(lengths.max()) // multiple_of) * multiple_of), np.int32)
     for row, values in zip(tokens, rows, strict=True):
@@ -48,7 +48,7 @@ def pad_prompts(
 def check_prompts(
     tokens: Prompts, lengths: Lengths | None, *, vocab_size: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Checks prompts by their values and returns tokens, with 0 for whatever was their padding, and lengths.
+    """Checks prompts by their values and returns tokens, padded with 0, and lengths.
 
     Raises:
       ValueError: shapes, dtypes or lengths are wrong, or a token is not in the vocabulary.
@@ -57,27 +57,27 @@ def check_prompts(
         array = np.asarray(tokens)
     except ValueError:
         raise ValueError(
-            "tokens are one integer array [B, T]; got rows of different lengths. "
+            "tokens must be one integer array [B, T]; got rows of different lengths. "
             "Pad them first: tokens, lengths = pad_prompts(rows)."
         ) from None
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
         raise ValueError(
-            f"tokens are integers [B, T] with B, T >= 1; got {array.dtype} {array.shape}. "
+            f"tokens must be integers [B, T] with B, T >= 1; got {array.dtype} {array.shape}. "
             "A single prompt is a batch of one row; ragged ones go through pad_prompts."
         )
     batch, width = array.shape
     counts = np.full(batch, width) if lengths is None else np.asarray(lengths)
     if counts.shape != (batch,) or not np.issubdtype(counts.dtype, np.integer):
-        raise ValueError(f"lengths are integers [B] with B = {batch}; got {counts.dtype} {counts.shape}.")
+        raise ValueError(f"lengths must be integers [B] with B = {batch}; got {counts.dtype} {counts.shape}.")
     if counts.min() < 1 or counts.max() > width:
         row = int(np.argmax((counts < 1) | (counts > width)))
-        raise ValueError(f"Each prompt has 1 to T = {width} tokens; row {row} has length {counts[row]}.")
+        raise ValueError(f"Each prompt must have 1 to T = {width} tokens; row {row} has length {counts[row]}.")
     counted = np.arange(width) < counts[:, None]
     wrong = counted & ((array < 0) | (array >= vocab_size))
     if wrong.any():
         row, column = (int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"Tokens lie in [0, {vocab_size}), the model's vocabulary; row {row} has {array[row, column]} at position "
+            f"Tokens must lie in [0, {vocab_size}), the model's vocabulary; row {row} has {array[row, column]} at position "
             f"{column}. Use the tokenizer that belongs to the model."
         )
     return np.where(counted, array, 0).astype(np.int32), counts.astype(np.int32)

@@ -65,16 +65,16 @@ class Sample(Sampling):
         # Inside JAX's transformations the leaves are tracers or placeholders, whose values can't be looked at.
         if _is_number(self.temperature) and not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(
-                f"A sampling temperature is positive and finite; got {self.temperature}. Use Greedy() for temperature 0."
+                f"A sampling temperature must be positive and finite; got {self.temperature}. Use Greedy() for temperature 0."
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k leaves at least 1 token to draw from, or is None for all; got {self.top_k}.")
+            raise ValueError(f"top_k must leave at least 1 token to draw from, or be None for all; got {self.top_k}.")
         if _is_number(self.top_p) and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is a probability mass in (0, 1], or None for all; got {self.top_p}.")
+            raise ValueError(f"top_p must be a probability mass in (0, 1], or None for all; got {self.top_p}.")
 
     def sample(self, logits: Float[Array, "B V"], key: Keys | None = None) -> Int[Array, "B"]:
         if key is None:
-            raise ValueError(f"{self} draws at random and needs a key; got None. Pass key=jax.random.key(seed).")
+            raise ValueError(f"{self} draws at random, so a key must be given; got None. Pass key=jax.random.key(seed).")
         draw = jax.vmap(jax.random.categorical)
         keys = row_keys(key, logits.shape[0])
         scaled = logits.astype(jnp.float32) / self.temperature
@@ -99,7 +99,7 @@ def row_keys(key: Keys, batch: int) -> Key[Array, "B"]:
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
-        raise ValueError(f"key is one PRNG key, or one for each of the {batch} rows; got shape {key.shape}.")
+        raise ValueError(f"key must be one PRNG key, or one for each of the {batch} rows; got shape {key.shape}.")
     return key
 
 

@@ -101,7 +101,7 @@ class Tokenizer:
             )
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise ValueError(f"A message is a mapping with role and content; got {message!r}.")
+                raise ValueError(f"A message must be a mapping with role and content; got {message!r}.")
         given = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
         try:
             return _environment().from_string(self.chat_template).render(**given | self.special | variables)

@@ -35,9 +35,15 @@ def prefill_attention(policy: Policy, context: PrefillContext) -> tuple[Float[Ar
     context = policy.prepare(context)
     attend = _attend_rows if context.num_rows <= ROWS_AT_ONCE else _attend_in_chunks
     attended = attend(policy, context)
-    # In float32: at 512k tokens and 64 heads a prompt has 2^31 blocks, too many for int32.
-    kept, visible = (x.astype(jnp.float32).sum(-1) for x in (attended.kept, attended.visible))
-    return attended.out, kept / visible
+    return attended.out, kept_share(attended.kept, attended.visible)
+
+
+def kept_share(kept: Int[Array, "B Tb"], visible: Int[Array, "B Tb"]) -> Float32[Array, "B"]:
+    """Blocks kept over blocks visible, each counted by block row and summed over lists.
+
+    The sums are float32: at 512k tokens and 64 heads a prompt has 2^31 blocks, too many for int32.
+    """
+    return kept.astype(jnp.float32).sum(-1) / visible.astype(jnp.float32).sum(-1)
 
 
 class _Attended(NamedTuple):

@@ -132,7 +132,7 @@ class Transformer(nnx.Module):
                 ours, theirs = getattr(self.config, name), getattr(gate.model, name)
                 if ours != theirs:
                     raise ValueError(
-                        f"A gate fits a model of the shape it was made for: expected {name}={ours}, got {theirs}. "
+                        f"A gate must fit the model it is attached to: {name} must be {ours}; got {theirs}. "
                         "Load the gates that were trained for this base model."
                     )
             if isinstance(gate, PrefillGate):
@@ -344,21 +344,21 @@ class Transformer(nnx.Module):
         """Checks tokens and lengths (their values where they are concrete) and returns the lengths."""
         ids = _concrete(tokens)
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer) or 0 in ids.shape:
-            raise ValueError(f"tokens are integers [B, T] with B, T >= 1; got {ids.dtype} {ids.shape}.")
+            raise ValueError(f"tokens must be integers [B, T] with B, T >= 1; got {ids.dtype} {ids.shape}.")
         batch, width = ids.shape
         if isinstance(ids, np.ndarray) and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
             raise ValueError(
-                f"Tokens lie in [0, {self.config.vocab_size}), the model's vocabulary; got {ids.min()} .. {ids.max()}. "
+                f"Tokens must lie in [0, {self.config.vocab_size}), the model's vocabulary; got {ids.min()} .. {ids.max()}. "
                 "Use the tokenizer that belongs to the model."
             )
         if lengths is None:
             return jnp.full(batch, width, jnp.int32)
         counts = _concrete(lengths)
         if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
-            raise ValueError(f"lengths are integers [B] with B = {batch}; got {counts.dtype} {counts.shape}.")
+            raise ValueError(f"lengths must be integers [B] with B = {batch}; got {counts.dtype} {counts.shape}.")
         if isinstance(counts, np.ndarray) and not (counts.min() >= 1 and counts.max() <= width):
             raise ValueError(
-                f"Each row has 1 to T = {width} tokens (no empty prompt); got lengths {counts.min()} .. {counts.max()}."
+                f"Each row must have 1 to T = {width} tokens (no empty prompt); got lengths {counts.min()} .. {counts.max()}."
             )
         return jnp.asarray(counts, jnp.int32)
 

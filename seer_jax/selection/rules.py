@@ -78,14 +78,14 @@ class Threshold(RankingPolicy):
     value = "threshold"
     per_head = ("threshold",)
 
-    threshold: float | Float[Array, "..."]
+    threshold: float | Float[Array | np.ndarray, "..."]
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
         check_at_least(0, self, "dense_last_rows", "dense_layers")
-        _check_values(self, lambda x: (x >= 0) & (x < 1), "lie in [0, 1), as softmax scores do")
+        _check_values(self, lambda x: (x >= 0) & (x < 1), "lie in [0, 1)")
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         scores, threshold = context.per_head(scores, self.threshold)
@@ -108,14 +108,14 @@ class CumulativeMass(RankingPolicy):
     value = "mass"
     per_head = ("mass",)
 
-    mass: float | Float[Array, "..."]
+    mass: float | Float[Array | np.ndarray, "..."]
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
         check_at_least(0, self, "dense_last_rows", "dense_layers")
-        _check_values(self, lambda x: (x > 0) & (x <= 1), "lie in (0, 1], a share of the softmax scores")
+        _check_values(self, lambda x: (x > 0) & (x <= 1), "lie in (0, 1]")
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         scores, mass = context.per_head(scores, self.mass)
@@ -149,7 +149,7 @@ class TopK(RankingPolicy):
         check_at_least(0, self, "dense_last_rows", "dense_layers")
         if not 0 < self.density <= 1:
             raise ValueError(
-                f"TopK.density must lie in (0, 1], the share of the causal map to keep; got {self.density}."
+                f"TopK.density, the share of the causal map to keep, must lie in (0, 1]; got {self.density}."
             )
 
     @property

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-NAME = "tiny-lm"  # stands for the model's folder wherever a model is named, and for the folders of its gates
+NAME = "tiny-lm"  # stands for the model and for its gates wherever a model is named, see `seer_jax.models.hub`
 
 
 def path() -> Path:
@@ -18,9 +18,3 @@ def gates() -> dict[str, Path]:
 def eval_text() -> str:
     """Held-out text: Python source code that neither the model nor its gates were trained on."""
     return (path() / "eval_text.txt").read_text(encoding="utf-8")
-
-
-def locate_gates(places: tuple[str, ...]) -> tuple[str, ...]:
-    """Folders and hub ids of gates, those of this model's gates in place of its name."""
-    own = [str(folder) for folder in gates().values()]
-    return tuple(place for name in places for place in (own if name == NAME else [name]))

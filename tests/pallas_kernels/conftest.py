@@ -1,11 +1,15 @@
 """Lets pytest explain the assertions of the suites, which are no test modules themselves."""
 
+import types
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # the one place that tells of races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import devices
 from pallas_kernels.devices import assume_hopper
 
 SUITES = ("block_sparse", "ground_truth", "decode", "selection", "pooling", "gate_scores", "stacked_linear")
@@ -28,3 +32,13 @@ def interpreted() -> Iterator[None]:
         assert races is None or not races.races_found
     finally:
         interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Hopper GPU that this process seems to have beside its CPU."""
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200", core_count=132)
+    monkeypatch.setattr(devices, "local_gpus", lambda: (gpu,))
+    jax.clear_caches()  # of programs that were traced without it
+    yield gpu
+    jax.clear_caches()

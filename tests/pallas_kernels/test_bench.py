@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bench as measurements
-from pallas_kernels import block_sparse_attention, cases as shapes
+from pallas_kernels import block_sparse_attention
+from pallas_kernels import cases as shapes
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.bench import (
     GIB,

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockIndices, block_sparse_attention
-from pallas_kernels.sparse_rows import Tiling
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_sparse_attention import mosaic_gpu
 from pallas_kernels.block_sparse_attention.cases import REAL, Case
-from pallas_kernels.devices import assume_hopper
 from pallas_kernels.cases import Heads
+from pallas_kernels.devices import assume_hopper
+from pallas_kernels.sparse_rows import Tiling
 from tests.pallas_kernels import suite_block_sparse as suite
 from tests.pallas_kernels.comparison import (
     KEY,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockIndices, sparse_decode_attention
-from pallas_kernels.devices import assume_hopper
 from pallas_kernels.cases import Heads
+from pallas_kernels.devices import assume_hopper
 from pallas_kernels.sparse_decode import mosaic_gpu
 from pallas_kernels.sparse_decode.cases import HALF, REAL, Case
 from tests.pallas_kernels import suite_decode as suite

@@ -14,9 +14,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from seer_jax.convert import load_base, load_gates, recommended_policy
-from seer_jax.models.decoder import Transformer
+from seer_jax.models.attention import decode_attention, prefill_attention
+from seer_jax.models.cache import Cache
+from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.rope import rotate
+from seer_jax.selection.context import DecodeContext
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import Threshold, TokenBudget
+from seer_jax.selection.scorers import LearnedGate
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -86,15 +91,15 @@ def test_gate_scores_and_masks(prefill: Golden):
     model, ids = prefill.model, jnp.asarray(prefill["input_ids"])
     given, tokens = released_masks(prefill), ids.shape[1]
 
-    def attend(context, state, q, k, v):
-        from seer_jax.models.attention import prefill_attention
+    def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        context = model.prefill_context(layer, q, k, v, jnp.full(1, tokens))
+        visible = jnp.tril(jnp.ones((13, 13), bool))
+        logits = jnp.where(visible, LearnedGate().prefill_scores(context), -jnp.inf)
+        out, _ = prefill_attention(layer.policy, context)
+        return out, state, jax.nn.softmax(logits, axis=-1)
 
-        scores = jax.nn.softmax(context.prefill_gate(q, k, jnp.arange(tokens)[None]), axis=-1)
-        lengths = jnp.full(1, tokens, jnp.int32)
-        out, *_ = prefill_attention(given, None, context.index, q, k, v, lengths, model.config)
-        return out, state, scores
-
-    _, _, scores = jax.jit(lambda ids: model.scan(ids, attend))(ids)
+    segments = model.segments(given, model.prefill_gate, model.config.num_heads)
+    _, _, scores = jax.jit(lambda ids: model.scan(ids, attend, segments=segments))(ids)
     policy = recommended_policy(prefill.gates)
     assert policy == Threshold(0.05, dense_last_rows=2)
     last_rows = np.tril(np.ones((13, 13), bool))[-2:]
@@ -133,31 +138,27 @@ def test_decode_scores_rank_blocks_as_the_release_does(decode: Golden):
     masks = decode["decode.block_mask"]
 
     @jax.jit
-    def step(model: Transformer, token: jax.Array, cache, given: Given):
-        """One token through the sparse layers, with the gate logits of each layer beside."""
-        from seer_jax.models.attention import decode_attention
-        from seer_jax.models.rope import rotate
+    def step(model: Transformer, token: jax.Array, cache: Cache, given: Given) -> tuple[Cache, jax.Array]:
+        """One token through the layers under given masks; returns the gate logits of each layer too."""
 
-        position = cache.lengths
+        def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+            q_rotated, k_rotated = rotate(q, k, cache.lengths[:, None], model.config.rope)
+            cache = cache.append(layer.index, k_rotated[:, 0], v[:, 0])
+            view = cache.view(layer.index)
+            context = DecodeContext(
+                q=q, q_rotated=q_rotated, cache=view, layer=layer.index, block_size=64, gate=layer.decode_gate
+            )
+            out, _ = decode_attention(layer.policy, context)
+            return out, cache, (LearnedGate().decode_scores(context), k[:, 0])
 
-        def attend(context, cache, q, k, v):
-            gate, layer = context.decode_gate, context.index
-            q_rotated, k_rotated = rotate(q, k, position[:, None], model.config)
-            cache = cache.append(layer, k_rotated[:, 0], v[:, 0])
-            scores = gate.logits(gate.queries(q, position[:, None]), cache.gate_keys(layer), (position // 64)[:, None])
-            out, _ = decode_attention(given, gate, layer, q, q_rotated, cache)
-            return out, cache, (scores[:, :, 0], k[:, 0])
-
-        _, cache, (scores, keys) = model.scan(token[:, None], attend, cache)
-        return cache.append_gate(model.decode_gate, keys), scores
+        segments = model.segments(given, model.decode_gate, model.config.num_kv_heads)
+        _, cache, (scores, keys) = model.scan(token[:, None], attend, cache, segments=segments)
+        return cache.finish_step(model.decode_gate, keys), scores
 
     _, cache, _ = jax.jit(lambda m, t, c: m.prefill(t, None, c))(model, ids[:, :prompt], model.make_cache(1, 768))
     for i in range(30):
         given = Given(jnp.asarray(masks[i] | (np.arange(12) == 0)))
         cache, scores = step(model, ids[:, prompt + i], cache, given)
-        import dataclasses
-
-        cache = dataclasses.replace(cache, lengths=cache.lengths + 1)
         current = (prompt + i) // 64
         ranked = np.array(scores)
         ranked[..., current] = 0

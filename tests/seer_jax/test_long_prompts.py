@@ -35,7 +35,7 @@ def scratch_bytes(config: ModelConfig, tokens: int) -> tuple[int, int]:
     run = jax.jit(lambda model, tokens, cache: model.prefill(tokens, None, cache), donate_argnums=2)
     memory = run.lower(model, jax.ShapeDtypeStruct((1, tokens), jnp.int32), cache).compile().memory_analysis()
     assert memory is not None
-    size = cache.keys.size * cache.keys.dtype.itemsize * 2
+    size = tree_bytes(cache.token_arrays)
     assert memory.alias_size_in_bytes >= size  # the results take the place of the cache that was given away
     return memory.temp_size_in_bytes, size
 

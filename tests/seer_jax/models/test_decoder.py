@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels import BlockIndices, select_blocks
-from seer_jax.models.attention import decode_attention
-from seer_jax.models.dense_attention import dense_attention
-from seer_jax.models.rope import rotate
-from seer_jax.models.cache import Cache
+from pallas_kernels import BlockIndices
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.models.attention import decode_attention
+from seer_jax.models.cache import Cache
+from seer_jax.models.decoder import LayerContext, Segment, Transformer
+from seer_jax.models.dense_attention import dense_attention
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.rope import rotate
+from seer_jax.selection.context import Context, DecodeContext, PrefillContext
 from seer_jax.selection.policies import Dense, Given, Policy
-from seer_jax.selection.rules import RankingPolicy
-from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.rules import CumulativeMass, RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Oracle, Random, SinkWindow
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
 
@@ -121,7 +121,7 @@ def test_given_masks_equal_masked_dense_attention(model: Transformer):
     def attend(context, state, q, k, v):
         from seer_jax.models.rope import rotate
 
-        q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config)
+        q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config.rope)
         allowed = jnp.repeat(jnp.repeat(mask[context.index], 16, -1), 16, -2)[..., :TOKENS, :TOKENS]
         allowed &= jnp.tril(jnp.ones((1, 1, TOKENS, TOKENS), bool))
         return jax.nn.dot_product_attention(q, k, v, mask=allowed), state, ()
@@ -182,10 +182,11 @@ def test_compressed_keys_made_while_decoding_equal_those_of_prefill(dtype: str, 
     rows = jnp.arange(len(LENGTHS))
     for step in range(30):
         _, cache, _ = decode(model, tokens[rows, start + step], cache, Dense())
-    assert whole.gate is not None and cache.gate is not None and whole.gate.keys.dtype == dtype
+    (whole_keys,), (grown_keys,) = whole.gate_key_arrays, cache.gate_key_arrays
+    assert whole_keys.dtype == dtype
     for row in range(len(LENGTHS)):
         done = (int(start[row]) + 30) // 16
-        ours, theirs = (x.gate.keys[:, row, :, :done].astype("float32") for x in (cache, whole))
+        ours, theirs = (x[:, row, :, :done].astype("float32") for x in (grown_keys, whole_keys))
         np.testing.assert_allclose(ours, theirs, atol=tolerance)
 
 
@@ -195,7 +196,7 @@ def test_a_decode_budget_is_a_hard_cap(policy: TokenBudget):
     tokens, _ = batch(3)
     _, cache = prefill(model, tokens, None, model.make_cache(len(LENGTHS), 80), Dense())
     _, _, kept = decode(model, tokens[:, 0], cache, policy)
-    np.testing.assert_allclose(kept, policy.blocks(16) / 5, rtol=1e-6)
+    np.testing.assert_allclose(kept, policy.blocks_per_row(16) / 5, rtol=1e-6)
 
 
 def test_start_layer_keeps_the_first_layers_dense():
@@ -215,20 +216,34 @@ def deep_model(start_layer: int = 0) -> Transformer:
     return model.add_gate(config, rngs=nnx.Rngs(2))
 
 
-def recorded[R](monkeypatch: pytest.MonkeyPatch, run: Callable[[], R], shape: tuple[int, ...]) -> tuple[R, np.ndarray]:
-    """What a program returns, and the masks that its sparse layers chose, in their order, each of the given shape."""
-    masks = []
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recorded(Policy):
+    """A policy whose lists are noted as masks, in the order of the layers that choose any."""
 
-    def record(*args: Any, **settings: Any) -> BlockIndices:
-        blocks = select_blocks(*args, **settings)
-        jax.debug.callback(lambda mask: masks.append(np.asarray(mask)), blocks.to_mask(shape[-1]), ordered=True)
+    policy: Policy
+    masks: list[np.ndarray] = dataclasses.field(default_factory=list, metadata=dict(static=True), hash=False)
+
+    def blocks(self, context: Context) -> BlockIndices | None:
+        blocks = self.policy.blocks(context)
+        assert blocks is not None
+        mask = blocks.to_mask(context.num_key_blocks)
+        jax.debug.callback(lambda mask: self.masks.append(np.asarray(mask)), mask, ordered=True)
         return blocks
 
-    with monkeypatch.context() as patch:
-        patch.setattr("seer_jax.attention.select_blocks", record)
-        result = run()
-        jax.effects_barrier()
-    return result, np.stack([np.broadcast_to(mask, shape) for mask in masks])
+    def dense_first_layers(self, gate: Any) -> int:
+        return self.policy.dense_first_layers(gate)
+
+    def prepare(self, context: PrefillContext) -> PrefillContext:
+        return self.policy.prepare(context)
+
+
+def recorded[R](run: Callable[[Policy], R], policy: Policy, shape: tuple[int, ...]) -> tuple[R, np.ndarray]:
+    """What a program returns, and the masks that its sparse layers chose, in their order, each of the given shape."""
+    recording = Recorded(policy)
+    result = run(recording)
+    jax.effects_barrier()
+    return result, np.stack([np.broadcast_to(mask, shape) for mask in recording.masks])
 
 
 @pytest.mark.cpu  # the masks come by a callback, which needs a CPU device
@@ -243,14 +258,12 @@ def recorded[R](monkeypatch: pytest.MonkeyPatch, run: Callable[[], R], shape: tu
     ],
     ids=str,
 )
-def test_dense_first_layers_of_a_prompt_are_masks_that_are_full(
-    policy: RankingPolicy, dense_layers: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_dense_first_layers_of_a_prompt_are_masks_that_are_full(policy: RankingPolicy, dense_layers: int):
     """The others have the masks that they choose, as if these were given."""
     model, (tokens, lengths) = deep_model(), batch()
     policy = dataclasses.replace(policy, dense_layers=dense_layers)
     run = jax.jit(lambda model, policy: model.hidden_states(tokens, lengths, sparsity=policy))
-    (hidden, kept), masks = recorded(monkeypatch, lambda: run(model, policy), (len(LENGTHS), 4, 5, 5))
+    (hidden, kept), masks = recorded(lambda policy: run(model, policy), policy, (len(LENGTHS), 4, 5, 5))
     assert len(masks) == 4 - dense_layers
     given = np.concatenate([np.ones((dense_layers, *masks.shape[1:]), bool), masks])
     expected, expected_kept = run(model, Given(jnp.asarray(given), block_size=16))
@@ -271,7 +284,7 @@ def test_dense_first_layers_of_a_prompt_are_masks_that_are_full(
     ids=str,
 )
 def test_dense_first_layers_of_a_new_token_are_masks_that_are_full(
-    policy: RankingPolicy, dense_layers: int, start_layer: int, monkeypatch: pytest.MonkeyPatch
+    policy: RankingPolicy, dense_layers: int, start_layer: int
 ):
     """As many as the larger of the policy's count and the gate's."""
     model, (tokens, lengths) = deep_model(start_layer), batch()
@@ -279,7 +292,7 @@ def test_dense_first_layers_of_a_new_token_are_masks_that_are_full(
     first = max(dense_layers, start_layer)
     _, cache = prefill(model, tokens, lengths, model.make_cache(len(LENGTHS), 96), Dense())
     run = jax.jit(lambda model, policy: model.decode(tokens[:, 0], cache, sparsity=policy))
-    (logits, after, kept), masks = recorded(monkeypatch, lambda: run(model, policy), (len(LENGTHS), 2, 6))
+    (logits, after, kept), masks = recorded(lambda policy: run(model, policy), policy, (len(LENGTHS), 2, 6))
     assert len(masks) == 4 - first
     given = np.concatenate([np.ones((first, *masks.shape[1:]), bool), masks])
     expected, expected_after, expected_kept = run(model, Given(jnp.asarray(given), block_size=16))
@@ -291,6 +304,11 @@ def test_dense_first_layers_of_a_new_token_are_masks_that_are_full(
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def split(model: Transformer, first: int) -> list[Segment]:
+    """Two segments of different policies."""
+    return [Segment(first), Segment(model.config.num_layers - first, TopK(0.5))]
+
+
 @pytest.mark.slow
 def test_two_loops_have_the_gradients_of_one():
     tokens, _ = batch()
@@ -299,10 +317,10 @@ def test_two_loops_have_the_gradients_of_one():
     def gradients(model: Transformer, dense_layers: int, remat: bool) -> Transformer:
         def loss_of(model: Transformer) -> jax.Array:
             def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-                q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config)
+                q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config.rope)
                 return dense_attention(q, k, v), state, context.index
 
-            hidden, _, order = model.scan(tokens, attend, dense_layers=dense_layers, remat=remat)
+            hidden, _, order = model.scan(tokens, attend, segments=split(model, dense_layers), remat=remat)
             return jax.nn.logsumexp(model.logits(hidden), axis=-1).mean() + 0.0 * order.sum()
 
         return jax.grad(loss_of)(model)
@@ -313,18 +331,19 @@ def test_two_loops_have_the_gradients_of_one():
         assert all(relative(a, b) < 1e-5 for a, b in zip(other, one, strict=True))
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dense_layers", [0, 1, 2, 4])
-def test_each_layer_runs_once_and_in_order(dense_layers: int, stacked: bool):
+def test_each_layer_runs_once_and_in_order(dense_layers: int, in_place: bool):
     model, (tokens, _) = deep_model(), batch()
 
     def attend(context: LayerContext, state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         gate = context.decode_gate
         assert gate is not None and gate.linear_k is not None
-        seen = (context.index, jnp.int32(context.dense), gate.linear_k[...].sum(), state)
+        seen = (context.index, jnp.int32(context.policy.is_dense), gate.linear_k[...].sum(), state)
         return q, state + 1, seen
 
-    hidden, count, seen = model.scan(tokens, attend, jnp.int32(0), dense_layers=dense_layers, stacked=stacked)
+    segments = split(model, dense_layers)
+    hidden, count, seen = model.scan(tokens, attend, jnp.int32(0), segments=segments, in_place=in_place)
     expected, _, _ = model.scan(tokens, attend, jnp.int32(0))
     assert model.decode_gate is not None
     np.testing.assert_array_equal(seen[0], np.arange(4))
@@ -362,7 +381,9 @@ def test_decode_top_k_where_its_product_rounds_up():
     keys = jax.random.normal(jax.random.key(0), (2, 1, 1, b * blocks, 1, 8))
     cache = Cache(keys[0], keys[1], jnp.asarray([b * blocks - 1]))
     q = jax.random.normal(jax.random.key(1), (1, 1, 2, 8))
-    out, kept = decode_attention(TopK(0.29, SinkWindow()), None, jnp.int32(0), q, q, cache)
+    layer = jnp.int32(0)
+    context = DecodeContext(q=q, q_rotated=q, cache=cache.view(layer), layer=layer, block_size=b)
+    out, kept = decode_attention(TopK(0.29, SinkWindow()), context)
     np.testing.assert_allclose(kept, 28 / blocks, rtol=1e-6)
     seen = jnp.asarray([0, *range(blocks - 27, blocks)])
     k, v = (x.reshape(1, blocks, b, 1, 8)[:, seen].reshape(1, -1, 1, 8) for x in keys[:, 0])
@@ -412,7 +433,7 @@ def test_rematerialised_layers_have_the_same_gradients():
     def gradients(model: Transformer, remat: bool) -> tuple[jax.Array, Transformer]:
         def loss_of(model: Transformer) -> jax.Array:
             def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-                q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config)
+                q, k = rotate(q, k, jnp.arange(TOKENS)[None], model.config.rope)
                 return dense_attention(q, k, v), state, None
 
             return jax.nn.logsumexp(model.logits(model.scan(tokens, attend, remat=remat)[0]), axis=-1).mean()
@@ -438,13 +459,13 @@ def test_a_chunked_dense_pass_equals_one_piece():
 
 
 BAD_INPUT = [
-    (dict(tokens=np.zeros(3, np.int32)), r"tokens are integers \[B, T\].*got int32 \(3,\)"),
-    (dict(tokens=np.zeros((1, 3), np.float32)), r"tokens are integers.*got float32"),
+    (dict(tokens=np.zeros(3, np.int32)), r"tokens must be integers \[B, T\].*got int32 \(3,\)"),
+    (dict(tokens=np.zeros((1, 3), np.float32)), r"tokens must be integers.*got float32"),
     (dict(tokens=np.zeros((1, 0), np.int32)), r"B, T >= 1; got int32 \(1, 0\)"),
     (dict(tokens=np.full((1, 3), 64)), r"\[0, 64\).*got 64 \.\. 64.*tokenizer"),
     (dict(tokens=np.full((1, 3), -1)), r"got -1 \.\. -1"),
-    (dict(lengths=np.ones(2, np.int32)), r"lengths are integers \[B\] with B = 1; got int32 \(2,\)"),
-    (dict(lengths=np.ones(1, np.float32)), "lengths are integers.*got float32"),
+    (dict(lengths=np.ones(2, np.int32)), r"lengths must be integers \[B\] with B = 1; got int32 \(2,\)"),
+    (dict(lengths=np.ones(1, np.float32)), "lengths must be integers.*got float32"),
     (dict(lengths=np.zeros(1, np.int32)), "1 to T = 3 tokens.*got lengths 0 .. 0"),
     (dict(lengths=np.full(1, 4)), "got lengths 4 .. 4"),
     (dict(sparsity=TopK(0.1)), "the model has none of this kind.*from_pretrained"),
@@ -472,7 +493,7 @@ def test_a_prompt_longer_than_the_cache_is_refused():
 def test_gates_of_another_model_are_refused():
     gate = tiny_model(QWEN3).prefill_gate
     assert gate is not None
-    with pytest.raises(ValueError, match="expected num_kv_heads=2, got 4"):
+    with pytest.raises(ValueError, match="num_kv_heads must be 2; got 4"):
         tiny_model(gates=False).attach(gate)
     with pytest.raises(ValueError, match="below 2; got 2"):
         tiny_model(gates=False).add_gate(DecodeGateConfig(gate_dim=16, start_layer=2), rngs=nnx.Rngs(0))
@@ -496,11 +517,11 @@ BAD_POLICIES = [
     (lambda: CumulativeMass(1.1), r"got 1.1"),
     (lambda: TopK(0.0), r"\(0, 1\]; got 0.0"),
     (lambda: TopK(1.5), r"got 1.5"),
-    (lambda: TokenBudget(0), "positive; got 0"),
-    (lambda: TokenBudget(64, dense_layers=-1), "dense_layers is at least 0; got -1"),
-    (lambda: TopK(0.1, dense_layers=-2), "dense_layers is at least 0; got -2"),
-    (lambda: CumulativeMass(0.1, dense_last_rows=-1), "dense_last_rows is at least 0; got -1"),
-    (lambda: Threshold(0.1, dense_last_rows=-3), "dense_last_rows is at least 0; got -3"),
+    (lambda: TokenBudget(0), "must be at least 1; got 0"),
+    (lambda: TokenBudget(64, dense_layers=-1), "dense_layers must be at least 0; got -1"),
+    (lambda: TopK(0.1, dense_layers=-2), "dense_layers must be at least 0; got -2"),
+    (lambda: CumulativeMass(0.1, dense_last_rows=-1), "dense_last_rows must be at least 0; got -1"),
+    (lambda: Threshold(0.1, dense_last_rows=-3), "dense_last_rows must be at least 0; got -3"),
 ]
 
 

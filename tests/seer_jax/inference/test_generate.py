@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 
 from seer_jax import Generated, Transformer, pad_prompts, stream
-from seer_jax.inference import generate
 from seer_jax.gates.configs import DecodeGateConfig
+from seer_jax.inference.generate import generate
+from seer_jax.inference.sampling import Sample, row_keys
 from seer_jax.selection.policies import Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Random, SinkWindow
-from seer_jax.inference.sampling import Sample, row_keys
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 # With blocks of 16: less than one, exactly one, exactly two, and the width of the batch.
@@ -188,7 +188,7 @@ def test_the_value_of_a_finished_stream_is_what_generate_returns():
 
 def test_a_stream_passes_its_cache_on(monkeypatch: pytest.MonkeyPatch):
     """Two caches at once would halve the context that fits a device."""
-    module, states = sys.modules["seer_jax.generate"], []
+    module, states = sys.modules["seer_jax.inference.generate"], []
     step = module._continue
     monkeypatch.setattr(module, "_continue", lambda *args: states.append(args[2]) or step(*args))
     tokens, lengths = prompts()
@@ -228,7 +228,7 @@ def test_generation_stops_when_every_row_has_ended():
 
 def test_the_loop_ends_with_its_last_row(monkeypatch: pytest.MonkeyPatch):
     """Steps after the last row's end would cost as much as any."""
-    module, states = sys.modules["seer_jax.generate"], []
+    module, states = sys.modules["seer_jax.inference.generate"], []
     program = module._run
     monkeypatch.setattr(module, "_run", lambda *args: states.append(program(*args)) or states[-1])
     free = run(**SPARSE).rows()
@@ -360,7 +360,7 @@ def test_a_failure_while_decoding_is_told_by_step():
 
 
 BAD = [
-    (dict(max_new_tokens=0), "max_new_tokens is at least 1; got 0"),
+    (dict(max_new_tokens=0), "max_new_tokens must be at least 1; got 0"),
     (dict(tokens=[[1, 2], [3]], lengths=None), r"rows of different lengths.*pad_prompts\(rows\)"),
     (dict(tokens=np.zeros(3, np.int32)), r"integers \[B, T\].*got int32 \(3,\).*batch of one row"),
     (dict(tokens=np.zeros((1, 3), np.float32)), r"got float32 \(1, 3\)"),
@@ -377,9 +377,9 @@ BAD = [
     (dict(decode=Threshold(0.1)), "the model has none of this kind"),
     (dict(decode=TokenBudget(64, SinkWindow(), dense_layers=2)), "dense_layers must leave a sparse layer: below 2"),
     (dict(prefill=TokenBudget(8, SinkWindow())), "at least one block of 64 tokens; got 8"),
-    (dict(eos=64), r"EOS tokens lie in \[0, 64\).*got \[64\]"),
+    (dict(eos=64), r"EOS tokens must lie in \[0, 64\).*got \[64\]"),
     (dict(eos=(1, -1)), r"got \[1, -1\]"),
-    (dict(sampling=Sample()), "needs a key; got None"),
+    (dict(sampling=Sample()), "a key must be given; got None"),
     (dict(sampling=Sample(), key=row_keys(jax.random.key(0), 3)), r"each of the 4 rows; got shape \(3,\)"),
 ]
 
@@ -405,7 +405,7 @@ def test_a_stream_needs_a_chunk():
 @pytest.mark.parametrize("name", ["prefill", "decode", "sampling"])
 def test_choices_are_objects(name: str):
     choice: dict[str, Any] = {name: "dense"}
-    with pytest.raises(ValueError, match=f"{name} is .*got 'dense'"):
+    with pytest.raises(ValueError, match=f"{name} must be .*got 'dense'"):
         generate(llama(), *prompts(), max_new_tokens=1, **choice)
 
 
@@ -421,7 +421,7 @@ BAD_PROMPTS = [
     (dict(prompts=[[1], []]), "at least one token; prompt 1 is empty. Start it with a BOS"),
     (dict(prompts=[np.array([0.5])]), r"list of integers; prompt 0 is float64 \(1,\)"),
     (dict(prompts=[np.array([[1]])]), r"prompt 0 is int64 \(1, 1\)"),
-    (dict(prompts=[[1]], multiple_of=0), "multiple_of is at least 1 token; got 0"),
+    (dict(prompts=[[1]], multiple_of=0), "multiple_of must be at least 1 token; got 0"),
 ]
 
 

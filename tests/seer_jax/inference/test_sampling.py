@@ -111,11 +111,11 @@ BAD = [
     (lambda: Sample(temperature=-1), "got -1"),
     (lambda: Sample(temperature=float("nan")), "got nan"),
     (lambda: Sample(temperature=float("inf")), "got inf"),
-    (lambda: Sample(top_k=0), "at least 1 token to draw from, or is None for all; got 0"),
+    (lambda: Sample(top_k=0), "at least 1 token to draw from, or be None for all; got 0"),
     (lambda: Sample(top_p=0.0), r"mass in \(0, 1\], or None for all; got 0.0"),
     (lambda: Sample(top_p=1.5), "got 1.5"),
     (lambda: Sample(top_p=float("nan")), "got nan"),
-    (lambda: Sample().sample(LOGITS[None]), r"needs a key; got None. Pass key=jax.random.key\(seed\)"),
+    (lambda: Sample().sample(LOGITS[None]), r"so a key must be given; got None. Pass key=jax.random.key\(seed\)"),
     (lambda: Sample().sample(LOGITS[None], row_keys(jax.random.key(0), 2)), r"each of the 1 rows; got shape \(2,\)"),
 ]
 

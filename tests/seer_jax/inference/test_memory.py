@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 from seer_jax import MemoryPlan, Transformer, plan_memory, stream
-from seer_jax.inference import generate, memory
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.inference import memory
+from seer_jax.inference.generate import generate
+from seer_jax.inference.sampling import Greedy, Sample
 from seer_jax.models.families import config_from_hf
 from seer_jax.selection.rules import Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import SinkWindow
-from seer_jax.inference.sampling import Greedy, Sample
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 # Shapes stand for arrays.
@@ -66,9 +67,8 @@ def test_a_plan_adds_up_the_arrays(changes: dict[str, Any], capacity: int, with_
     model = llama()
     made = plan(compiled=False, available=2**40, **changes)
     cache = model.make_cache(ROWS, capacity)
-    assert made.cache == cache.keys.nbytes + cache.values.nbytes
-    assert cache.gate is not None
-    assert made.gate_cache == (cache.gate.keys.nbytes + cache.gate.pools.nbytes if with_gate else 0)
+    assert made.cache == sum(x.nbytes for x in cache.token_arrays)
+    assert made.gate_cache == (sum(x.nbytes for x in cache.gate_arrays) if with_gate else 0)
     assert made.gates == sum(x.nbytes for x in jax.tree.leaves((model.prefill_gate, model.decode_gate)))
     assert made.weights == sum(x.nbytes for x in jax.tree.leaves(model)) - made.gates
     assert made.scratch is None and made.available == 2**40
@@ -138,7 +138,7 @@ def test_a_plan_compiles_what_then_runs(
 def test_what_does_not_fit_is_refused_before_it_is_allocated(function: Any, monkeypatch: pytest.MonkeyPatch):
     needed = plan(streamed=function is run_stream)
     assert needed.scratch
-    module, started = sys.modules["seer_jax.generate"], []
+    module, started = sys.modules["seer_jax.inference.generate"], []
     for name in ("_run", "_start"):
         program = getattr(module, name)
         # As the program, it can be lowered; as a function, it tells that it was called.
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(function: Any, monk
         (needed.total - needed.scratch - 1, 0, r"decode gate 0.0\d\d\)"),
     ):
         set_limit(monkeypatch, limit, others)
-        with pytest.raises(MemoryError, match=rf"expected at most .* GiB.*got .* GiB \(weights 0.*{text}.*fewer rows"):
+        with pytest.raises(MemoryError, match=rf"must fit in device memory: needs .* GiB \(weights 0.*{text}.*fewer rows"):
             function()
     assert not started
 
@@ -174,7 +174,7 @@ def test_a_stream_tells_at_once_that_its_cache_does_not_fit(monkeypatch: pytest.
 
 
 def test_a_call_like_an_earlier_one_only_looks_up_its_plan(monkeypatch: pytest.MonkeyPatch):
-    lookups = sys.modules["seer_jax.generate"]._compiled_plan.cache_info
+    lookups = sys.modules["seer_jax.inference.generate"]._compiled_plan.cache_info
     set_limit(monkeypatch, 2**40)
     run()
     before = lookups()
@@ -217,8 +217,8 @@ BAD = [
     (dict(batch=0), "got 0 rows of 41"),
     (dict(prompt_width=0), "got 3 rows of 0"),
     (dict(cache_capacity=45), "46 tokens; got cache_capacity=45"),
-    (dict(prefill="dense"), "prefill is a sparsity policy.*got 'dense'"),
-    (dict(sampling="greedy"), "sampling is .*got 'greedy'"),
+    (dict(prefill="dense"), "prefill must be a sparsity policy.*got 'dense'"),
+    (dict(sampling="greedy"), "sampling must be .*got 'greedy'"),
     (dict(decode=Threshold(0.1)), "the model has none of this kind"),
 ]
 

@@ -1,0 +1,352 @@
+"""Both gates against their definition in plain float64 loops, piece by piece, and what a gate is as a pytree."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.make import Gate, make_gate
+from seer_jax.gates.prefill import PrefillGate
+from seer_jax.models.cache import Cache
+from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
+from seer_jax.selection.policies import Dense, Given, Policy
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import Oracle
+from tests.products import rounded_products
+
+B, T, BLOCK, HEADS, KV_HEADS, DIM, FACTOR, ATTENTION_FACTOR = 2, 70, 16, 4, 2, 8, 4.0, 1.25
+ROPE = RopeConfig(theta=100.0, kind=RopeKind.LINEAR, factor=FACTOR, attention_factor=ATTENTION_FACTOR)
+MODEL = ModelConfig(
+    family="llama",
+    vocab_size=8,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=HEADS,
+    num_kv_heads=KV_HEADS,
+    head_dim=DIM,
+    rope=ROPE,
+)
+POOLINGS = [kinds for n in (1, 2, 3) for kinds in itertools.combinations(Pool, n)]
+STARTS = np.array([[0], [48]])  # position of each row's first token
+POSITIONS = STARTS + np.arange(T)
+LENGTHS = np.array([[T], [37]])
+VALID = np.arange(T) < LENGTHS
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def pooled(x: np.ndarray, kinds: tuple[Pool, ...], valid: np.ndarray) -> np.ndarray:
+    """[B, n, heads, P] of x [B, T, heads, D]: the valid tokens of each block as one vector, 0 where it has none."""
+    out = np.zeros((len(x), -(-x.shape[1] // BLOCK), x.shape[2], len(kinds), x.shape[3]))
+    for row, block in np.ndindex(out.shape[:2]):
+        of_block = slice(block * BLOCK, (block + 1) * BLOCK)
+        tokens = x[row, of_block][valid[row, of_block]]
+        for i, kind in enumerate(kinds if len(tokens) else ()):
+            out[row, block, :, i] = {"max": tokens.max, "min": tokens.min, "avg": tokens.mean}[kind](0)
+    return out.reshape(*out.shape[:3], -1)
+
+
+def turned(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Linear RoPE of x [B, n, heads, C], as complex numbers of modulus `ATTENTION_FACTOR`."""
+    half = x.shape[-1] // 2
+    angles = positions[..., None] / FACTOR * ROPE.theta ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * ATTENTION_FACTOR * np.exp(1j * angles)[:, :, None]
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def prefill_definition(gate: PrefillGate, q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Queries, keys and logits of one layer (spec: pool, project by head, rotate at the block's first token, compare)."""
+    config, wk = gate.config, np.asarray(gate.linear_k[...], float)
+    queries, keys = pooled(q, config.q_pooling, VALID), pooled(k, config.k_pooling, VALID)
+    if len(config.q_pooling) == 1 and config.gate_dim == DIM and not config.force_double:
+        assert gate.linear_q is None
+        keys = keys.repeat(HEADS // KV_HEADS, axis=2)
+    else:
+        assert gate.linear_q is not None
+        queries = np.einsum("bnhp,hpc->bnhc", queries, np.asarray(gate.linear_q[...], float))
+    keys = np.einsum("bnkp,kpc->bnkc", keys, wk)
+    queries, keys = (turned(x, POSITIONS[:, ::BLOCK]) for x in (queries, keys))
+    every = keys.repeat(HEADS // keys.shape[2], axis=2)
+    return queries, keys, np.einsum("bihc,bjhc->bhij", queries, every) / np.sqrt(config.gate_dim)
+
+
+def decode_definition(gate: DecodeGate, q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, ...]:
+    """As `prefill_definition`, of every query token; -inf from the token's own block on."""
+    config, grouped = gate.config, q.reshape(B, T, KV_HEADS, -1, DIM)
+    reduced = grouped.mean(3)
+    if gate.linear_q is not None:
+        wq = np.asarray(gate.linear_q[...], float)
+        if config.query_reduction is QueryReduction.PROJ:
+            reduced = np.einsum("btkgd,kgdc->btkc", grouped, wq)
+        else:
+            reduced = np.einsum("btkd,kdc->btkc", reduced, wq)
+    keys = np.einsum("bnkp,kpc->bnkc", pooled(k, config.k_pooling, VALID), np.asarray(gate.linear_k[...], float))
+    sides = [(reduced, gate.q_norm, POSITIONS), (keys, gate.k_norm, POSITIONS[:, ::BLOCK])]
+    for i, (x, norm, positions) in enumerate(sides):
+        if config.use_qk_norm:
+            x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm[...], float)
+        sides[i] = turned(x, positions) if config.use_rope else x
+    queries, keys = sides
+    logits = np.einsum("btkc,bjkc->bktj", queries, keys) / np.sqrt(config.gate_dim)
+    completed = np.arange(T) // BLOCK
+    return queries, keys, np.where(np.arange(keys.shape[1]) < completed[:, None], logits, -np.inf)
+
+
+@jax.jit
+def computed(gate: Gate, q: jax.Array, k: jax.Array) -> tuple[jax.Array, ...]:
+    positions, valid = jnp.asarray(POSITIONS), jnp.asarray(VALID)
+    keys = gate.keys(k, positions, valid)
+    if isinstance(gate, PrefillGate):
+        queries = gate.queries(q, positions, valid)
+        return queries, keys, gate.logits(queries, keys)
+    queries = gate.queries(q, positions)
+    completed = jnp.broadcast_to(jnp.arange(T) // BLOCK, (B, T))
+    return queries, keys, gate.logits(queries, keys, completed=completed)
+
+
+keys_of = jax.jit(lambda gate, *arguments: gate.keys(*arguments))
+queries_of = jax.jit(lambda gate, *arguments: gate.queries(*arguments))
+
+
+def one_layer(config: GateConfig, model: ModelConfig = MODEL) -> Gate:
+    """The second layer of a gate with random weights."""
+    gate, rng = make_gate(config, model, rngs=nnx.Rngs(0)), np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32)[1], gate)
+
+
+def random_qk(seed: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Invalid tokens are NaN among the keys: what they hold must not matter."""
+    rng = np.random.default_rng(seed)
+    q, k = (rng.standard_normal((B, T, heads, DIM)).astype(np.float32) for heads in (HEADS, KV_HEADS))
+    return q, np.where(VALID[:, :, None, None], k, np.nan).astype(np.float32)
+
+
+def named(config: GateConfig) -> str:
+    """What differs from the defaults."""
+    fields = dataclasses.fields(config)
+    changed = {f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default}
+    kinds = {name: "+".join(x) if isinstance(x, tuple) else str(x) for name, x in changed.items()}
+    return "-".join([type(config).__name__.removesuffix("GateConfig"), *(f"{k}={x}" for k, x in kinds.items())])
+
+
+def assert_close(got: Any, expected: np.ndarray, *, where: Any = True) -> None:
+    """Within 1e-5 of the largest entry; infinities agree."""
+    got = np.asarray(got, float)
+    assert got.shape == expected.shape
+    np.testing.assert_array_equal(np.isneginf(got) & where, np.isneginf(expected) & where)
+    compared = np.isfinite(expected) & where
+    np.testing.assert_allclose(got[compared], expected[compared], rtol=0, atol=1e-5 * np.abs(expected[compared]).max())
+
+
+FORMS: list[dict[str, Any]] = [dict(), dict(gate_dim=12), dict(force_double=True)]
+DEFAULT = PrefillGateConfig(BLOCK, DIM)
+PREFILL = [
+    *(dataclasses.replace(DEFAULT, q_pooling=q, **form) for q in POOLINGS for form in FORMS),
+    *(dataclasses.replace(DEFAULT, k_pooling=k, **form) for k in POOLINGS for form in FORMS),
+]
+
+
+@pytest.mark.parametrize("config", PREFILL, ids=named)
+def test_prefill_gate_is_its_definition(config: PrefillGateConfig):
+    gate = one_layer(config)
+    assert isinstance(gate, PrefillGate)
+    q, k = random_qk()
+    queries, keys, logits = computed(gate, jnp.asarray(q), jnp.asarray(k))
+    expected = prefill_definition(gate, q.astype(float), k.astype(float))
+    assert gate.num_key_heads == keys.shape[2]
+    assert_close(queries, expected[0])
+    assert_close(keys, expected[1])
+    blocks = logits.shape[-1]
+    assert_close(logits, expected[2], where=np.tril(np.ones((blocks, blocks), bool)))
+
+
+SWITCHES = [dict(use_qk_norm=norm, use_rope=rope) for norm in (False, True) for rope in (False, True)]
+DECODE = [
+    *(DecodeGateConfig(BLOCK, DIM, reduction, **switches) for reduction in QueryReduction for switches in SWITCHES),
+    *(DecodeGateConfig(BLOCK, 12, reduction) for reduction in QueryReduction if reduction is not QueryReduction.AVG),
+    *(DecodeGateConfig(BLOCK, DIM, k_pooling=k) for k in POOLINGS),
+]
+
+
+@pytest.mark.parametrize("config", DECODE, ids=named)
+def test_decode_gate_is_its_definition(config: DecodeGateConfig):
+    gate = one_layer(config)
+    assert isinstance(gate, DecodeGate)
+    q, k = random_qk()
+    got = computed(gate, jnp.asarray(q), jnp.asarray(k))
+    assert gate.num_key_heads == KV_HEADS
+    for ours, expected in zip(got, decode_definition(gate, q.astype(float), k.astype(float)), strict=True):
+        assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("reduction", QueryReduction)
+def test_queries_of_a_single_token_are_those_of_many(reduction: QueryReduction):
+    """Few vectors are projected by a sum of products, many by a matrix product."""
+    gate = one_layer(DecodeGateConfig(BLOCK, DIM, reduction))
+    q = jnp.asarray(random_qk()[0])
+    whole = queries_of(gate, q, jnp.asarray(POSITIONS))
+    for t in (0, 17, T - 1):
+        one = queries_of(gate, q[:, t : t + 1], jnp.asarray(POSITIONS[:, t : t + 1]))
+        assert_close(one[:, 0], np.asarray(whole[:, t], float))
+
+
+def test_positions_of_one_row_serve_all():
+    q, k = (jnp.asarray(np.nan_to_num(x)) for x in random_qk())
+    one, each = jnp.arange(T)[None], jnp.broadcast_to(jnp.arange(T), (B, T))
+    for config in (DEFAULT, DecodeGateConfig(BLOCK, DIM)):
+        gate = one_layer(config)
+        np.testing.assert_array_equal(queries_of(gate, q, one), queries_of(gate, q, each))
+        np.testing.assert_array_equal(keys_of(gate, k, one), keys_of(gate, k, each))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("config", [DEFAULT, DecodeGateConfig(BLOCK, DIM)], ids=named)
+def test_half_precision_inputs_are_computed_in_float32(config: GateConfig, dtype: str):
+    gate = one_layer(config)
+    half = [jnp.asarray(x, dtype) for x in random_qk()]
+    for a, b in zip(computed(gate, *half), computed(gate, *(x.astype(jnp.float32) for x in half)), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("config", [*PREFILL[-3:], *DECODE[::4]], ids=named)
+def test_products_are_exact_on_accelerators_too(config: GateConfig):
+    """Each product asks for its precision by itself: a GPU would otherwise round its inputs to TF32."""
+    q, k = (jnp.asarray(x) for x in random_qk())
+    assert not rounded_products(computed, one_layer(config), q, k)
+
+
+# --- Keys and logits piece by piece.
+
+
+@pytest.mark.parametrize("config", PREFILL[-3:], ids=named)
+@pytest.mark.parametrize("cuts", [(0, 16, 32, 48, 64, T), (0, 48, T), (0, 64, T)], ids=str)
+def test_keys_appended_in_chunks_are_the_keys_of_the_whole(config: PrefillGateConfig, cuts: tuple[int, ...]):
+    """Each piece starts at a block; the cache gives back what was appended, layer by layer."""
+    gate, k = one_layer(config), jnp.asarray(random_qk()[1])
+    assert isinstance(gate, PrefillGate)
+    positions, valid = jnp.asarray(POSITIONS), jnp.asarray(VALID)
+    whole = keys_of(gate, k, positions, valid)
+    caches = [Cache.create(MODEL, B, T, jnp.float32, prefill_gate=config) for _ in range(2)]
+    for layer, first, last in ((layer, *cut) for layer in (1, 0) for cut in itertools.pairwise(cuts)):
+        piece = keys_of(gate, k[:, first:last], positions[:, first:last], valid[:, first:last])
+        assert_close(piece, np.asarray(whole[:, first // BLOCK :][:, : piece.shape[1]], float))
+        sent = piece + layer
+        caches = [
+            caches[0].append_prefill_gate_keys(jnp.int32(layer), sent, first_block=first // BLOCK),
+            jax.jit(Cache.append_prefill_gate_keys)(
+                caches[1], jnp.int32(layer), sent, first_block=jnp.int32(first // BLOCK)
+            ),
+        ]
+    for cache, layer in itertools.product(caches, range(2)):
+        kept = cache.view(jnp.int32(layer)).prefill_gate_keys
+        assert kept is not None and kept.shape[2] == gate.num_key_heads
+        assert_close(kept, np.asarray(whole, float) + layer)
+
+
+def test_a_cache_without_a_prefill_gate_keeps_no_keys_of_one():
+    cache = Cache.create(MODEL, B, T, jnp.float32, decode_gate=DecodeGateConfig(BLOCK, DIM))
+    assert cache.view(jnp.int32(0)).prefill_gate_keys is None
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("config", PREFILL[-3:], ids=named)
+def test_logits_of_later_rows_are_rows_of_the_whole(config: PrefillGateConfig, traced: bool):
+    gate = one_layer(config)
+    assert isinstance(gate, PrefillGate)
+    queries, keys, whole = computed(gate, *(jnp.asarray(np.nan_to_num(x)) for x in random_qk()))
+    blocks = keys.shape[1]
+    for first, count in ((0, 2), (1, 3), (3, 2), (blocks - 1, 1)):
+        offset = jnp.int32(first) if traced else first
+        rows = jax.jit(gate.logits)(queries[:, first : first + count], keys, row_offset=offset)
+        visible = np.arange(blocks) <= first + np.arange(count)[:, None]
+        assert_close(rows, np.asarray(whole[:, :, first : first + count], float), where=visible)
+
+
+# --- The gate as a pytree.
+
+MASK = jnp.asarray(np.random.default_rng(0).random((2, 1, 1, 3, 3)) > 0.5)
+RECOMMENDATIONS = [
+    None,
+    Dense(),
+    Threshold(5e-4),
+    Threshold(jnp.asarray([[0.1, 0.2], [0.3, 0.4]]), Oracle(), dense_last_rows=0, dense_layers=1),
+    CumulativeMass(0.95),
+    CumulativeMass(jnp.asarray([0.5, 0.75])),
+    TopK(0.1),
+    TokenBudget(4096),
+    Given(MASK, 16),
+]
+
+
+def assert_same_policy(a: Policy | None, b: Policy | None) -> None:
+    assert type(a) is type(b)
+    if a is not None:
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("policy", RECOMMENDATIONS, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("config", [DEFAULT, DecodeGateConfig(BLOCK, DIM)], ids=named)
+def test_a_recommendation_stays_with_its_gate(config: GateConfig, policy: Policy | None):
+    gate = make_gate(config, MODEL, rngs=nnx.Rngs(0))
+    assert gate.recommended is None
+    gate.recommended = policy
+    traced = []
+
+    @jax.jit
+    def through(gate: Gate) -> Gate:
+        traced.append(gate.recommended)
+        return gate
+
+    copies = [
+        gate,
+        nnx.merge(*nnx.split(gate)),
+        nnx.clone(gate),
+        jax.tree.map(lambda x: x[0], gate),
+        jax.tree.unflatten(*reversed(jax.tree.flatten(gate))),
+        through(gate),
+        nnx.eval_shape(lambda: gate),
+    ]
+    for copy in copies:
+        assert_same_policy(copy.recommended, policy)
+    assert_same_policy(traced[0], policy)
+    through(nnx.clone(gate))
+    assert len(traced) == 1, "compiled anew"
+    gate.recommended = None
+    assert gate.recommended is None
+    assert_same_policy(copies[2].recommended, policy)
+
+
+# --- What a gate can't be.
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: PrefillGateConfig(block_size=48), "block_size is one of 16, 32, 64, 128 tokens; got 48"),
+        (lambda: DecodeGateConfig(gate_dim=7), "gate_dim must be even and positive, .*; got 7"),
+        (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling .*; got \(\)"),
+        (lambda: DecodeGateConfig(k_pooling=(Pool.AVG, Pool.MAX)), r"Key pooling .*in that order; got"),
+        (lambda: DecodeGateConfig(start_layer=-1), "at least 0; got -1"),
+        (lambda: make_gate(DecodeGateConfig(start_layer=2), MODEL, rngs=nnx.Rngs(0)), "below 2; got 2"),
+        (
+            lambda: make_gate(
+                DecodeGateConfig(gate_dim=12, query_reduction=QueryReduction.AVG), MODEL, rngs=nnx.Rngs(0)
+            ),
+            "needs gate_dim == head_dim; got 12 and 8",
+        ),
+    ],
+)
+def test_a_wrong_gate_is_refused(config: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        config()
