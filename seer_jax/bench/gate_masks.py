@@ -11,6 +11,7 @@ from pallas_kernels import BlockIndices
 from pallas_kernels.block_sparse_attention.cases import Case
 from pallas_kernels.cases import Heads
 from seer_jax import tiny_lm
+from seer_jax.selection.rules import TopK
 
 LENGTH = 8192  # tokens the bundled model was trained to read
 
@@ -42,9 +43,8 @@ def _lists(tokens: int, heads: int, density: float) -> BlockIndices:
 
     model = from_pretrained(tiny_lm.path(), [tiny_lm.gates()["prefill"]], dtype="float32")
     assert model.prefill_gate is not None
-    text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
-    ids = load_tokenizer(tiny_lm.path()).encode(text, special_tokens=False)[:tokens]
-    kept = block_maps(model, jnp.asarray(ids), density=density).kept
+    ids = load_tokenizer(tiny_lm.path()).encode(tiny_lm.eval_text(), special_tokens=False)[:tokens]
+    kept = block_maps(model, jnp.asarray(ids), TopK(density, dense_last_rows=0)).kept
     kept = kept.reshape(-1, *kept.shape[2:])
     kept = jnp.tile(kept, (-(-heads // len(kept)), 1, 1))[-heads:]
     return BlockIndices.from_mask(kept[None], block_size=model.prefill_gate.config.block_size)
