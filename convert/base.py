@@ -19,7 +19,7 @@ from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import read_config, resolve, write_config
+from seer_jax.models.hub import Location, read_config, resolve, write_config
 from seer_jax.models.layers import BaseParam
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -29,15 +29,13 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
-def load_base(
-    path_or_id: str | os.PathLike[str], *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None
-) -> Transformer:
+def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None) -> Transformer:
     """A base model from a Hugging Face folder or hub id, without gates.
 
     Tensors go to their device piece by piece: the host never holds more than a few tens of MB beside the model.
 
     Args:
-      path_or_id: a folder with `config.json` and safetensors (one file, or several with an index), or a hub id.
+      location: a folder with `config.json` and safetensors (one file, or several with an index), a hub id, or "tiny-lm".
       dtype: of all weights, bfloat16 or float32.
       sharding: the `jax.sharding.Sharding` of each parameter, from its path (such as "layers.mlp.up_proj.weight", with its
         leading axis over layers) and its abstract array; each device reads only its own part. None: the default device.
@@ -49,7 +47,7 @@ def load_base(
     """
     if jnp.dtype(dtype) not in map(jnp.dtype, DType):
         raise ValueError(f"Base weights are bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
-    folder = resolve(path_or_id, BASE_PATTERNS)
+    folder = resolve(location, BASE_PATTERNS)
     hf = read_config(folder)
     if hf.get("quantization_config"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The `seerattn_*` keys of a gate checkpoint's `config.json`, in both directions."""
+"""A gate and its recommended policy as keys of a checkpoint's `config.json`, in both directions."""
 
 import re
 from collections.abc import Mapping
@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 
 from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.selection.notation import policy_from_json, policy_to_json
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import RankingPolicy, Threshold, TokenBudget, TopK
+from seer_jax.selection.scorers import LearnedGate
 
-PREFIX = "seerattn_"
+PREFIX = "seerattn_"  # of the release's keys
+POLICY_KEY = "seer_jax_policy"  # our own, for policies that the release's keys cannot express
 _POOLS = "(max)?(min)?(avg)?"
 _PREFILL_KEY = "seerattn_gate_type"
 _DECODE_KEYS = ("seerattn_k_seq_pooling_type", "seerattn_q_head_pooling_type")
@@ -105,27 +108,42 @@ def gate_config_to_hf(config: GateConfig) -> dict[str, Any]:
     return {PREFIX + key: value for key, value in hf.items()}
 
 
+def without_gate_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` without the keys of a gate and its policy."""
+    return {key: value for key, value in hf.items() if not key.startswith(PREFIX) and key != POLICY_KEY}
+
+
 def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
-    """The sparsity policy that a checkpoint recommends.
+    """The sparsity policy that a checkpoint recommends: that of our own key where there is one, or else of the release's keys.
 
     Returns:
-      Threshold, TopK or TokenBudget; None where the checkpoint names no method or has the release's default values, which
-      keep every block (threshold 0, nz_ratio 1).
+      The policy; None where the checkpoint names none, or has the release's default values, which keep every block (threshold 0,
+      nz_ratio 1).
 
     Raises:
-      ValueError: the method is unknown, or its value is missing or out of range.
+      ValueError: the policy is unknown, or its value is missing or out of range.
     """
+    if hf.get(POLICY_KEY) is None:
+        return _policy_of_release(hf)
+    try:
+        return policy_from_json(hf[POLICY_KEY])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{POLICY_KEY} of config.json must describe a policy; got {hf[POLICY_KEY]!r} ({error}) Import the module that registers "
+            "its scorer before the gate is loaded, or remove the key."
+        ) from error
+
+
+def _policy_of_release(hf: Mapping[str, Any]) -> Policy | None:
     method = _get(hf, "sparsity_method", None)
     if method is None:
         return None
-    names = {"threshold": "threshold", "nz_ratio": "nz_ratio", "token_budget": "token_budget"}
-    if method not in names:
-        raise ValueError(f"seerattn_sparsity_method must be one of {', '.join(names)}; got {method!r}.")
-    value = _get(hf, names[method], None)
+    methods = ("threshold", "nz_ratio", "token_budget")
+    if method not in methods:
+        raise ValueError(f"seerattn_sparsity_method must be one of {', '.join(methods)}; got {method!r}.")
+    value = _get(hf, method, None)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(
-            f"seerattn_sparsity_method {method!r} needs a number as {PREFIX}{names[method]}; got {value!r}."
-        )
+        raise ValueError(f"seerattn_sparsity_method {method!r} needs a number as {PREFIX}{method}; got {value!r}.")
     dense_last_rows = 2 if _get(hf, "last_block_dense", True) else 0
     match method:
         case "threshold":
@@ -136,40 +154,36 @@ def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
 
 
 def policy_to_hf(policy: Policy, config: GateConfig) -> dict[str, Any]:
-    """The `seerattn_*` keys that recommend a policy for a gate.
+    """The keys that recommend a policy for a gate.
+
+    They are the release's where those express the policy, and our own where they would not give it back as it is.
 
     Raises:
-      ValueError: the release's keys can't express it.
+      ValueError: its scorer is not registered, see `policy_to_json`.
     """
-    if not isinstance(policy, RankingPolicy) or not isinstance(policy.scorer, LearnedGate):
-        raise ValueError(
-            f"A gate can recommend Threshold, TopK or TokenBudget, ranked by the gate itself; got {policy!r}."
-        )
-    if policy.dense_layers:
-        raise ValueError(
-            f"config.json has no place for the dense first layers of a policy; got dense_layers={policy.dense_layers}. "
-            "Make them the start_layer of a decode gate, or choose them when the model is run."
-        )
-    hf: dict[str, Any]
+    own = policy_to_json(policy)
+    hf = {PREFIX + key: value for key, value in _release_keys(policy, config).items()}
+    read = policy_from_hf(hf)
+    return hf if read is not None and policy_to_json(read) == own else hf | {POLICY_KEY: own}
+
+
+def _release_keys(policy: Policy, config: GateConfig) -> dict[str, Any]:
+    """The release's keys for a policy, without their prefix; none where they cannot express it."""
+    if not isinstance(policy, RankingPolicy) or type(policy.scorer) is not LearnedGate or policy.dense_layers:
+        return {}
+    rows, dense_rows = {}, getattr(policy, "dense_last_rows", None)
+    if isinstance(config, PrefillGateConfig) and dense_rows is not None:
+        if dense_rows not in (0, 2):
+            return {}
+        rows["last_block_dense"] = dense_rows == 2
     match policy:
-        case Threshold(threshold=threshold):
-            if np.ndim(threshold):
-                raise ValueError(
-                    f"config.json holds one threshold for all heads; got an array of shape {np.shape(threshold)}. "
-                    "Save per-head thresholds beside the gate."
-                )
-            hf = {"sparsity_method": "threshold", "threshold": float(threshold)}
+        case Threshold(threshold=threshold) if not np.ndim(threshold):
+            return {"sparsity_method": "threshold", "threshold": float(threshold)} | rows
         case TopK(density=density):
-            hf = {"sparsity_method": "nz_ratio", "nz_ratio": density}
+            return {"sparsity_method": "nz_ratio", "nz_ratio": density} | rows
         case TokenBudget(tokens=tokens):
-            hf = {"sparsity_method": "token_budget", "token_budget": tokens}
-    if isinstance(config, PrefillGateConfig) and not isinstance(policy, TokenBudget):
-        if policy.dense_last_rows not in (0, 2):
-            raise ValueError(
-                f"config.json says that the last 2 block rows are dense, or none; got dense_last_rows={policy.dense_last_rows}."
-            )
-        hf["last_block_dense"] = policy.dense_last_rows == 2
-    return {PREFIX + key: value for key, value in hf.items()}
+            return {"sparsity_method": "token_budget", "token_budget": tokens}
+    return {}
 
 
 def _get(hf: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -1,7 +1,7 @@
 """Gates: the release's checkpoint layout in and out, as `.pth` or safetensors.
 
-A folder holds one gate: `config.json` (the base model's, `base_model` and the `seerattn_*` keys) and `attn_gate_weights.pth`
-or `attn_gate_weights.safetensors`. A model that carries both gates is saved as two folders.
+A folder holds one gate: `config.json` (the base model's, `base_model`, and the keys of the gate and of its recommended policy) and
+`attn_gate_weights.pth` or `attn_gate_weights.safetensors`. A model that carries both gates is saved as two folders.
 """
 
 import enum
@@ -17,7 +17,13 @@ from flax import nnx
 from seer_jax.convert.base import write_safetensors
 from seer_jax.convert.formats.sources import ArraySource, SafetensorsSource
 from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
-from seer_jax.convert.gate_config import PREFIX, gate_config_from_hf, gate_config_to_hf, policy_from_hf, policy_to_hf
+from seer_jax.convert.gate_config import (
+    gate_config_from_hf,
+    gate_config_to_hf,
+    policy_from_hf,
+    policy_to_hf,
+    without_gate_keys,
+)
 from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.rules import DECODE_GATE_RULES, PREFILL_GATE_RULES, Rule
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
@@ -27,7 +33,7 @@ from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import read_config, resolve, write_config
+from seer_jax.models.hub import Location, read_config, resolve_gate, write_config
 from seer_jax.models.layers import GateParam
 from seer_jax.selection.policies import Policy
 
@@ -50,13 +56,13 @@ GATE_PATTERNS = ("config.json", *(format.file_name for format in GateFormat))
 
 
 def load_gates(
-    path_or_id: str | os.PathLike[str], model_config: ModelConfig | None = None, *, sharding: Sharding | None = None
+    location: Location, model_config: ModelConfig | None = None, *, sharding: Sharding | None = None
 ) -> PrefillGate | DecodeGate:
-    """A gate from a folder or hub id, in float32.
+    """A gate from a folder or hub id, in float32, with the policy that it recommends (`gate.recommended`).
 
     Args:
-      path_or_id: such as "SeerAttention/SeerAttention-Llama-3.1-8B-AttnGates". Where both formats are there, safetensors is
-        read.
+      location: a folder, or a hub id such as "SeerAttention/SeerAttention-Llama-3.1-8B-AttnGates". Where both formats are there,
+        safetensors is read.
       model_config: of the base model that the gate is to serve. None: the one in the gate's own `config.json`.
       sharding: see `load_base`; paths are "linear_q", "linear_k", "q_norm", "k_norm".
 
@@ -64,24 +70,33 @@ def load_gates(
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
       ValueError: the gate was made for another model, or its file or configuration is damaged or not supported.
     """
-    folder = resolve(path_or_id, GATE_PATTERNS)
+    folder = resolve_gate(location, GATE_PATTERNS)
     hf = read_config(folder)
-    config, model = gate_config_from_hf(hf), config_from_hf(hf)
     if model_config is not None:
-        _check_same_model(folder, hf, model, model_config)
-        model = model_config
-    abstract = abstract_gate(config, model)
-    path = _weight_file(folder)
+        _check_same_model(folder, hf, config_from_hf(hf), model_config)
+    gate = described_gate(hf, model_config)
+    rules, path = gate_rules(gate.config), _weight_file(folder)
     if path.suffix == ".pth":
-        source = ArraySource(str(path), read_torch_zip(path))
-        return load_parameters(abstract, gate_rules(config), source, sharding=sharding)
+        return load_parameters(gate, rules, ArraySource(str(path), read_torch_zip(path)), sharding=sharding)
     with SafetensorsSource([path]) as source:
-        return load_parameters(abstract, gate_rules(config), source, sharding=sharding)
+        return load_parameters(gate, rules, source, sharding=sharding)
 
 
-def recommended_policy(path_or_id: str | os.PathLike[str]) -> Policy | None:
-    """The policy that a gate's `config.json` recommends; None where it recommends nothing. See `policy_from_hf`."""
-    return policy_from_hf(read_config(resolve(path_or_id, GATE_PATTERNS)))
+def described_gate(hf: Mapping[str, Any], model_config: ModelConfig | None = None) -> PrefillGate | DecodeGate:
+    """The gate that a parsed `config.json` describes, with its recommended policy and shapes in place of weights.
+
+    Args:
+      hf: of a gate.
+      model_config: of its base model; None: the one in `hf`.
+    """
+    gate = abstract_gate(gate_config_from_hf(hf), config_from_hf(hf) if model_config is None else model_config)
+    gate.recommended = policy_from_hf(hf)
+    return gate
+
+
+def recommended_policy(location: Location) -> Policy | None:
+    """The policy that a gate's `config.json` recommends, without reading the gate; None where it recommends nothing."""
+    return policy_from_hf(read_config(resolve_gate(location, GATE_PATTERNS)))
 
 
 def save_gates(
@@ -99,17 +114,17 @@ def save_gates(
     Args:
       gate: prefill or decode.
       folder: made if need be.
-      base_model: folder or hub id of the base model, for whoever loads the gate.
-      hf_config: the base model's `config.json`; `seerattn_*` keys in it are replaced. None: one is made.
+      base_model: folder or hub id of the base model, for readers of the folder.
+      hf_config: the base model's `config.json`; keys of a gate in it are replaced. None: one is made.
       format: `.pth` (which the release reads) or safetensors.
-      policy: recommended with the gate.
+      policy: recommended with the gate; None: `gate.recommended`.
       dtype: of the file, float32 (exact) or bfloat16 (rounded, half the size).
 
     Returns:
       The weight file.
 
     Raises:
-      ValueError: hf_config describes another model, or the policy can't be expressed.
+      ValueError: hf_config describes another model, or the policy ranks by a scorer that is not registered.
       FileExistsError: the folder has weights in the other format, which would then belong to another gate.
     """
     folder = Path(folder)
@@ -122,8 +137,8 @@ def save_gates(
         )
     hf = dict(config_to_hf(gate.model) if hf_config is None else hf_config)
     _check_same_model(folder, hf, config_from_hf(hf), gate.model)
-    hf = {key: value for key, value in hf.items() if not key.startswith(PREFIX)}
-    hf |= gate_config_to_hf(gate.config) | {"base_model": base_model}
+    hf = without_gate_keys(hf) | gate_config_to_hf(gate.config) | {"base_model": base_model}
+    policy = gate.recommended if policy is None else policy
     if policy is not None:
         hf |= policy_to_hf(policy, gate.config)
     arrays = {key: np.asarray(x.astype(dtype)) for key, x in tensors_of(gate, GateParam, gate_rules(gate.config))}
@@ -145,7 +160,7 @@ def gate_rules(config: GateConfig) -> tuple[Rule, ...]:
 
 
 def abstract_gate(config: GateConfig, model: ModelConfig) -> PrefillGate | DecodeGate:
-    """A gate of shapes alone."""
+    """A gate with shapes in place of weights."""
     return nnx.eval_shape(lambda: make_gate(config, model, rngs=nnx.Rngs(0)))
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -221,7 +222,7 @@ _refuse_p.multiple_results = True
 @_refuse_p.def_abstract_eval
 def _refuse_shapes(*, avals: tuple[tuple[tuple[int, ...], Any], ...], requirement: GpuRequirement) -> list[Any]:
     del requirement
-    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in avals]
+    return [ShapedArray(shape, dtype) for shape, dtype in avals]
 
 
 def _refuse_to_lower(ctx: Any, *, avals: Any, requirement: GpuRequirement) -> Any:

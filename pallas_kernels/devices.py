@@ -14,12 +14,12 @@ from jax.core import Tracer
 from jax.extend.backend import get_default_device
 
 
-def default_device() -> jax.Device:
+def default_device() -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     """The device of a computation whose arguments are committed to none: `jax.default_device`, or JAX's first device."""
     return get_default_device()
 
 
-def device_of(tree: Any) -> jax.Device:
+def device_of(tree: Any) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     """The device on which a computation over these arrays runs.
 
     Args:
@@ -42,7 +42,7 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def local_gpus() -> tuple[jax.Device, ...]:
+def local_gpus() -> tuple[jax.Device, ...]:  # pyright: ignore[reportInvalidTypeForm]
     """The NVIDIA GPUs of this process, on which JAX may run whatever its default device is."""
     try:
         return tuple(jax.local_devices(backend="cuda"))

@@ -57,7 +57,7 @@ class TrainConfig:
     """What distillation and fine-tuning have in common.
 
     Attributes:
-      model: folder or hub id of the base model.
+      model: folder or hub id of the base model; tiny-lm is the bundled one.
       output: folder for checkpoints, metrics and tokens; a run with the same folder and settings goes on where it
         stopped.
         None: nothing is written.

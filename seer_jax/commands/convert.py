@@ -12,7 +12,7 @@ from seer_jax.convert.logits import Bounds, LogitsReport, verify_logits
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import read_config, resolve
+from seer_jax.models.hub import read_config, resolve, resolve_gate
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
 
@@ -68,7 +68,7 @@ def convert(config: ConvertConfig) -> Path:
       ValueError: the gates do not fit the base model, or output is a folder that is read.
       OSError: something is not there; see `load_gates`.
     """
-    source = resolve(config.gates, GATE_PATTERNS)
+    source = resolve_gate(config.gates, GATE_PATTERNS)
     hf = read_config(source)
     policy, base_model = policy_from_hf(hf), hf.get("base_model", "")
     base = None

@@ -83,10 +83,9 @@ def evaluate(config: EvalConfig) -> list[Score]:
     """
     from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 
-    place = str(tiny_lm.path()) if config.model == tiny_lm.NAME else config.model
     text = (config.text or tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
-    model = from_pretrained(place, tiny_lm.locate_gates(config.gates), dtype=config.dtype or DType.default())
-    rows = make_rows(config, load_tokenizer(place), text, model.config.vocab_size)
+    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default())
+    rows = make_rows(config, load_tokenizer(config.model), text, model.config.vocab_size)
     console, scores = Console(), []
     settings = [Setting(policy_name(policy), policy) for policy in config.policies]
     for score in compare(

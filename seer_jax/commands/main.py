@@ -99,19 +99,6 @@ def _parse[C](kind: type[C], name: str, words: list[str], **settings: Any) -> C:
     return tyro.cli(kind, prog=f"{PROGRAM} {name}", args=words, config=style, **settings)
 
 
-def _located[C](config: C) -> C:
-    """The configuration with the folders of the bundled model and of its gates in place of their name."""
-    fields: Any = config
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(fields):
-        value = getattr(config, field.name)
-        if field.name in ("model", "base") and value == tiny_lm.NAME:
-            changes[field.name] = str(tiny_lm.path())
-        elif field.name == "gates" and isinstance(value, tuple) and tiny_lm.NAME in value:
-            changes[field.name] = tiny_lm.locate_gates(value)
-    return dataclasses.replace(fields, **changes)
-
-
 def _demo(words: list[str]) -> int:
     from seer_jax.commands.demo import DemoConfig, demo
 
@@ -122,14 +109,14 @@ def _demo(words: list[str]) -> int:
 def _convert(words: list[str]) -> int:
     from seer_jax.commands.convert import ConvertConfig, convert
 
-    print(convert(_located(_parse(ConvertConfig, "convert", words))))
+    print(convert(_parse(ConvertConfig, "convert", words)))
     return OK
 
 
 def _verify(words: list[str]) -> int:
     from seer_jax.commands.convert import VerifyConfig, verify
 
-    report = verify(_located(_parse(VerifyConfig, "verify", words)))
+    report = verify(_parse(VerifyConfig, "verify", words))
     print(report)
     return OK if report.passed else FAILED
 
@@ -141,7 +128,7 @@ def _train(words: list[str]) -> int:
     config = _parse(DistillConfig, "train", rest, default=default, description=TRAIN_DESCRIPTION)
     if config.output is None:
         raise ValueError("Training writes its gates to --output FOLDER; got none, so they would be lost.")
-    distill(_located(config), save=lambda model, folder: _save_gates(config, model, folder))
+    distill(config, save=lambda model, folder: _save_gates(config, model, folder))
     return OK
 
 
@@ -166,7 +153,7 @@ def _save_gates(config: "DistillConfig", model: "Transformer", folder: Path) -> 
     from seer_jax.convert import save_gates
     from seer_jax.models.hub import read_config, resolve
 
-    hf_config = read_config(resolve(_located(config).model, ("config.json",)))
+    hf_config = read_config(resolve(config.model, ("config.json",)))
     gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
     places = []
     for kind, gate in gates.items():
@@ -181,7 +168,7 @@ def _save_gates(config: "DistillConfig", model: "Transformer", folder: Path) -> 
 def _generate(words: list[str]) -> int:
     from seer_jax.commands.generate import GenerateConfig, run_generate
 
-    run_generate(_located(_parse(GenerateConfig, "generate", words)))
+    run_generate(_parse(GenerateConfig, "generate", words))
     return OK
 
 

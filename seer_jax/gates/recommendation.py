@@ -21,4 +21,7 @@ class Recommendation:
 
     @recommended.setter
     def recommended(self, policy: Policy | None) -> None:
-        self._recommended = None if policy is None else json.dumps(policy_to_json(policy))
+        if policy is not None:
+            self._recommended = json.dumps(policy_to_json(policy))
+        elif self._recommended is not None:
+            del self._recommended  # so that the gate equals one that never recommended anything

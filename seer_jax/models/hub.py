@@ -1,4 +1,4 @@
-"""Where a model is found: a local folder first, else the Hugging Face hub or its cache."""
+"""Names of models and gates: the bundled model, local folders, and repositories of the Hugging Face hub."""
 
 import json
 import os
@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from seer_jax import tiny_lm
 
-def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revision: str | None = None) -> Path:
+Location = str | os.PathLike[str]
+
+
+def resolve(location: Location, patterns: Sequence[str], *, revision: str | None = None) -> Path:
     """The local folder of a model, downloaded if need be.
 
     Args:
-      path_or_id: a folder, or a hub id such as "Qwen/Qwen3-4B". A folder of that name wins.
+      location: "tiny-lm", the bundled model; a folder; or a hub id such as "Qwen/Qwen3-4B". They are tried in this order, and
+        "./tiny-lm" is a folder always.
       patterns: file names to download, with `*`; for example "model*.safetensors".
       revision: branch, tag or commit on the hub; None: main.
 
@@ -20,7 +25,9 @@ def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revi
       PermissionError: the hub asks to accept a licence or to log in first.
       ConnectionError: the hub is out of reach (or HF_HUB_OFFLINE is set) and the cache does not hold the model.
     """
-    name, folder = os.fspath(path_or_id), Path(os.path.expanduser(path_or_id))
+    name, folder = os.fspath(location), Path(os.path.expanduser(location))
+    if name == tiny_lm.NAME:
+        return tiny_lm.path()
     if name and folder.is_dir():  # Path("") would be the current folder
         return folder
     if folder.is_file():
@@ -29,9 +36,42 @@ def resolve(path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revi
         )
     if not _is_hub_id(name):
         raise FileNotFoundError(
-            f"There is no folder {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a hub id."
+            f"There is no folder {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a hub id, or "
+            f"{tiny_lm.NAME!r} for the bundled model."
         )
     return Path(_download(name, patterns, revision))
+
+
+def resolve_gates(locations: Location | Sequence[Location] | None, patterns: Sequence[str]) -> list[Path]:
+    """The local folders of gates, downloaded if need be.
+
+    Args:
+      locations: one, several or none, as in `resolve`; "tiny-lm" stands for both gates of the bundled model.
+      patterns: as in `resolve`.
+    """
+    if locations is None:
+        return []
+    if isinstance(locations, (str, os.PathLike)):
+        locations = [locations]
+    bundled = list(tiny_lm.gates().values())
+    return [
+        folder for place in locations for folder in (bundled if place == tiny_lm.NAME else [resolve(place, patterns)])
+    ]
+
+
+def resolve_gate(location: Location, patterns: Sequence[str]) -> Path:
+    """The local folder of one gate, see `resolve_gates`.
+
+    Raises:
+      ValueError: the name stands for several gates.
+    """
+    folders = resolve_gates(location, patterns)
+    if len(folders) > 1:
+        raise ValueError(
+            f"A single gate must be named; got {location!r}, which stands for {len(folders)} gates. Give the folder of one: "
+            f"{' or '.join(map(str, folders))}."
+        )
+    return folders[0]
 
 
 def _is_hub_id(name: str) -> bool:

@@ -1,7 +1,6 @@
-"""Models as users name them: a folder or hub id, with the gates that belong to it."""
+"""Models by name, with the gates that belong to them."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from seer_jax.inference.text import TOKENIZER_PATTERNS, Tokenizer
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import read_json
+from seer_jax.models.hub import Location, read_config, read_json, resolve, resolve_gates
 
 if TYPE_CHECKING:
     from seer_jax.gates.decode import DecodeGate
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-
-Location = str | os.PathLike[str]
 
 
 def from_pretrained(
@@ -35,8 +32,10 @@ def from_pretrained(
     """A model with its gates.
 
     Args:
-      base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5 or Qwen3 model.
-      gates: folder or hub id of a gate, or of one prefill and one decode gate. None: the model attends densely.
+      base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5 or Qwen3 model, or "tiny-lm" for
+        the bundled one.
+      gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" stands for both gates of the bundled model.
+        None: the model attends densely.
       dtype: of the base weights, bfloat16 or float32; gates are float32 always.
       mesh: the devices to load onto; one device for now. None: JAX's default device.
       abstract: shapes in place of weights, for `plan_memory`: configurations are read, or downloaded, and nothing else.
@@ -51,47 +50,39 @@ def from_pretrained(
     """
     from seer_jax.convert import load_base, load_gates
     from seer_jax.convert.base import BASE_PATTERNS
-    from seer_jax.models.hub import resolve
+    from seer_jax.convert.gates import GATE_PATTERNS
 
     sharding = None if mesh is None else _place_on(mesh)
     weights = (CONFIG,) if abstract else BASE_PATTERNS
     folder = resolve(base, (*weights, GENERATION_CONFIG))
     model = _abstract_base(folder, dtype) if abstract else load_base(folder, dtype=dtype, sharding=sharding)
     model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config.eos_token_ids))
-    places = [] if gates is None else [gates] if isinstance(gates, (str, os.PathLike)) else list(gates)
-    loaded = [
-        _abstract_gate(place) if abstract else load_gates(place, model.config, sharding=sharding) for place in places
-    ]
-    _check_one_of_each(loaded, places)
+    folders = resolve_gates(gates, (CONFIG,) if abstract else GATE_PATTERNS)
+    loaded = [_abstract_gate(f) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders]
+    _check_one_of_each(loaded, folders)
     return model.attach(*loaded)
 
 
 def load_tokenizer(base: Location) -> Tokenizer:
-    """The tokenizer of a model folder or hub id.
+    """The tokenizer of a model, named as in `from_pretrained`.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there, or can't be downloaded.
       ValueError: a file is damaged.
     """
-    from seer_jax.models.hub import resolve
-
     return Tokenizer.load(resolve(base, TOKENIZER_PATTERNS))
 
 
 def _abstract_base(folder: Path, dtype: Any) -> Transformer:
     from seer_jax.convert.base import abstract_model
-    from seer_jax.models.hub import read_config
 
     return abstract_model(config_from_hf(read_config(folder)), dtype)
 
 
-def _abstract_gate(place: Location) -> "PrefillGate | DecodeGate":
-    from seer_jax.convert.gate_config import gate_config_from_hf
-    from seer_jax.convert.gates import abstract_gate
-    from seer_jax.models.hub import read_config, resolve
+def _abstract_gate(folder: Path) -> "PrefillGate | DecodeGate":
+    from seer_jax.convert.gates import described_gate
 
-    config = read_config(resolve(place, (CONFIG,)))
-    return abstract_gate(gate_config_from_hf(config), config_from_hf(config))
+    return described_gate(read_config(folder))
 
 
 def _place_on(mesh: jax.sharding.Mesh) -> Any:
@@ -113,10 +104,10 @@ def _eos_tokens(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
     return default if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
 
 
-def _check_one_of_each(gates: Sequence["PrefillGate | DecodeGate"], places: Sequence[Location]) -> None:
+def _check_one_of_each(gates: Sequence["PrefillGate | DecodeGate"], folders: Sequence[Path]) -> None:
     kinds = [type(gate).__name__ for gate in gates]
     if len(set(kinds)) < len(kinds):
-        listed = ", ".join(f"{os.fspath(place)} ({kind})" for place, kind in zip(places, kinds, strict=True))
+        listed = ", ".join(f"{folder} ({kind})" for folder, kind in zip(folders, kinds, strict=True))
         raise ValueError(
             f"A model carries at most one gate of each kind; got {listed}. Choose one prefill and one decode gate."
         )

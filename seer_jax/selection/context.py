@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import BlockIndices, select_blocks
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from seer_jax.gates.prefill import PrefillGate
     from seer_jax.models.cache import CacheView
 
-PerHead = float | Float[Array, ""] | Float[Array, "heads"]
+PerHead = float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, "heads"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ class PrefillContext:
 
     def per_head(
         self, scores: Float32[Array, "B Hs Tb Sb"], value: PerHead
-    ) -> tuple[Float32[Array, "B _ Tb Sb"], float | Float[Array, "..."]]:
+    ) -> tuple[Float32[Array, "B _ Tb Sb"], float | Float[Array | np.ndarray, "..."]]:
         """Scores and a rule's value of each head, in shapes that fit each other; lists that heads share are repeated for them."""
         if not jnp.ndim(value):
             return scores, value
@@ -230,7 +231,7 @@ class DecodeContext:
 
     def per_head(
         self, scores: Float32[Array, "B K Sb"], value: PerHead
-    ) -> tuple[Float32[Array, "B K Sb"], float | Float[Array, "..."]]:
+    ) -> tuple[Float32[Array, "B K Sb"], float | Float[Array | np.ndarray, "..."]]:
         """Scores and a rule's value of each key/value head, in shapes that fit each other."""
         return scores, value[:, None] if jnp.ndim(value) else value
 
@@ -265,7 +266,7 @@ def _check_mask(mask: Array, num_key_blocks: int) -> None:
         )
 
 
-def _spread(scores: Array, value: Array, *, axis: int) -> Array:
+def _spread(scores: Array, value: Array | np.ndarray, *, axis: int) -> Array:
     """Scores with as many lists as the value has heads."""
     lists, heads = scores.shape[axis], value.shape[0]
     return scores if heads in (1, lists) else jnp.repeat(scores, heads // lists, axis=axis)

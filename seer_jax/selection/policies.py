@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from pallas_kernels import BlockIndices
@@ -152,14 +153,14 @@ class Given(Policy):
       block_size: b, tokens per block.
     """
 
-    mask: Bool[Array, "L B ..."]
+    mask: Bool[Array | np.ndarray, "L B ..."]
     block_size: int = dataclasses.field(default=DEFAULT_BLOCK_SIZE, metadata=dict(static=True))
 
     def tokens_per_block(self, gate: Any) -> int:
         return self.block_size
 
     def blocks(self, context: Context) -> BlockIndices:
-        return context.of_mask(self.mask)
+        return context.of_mask(jnp.asarray(self.mask))
 
     def stacked(self, num_layers: int, heads: int) -> "Policy":
         if jnp.ndim(self.mask) not in (4, 5) or self.mask.shape[0] != num_layers or self.mask.dtype != jnp.bool_:
@@ -167,7 +168,7 @@ class Given(Policy):
                 f"Given.mask must be bool [L, B, Hs, Tb, Sb] (prefill) or [L, B, K, Sb] (decode) with L = {num_layers}; "
                 f"got {self.mask.dtype} {jnp.shape(self.mask)}."
             )
-        return self
+        return dataclasses.replace(self, mask=jnp.asarray(self.mask))
 
     def of_layer(self, layer: jax.Array) -> "Policy":
         return dataclasses.replace(self, mask=self.mask[layer])

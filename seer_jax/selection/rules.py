@@ -78,7 +78,7 @@ class Threshold(RankingPolicy):
     value = "threshold"
     per_head = ("threshold",)
 
-    threshold: float | Float[Array, "..."]
+    threshold: float | Float[Array | np.ndarray, "..."]
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
@@ -108,7 +108,7 @@ class CumulativeMass(RankingPolicy):
     value = "mass"
     per_head = ("mass",)
 
-    mass: float | Float[Array, "..."]
+    mass: float | Float[Array | np.ndarray, "..."]
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))

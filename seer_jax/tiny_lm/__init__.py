@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-NAME = "tiny-lm"  # stands for the folder on a command line, and for the gates' folders
+NAME = "tiny-lm"  # stands for the model and for its gates wherever a model is named, see `seer_jax.models.hub`
 
 
 def path() -> Path:
@@ -13,9 +13,3 @@ def path() -> Path:
 def gates() -> dict[str, Path]:
     """Folders of its trained gates, "prefill" and "decode", for `from_pretrained`; gates.json beside them says how good they are."""
     return {kind: path() / "gates" / kind for kind in ("prefill", "decode")}
-
-
-def locate_gates(places: tuple[str, ...]) -> tuple[str, ...]:
-    """Folders and hub ids of gates, those of this model's gates in place of its name."""
-    own = [str(folder) for folder in gates().values()]
-    return tuple(place for name in places for place in (own if name == NAME else [name]))

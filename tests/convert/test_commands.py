@@ -10,22 +10,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from seer_jax.gates.configs import PrefillGateConfig
-from seer_jax.models.config import DType
+from seer_jax.commands.convert import ConvertConfig, VerifyConfig, convert, verify
 from seer_jax.convert import (
     Bounds,
-    ConvertConfig,
     GateFormat,
-    VerifyConfig,
     compare_logits,
-    convert,
     load_base,
     load_gates,
     recommended_policy,
-    verify,
     verify_logits,
 )
+from seer_jax.gates.configs import PrefillGateConfig
 from seer_jax.gates.prefill import PrefillGate
+from seer_jax.models.config import DType
 from seer_jax.selection.rules import Threshold
 from tests.convert.test_gates import assert_same
 from tests.golden.data import Golden, release, transformers_case, write_base, write_gates

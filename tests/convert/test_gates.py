@@ -13,25 +13,21 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
-from seer_jax.models.config import ModelConfig
 from seer_jax.convert import GateFormat, load_gates, recommended_policy, save_gates
+from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
 from seer_jax.convert.gate_config import (
     gate_config_from_hf,
     gate_config_to_hf,
     parse_key_pooling,
     parse_prefill_pooling,
-    policy_from_hf,
-    policy_to_hf,
 )
 from seer_jax.convert.gates import abstract_gate
-from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
-from seer_jax.models.families import config_from_hf
+from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
-from seer_jax.selection.policies import Dense, Policy
-from seer_jax.selection.rules import Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import Oracle
+from seer_jax.models.config import ModelConfig
+from seer_jax.models.families import config_from_hf
+from seer_jax.selection.rules import TopK
 from tests.golden.data import RELEASE, gate_file, release, write_gates
 
 PREFILL, DECODE = RELEASE
@@ -91,13 +87,12 @@ def test_the_gates_of_the_release_are_read_unchanged(name: str, tmp_path: Path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_release_to_either_format_and_back_to_pth(name: str, format: GateFormat, tmp_path: Path):
     source = write_gates(tmp_path / "a", name)
-    config, policy = json.loads((source / "config.json").read_text()), recommended_policy(source)
-    one = load_gates(source)
-    save_gates(one, tmp_path / "b", base_model="x", hf_config=config, format=format, policy=policy)
+    config, one = json.loads((source / "config.json").read_text()), load_gates(source)
+    save_gates(one, tmp_path / "b", base_model="x", hf_config=config, format=format)
     two = load_gates(tmp_path / "b", one.model)
     assert_same(one, two)
-    assert recommended_policy(tmp_path / "b") == policy
-    path = save_gates(two, tmp_path / "c", base_model="x", hf_config=config, format=GateFormat.TORCH, policy=policy)
+    assert one.recommended == two.recommended == recommended_policy(source) is not None
+    path = save_gates(two, tmp_path / "c", base_model="x", hf_config=config, format=GateFormat.TORCH)
     ours, theirs = read_torch_zip(path), read_torch_zip(gate_file(name))
     assert list(ours) == list(theirs)
     for key in theirs:
@@ -149,6 +144,8 @@ def test_config_json_is_that_of_the_base_with_the_keys_of_the_gate(tmp_path: Pat
 def test_keys_of_the_other_kind_of_gate_do_not_stay(tmp_path: Path):
     gate = load_gates(write_gates(tmp_path / "a", DECODE))
     other = {"seerattn_gate_type": "Qavg_Kavg", "seerattn_threshold": 0.5, "seerattn_sparsity_method": "threshold"}
+    gate.recommended = None
+    other |= {"seer_jax_policy": {"rule": "mass", "mass": 0.5}}
     save_gates(gate, tmp_path / "b", base_model="x", hf_config=release(DECODE).config | other)
     assert_same(load_gates(tmp_path / "b"), gate)
     assert recommended_policy(tmp_path / "b") is None
@@ -354,67 +351,3 @@ def test_wrong_gate_configurations_are_refused(name: str):
     keys, message = WRONG_GATES[name]
     with pytest.raises(ValueError, match=message):
         gate_config_from_hf(keys)
-
-
-POLICIES = [
-    Threshold(0.02),
-    Threshold(5e-4, dense_last_rows=0),
-    TopK(0.1),
-    TopK(0.5, dense_last_rows=0),
-    TokenBudget(4096),
-]
-
-
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_recommended_policies_come_back(policy: Policy, tmp_path: Path):
-    save_gates(make_gate(PREFILL_CONFIGS[0]), tmp_path, base_model="x", policy=policy)
-    assert recommended_policy(tmp_path) == policy
-
-
-def test_policies_of_the_release(tmp_path: Path):
-    assert recommended_policy(write_gates(tmp_path / "a", PREFILL)) == Threshold(0.05)
-    assert recommended_policy(write_gates(tmp_path / "b", DECODE)) == TokenBudget(256)
-    changed = dict(seerattn_sparsity_method="nz_ratio", seerattn_nz_ratio=0.3, seerattn_last_block_dense=False)
-    assert recommended_policy(write_gates(tmp_path / "c", PREFILL, **changed)) == TopK(0.3, dense_last_rows=0)
-
-
-@pytest.mark.parametrize(
-    "keys", [{}, {"sparsity_method": "threshold", "threshold": 0.0}, {"sparsity_method": "nz_ratio", "nz_ratio": 1.0}]
-)
-def test_defaults_of_the_release_recommend_nothing(keys: dict[str, Any]):
-    assert policy_from_hf({f"seerattn_{k}": v for k, v in keys.items()}) is None
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (dict(sparsity_method="best"), "must be one of threshold, nz_ratio, token_budget; got 'best'"),
-        (dict(sparsity_method="threshold"), "'threshold' needs a number as seerattn_threshold; got None"),
-        (dict(sparsity_method="nz_ratio", nz_ratio="0.5"), "'nz_ratio' needs a number as seerattn_nz_ratio; got '0.5'"),
-        (dict(sparsity_method="token_budget", token_budget=True), "needs a number as seerattn_token_budget; got True"),
-        (dict(sparsity_method="threshold", threshold=1.5), r"lies in \[0, 1\); got 1.5"),
-    ],
-)
-def test_wrong_policies_are_refused(keys: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
-        policy_from_hf({f"seerattn_{k}": v for k, v in keys.items()})
-
-
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        (Dense(), r"A gate can recommend Threshold, TopK or TokenBudget, ranked by the gate itself; got Dense\(\)"),
-        (TopK(0.5, Oracle()), "ranked by the gate itself; got TopK"),
-        (Threshold(jnp.full((4, 1, 1), 0.1)), r"one threshold for all heads; got an array of shape \(4, 1, 1\)"),
-        (TopK(0.5, dense_last_rows=1), "last 2 block rows are dense, or none; got dense_last_rows=1"),
-        (TokenBudget(512, dense_layers=2), "no place for the dense first layers of a policy; got dense_layers=2"),
-    ],
-)
-def test_policies_that_the_keys_cannot_express_are_refused(policy: Policy, message: str):
-    with pytest.raises(ValueError, match=message):
-        policy_to_hf(policy, PrefillGateConfig())
-
-
-def test_the_last_rows_mean_nothing_for_decoding():
-    keys = policy_to_hf(Threshold(jnp.float32(0.5), dense_last_rows=1), DecodeGateConfig())
-    assert keys == {"seerattn_sparsity_method": "threshold", "seerattn_threshold": 0.5}

@@ -1,4 +1,4 @@
-"""Folders first, then the hub; its call is stubbed, the network is never touched."""
+"""Names to folders: the bundled model, then folders, then the hub; its call is stubbed, the network is never touched."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from seer_jax.convert import load_base, load_gates
+from seer_jax import tiny_lm
+from seer_jax.convert import load_base, load_gates, recommended_policy
 from seer_jax.convert.base import BASE_PATTERNS
-from seer_jax.models.hub import read_config, resolve, write_config
+from seer_jax.models.hub import read_config, resolve, resolve_gate, resolve_gates, write_config
 from tests.golden.data import transformers_case, write_base, write_gates
 
 
@@ -48,6 +49,29 @@ def test_a_folder_wins_over_a_hub_id(hub: Hub, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/owner", ["*"]) == tmp_path / "owner"
     assert hub.calls == []
+
+
+def test_the_name_of_the_bundled_model_wins_over_all(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tiny-lm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve("tiny-lm", ["*"]) == resolve(Path("tiny-lm"), ["*"]) == tiny_lm.path()
+    assert resolve("./tiny-lm", ["*"]) == Path("tiny-lm")
+    assert hub.calls == []
+
+
+def test_it_stands_for_both_of_its_gates(hub: Hub, tmp_path: Path):
+    both = [tiny_lm.path() / "gates" / kind for kind in ("prefill", "decode")]
+    hub.answer = tmp_path / "downloaded"
+    assert resolve_gates(None, ["*"]) == []
+    assert resolve_gates("tiny-lm", ["*"]) == both
+    assert resolve_gates(tmp_path, ["*"]) == [tmp_path]
+    assert resolve_gates(("owner/name", "tiny-lm", tmp_path), ["*"]) == [hub.answer, *both, tmp_path]
+    assert resolve_gate(str(tmp_path), ["*"]) == tmp_path
+    for read in (load_gates, recommended_policy):
+        with pytest.raises(
+            ValueError, match=r"must be named; got 'tiny-lm', which stands for 2 gates\. Give .*prefill or "
+        ):
+            read("tiny-lm")
 
 
 def test_a_hub_id_is_downloaded_by_patterns(hub: Hub, tmp_path: Path):
@@ -111,7 +135,8 @@ def test_offline_mode_is_honoured_by_the_real_call(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "./a", "../a/b", "/a/b", "~x/b", "a/", "a\\b/c", "-a/b", ""])
 def test_what_can_only_be_a_path_is_not_asked_for(name: str, hub: Hub):
-    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*', and a hub id has the form 'owner/name'"):
+    message = r"There is no folder '.*', and a hub id has the form 'owner/name'\..* or 'tiny-lm' for the bundled model"
+    with pytest.raises(FileNotFoundError, match=message):
         resolve(name, ["*"])
     assert hub.calls == []
 

@@ -202,12 +202,6 @@ POLICIES = [
 ]
 
 
-def test_a_name_stands_for_the_bundled_model_and_its_gates():
-    config = cli._located(GenerateConfig(gates=("here", "tiny-lm")))
-    assert config.model == str(tiny_lm.path())
-    assert config.gates == ("here", *(str(tiny_lm.path() / "gates" / kind) for kind in ("prefill", "decode")))
-
-
 @pytest.mark.parametrize(("text", "policy"), POLICIES, ids=[text for text, _ in POLICIES])
 def test_policies_are_written_as_words(text: str, policy: Policy):
     assert parse_policy(text) == policy

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from seer_jax import from_pretrained, load_tokenizer
-from seer_jax.convert import save_base, save_gates
+from seer_jax.convert import load_base, save_base, save_gates
+from seer_jax.train.data.tokens import ModelTokenizer
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
 from tests.seer_jax.test_text import TINY_LM
 
@@ -82,6 +83,18 @@ def test_a_mesh_of_one_device_takes_the_model(saved: Path):
 
 def test_the_tokenizer_is_found_beside_the_model():
     assert load_tokenizer(str(TINY_LM)).decode(load_tokenizer(TINY_LM).encode("def")) == "def"
+
+
+def test_the_bundled_model_has_a_name(tmp_path: Path):
+    model = from_pretrained("tiny-lm", gates="tiny-lm")
+    assert model.config == load_base("tiny-lm").config
+    expected = from_pretrained(TINY_LM, [TINY_LM / "gates" / "prefill", TINY_LM / "gates" / "decode"])
+    assert jax.tree.structure(model) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, model, expected)
+    shapes = from_pretrained("tiny-lm", gates=("tiny-lm",), abstract=True)
+    assert jax.tree.structure(shapes) == jax.tree.structure(model)
+    assert load_tokenizer("tiny-lm").encode("def") == load_tokenizer(TINY_LM).encode("def")
+    assert ModelTokenizer("tiny-lm").fingerprint == ModelTokenizer(str(TINY_LM)).fingerprint
 
 
 def test_what_does_not_fit_is_refused(saved: Path, tmp_path: Path):

@@ -10,8 +10,8 @@ from flax import nnx
 from safetensors import safe_open
 
 from seer_jax.gates.configs import GateConfig
-from seer_jax.models.families import config_from_hf
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.families import config_from_hf
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

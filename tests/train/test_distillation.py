@@ -15,13 +15,13 @@ from seer_jax.gates.configs import Gates
 from seer_jax.train import distillation
 from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data.batches import Batch
+from seer_jax.train.data.packing import Packing, pack
+from seer_jax.train.data.tokens import TokenStore
 from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, prefill_rows, recall_stride, row_weights
 from seer_jax.train.optimizer import make_optimizer, make_schedule
-from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.step import make_step
 from seer_jax.train.tasks import Distillation, LanguageModelling
-from seer_jax.train.data.tokens import TokenStore
 from tests.train.tiny import BLOCK, CONFIG, DECODE, LENGTH, PREFILL, distill_config, make_model, make_rows
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seer_jax.train.data.packing import Packing, pack
+from seer_jax.train.data.tokens import TokenStore
 from seer_jax.train.loss import (
     RECALL_ROWS,
     block_recall,
@@ -20,8 +22,6 @@ from seer_jax.train.loss import (
     row_kl,
     row_weights,
 )
-from seer_jax.train.data.packing import Packing, pack
-from seer_jax.train.data.tokens import TokenStore
 
 BLOCK = 16
 

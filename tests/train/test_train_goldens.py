@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention_with_block_scores
-from seer_jax.models.rope import rotate
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.models.decoder import LayerContext
+from seer_jax.models.rope import rotate
 from seer_jax.train.data.batches import Batch
+from seer_jax.train.data.packing import Row
 from seer_jax.train.distillation import (
     RowWeights,
     distillation_pass,
@@ -21,7 +22,6 @@ from seer_jax.train.distillation import (
     packed_prefill_logits,
 )
 from seer_jax.train.loss import decode_rows, prefill_rows, row_kl, row_weights
-from seer_jax.train.data.packing import Row
 from tests.train.golden_models import DECODE_NAMES, load_golden, relative_error
 
 BLOCK = 64

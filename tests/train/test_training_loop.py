@@ -26,9 +26,9 @@ from seer_jax.gates.prefill import PrefillGate
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data.batches import DataConfig
-from seer_jax.train.loop.metrics import MetricsLog, read_metrics
 from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.data.tokens import TokenStore
+from seer_jax.train.loop.metrics import MetricsLog, read_metrics
 from tests.train.killable_run import CONFIG as RUN
 from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
 
