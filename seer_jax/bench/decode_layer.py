@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from seer_jax.bench.harness.baseline import Baseline
 from seer_jax.bench.harness.clock import (

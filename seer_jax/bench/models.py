@@ -1,6 +1,5 @@
 """Models and caches with random contents, drawn on the device."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax

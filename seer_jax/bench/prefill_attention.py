@@ -22,6 +22,7 @@ from seer_jax.bench.harness.clock import time_calls
 from seer_jax.bench.harness.measurement import Measurement, Outcome, measure
 from seer_jax.bench.harness.sampled_check import AttentionCall, check_result
 from seer_jax.bench.harness.tables import DENSE, DENSITY, ERRORS, MILLISECONDS, SPEEDUP, Column, Table
+from seer_jax.selection.rules import TopK
 
 PACKAGE = "pallas_kernels.block_sparse_attention"
 RATE = Column("eff.\nTFLOP/s", "effective_tflops", ".3g", "4 b^2 D flop for each listed block of a head, over the time")
@@ -100,7 +101,7 @@ def _trained_lists(tokens: int, heads: int, density: float) -> BlockIndices:
     assert model.prefill_gate is not None
     text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
     ids = load_tokenizer(tiny_lm.path()).encode(text, special_tokens=False)[:tokens]
-    kept = block_maps(model, jnp.asarray(ids), density=density).kept
+    kept = block_maps(model, jnp.asarray(ids), TopK(density, dense_last_rows=0)).kept
     kept = kept.reshape(-1, *kept.shape[2:])
     kept = jnp.tile(kept, (-(-heads // len(kept)), 1, 1))[-heads:]
     return BlockIndices.from_mask(kept[None], block_size=model.prefill_gate.config.block_size)

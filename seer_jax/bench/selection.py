@@ -59,7 +59,7 @@ def measure_selection(
     density: float,
     *,
     policies: Sequence[str] = (),
-    attention: Mapping[tuple[int, float], float | None] = {},  # noqa: B006 - not written to
+    attention: Mapping[tuple[int, float], float | None] = {},
     seed: int = 0,
 ) -> Iterator[Measurement]:
     """One measurement for each length and policy.
