@@ -180,7 +180,9 @@ class DecodeBench(PolicyBench):
         if not 1 <= self.tokens < min(self.lengths):
             raise ValueError(f"tokens must be 1 to {min(self.lengths) - 1}, part of the lengths; got {self.tokens}.")
         if not self.only:
-            raise ValueError(f"only must name some of {', '.join(get_args(DecodePart))}; got none. Leave it out for all.")
+            raise ValueError(
+                f"only must name some of {', '.join(get_args(DecodePart))}; got none. Leave it out for all."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import AttentionWithScores, BlockIndices, select_blocks, sparse_decode_attention
 from pallas_kernels.backends import Implementation
-from pallas_kernels.cases import Heads, large_random_array
+from pallas_kernels.cases import large_random_array
 from pallas_kernels.devices import device_of
 from seer_jax.bench.configs import BLOCK, DecodeBench
 from seer_jax.bench.harness.clock import floor_results, layers_beyond_cache, read_seconds, time_chain

@@ -77,7 +77,9 @@ def _line(
     config: DecodeBench, batch: int, length: int, rule: str, policy: Policy, update: Callable[[int], float]
 ) -> Measurement:
     """One line; `update` gives a layer's share of the gate's update for a number of sequences, in milliseconds."""
-    gate_config = GATE if policy.needs_gate else None  # without one there is no part of the cache for it, as in `generate`
+    gate_config = (
+        GATE if policy.needs_gate else None
+    )  # without one there is no part of the cache for it, as in `generate`
     expected = 1.0 if policy.is_dense else policy.expected_density or config.model_density
     single = dataclasses.replace(config.model, num_layers=1)
     read = functools.partial(read_bytes, single, batch, length, DTYPE, gate_config)
@@ -90,8 +92,7 @@ def _line(
         gate = None if gate_config is None else DecodeGate(gate_config, stacked, rngs=nnx.Rngs(config.seed))
         rounds = clock.rounds_of(layers, clock.read_seconds(read(expected)) + LAYER_SECONDS)
         q = jax.random.normal(jax.random.key(config.seed), (batch, 1, stacked.num_heads, stacked.head_dim), DTYPE)
-        drawn = dict(gate_scale=LOGITS_SPREAD, seed=config.seed)
-        cache = random_cache(stacked, batch, length, DTYPE, gate_config, **drawn)
+        cache = random_cache(stacked, batch, length, DTYPE, gate_config, gate_scale=LOGITS_SPREAD, seed=config.seed)
         timing, (out, kept) = clock.time_carried(repeated_layers(stacked, policy, rounds), cache, q, gate)
         share, density = 0.0 if gate is None else update(batch), float(kept.mean())
         milliseconds = timing.milliseconds / (rounds * layers) + share

@@ -97,7 +97,7 @@ def _check_and_time(config: GroundTruthBench, case: Case, size: int, dense_times
         "effective_tflops": case.batch * causal_flops(case.heads, case.length) / timing.milliseconds / 1e9,
         "dense_milliseconds": dense,
         "times_dense": dense and timing.milliseconds / dense,
-        "extra_gib": max(x.memory_analysis().temp_size_in_bytes for x in programs.values()) / GIB,
+        "extra_gib": max(scratch_bytes(program) for program in programs.values()) / GIB,
     }
     return Outcome({**errors, **timing._asdict(), **results}, note)
 
@@ -106,6 +106,12 @@ def _call(q: Array, offset: Array, k: Array, v: Array) -> AttentionCall:
     """What a chunk is held against: every causal block on its list."""
     blocks = BlockIndices.all_causal(q.shape[1], k.shape[1], block_size=BLOCK, query_offset=offset, batch=len(q))
     return AttentionCall(q, k, v, blocks, offset, jnp.full(len(q), k.shape[1], jnp.int32))
+
+
+def scratch_bytes(program: jax.stages.Compiled) -> int:
+    """Bytes that a program takes besides arguments and results."""
+    memory = program.memory_analysis()
+    return 0 if memory is None else memory.temp_size_in_bytes
 
 
 def causal_flops(heads: Heads, length: int) -> float:

@@ -108,7 +108,8 @@ def _step(model: Transformer, gates: Gates, tokens: Int[Array, "B T"], forward: 
     batch = Batch(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape))
 
     def run(carried: tuple, frozen: Any, batch: Batch) -> tuple[tuple, dict[str, Float[Array, ""]]]:
-        trained, state, metrics = step(*carried, frozen, batch, jnp.int32(0))
+        trained, state = carried
+        trained, state, metrics = step(trained, state, frozen, batch, jnp.int32(0))
         return (trained, state), metrics
 
     program = run_program(run, (trained, optimizer.init(trained)), frozen, batch)

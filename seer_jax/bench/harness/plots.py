@@ -71,7 +71,7 @@ def plot_panels(path: Path, panels: Sequence[Panel], measurements: Sequence[Meas
 def _draw(axis: Any, panel: Panel, lines: Sequence[Measurement], colours: list[str]) -> None:
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for m in lines:
-        point = {**m.settings, **m.results}[panel.x], m.results[panel.y]
+        point = {**m.settings, **m.results}[panel.x], m.results[panel.y] or 0.0
         curves.setdefault((panel.colour(m), panel.style(m)), []).append(point)
     styles = list(dict.fromkeys(style for _, style in curves))
     for (colour, style), points in curves.items():

@@ -122,8 +122,9 @@ def _true_rows(
     mask = mask[:, None] & jnp.repeat(listed, heads // len(listed), axis=0)[None]  # [b, H, S]
     q, k, v = call.q[i].at[token].get(mode="clip"), call.k[i], call.v[i]
     plain, _, _ = _attention(q, k, v, mask)
-    out, lse, weights = _attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask)
-    return out, lse, rounded(plain, v.dtype), weights
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    out, lse, weights = _attention(q, k, v, mask)
+    return out, lse, rounded(plain, call.v.dtype), weights
 
 
 def _attention(
