@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.block_ground_truth.strips import give_back_strip, pool_size, take_strip
+from pallas_kernels.block_ground_truth.workspace_slots import give_back_strip, pool_size, take_strip
 from pallas_kernels.mosaic.edge_tiles import load_inside, load_transposed, store_inside
 from pallas_kernels.mosaic.flash_tiles import MATRIX, QUERIES, ROWS, Rings, Softmax, columns, i32, mask, tile
 

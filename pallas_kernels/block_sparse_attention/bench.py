@@ -54,7 +54,7 @@ def odd_cases(heads: Heads, length: int, density: float = 0.1) -> list[tuple[Cas
 
 @dataclasses.dataclass
 class Bench:
-    """Measures cases. One object for a run: dense attention is timed once per shape, and no case twice.
+    """Measures cases. One object for a run: dense attention is timed once per sizes, and no case twice.
 
     Attributes:
       implementation: see `block_sparse_attention`.
@@ -127,7 +127,7 @@ class Bench:
         return dataclasses.replace(blank, results=results, note=note)
 
     def _dense_milliseconds(self, case: Case, arguments: dict[str, Any]) -> tuple[float | None, str | None]:
-        """Time of JAX's fastest dense causal attention on this device at the case's shape, or why there is none."""
+        """Time of JAX's fastest dense causal attention on this device at the case's sizes, or why there is none."""
         if case.query_offset or case.num_keys not in (None, case.num_queries):
             return None, "dense attention of JAX knows no query offset"
         shape = (case.heads, case.num_queries, case.batch, case.lengths, case.dtype)
@@ -158,7 +158,7 @@ def compiled(implementation: Implementation | None, config: Any | None, hint: fl
     backend = importlib.import_module(f"{PACKAGE}.{implementation}").block_sparse_attention
 
     def run(q: Array, k: Array, v: Array, blocks: BlockIndices, query_offset: Array, lengths: Array) -> Any:
-        offsets = jnp.broadcast_to(query_offset, lengths.shape).astype(jnp.int32)
+        offsets = jnp.broadcast_to(query_offset, lengths.sizes).astype(jnp.int32)
         numbers = dict(scale=q.shape[-1] ** -0.5, query_offset=offsets, lengths=lengths, density=hint)
         return backend(q, k, v, blocks, **numbers, config=config)
 
@@ -190,7 +190,7 @@ def listed_share(arguments: dict[str, Any]) -> float:
     q, k, blocks = arguments["q"], arguments["k"], arguments["blocks"]
     b, counts = blocks.block_size, np.asarray(blocks.counts)
     ends = _offsets(arguments) + np.minimum((np.arange(counts.shape[-1]) + 1) * b, q.shape[1])
-    in_sight = np.broadcast_to(-(-np.minimum(ends, k.shape[1]) // b), counts.shape)
+    in_sight = np.broadcast_to(-(-np.minimum(ends, k.shape[1]) // b), counts.sizes)
     return float((counts.sum(-1, dtype=np.int64) / in_sight.sum(-1, dtype=np.int64)).mean())
 
 

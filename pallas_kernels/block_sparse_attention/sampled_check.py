@@ -49,7 +49,7 @@ def find_fault(errors: Errors, arguments: dict[str, Any], first: Any, second: An
 def _outside_is_empty(
     out: Float[Array, "B T H D"], lse: Float32[Array, "B T H"], query_offset: Int[Array, "*B"], lengths: Int[Array, "B"]
 ) -> Bool[Array, ""]:
-    position = jnp.broadcast_to(query_offset, lengths.shape)[:, None] + jnp.arange(out.shape[1])[None]
+    position = jnp.broadcast_to(query_offset, lengths.sizes)[:, None] + jnp.arange(out.shape[1])[None]
     inside = (position < lengths[:, None])[..., None]
     good = jnp.where(inside, jnp.isfinite(lse), lse == -jnp.inf)
     return good.all() & jnp.where(inside[..., None], jnp.isfinite(out), out == 0).all()

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
-from pallas_kernels.gate_selection.warps import LANES, ROWS, WARPS, drop_repeats, own_row
+from pallas_kernels.gate_selection.warp_rows import LANES, ROWS, WARPS, drop_repeats, own_row
 
 ALL = 2**20  # more than any row has columns
 

@@ -25,7 +25,7 @@ from pallas_kernels.backends import Unsupported
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.devices import interpreter
 from pallas_kernels.gate_selection.bisection import any_row, best, count, full, next_up
-from pallas_kernels.gate_selection.warps import (
+from pallas_kernels.gate_selection.warp_rows import (
     LANES,
     ROW_PER_WARP,
     ROWS,
