@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.mosaic.flash_tiles import QUERIES, ROWS, Softmax, i32, mask
+from pallas_kernels.mosaic.flash_tiles import QUERIES, ROW_VECTOR, Softmax, i32, mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +110,13 @@ class BlockList:
 
     def mask(self, scores: Array, start: Array) -> Array:
         """Scores with -inf for the keys that a query does not see; the first column is the key at position `start`."""
-        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
+        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
         visible = jnp.minimum(query + 1, self.length) - start
         return mask(scores, visible)
 
     def finish(self, state: Softmax) -> tuple[Array, Array]:
         """Output and lse; 0 and -inf for queries that see no key or lie beyond the sequence."""
-        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
+        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
         return state.finish(query < self.length)
 
 
