@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from pallas_kernels.bench import Measurement
 from seer_jax.bench import (
     DecodeBench,
     GroundTruthBench,
@@ -15,6 +14,7 @@ from seer_jax.bench import (
     bench_prefill,
     bench_training,
 )
+from seer_jax.bench.harness.measurement import Measurement
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
 
 # Name: configuration, what measures by it, and a summary.

@@ -40,6 +40,7 @@ LEARNING_RATE = 2e-3
 DENSITIES = (0.05, 0.1, 0.2)
 BUDGETS, MASSES = (512, 1024, 2048, 4096), (0.9, 0.95, 0.99, 0.999)
 TEXTS, NEW_TOKENS = 12, 64  # that are decoded
+RECOMMENDED = {"prefill": CumulativeMass(0.95), "decode": CumulativeMass(0.9)}
 
 
 def train(to: Path, library: Path | None) -> dict:
@@ -65,7 +66,7 @@ def train(to: Path, library: Path | None) -> dict:
     seconds = time.perf_counter() - start
     for kind, gate in (("prefill", model.prefill_gate), ("decode", model.decode_gate)):
         hf_config = read_config(tiny_lm.path())
-        save_gates(gate, to / kind, base_model=tiny_lm.NAME, hf_config=hf_config, policy=TopK(0.1), dtype=jnp.bfloat16)
+        save_gates(gate, to / kind, base_model=tiny_lm.NAME, hf_config=hf_config, policy=RECOMMENDED[kind], dtype=jnp.bfloat16)
     return {"device": jax.devices()[0].device_kind, "seconds": seconds, "tokens": STEPS * BATCH * LENGTH, **{k: float(v) for k, v in reports[-1].metrics.items()}}
 
 
