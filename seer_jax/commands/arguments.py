@@ -45,13 +45,13 @@ def _constructors() -> Any:
 
     @registry.primitive_rule
     def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if info.type is Policy:
+        if info.type in (Policy, Policy | None):
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,
                 metavar="POLICY",
-                instance_from_str=lambda words: parse_policy(words[0]),
-                is_instance=lambda value: isinstance(value, Policy),
-                str_from_instance=lambda policy: [write_policy(policy)],
+                instance_from_str=lambda words: None if words == ["None"] else parse_policy(words[0]),
+                is_instance=lambda value: value is None or isinstance(value, Policy),
+                str_from_instance=lambda policy: [str(policy) if policy is None else write_policy(policy)],
             )
         if info.type is Scorer:
             return tyro.constructors.PrimitiveConstructorSpec(

@@ -76,7 +76,7 @@ USAGE = [
     (["generat"], "there is no command 'generat'; did you mean generate?"),
     (["xyz"], "expected one of demo, convert"),
     (["verify", "--base", "x"], "--reference"),
-    (["generate", "--prefill", "topk:2"], r"TopK.density must lie in \(0, 1\]"),
+    (["generate", "--prefill", "topk:2"], r"TopK.density, the share of the causal map +to keep, must lie in"),
     (["generate", "--decode", "sparse"], "A policy is written"),
     (["generate", "--decode", "topk:0.1,layers=2"], "no setting 'layers' of TopK"),
     (["generate", "--prompt", "x", "--prompt-file", "y"], "from prompt or from prompt_file; got both"),

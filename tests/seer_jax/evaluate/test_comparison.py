@@ -4,6 +4,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -163,10 +164,11 @@ def test_places_where_a_baseline_wins_are_listed():
 class Unregistered(Scorer):
     name, title, meaning = "unregistered", "unregistered", "nothing"
 
-    def prefill_scores(self, context):
+    def prefill_scores(self, context: Any) -> Any:
         raise AssertionError
 
-    decode_scores = prefill_scores
+    def decode_scores(self, context: Any) -> Any:
+        raise AssertionError
 
 
 BAD = [
