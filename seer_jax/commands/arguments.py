@@ -3,6 +3,7 @@
 import enum
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def import_scorers(module: str) -> None:
     if not module.endswith(".py"):
         importlib.import_module(module)
         return
-    spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+    spec = importlib.util.spec_from_file_location(f"scorers_of_{Path(module).stem}", module)
     if spec is None or spec.loader is None or not Path(module).is_file():
         raise ImportError(f"--scorers must name a module or a Python file; got {module!r}, which is not there.")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    # Known by its name while it runs, as dataclasses look their modules up.
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])

@@ -34,5 +34,5 @@ def run(words: list[str]) -> int:
 
 
 def verify(config: VerifyConfig) -> LogitsReport:
-    """Runs the comparison; the report can be printed, and its `passed` tells whether the errors are within the bounds."""
+    """Runs the comparison; the report's `passed` says whether the errors are within the bounds."""
     return verify_logits(load_base(config.base, dtype=config.dtype), config.reference, config.bounds)

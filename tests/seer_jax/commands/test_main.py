@@ -97,7 +97,7 @@ USAGE = [
 
 
 @pytest.mark.parametrize(("words", "message"), USAGE, ids=[" ".join(words) for words, _ in USAGE])
-def test_wrong_usage_is_told(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+def test_wrong_usage_is_reported(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
     try:
         code = cli.main(words)
     except SystemExit as end:
@@ -164,7 +164,7 @@ def test_a_closed_pipe_is_no_error():
     assert done.stdout.startswith("seer-jax") and "Traceback" not in done.stderr and "Broken" not in done.stderr
 
 
-def test_info_tells_versions_devices_and_implementations(capsys: pytest.CaptureFixture[str]):
+def test_info_lists_versions_devices_and_implementations(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"seer-jax {seer_jax.__version__}, Python 3.")

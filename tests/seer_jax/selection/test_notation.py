@@ -1,4 +1,4 @@
-"""Policies as words: what is written comes back, and what is wrong is told."""
+"""Policies as words: what is written comes back, and errors say what is wrong."""
 
 import re
 
@@ -74,7 +74,7 @@ def test_other_words_are_no_policies(text: str):
         ("threshold:0.1,dense_last_rows=-1", "Threshold.dense_last_rows must be at least 0; got -1."),
     ],
 )
-def test_what_is_wrong_with_a_policy_is_told(text: str, reason: str):
+def test_what_is_wrong_with_a_policy_is_reported(text: str, reason: str):
     with pytest.raises(ValueError, match=re.escape(f"got {text!r} ({reason})")):
         parse_policy(text)
 

@@ -122,6 +122,7 @@ def test_it_has_block_maps(model: Transformer):
 
 
 FILE = '''
+from __future__ import annotations
 import dataclasses, jax, jax.numpy as jnp
 from seer_jax.selection.scorers import Scorer, register
 
