@@ -13,12 +13,11 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert.formats.sources import SafetensorsSource
-from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.rules import BASE_RULES, ROTARY_BUFFERS, TIED_HEAD
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
-from seer_jax.models.families import config_from_hf
+from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import Location, read_config, resolve, write_config
 from seer_jax.models.layers import BaseParam
 

@@ -24,7 +24,6 @@ from seer_jax.convert.gate_config import (
     policy_to_hf,
     without_gate_keys,
 )
-from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.rules import DECODE_GATE_RULES, PREFILL_GATE_RULES, Rule
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
@@ -32,7 +31,7 @@ from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import DType, ModelConfig
-from seer_jax.models.families import config_from_hf
+from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import Location, read_config, resolve_gate, write_config
 from seer_jax.models.layers import GateParam
 from seer_jax.selection.policies import Policy

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert import save_gates
-from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.gates.configs import GateConfig
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.families import config_to_hf
 from seer_jax.models.hub import read_config, resolve
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
 from seer_jax.train.data.batches import load_dataset

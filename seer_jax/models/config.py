@@ -110,6 +110,29 @@ class RopeConfig:
             **given,
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """Keys `rope_theta` and `rope_scaling` of a HF configuration, the older style, which all versions of transformers read."""
+        match self.kind:
+            case RopeKind.DEFAULT:
+                return {"rope_theta": self.theta, "rope_scaling": None}
+            case RopeKind.LINEAR:
+                own: dict[str, Any] = {}
+            case RopeKind.LLAMA3:
+                own = dict(
+                    original_max_position_embeddings=self.original_max_position,
+                    low_freq_factor=self.low_freq_factor,
+                    high_freq_factor=self.high_freq_factor,
+                )
+            case RopeKind.YARN:
+                own = dict(
+                    original_max_position_embeddings=self.original_max_position,
+                    beta_fast=self.beta_fast,
+                    beta_slow=self.beta_slow,
+                    truncate=self.truncate,
+                    attention_factor=self.attention_factor,
+                )
+        return {"rope_theta": self.theta, "rope_scaling": {"rope_type": self.kind.value, "factor": self.factor, **own}}
+
 
 def _yarn_attention_factor(raw: Mapping[str, Any], factor: float) -> float:
     """0.1 m ln(factor) + 1, or the ratio of two such terms where `mscale` and `mscale_all_dim` are given (YaRN, sec. 3.4)."""

@@ -32,8 +32,8 @@ def from_pretrained(
     """A model with its gates.
 
     Args:
-      base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5 or Qwen3 model, or "tiny-lm" for
-        the bundled one.
+      base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5, Qwen3 or Mistral model, or
+        "tiny-lm" for the bundled one.
       gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" stands for both gates of the bundled model.
         None: the model attends densely.
       dtype: of the base weights, bfloat16 or float32; gates are float32 always.

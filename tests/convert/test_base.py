@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 from seer_jax.convert import compare_logits, load_base, save_base
 from seer_jax.convert.base import abstract_model
 from seer_jax.convert.formats.sources import TensorInfo
-from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.rules import BASE_RULES, Rule, expected_slots
 from seer_jax.convert.stream import load_parameters
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.families import config_to_hf
 from tests.golden.data import RELEASE, release, transformers_case, transformers_names, write_base
 
 HERE = Path(__file__).parent
