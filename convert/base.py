@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert.formats.sources import SafetensorsSource
-from seer_jax.convert.rules import BASE_RULES, ROTARY_BUFFERS, TIED_HEAD
+from seer_jax.convert.rules import ROTARY_BUFFERS, TIED_HEAD, base_rules
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
@@ -57,11 +57,13 @@ def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Shardi
     files = _weight_files(folder, hf)
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
     with SafetensorsSource(files) as source:
-        return load_parameters(abstract_model(config, dtype), BASE_RULES, source, ignored=ignored, sharding=sharding)
+        return load_parameters(
+            abstract_model(config, dtype), base_rules(config), source, ignored=ignored, sharding=sharding
+        )
 
 
 def abstract_model(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Transformer:
-    """A model of shapes and dtypes alone."""
+    """A model with shapes and dtypes in place of weights."""
     return nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
@@ -91,7 +93,7 @@ def save_base(
     hf["torch_dtype"] = str(model.dtype)
     hf.pop("dtype", None)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_shards(folder, tensors_of(model, BaseParam, BASE_RULES), shard_bytes)
+    _write_shards(folder, tensors_of(model, BaseParam, base_rules(model.config)), shard_bytes)
     write_config(folder, hf)
 
 

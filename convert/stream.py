@@ -55,7 +55,7 @@ def load_parameters[M: nnx.Module](
     _check(slots, source, ignored)
     by_path: dict[str, list[str]] = {path: [] for path in parameters}
     for key, slot in slots.items():
-        by_path[slot.path].append(key)  # in the order of layers
+        by_path[slot.path].append(key)  # in the order of layers, and of experts within a layer
     arrays = {
         path: _fill(spec, by_path[path], source, None if sharding is None else sharding(path, spec))
         for path, spec in parameters.items()
@@ -74,7 +74,7 @@ def tensors_of(module: nnx.Module, kind: type[nnx.Param], rules: Sequence[Rule])
     arrays = _by_path(nnx.state(module, kind))
     for key, slot in expected_slots(rules, {path: array.shape for path, array in arrays.items()}).items():
         array = arrays[slot.path]
-        yield key, array if slot.layer is None else array[slot.layer]
+        yield key, array[slot.indices] if slot.indices else array
 
 
 def _check(slots: Mapping[str, Slot], source: TensorSource, ignored: Iterable[str]) -> None:
@@ -107,34 +107,33 @@ def _listed(names: Sequence[str]) -> str:
 def _fill(
     spec: jax.ShapeDtypeStruct, keys: Sequence[str], source: TensorSource, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """One parameter, from one tensor or from one per layer."""
-    stacked = len(spec.shape) > len(source.tensors[keys[0]].shape)
+    """One parameter, from one tensor, or from one for each index along its leading axes."""
+    stacked = len(spec.shape) - len(source.tensors[keys[0]].shape)
+    names = np.array(keys, dtype=object).reshape(spec.shape[:stacked])
     if sharding is None:
-        return _fill_part(spec, keys, stacked, source, tuple(slice(0, n) for n in spec.shape), None)
+        return _fill_part(spec, names, source, tuple(slice(0, n) for n in spec.shape), None)
     parts = []
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         part = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), spec.shape, strict=True))
-        parts.append(_fill_part(spec, keys, stacked, source, part, jax.sharding.SingleDeviceSharding(device)))
+        parts.append(_fill_part(spec, names, source, part, jax.sharding.SingleDeviceSharding(device)))
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
 
 
 def _fill_part(
     spec: jax.ShapeDtypeStruct,
-    keys: Sequence[str],
-    stacked: bool,
+    names: np.ndarray,
     source: TensorSource,
     part: tuple[slice, ...],
     device: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """The part of a parameter that one device holds."""
+    """The part of a parameter that one device holds, from the tensors of these names, an array over its leading axes."""
     buffer = jnp.zeros([p.stop - p.start for p in part], spec.dtype, device=device)
-    rows, *columns = part[1:] if stacked else part
-    for layer, key in enumerate(keys[part[0]] if stacked else keys):
+    rows, *columns = part[names.ndim :]
+    for indices, key in np.ndenumerate(names[(*part[: names.ndim], ...)]):
         for start, stop in _chunks(source, key, rows):
             data = source.read(key, start, stop)[(slice(None), *columns)]
             place = np.zeros(buffer.ndim, np.int32)
-            place[int(stacked)] = start - rows.start
-            place[0] += layer
+            place[: names.ndim + 1] = *indices, start - rows.start
             buffer, finite = _write(buffer, data, place)
             if not finite:  # also waits for the copy, so that pieces don't pile up on the host
                 raise ValueError(
