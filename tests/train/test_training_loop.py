@@ -268,7 +268,7 @@ def test_nan_stops_before_a_checkpoint_is_lost(tmp_path):
 
 def test_nan_in_the_base_model():
     model = make_model()
-    model.layers.mlp.up_proj.weight[...] *= jnp.nan
+    model.layers.self_attn.o_proj.weight[...] *= jnp.nan
     with pytest.raises(FloatingPointError, match=r"Step 1: .*loss is nan.*Check the base model for NaN weights"):
         distill(RUN, model=model, dataset=make_rows(), progress=ignore)
 
