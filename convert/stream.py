@@ -1,8 +1,7 @@
 """Checkpoint tensors into the parameters of a module, a few rows at a time.
 
-Each parameter is one array on its device from the start; pieces of at most `CHUNK_BYTES` are read, checked and written into
-it in place. So the host holds two pieces at most, however large the model is, and a sharded parameter is never whole in
-one place.
+Each parameter is one array on its device from the start; pieces of at most `CHUNK_BYTES` are read, checked and written into it in
+place. The host holds at most two pieces, however large the model is, and a sharded parameter is never whole in one place.
 """
 
 import functools
@@ -41,13 +40,13 @@ def load_parameters[M: nnx.Module](
       module: abstract, as `nnx.eval_shape` gives it; its shapes and dtypes are those of the result.
       rules: which tensor is which parameter.
       source: the checkpoint.
-      ignored: patterns (whole-name regular expressions) of tensors that may be there and are not read.
-      sharding: gives each parameter's sharding from its path ("layers.mlp.up_proj.weight") and its abstract array. None:
-        everything on the default device.
+      ignored: regular expressions for the whole names of tensors that may be there and are not read.
+      sharding: returns each parameter's sharding from its path ("layers.mlp.up_proj.weight") and its abstract array. None: the
+        default device.
 
     Raises:
-      ValueError: tensors are missing or left over, or one has the wrong shape, a dtype that is no float of 16 or 32 bits, or
-        numbers that are not finite.
+      ValueError: tensors are missing or left over, or one has the wrong shape, a dtype that is no float of 16 or 32 bits, or elements
+        that are not finite.
     """
     graph, state = nnx.split(module)
     parameters = _by_path(state)
@@ -78,14 +77,14 @@ def tensors_of(module: nnx.Module, kind: type[nnx.Param], rules: Sequence[Rule])
 
 
 def _check(slots: Mapping[str, Slot], source: TensorSource, ignored: Iterable[str]) -> None:
-    """Every expected tensor is there, and every tensor there is expected, of the right shape and dtype."""
+    """Raises ValueError unless the tensors are those that are expected, of the right shape and dtype, and no others."""
     found = source.tensors
     redundant = re.compile("|".join(ignored) or "(?!)")
     missing = [key for key in slots if key not in found]
     left_over = [key for key in found if key not in slots and not redundant.fullmatch(key)]
     if missing or left_over:
         raise ValueError(
-            f"{source.place}: a checkpoint holds each tensor of its model once and nothing else; missing: {_listed(missing)}; "
+            f"{source.place}: a checkpoint must hold each tensor of its model once and no others; missing: {_listed(missing)}; "
             f"left over: {_listed(left_over)}. Check that config.json and weights belong together and that no file is absent."
         )
     wrong = [f"{k} {found[k].shape} instead of {s.shape}" for k, s in slots.items() if found[k].shape != s.shape]
@@ -135,7 +134,7 @@ def _fill_part(
             place = np.zeros(buffer.ndim, np.int32)
             place[: names.ndim + 1] = *indices, start - rows.start
             buffer, finite = _write(buffer, data, place)
-            if not finite:  # also waits for the copy, so that pieces don't pile up on the host
+            if not finite:  # also waits for the copy, so that pieces don't accumulate on the host
                 raise ValueError(
                     f"{source.place}: weights must be finite in {spec.dtype}; {key!r} holds NaN or infinity. The checkpoint is "
                     "damaged, or its values do not fit this dtype."
@@ -154,7 +153,7 @@ def _chunks(source: TensorSource, key: str, rows: slice) -> Iterator[tuple[int, 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Writes rows into the buffer in place; returns it and whether they are finite."""
-    # Asked of the converted numbers, a GPU would look at those before conversion.
+    # Without `rounded`, XLA on a GPU tests the values before their conversion.
     finite = jnp.isfinite(rounded(rows.astype(jnp.float32), buffer.dtype)).all()
     rows = rows.astype(buffer.dtype)
     rows = rows.reshape((1,) * (buffer.ndim - rows.ndim) + rows.shape)

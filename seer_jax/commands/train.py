@@ -4,9 +4,7 @@ import argparse
 from pathlib import Path
 
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
-from seer_jax.convert import save_gates
 from seer_jax.models.decoder import Transformer
-from seer_jax.models.hub import read_config, resolve
 from seer_jax.train import DistillConfig, distill
 from seer_jax.train.config import load_config
 
@@ -21,7 +19,8 @@ def run(words: list[str]) -> int:
     config = parse(DistillConfig, "train", rest, default=start, description=DESCRIPTION)
     if config.output is None:
         raise ValueError("output must be a folder for the gates and checkpoints; got None. Pass --output FOLDER.")
-    distill(config, save=lambda model, folder: _save_gates(config, model, folder))
+    result = distill(config)
+    print_usage(config, result.model, result.gates[0].parent)
     return ExitCode.OK
 
 
@@ -36,15 +35,6 @@ def starting_settings(words: list[str]) -> tuple[DistillConfig, list[str]]:
     if given.config is not None:
         return load_config(DistillConfig, given.config), rest
     return (DistillConfig.decode_recipe() if given.recipe == "decode" else DistillConfig.prefill_recipe()), rest
-
-
-def _save_gates(config: DistillConfig, model: Transformer, folder: Path) -> None:
-    hf_config = read_config(resolve(config.model, ("config.json",)))
-    gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
-    for kind, gate in gates.items():
-        if gate is not None:
-            save_gates(gate, folder / f"{kind}_gate", base_model=config.model, hf_config=hf_config)
-    print_usage(config, model, folder)
 
 
 def print_usage(config: DistillConfig, model: Transformer, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a model looks like: frozen dataclasses that check themselves."""
+"""Configurations of models: frozen dataclasses that check themselves."""
 
 import dataclasses
 import enum
@@ -32,7 +32,7 @@ class RopeKind(enum.StrEnum):
     YARN = "yarn"
 
 
-# Without these a scaling means nothing; a default in their place would give a model that runs and is wrong.
+# Keys that a scaling must have; defaults in their place would give a model that runs and is wrong.
 _ROPE_NEEDS = {
     RopeKind.DEFAULT: (),
     RopeKind.LINEAR: ("factor",),
@@ -68,7 +68,7 @@ class RopeConfig:
     def __post_init__(self) -> None:
         check_positive(self, "theta", "original_max_position", "attention_factor")
         if self.factor < 1:
-            raise ValueError(f"A RoPE scaling factor is at least 1; got {self.factor}.")
+            raise ValueError(f"A RoPE scaling factor must be at least 1; got {self.factor}.")
         if self.kind is RopeKind.LLAMA3 and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 "llama3 RoPE scaling needs low_freq_factor < high_freq_factor; "
@@ -83,8 +83,7 @@ class RopeConfig:
         name = raw.get("rope_type") or raw.get("type") or "default"
         if name not in list(RopeKind):
             raise ValueError(
-                f"Unknown RoPE type {name!r}; expected one of {', '.join(RopeKind)}. A model that needs another one "
-                "can't be computed exactly, so it is refused."
+                f"The RoPE type must be one of {', '.join(RopeKind)}; got {name!r}. Models of other types can't be computed exactly."
             )
         kind = RopeKind(name)
         missing = [key for key in _ROPE_NEEDS[kind] if raw.get(key) is None]
@@ -149,7 +148,7 @@ def _yarn_attention_factor(raw: Mapping[str, Any], factor: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-shaped decoder; the families differ in these values alone.
+    """A Llama-shaped decoder; families differ in these values, and some in the module of their MLP.
 
     Attributes:
       family: Hugging Face `model_type`.

@@ -273,9 +273,12 @@ REFUSED = {
     "Mistral's layers": (MISTRAL_7B | dict(layer_types=["sliding_attention"]), "must attend to all earlier tokens"),
     "rope type": (
         LLAMA_8B | dict(rope_scaling=dict(rope_type="longrope", factor=4)),
-        "Unknown RoPE type 'longrope'; expected one of default, linear, llama3, yarn",
+        "RoPE type must be one of default, linear, llama3, yarn; got 'longrope'",
     ),
-    "dynamic rope": (LLAMA_8B | dict(rope_scaling=dict(type="dynamic", factor=4)), "Unknown RoPE type 'dynamic'"),
+    "dynamic rope": (
+        LLAMA_8B | dict(rope_scaling=dict(type="dynamic", factor=4)),
+        "RoPE type must be one of .*; got 'dynamic'",
+    ),
     "linear without factor": (
         LLAMA_8B | dict(rope_scaling=dict(type="linear")),
         r"RoPE of type 'linear' needs factor; got \['type'\]\. Complete config\.json",
@@ -290,7 +293,10 @@ REFUSED = {
         LLAMA_8B | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
         "must rotate all channels of a head; got .* 0.25",
     ),
-    "factor below 1": (LLAMA_8B | dict(rope_scaling=dict(type="linear", factor=0.5)), "factor is at least 1; got 0.5"),
+    "factor below 1": (
+        LLAMA_8B | dict(rope_scaling=dict(type="linear", factor=0.5)),
+        "factor must be at least 1; got 0.5",
+    ),
     "llama3 factors": (
         LLAMA_8B | dict(rope_scaling=LLAMA3 | dict(low_freq_factor=4.0)),
         "needs low_freq_factor < high_freq_factor; got 4.0 and 4.0",
@@ -312,17 +318,23 @@ def test_models_that_cannot_be_computed_exactly_are_refused(name: str):
 
 
 REFUSED_GATES = {
-    "block size": (lambda: PrefillGateConfig(block_size=8), "block_size is one of 16, 32, 64, 128 tokens; got 8"),
-    "odd block size": (lambda: DecodeGateConfig(block_size=48), "block_size is one of .* got 48"),
+    "block size": (lambda: PrefillGateConfig(block_size=8), "block_size must be one of 16, 32, 64, 128 tokens; got 8"),
+    "odd block size": (lambda: DecodeGateConfig(block_size=48), "block_size must be one of .* got 48"),
     "gate dim": (lambda: PrefillGateConfig(gate_dim=0), "gate_dim must be even and positive, .* got 0"),
     "odd gate dim": (lambda: DecodeGateConfig(gate_dim=65), "gate_dim must be even and positive, .* got 65"),
-    "no query pool": (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling is a non-empty subset .* got \(\)"),
-    "order": (lambda: PrefillGateConfig(k_pooling=(Pool.AVG, Pool.MAX)), "Key pooling is a .* and in that order; got"),
+    "no query pool": (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling must be a non-empty subset .* got \(\)"),
+    "order": (
+        lambda: PrefillGateConfig(k_pooling=(Pool.AVG, Pool.MAX)),
+        "Key pooling must be a .* and in that order; got",
+    ),
     "twice": (
         lambda: DecodeGateConfig(k_pooling=(Pool.MAX, Pool.MAX)),
-        "Key pooling is a non-empty subset .* each once",
+        "Key pooling must be a non-empty subset .* each once",
     ),
-    "start layer": (lambda: DecodeGateConfig(start_layer=-1), "start_layer counts the dense first layers, .* got -1"),
+    "start layer": (
+        lambda: DecodeGateConfig(start_layer=-1),
+        "start_layer, the number of dense first layers, must be at least 0; got -1",
+    ),
 }
 
 

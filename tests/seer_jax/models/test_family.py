@@ -21,7 +21,7 @@ from seer_jax.models.config import ModelConfig, RopeConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import Family, config_from_hf, config_to_hf, register_family
 from seer_jax.models.layers import BaseParam, Linear
-from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
+from seer_jax.train import DistillConfig, OptimizerConfig, TrainedGates, distill
 
 # ------------------------------------------------------------------------------------------------------------ the family
 
@@ -196,7 +196,7 @@ def test_gates_are_distilled_saved_and_used(model: Transformer, folder: Path, tm
     config = DistillConfig(
         model=str(folder),
         output=str(tmp_path),
-        gates=Gates.BOTH,
+        gates=TrainedGates.BOTH,
         prefill=PrefillGateConfig(**sizes),
         decode=DecodeGateConfig(**sizes),
         sequence_length=8 * BLOCK,

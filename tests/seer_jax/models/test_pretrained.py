@@ -101,14 +101,14 @@ def test_the_bundled_model_has_a_name(tmp_path: Path):
 def test_what_does_not_fit_is_refused(saved: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"one gate of each kind; got .*prefill \(PrefillGate\), .*\(PrefillGate\)"):
         from_pretrained(saved / "base", [saved / "prefill", saved / "prefill"])
-    with pytest.raises(ValueError, match=f"expected family={LLAMA.family}, got {QWEN3.family}"):
+    with pytest.raises(ValueError, match=f"family must be {LLAMA.family}; got {QWEN3.family}"):
         from_pretrained(saved / "base", saved / "other")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         from_pretrained(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         load_tokenizer(tmp_path / "absent")
     mesh = jax.sharding.Mesh(jax.devices()[:1] * 2, ("data",))
-    with pytest.raises(NotImplementedError, match="one device for now; got 2 devices"):
+    with pytest.raises(NotImplementedError, match="must have one device for now; got 2 devices"):
         from_pretrained(saved / "base", mesh=mesh)
     folder = shutil.copytree(saved / "base", tmp_path / "base")
     (folder / "generation_config.json").write_text("[]")
