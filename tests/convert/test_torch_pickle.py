@@ -292,7 +292,7 @@ WRONG_PICKLES = {
     "a float": (b"\x80\x02}" + text("w") + b"G" + bytes(8) + b"s.", "uses the operation BINFLOAT"),
     "a list": (
         b"\x80\x02](" + tensor() + b"e.",
-        "uses the operation EMPTY_LIST, which a flat dict of tensors has no use for",
+        "uses the operation EMPTY_LIST, which a flat dict of tensors does not need",
     ),
     "a tensor alone": (b"\x80\x02" + tensor() + b".", CONTENT.format("StoredTensor")),
     "a tuple": (b"\x80\x02" + tensor() + b"\x85.", CONTENT.format("tuple")),

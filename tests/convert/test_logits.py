@@ -1,37 +1,18 @@
-"""Comparison with reference logits, and what the commands `convert` and `verify` do."""
+"""Comparison of a model with reference logits."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from seer_jax.commands.convert import ConvertConfig, VerifyConfig, convert, verify
-from seer_jax.convert import (
-    Bounds,
-    GateFormat,
-    compare_logits,
-    load_base,
-    load_gates,
-    recommended_policy,
-    verify_logits,
-)
-from seer_jax.gates.configs import PrefillGateConfig
-from seer_jax.gates.prefill import PrefillGate
+from seer_jax.convert import Bounds, LogitsReport, compare_logits, load_base, verify_logits
 from seer_jax.models.config import DType
-from seer_jax.selection.rules import Threshold
-from tests.convert.test_gates import assert_same
-from tests.golden.data import Golden, release, transformers_case, write_base, write_gates
+from tests.golden.data import Golden, transformers_case, write_base
 
 LLAMA, BATCH = "llama_llama3", "qwen2_tied_batch2"
-PREFILL = "prefill_llama_a"
-
-
-# ------------------------------------------------------------------------------------------------------------- comparison
 
 
 def test_the_figures_are_those_of_the_definition():
@@ -78,7 +59,8 @@ def test_bounds_are_positive(values: tuple[float, float]):
         Bounds(*values)
 
 
-# ----------------------------------------------------------------------------------------------------------- verification
+def verify(base: Path, path: Path, *bounds: Bounds, dtype: DType = DType.FLOAT32) -> LogitsReport:
+    return verify_logits(load_base(base, dtype=dtype), path, *bounds)
 
 
 def reference(folder: Path, golden: Golden, **changes: Any) -> Path:
@@ -93,7 +75,7 @@ def reference(folder: Path, golden: Golden, **changes: Any) -> Path:
 def test_a_right_model_passes(name: str, tmp_path: Path):
     golden = transformers_case(name)
     base = write_base(tmp_path / "base", golden)
-    report = verify(VerifyConfig(str(base), reference(tmp_path, golden)))
+    report = verify(base, reference(tmp_path, golden))
     assert report.passed and report.relative_error < 1e-5 and report.positions == golden.io["logits"][..., 0].size, (
         report
     )
@@ -119,15 +101,15 @@ WRONG_MODELS = {
 def test_a_model_that_is_slightly_wrong_fails(name: str, tmp_path: Path):
     golden = transformers_case(LLAMA)
     base = write_base(tmp_path / "base", golden, **WRONG_MODELS[name])
-    report = verify(VerifyConfig(str(base), reference(tmp_path, golden)))
+    report = verify(base, reference(tmp_path, golden))
     assert not report.passed and report.relative_error > 1e-3, report
 
 
 def test_bfloat16_fails_the_bounds_of_float32_and_passes_its_own(tmp_path: Path):
     golden = transformers_case(LLAMA)
-    config = VerifyConfig(str(write_base(tmp_path / "base", golden)), reference(tmp_path, golden), dtype=DType.BFLOAT16)
-    assert not verify(config).passed
-    assert verify(dataclasses.replace(config, bounds=Bounds(0.05, 0.05))).passed
+    base, path = write_base(tmp_path / "base", golden), reference(tmp_path, golden)
+    assert not verify(base, path, dtype=DType.BFLOAT16).passed
+    assert verify(base, path, Bounds(0.05, 0.05), dtype=DType.BFLOAT16).passed
 
 
 WRONG_REFERENCES = {
@@ -141,7 +123,7 @@ WRONG_REFERENCES = {
     "positions outside": (dict(positions=np.arange(14) + 30), r"positions 30 \.\. 43 \(14\)"),
     "positions negative": (dict(positions=np.arange(14) - 1), r"positions -1 \.\. 12"),
     "batch": (dict(logits=np.ones((2, 14, 48), np.float32)), r"got logits \(2, 14, 48\), input_ids \(1, 40\)"),
-    "tokens outside": (dict(input_ids=np.full((1, 40), 48)), r"Tokens lie in \[0, 48\)"),
+    "tokens outside": (dict(input_ids=np.full((1, 40), 48)), r"Tokens must lie in \[0, 48\)"),
 }
 
 
@@ -149,77 +131,15 @@ WRONG_REFERENCES = {
 def test_wrong_references_are_refused(name: str, tmp_path: Path):
     changes, message = WRONG_REFERENCES[name]
     golden = transformers_case(LLAMA)
-    config = VerifyConfig(str(write_base(tmp_path / "base", golden)), reference(tmp_path, golden, **changes))
+    base, path = write_base(tmp_path / "base", golden), reference(tmp_path, golden, **changes)
     with pytest.raises(ValueError, match=message):
-        verify(config)
+        verify(base, path)
 
 
 def test_references_that_are_no_safetensors_are_refused(tmp_path: Path):
-    base = str(write_base(tmp_path / "base", transformers_case(LLAMA)))
+    base = write_base(tmp_path / "base", transformers_case(LLAMA))
     with pytest.raises(FileNotFoundError, match=r"The reference must be a file; '.*/x' is none\. Check the path"):
-        verify(VerifyConfig(base, tmp_path / "x"))
+        verify(base, tmp_path / "x")
     (tmp_path / "x").write_text("logits")
     with pytest.raises(ValueError, match="a reference must be a safetensors file; got "):
-        verify(VerifyConfig(base, tmp_path / "x"))
-
-
-# ------------------------------------------------------------------------------------------------------------- conversion
-
-
-@pytest.mark.parametrize("format", list(GateFormat))
-def test_gates_change_their_format_and_nothing_else(format: GateFormat, tmp_path: Path):
-    source = write_gates(tmp_path / "a", PREFILL)
-    path = convert(ConvertConfig(str(source), tmp_path / "b", format))
-    assert path == tmp_path / "b" / f"attn_gate_weights.{format}"
-    assert_same(load_gates(source), load_gates(tmp_path / "b"))
-    assert recommended_policy(tmp_path / "b") == Threshold(0.05)
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["base_model"] == "authors/base"
-
-
-def test_one_folder_can_hold_base_and_gates(tmp_path: Path):
-    base = write_base(tmp_path / "base", release(PREFILL))
-    (base / "tokenizer.json").write_text("{}")
-    (base / "notes.txt").touch()
-    gates = write_gates(tmp_path / "gates", PREFILL)
-    convert(ConvertConfig(str(gates), tmp_path / "both", base=str(base), include_base=True))
-    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == [
-        "attn_gate_weights.safetensors",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
-    assert load_file(tmp_path / "both" / "model.safetensors").keys() == release(PREFILL).base.keys()
-    model = load_base(tmp_path / "both").attach(load_gates(tmp_path / "both"))
-    assert isinstance(model.prefill_gate, PrefillGate)
-    assert model.prefill_gate.config == PrefillGateConfig(gate_dim=64)
-    assert json.loads((tmp_path / "both" / "config.json").read_text())["base_model"] == str(base)
-
-
-def test_gates_are_checked_against_the_base(tmp_path: Path):
-    base = write_base(tmp_path / "base", transformers_case(LLAMA))
-    gates = write_gates(tmp_path / "gates", PREFILL)
-    with pytest.raises(ValueError, match="head_dim must be 8; got 64"):
-        convert(ConvertConfig(str(gates), tmp_path / "out", base=str(base)))
-    assert not (tmp_path / "out").exists()
-
-
-def test_gates_in_half_the_size(tmp_path: Path):
-    gates = write_gates(tmp_path / "gates", PREFILL)
-    path = convert(ConvertConfig(str(gates), tmp_path / "out", dtype=DType.BFLOAT16))
-    assert {a.dtype for a in load_file(path).values()} == {np.dtype(jnp.bfloat16)}
-
-
-def test_what_is_read_is_not_written(tmp_path: Path):
-    gates = write_gates(tmp_path / "gates", PREFILL)
-    with pytest.raises(ValueError, match=r"output must be a folder of its own; got .*gates, which is read"):
-        convert(ConvertConfig(str(gates), tmp_path / "x" / ".." / "gates"))
-    base = write_base(tmp_path / "base", release(PREFILL))
-    with pytest.raises(ValueError, match=r"output must be a folder of its own; got .*base, which is read"):
-        convert(ConvertConfig(str(gates), base, base=str(base)))
-
-
-def test_including_the_base_needs_one():
-    with pytest.raises(
-        ValueError, match=r"include_base copies a base model, so it needs base; got None\. Give its folder"
-    ):
-        ConvertConfig("gates", Path("out"), include_base=True)
+        verify(base, tmp_path / "x")
