@@ -16,7 +16,7 @@ from seer_jax.bench.harness.plots import Panel
 from seer_jax.bench.harness.report import report
 from seer_jax.bench.harness.tables import MILLISECONDS, PROGRAM, Column, Table
 from seer_jax.bench.models import random_model
-from seer_jax.gates.configs import DecodeGateConfig, Gates, PrefillGateConfig
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 
@@ -57,7 +57,7 @@ class TrainBench(BenchConfig):
     """
 
     lengths: tuple[int, ...] = (65536, 131072)
-    gates: tuple[Gates, ...] = tuple(Gates)
+    gates: tuple[TrainedGates, ...] = tuple(TrainedGates)
     batch_size: int = 1
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ def _forward_milliseconds(model: Transformer, tokens: Int[Array, "B T"]) -> floa
     return len(tokens) * time_calls(forward, model, tokens[:1]).milliseconds
 
 
-def _step(model: Transformer, gates: Gates, tokens: Int[Array, "B T"], forward: Callable[[], float]) -> Outcome:
+def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], forward: Callable[[], float]) -> Outcome:
     from seer_jax.train.config import DistillConfig
     from seer_jax.train.data.batches import Batch
     from seer_jax.train.optimizer import make_optimizer, make_schedule

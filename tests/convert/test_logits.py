@@ -49,13 +49,13 @@ def test_nan_fails():
 
 
 def test_shapes_must_agree():
-    with pytest.raises(ValueError, match=r"must have the shape of the reference; expected \(2, 3\), got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"must have the shape of the reference, \(2, 3\); got \(2, 4\)"):
         compare_logits(np.ones((2, 4)), np.ones((2, 3)))
 
 
 @pytest.mark.parametrize("values", [(0, 1), (1, 0), (-1, 1), (float("nan"), 1)])
 def test_bounds_are_positive(values: tuple[float, float]):
-    with pytest.raises(ValueError, match="Bounds are positive; got relative_error="):
+    with pytest.raises(ValueError, match="Bounds must be positive; got relative_error="):
         Bounds(*values)
 
 
@@ -113,7 +113,7 @@ def test_bfloat16_fails_the_bounds_of_float32_and_passes_its_own(tmp_path: Path)
 
 
 WRONG_REFERENCES = {
-    "no logits": (dict(logits=None), r"has input_ids, logits and maybe positions; missing \['logits'\]"),
+    "no logits": (dict(logits=None), r"must have input_ids and logits, and may have positions; missing \['logits'\]"),
     "no tokens": (dict(input_ids=None), r"missing \['input_ids'\]"),
     "vocabulary": (dict(logits=np.ones((1, 14, 50), np.float32)), "over the model's 48 tokens; got 50"),
     "positions missing": (
@@ -138,8 +138,8 @@ def test_wrong_references_are_refused(name: str, tmp_path: Path):
 
 def test_references_that_are_no_safetensors_are_refused(tmp_path: Path):
     base = write_base(tmp_path / "base", transformers_case(LLAMA))
-    with pytest.raises(FileNotFoundError, match=r"There is no reference file '.*/x'\. Check the path"):
+    with pytest.raises(FileNotFoundError, match=r"The reference must be a file; '.*/x' is none\. Check the path"):
         verify(base, tmp_path / "x")
     (tmp_path / "x").write_text("logits")
-    with pytest.raises(ValueError, match="a reference is a safetensors file;"):
+    with pytest.raises(ValueError, match="a reference must be a safetensors file; got "):
         verify(base, tmp_path / "x")

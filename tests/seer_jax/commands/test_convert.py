@@ -57,7 +57,7 @@ def test_one_folder_can_hold_base_and_gates(tmp_path: Path):
 def test_gates_are_checked_against_the_base(tmp_path: Path):
     base = write_base(tmp_path / "base", transformers_case(LLAMA))
     gates = write_gates(tmp_path / "gates", PREFILL)
-    with pytest.raises(ValueError, match="expected head_dim=8, got 64"):
+    with pytest.raises(ValueError, match="head_dim must be 8; got 64"):
         convert(ConvertConfig(str(gates), tmp_path / "out", base=str(base)))
     assert not (tmp_path / "out").exists()
 
