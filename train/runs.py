@@ -1,15 +1,23 @@
 """Training runs: `distill` and `finetune`."""
 
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from flax import nnx
 
+from seer_jax.convert import save_gates
+from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.gates.configs import GateConfig
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.hub import read_config, resolve
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
 from seer_jax.train.data.batches import load_dataset
 from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.data.tokens import check_tokens
-from seer_jax.train.loop.loop import ProgressFunction, SaveFunction, TrainResult, run, run_folder
+from seer_jax.train.loop.loop import ProgressFunction, TrainResult, run, run_folder
 from seer_jax.train.tasks import GATE_NAMES, Distillation, LanguageModelling
 
 
@@ -18,36 +26,56 @@ def distill(
     *,
     model: Transformer | None = None,
     dataset: PackedDataset | np.ndarray | None = None,
-    save: SaveFunction | None = None,
     progress: ProgressFunction | None = None,
 ) -> TrainResult:
-    """Teaches gates which blocks the frozen model attends to (SeerAttention, arXiv 2410.13276; -R, arXiv 2506.08889).
+    """Distils gates that predict which blocks the frozen model attends to (SeerAttention, arXiv 2410.13276; -R, arXiv 2506.08889).
 
-    With an output folder the run can be stopped or killed at any moment; the same call goes on from the newest
-    checkpoint and makes the same steps as an undisturbed run.
+    With an output folder the run can be stopped or killed at any moment; the same call resumes from the newest checkpoint and makes
+    the same steps as an undisturbed run. The trained gates are written to `prefill_gate` and `decode_gate` in that folder, for
+    `from_pretrained` and `load_gates`.
 
     Args:
       config: the run.
       model: the base model; read from `config.model` if None. It is left as it is. A gate that it carries is trained
         further, a missing one is made by `config`.
       dataset: rows of tokens, or an array Int [N, T] of them; read as `config.data` says if None.
-      save: `save(model, folder)` writes the gates when the run is done, for example by `seer_jax.convert.save_gates`.
       progress: called with each step; a bar or plain lines if None.
 
     Returns:
-      The model with its gates.
+      The model with its gates, and where they were written.
 
     Raises:
       ValueError: settings, model, data and checkpoints do not fit each other.
       FloatingPointError: the loss is no longer finite.
       KeyboardInterrupt, SystemExit: the process was asked to stop (SIGINT, SIGTERM), and has written a checkpoint.
     """
-    model = _load_model(config, model)
+    given, model = model, _load_model(config, model)
+    hf_config = None
+    if (
+        config.output is not None
+    ):  # made before training, so that a model which config.json cannot describe is refused now
+        hf_config = (
+            config_to_hf(given.config) if given is not None else read_config(resolve(config.model, ("config.json",)))
+        )
     gates = _attach_gates(config, model)
     dataset = _load_dataset(config, model, dataset, gates[0].block_size)
     task, trained, frozen = Distillation.start(model, config)
     settings = {"model": to_dict(model.config), "gates": [to_dict(gate) for gate in gates]}
-    return run(task, trained, frozen, dataset, config, settings, save=save, progress=progress)
+    result = run(task, trained, frozen, dataset, config, settings, progress=progress)
+    folder = run_folder(config)
+    return (
+        result if folder is None else dataclasses.replace(result, gates=_save_gates(config, result, folder, hf_config))
+    )
+
+
+def _save_gates(
+    config: DistillConfig, result: TrainResult, folder: Path, hf_config: Mapping[str, Any] | None
+) -> tuple[Path, ...]:
+    """Writes each trained gate to a folder of its own; returns the folders."""
+    names = GATE_NAMES[config.gates]
+    for name in names:
+        save_gates(getattr(result.model, name), folder / name, base_model=config.model, hf_config=hf_config)
+    return tuple(folder / name for name in names)
 
 
 def finetune(
@@ -55,14 +83,13 @@ def finetune(
     *,
     model: Transformer | None = None,
     dataset: PackedDataset | np.ndarray | None = None,
-    save: SaveFunction | None = None,
     progress: ProgressFunction | None = None,
 ) -> TrainResult:
     """Trains all base weights by the language-model loss; gates of the model stay as they are.
 
-    Takes, returns and raises what `distill` does. Weights and moments are float32, so a weight takes 16 bytes with
-    its gradient; the arithmetic is of the model's dtype. Of the activations the hidden states between layers are kept,
-    each layer is computed anew in the backward pass.
+    Takes and raises what `distill` does, and returns the model; `seer_jax.convert.save_base` writes it. Weights and moments are
+    float32, so that a weight takes 16 bytes with its gradient; the arithmetic is of the model's dtype. Only the hidden states between
+    layers are kept for the backward pass, which computes the layers again.
     """
     model = _load_model(config, model)
     dataset = _load_dataset(config, model, dataset, block_size=config.block_size)
@@ -70,7 +97,7 @@ def finetune(
     task, trained, frozen = LanguageModelling.start(model, packed=packed)
     settings = {"model": to_dict(model.config)}
     del model  # its weights are not needed beside their float32 copies
-    return run(task, trained, frozen, dataset, config, settings, save=save, progress=progress)
+    return run(task, trained, frozen, dataset, config, settings, progress=progress)
 
 
 def _load_model(config: TrainConfig, model: Transformer | None) -> Transformer:

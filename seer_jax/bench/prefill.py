@@ -2,22 +2,33 @@
 
 import dataclasses
 import enum
-from collections.abc import Iterator
-from pathlib import Path
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from pallas_kernels.backends import Implementation
-from pallas_kernels.bench import Measurement, variants
-from pallas_kernels.block_sparse_attention.bench import PACKAGE, Bench, odd_cases, sweep
-from seer_jax.bench.gate_masks import LENGTH as TRAINED_LENGTH
-from seer_jax.bench.gate_masks import trained_cases
-from seer_jax.bench.models import CONFIGS, Shape, check_device, first_token, heads_of
-from seer_jax.bench.report import report
-from seer_jax.bench.selection import measure_selection
+from seer_jax.bench.harness.baseline import Baseline
+from seer_jax.bench.harness.config import BenchConfig, ModelShape, check_densities
+from seer_jax.bench.harness.measurement import Measurement, Outcome, measure, run_program
+from seer_jax.bench.harness.plots import Panel
+from seer_jax.bench.harness.report import report
+from seer_jax.bench.harness.tables import DENSITY, MILLISECONDS, PROGRAM, SPEEDUP, Table
+from seer_jax.bench.models import random_model
+from seer_jax.bench.prefill_attention import ATTENTION, ODD_CASES, AttentionBench, aligned_cases, odd_cases, variants
+from seer_jax.bench.selection import SELECTION, measure_selection, parse_rules
+from seer_jax.gates.configs import PrefillGateConfig
+from seer_jax.models.cache import Cache
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import TopK
 
-ODD_LENGTH = 32768
+FIRST_TOKEN = Table("model", "Whole model, time to first token", (DENSITY, MILLISECONDS, SPEEDUP, *PROGRAM))
 
 
-class Part(enum.StrEnum):
+class PrefillPart(enum.StrEnum):
     """What is measured."""
 
     ATTENTION = "attention"
@@ -27,90 +38,143 @@ class Part(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefillBench:
+class PrefillBench(BenchConfig):
     """Measures block-sparse prefill on this machine: the attention kernel, the choice of blocks, and a whole model.
 
     Each result of the kernel is held against float32 before it is timed. The command fails if one is wrong.
 
     Attributes:
-      shape: heads of the attention and size of the model.
-      lengths: prompt lengths, tokens.
       densities: shares of the earlier blocks that random masks keep, for the attention.
       model_density: share of the causal map that gate and model keep.
+      policies: what chooses blocks where selection is measured, as topk:0.1 or topk:0.1:window; none: a threshold, a
+        cumulative mass and top-k of a gate.
       only: parts to measure.
       implementation: of the attention kernel; None: the best one here. The model always takes the best one.
       variants: measure every configuration that the implementation offers.
-      seed: of weights, inputs and masks.
-      output: file for the measurements (JSON); None: none is written.
-      plot: file for a picture (PNG); None: none is drawn.
     """
 
-    shape: Shape = Shape.LLAMA_3_1_8B
-    lengths: tuple[int, ...] = (8192, 32768, 131072)
     densities: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5, 1.0)
     model_density: float = 0.1
-    only: tuple[Part, ...] = tuple(Part)
+    policies: tuple[str, ...] = ()
+    only: tuple[PrefillPart, ...] = tuple(PrefillPart)
     implementation: Implementation | None = None
     variants: bool = False
-    seed: int = 0
-    output: Path | None = None
-    plot: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 64:
-            raise ValueError(f"lengths are at least one block of 64 tokens; got {self.lengths}.")
-        for density in (*self.densities, self.model_density):
-            if not 0 < density <= 1:
-                raise ValueError(f"Densities lie in (0, 1]; got {density}.")
-        if not self.densities and Part.ATTENTION in self.only:
-            raise ValueError("The attention is measured at given densities; got none.")
-        if self.plot is not None and Part.ATTENTION not in self.only:
-            raise ValueError(
-                "The picture shows the attention, which is not among the parts to measure; got no attention."
-            )
+        self.check_lengths(1)
+        check_densities(*self.densities, self.model_density)
+        parse_rules(self.policies)
+        if not self.densities and PrefillPart.ATTENTION in self.only:
+            raise ValueError("densities must name some where the attention is measured; got none.")
+        if self.plot is not None and PrefillPart.ATTENTION not in self.only:
+            raise ValueError("A plot must have the attention among the parts to measure; got no attention.")
         if self.variants and self.implementation is None:
-            raise ValueError("variants are those of a named implementation; got variants without implementation.")
-
-
-def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
-    """The measurements, each as soon as it is there.
-
-    Raises:
-      ValueError: a shape that this device is too slow for, or an implementation that does not exist.
-    """
-    check_device(config.shape)
-    model = CONFIGS[config.shape]
-    heads = heads_of(model)
-    if {Part.ATTENTION, Part.CASES} & set(config.only):
-        offered = variants(PACKAGE, config.implementation) if config.variants else {}
-        for choice in offered.items() or (None,):
-            bench = Bench(config.implementation, choice, config.seed)
-            if Part.ATTENTION in config.only:
-                yield from bench.sweep(sweep(heads, config.lengths, config.densities))
-            if Part.CASES in config.only:
-                longest = max(config.lengths)
-                yield from bench.pairs(odd_cases(heads, min(ODD_LENGTH, longest)))
-                yield from bench.pairs(trained_cases(heads, min(TRAINED_LENGTH, longest), config.model_density))
-    if Part.SELECTION in config.only:
-        yield from measure_selection(model, config.lengths, config.model_density, seed=config.seed)
-    if Part.MODEL in config.only:
-        yield from first_token(config.shape, config.lengths, (config.model_density,), seed=config.seed)
+            raise ValueError("variants must be those of a named implementation; got variants without implementation.")
 
 
 def bench_prefill(config: PrefillBench) -> list[Measurement]:
-    """Prints the tables, writes file and picture if they are asked for, and returns the measurements.
+    """Prints the tables, writes file and plot if they are asked for, and returns the measurements.
 
     Raises:
-      ImportError: a picture is asked for and matplotlib is not installed.
+      ImportError: a plot is asked for and matplotlib is not installed.
       ValueError: see `measure_prefill`.
     """
-    if config.plot is not None:
-        from seer_jax.bench.plots import check_matplotlib
+    return report(config, measure_prefill(config), (ATTENTION, ODD_CASES, SELECTION, FIRST_TOKEN), PANELS)
 
-        check_matplotlib()
-    console, measurements = report(measure_prefill(config), config.output)
-    if config.plot is not None:
-        from seer_jax.bench.plots import plot_prefill
 
-        console.print(f"Drawn: {plot_prefill(config.plot, measurements)}", highlight=False, soft_wrap=True)
-    return measurements
+def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
+    """Yields each measurement as soon as it is there.
+
+    Raises:
+      ValueError: a shape that the device is too slow for, or an implementation that does not exist.
+    """
+    config.check_device()
+    attention: dict[tuple[int, float], float | None] = {}
+    if {PrefillPart.ATTENTION, PrefillPart.CASES} & set(config.only):
+        offered = variants(config.implementation) if config.variants else {}
+        for variant in offered.items() or (None,):
+            bench = AttentionBench(config.implementation, variant, config.seed)
+            if PrefillPart.ATTENTION in config.only:
+                for m in bench.cases(aligned_cases(config.heads, config.lengths, config.densities)):
+                    shape = m.settings["num_queries"], m.settings["density"]
+                    attention.setdefault(shape, m.results.get("milliseconds"))  # that of the first kind of lists
+                    yield m
+            if PrefillPart.CASES in config.only:
+                longest = max(config.lengths)
+                yield from bench.pairs(odd_cases(config.heads, longest, trained_density=config.model_density))
+    if PrefillPart.SELECTION in config.only:
+        yield from measure_selection(
+            config.shape.config,
+            config.lengths,
+            config.model_density,
+            policies=config.policies,
+            attention=attention,
+            seed=config.seed,
+        )
+    if PrefillPart.MODEL in config.only:
+        yield from first_token(config.shape, config.lengths, config.model_density, seed=config.seed)
+
+
+def first_token(shape: ModelShape, lengths: Sequence[int], density: float, *, seed: int = 0) -> Iterator[Measurement]:
+    """Time from a prompt's tokens to the logits after it, dense and at a density, the shortest prompts first."""
+    model = random_model(shape.config, PrefillGateConfig(), seed=seed)
+    for length in sorted(lengths):
+        dense = Baseline()
+        for policy in (Dense(), TopK(density)):
+            kept = policy.expected_density
+            settings = dict(model=shape.value, length=length, density=kept, dtype=str(model.dtype))
+            case = f"{length}, " + ("dense" if kept is None else f"{kept:g}")
+            run = functools.partial(_first_token, model, length, policy, dense, seed)
+            line = measure(FIRST_TOKEN.name, case, settings, run)
+            if policy.is_dense:
+                dense = Baseline(line.results.get("milliseconds"))
+            yield line
+
+
+def _first_token(model: Transformer, length: int, policy: Policy, dense: Baseline, seed: int) -> Outcome:
+    tokens = jax.random.randint(jax.random.key(seed), (1, length), 0, model.config.vocab_size)
+
+    def prefill(cache: Cache, model: Transformer, tokens: Int[Array, "B T"]) -> tuple[Cache, tuple[Array, Array]]:
+        logits, cache, kept = model.prefill(tokens, None, cache, sparsity=policy)
+        return cache, (logits, kept)
+
+    program = run_program(prefill, model.make_cache(1, length), model, tokens)
+    logits, kept = program.outputs
+    results = {
+        **program.timing.results,
+        "density": float(kept.mean()),
+        **program.results,
+        "speedup": 1.0 if policy.is_dense else dense.over(program.timing.milliseconds),
+    }
+    fault = None if bool(jnp.isfinite(logits).all()) else "the logits are not finite"
+    return Outcome(results, program.note, fault)
+
+
+def _lists(m: Measurement) -> str:
+    """The kind of lists that the attention read."""
+    s = m.settings
+    lists = "own lists" if s["lists"] == s["heads"] else "shared lists"
+    return f"{s['block_size']}x{s['block_size']}, {lists}" + (f", {s['config']}" if s["config"] else "")
+
+
+PANELS = (
+    Panel(
+        "at each length",
+        ATTENTION.name,
+        colour=lambda m: f"{m.settings['num_queries']} tokens",
+        style=_lists,
+        x="density",
+        x_label="share of the causal map's blocks",
+        ticks="density",
+        tick=".0%",
+        ideal=True,
+    ),
+    Panel(
+        "at each density",
+        ATTENTION.name,
+        colour=lambda m: f"{m.settings['density']:.0%}",
+        style=_lists,
+        x="num_queries",
+        ticks="num_queries",
+    ),
+)

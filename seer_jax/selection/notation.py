@@ -57,7 +57,8 @@ def _parse_rule(name: str, value: str, scorer: Scorer) -> RankingPolicy:
         raise ValueError("dense stands alone" if name == "dense" else f"no rule {name!r}")
     rule = RULES[name]
     whole = {field.name: field.type for field in dataclasses.fields(rule)}[rule.value] is int
-    return rule(**{rule.value: int(value) if whole else float(value)}, scorer=scorer)
+    fields: dict[str, Any] = {rule.value: int(value) if whole else float(value), "scorer": scorer}
+    return rule(**fields)
 
 
 def _parse_settings(policy: RankingPolicy, words: list[str]) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
     Raises:
       ValueError: its scorer is not registered, so that no name leads back to it.
     """
-    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}  # pyright: ignore[reportArgumentType]
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     scorer = fields.pop("scorer", None)
     values = {name: np.asarray(value).tolist() for name, value in fields.items()}
     if scorer is not None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax import from_pretrained
+from seer_jax import from_pretrained, tiny_lm
 from seer_jax.convert import GateFormat, load_gates, recommended_policy, save_base, save_gates
 from seer_jax.convert.gate_config import policy_from_hf, policy_to_hf
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
@@ -186,6 +186,13 @@ def test_it_is_used_where_no_policy_is_named(model: Transformer, tmp_path: Path)
 
 
 # ---------------------------------------------------------------------------------------------------- the release's keys
+
+
+def test_the_bundled_gates_recommend_what_their_model_card_says():
+    assert {kind: load_gates(folder).recommended for kind, folder in tiny_lm.gates().items()} == {
+        "prefill": CumulativeMass(0.95),
+        "decode": CumulativeMass(0.9),
+    }
 
 
 def test_policies_of_the_release(tmp_path: Path):

@@ -61,7 +61,7 @@ class Case:
         ids, positions = self.batch.segment_ids, self.batch.positions
 
         def attend(context: LayerContext, state, q, k, v):
-            q_rotated, k_rotated = rotate(q, k, positions, self.model.config)
+            q_rotated, k_rotated = rotate(q, k, positions, self.model.config.rope)
             settings = {"block_size": BLOCK, "segment_ids": ids, "token_scores": True}
             scored = attention_with_block_scores(q_rotated, k_rotated, v, **settings)
             target = scored.block_scores if self.kind == "prefill" else scored.token_scores

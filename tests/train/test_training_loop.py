@@ -20,9 +20,11 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
+from seer_jax.convert import load_gates
 from seer_jax.gates.configs import Gates
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
+from seer_jax.selection.rules import CumulativeMass
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data.batches import DataConfig
@@ -104,12 +106,31 @@ def test_gates_learn_and_the_base_stays(undisturbed):
 
 def test_finished_run_has_nothing_left_to_do(undisturbed):
     folder, result = undisturbed
-    saved = []
-    config = dataclasses.replace(RUN, output=str(folder))
-    again = distill(config, model=make_model(), dataset=make_rows(), save=lambda *a: saved.append(a), progress=ignore)
-    assert again.step == RUN.steps and again.metrics == {}
+    (
+        folder / "decode_gate" / "attn_gate_weights.safetensors"
+    ).unlink()  # as if it had been killed before the gates were written
+    again = run_to(folder)
+    assert again.step == RUN.steps and again.metrics == {} and again.gates == result.gates
     np.testing.assert_array_equal(keys_of(again.model.decode_gate), keys_of(result.model.decode_gate))
-    assert saved == [(again.model, folder)]
+    np.testing.assert_array_equal(keys_of(load_gates(folder / "decode_gate")), keys_of(result.model.decode_gate))
+
+
+def test_trained_gates_are_written_and_no_others(undisturbed, tmp_path):
+    folder, result = undisturbed
+    assert result.gates == (folder / "decode_gate",)
+    saved = load_gates(folder / "decode_gate", result.model.config)
+    jax.tree.map(np.testing.assert_array_equal, saved, result.model.decode_gate)
+    model = make_model(gates=(PREFILL, DECODE))
+    assert model.decode_gate is not None
+    model.decode_gate.recommended = CumulativeMass(0.9)
+    short = {"steps": 1, "optimizer": OptimizerConfig(warmup_steps=0), "model": "some/base"}
+    for gates, names in ((Gates.DECODE, ["decode_gate"]), (Gates.BOTH, ["prefill_gate", "decode_gate"])):
+        config = distill_config(gates=gates, output=str(tmp_path / gates), **short)
+        result = distill(config, model=model, dataset=make_rows(), progress=ignore)
+        assert result.gates == tuple(tmp_path / gates / name for name in names)
+        assert {p.name for p in (tmp_path / gates).iterdir() if p.name.endswith("_gate")} == set(names)
+        assert load_gates(tmp_path / gates / "decode_gate").recommended == CumulativeMass(0.9)
+        assert json.loads((tmp_path / gates / "decode_gate" / "config.json").read_text())["base_model"] == "some/base"
 
 
 def kill_when(condition, folder: Path) -> bool:
@@ -298,7 +319,7 @@ def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch):
         def encode(self, documents):
             return [[ord(c) - 97 for c in d] for d in documents]
 
-    monkeypatch.setattr("seer_jax.train.data.ModelTokenizer", Letters)
+    monkeypatch.setattr("seer_jax.train.data.batches.ModelTokenizer", Letters)
     (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 50)
     data = DataConfig(paths=(str(tmp_path / "text.txt"),))
     config = dataclasses.replace(RUN, model="some/model", data=data, output=str(tmp_path / "out"))

@@ -31,7 +31,6 @@ from seer_jax.train.step import FrozenWeights, Step, Task, Weights, make_step
 IN_FLIGHT = 2  # steps that metrics lag behind, so that the device has the next step at hand while the host reads them
 SPEED_WINDOW = 20  # steps that tokens per second are averaged over
 
-SaveFunction = Callable[[Transformer, Path], None]
 ProgressFunction = Callable[[StepReport], None]
 
 
@@ -44,12 +43,14 @@ class TrainResult:
       step: steps done, those of earlier runs in the same folder included.
       metrics: of the last step; empty if there was none left to do.
       dataset: the rows that it was trained on.
+      gates: folders of the gates that were written, each for `from_pretrained(gates=...)`.
     """
 
     model: Transformer
     step: int
     metrics: dict[str, float]
     dataset: PackedDataset
+    gates: tuple[Path, ...] = ()
 
 
 def run_folder(config: TrainConfig) -> Path | None:
@@ -65,7 +66,6 @@ def run(
     config: TrainConfig,
     settings: dict[str, Any],
     *,
-    save: SaveFunction | None,
     progress: ProgressFunction | None,
 ) -> TrainResult:
     """Trains until the last step, from the newest checkpoint on if there is one.
@@ -76,7 +76,7 @@ def run(
       dataset: rows to draw from.
       config: the run.
       settings: further settings that decide its numbers, JSON.
-      save, progress: see `distill`.
+      progress: see `distill`.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     start = RunState(0, trained, optimizer.init(trained), DataPosition(), tokens=0)
@@ -111,10 +111,7 @@ def run(
                     checkpoints.save(state)
             if asked:
                 stop.leave(asked, state.step, saved=checkpoints is not None)
-    model = task.parts.merge(state.trained, frozen)
-    if save is not None and folder is not None:
-        save(model, folder)
-    return TrainResult(model, state.step, reporter.last, dataset)
+    return TrainResult(task.parts.merge(state.trained, frozen), state.step, reporter.last, dataset)
 
 
 def _steps(step: Step, state: RunState, frozen: FrozenWeights, dataset: PackedDataset, config: TrainConfig) -> Iterator:
