@@ -21,8 +21,6 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not the first one, so that code which takes jax.devices()[0] meets arrays of another device.
 jax.config.update("jax_default_device", jax.devices()[-1])
-# Float32 models are held to float32 bounds; a GPU would multiply in TF32.
-jax.config.update("jax_default_matmul_precision", "highest")
 
 # Shapes and types of the public signatures are checked at every call, in tests alone.
 if importlib.util.find_spec("beartype"):
@@ -41,6 +39,17 @@ def compile_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def exact_products() -> Iterator[None]:
+    """For tests that hold a float32 base model, or plain attention, to float32 bounds: a GPU would multiply in TF32.
+
+    Not for what promises float32 by itself: there it would hide a product that leaves its precision to the device.
+    """
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", None)
 
 
 @pytest.fixture(scope="module", autouse=True)
