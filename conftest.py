@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# The CPU unless a GPU is asked for: make test-gpu
+# The CPU unless a GPU is asked for: make test-gpu.
 os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
 # Warpgroups of an interpreted kernel that wait for each other each take one of XLA's threads, of which two cores would have too few.
 os.environ.setdefault("PJRT_NPROC", "4")
