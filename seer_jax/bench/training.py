@@ -14,7 +14,7 @@ from seer_jax.bench.harness.measurement import Measurement, Outcome, measure, no
 from seer_jax.bench.harness.plots import Panel
 from seer_jax.bench.harness.report import MILLISECONDS, PROGRAM, Column, Table, report
 from seer_jax.bench.models import random_model
-from seer_jax.gates.configs import DecodeGateConfig, Gates, PrefillGateConfig
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 
@@ -83,7 +83,7 @@ def forward_flop(config: ModelConfig, length: int) -> float:
     return config.num_layers * (2.0 * length * weights + 4 * config.num_heads * dim * pairs)
 
 
-def _step(model: Transformer, gates: Gates, tokens: Int[Array, "B T"], forward: Callable[[], Timing]) -> Outcome:
+def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], forward: Callable[[], Timing]) -> Outcome:
     from seer_jax.train.config import DistillConfig
     from seer_jax.train.data.batches import Batch
     from seer_jax.train.optimizer import make_optimizer, make_schedule
