@@ -10,8 +10,7 @@ from pallas_kernels.cases import Heads
 from pallas_kernels.devices import default_device
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
-from seer_jax.selection.notation import write_policy
-from seer_jax.selection.policies import Policy
+from seer_jax.selection.notation import parse_policy
 from seer_jax.selection.rules import RankingPolicy
 
 BLOCK = 64  # tokens
@@ -100,27 +99,34 @@ class PolicyBench(BenchConfig):
     Attributes:
       densities: shares of the blocks on the lists of the attention kernel.
       model_density: share of the blocks that gate, layer and model keep.
-      policies: what chooses blocks in prefill's selection and decode's layer, such as topk:0.1:window; none: policies of a gate.
+      policies: what chooses blocks in prefill's selection and decode's layer, such as topk:0.1:window; none: some of a gate.
       implementation: of the attention kernel; None: the best one here. Layer and model always take the best one.
     """
 
     densities: tuple[float, ...] = (0.1,)
     model_density: float = 0.1
-    policies: tuple[Policy, ...] = ()
+    policies: tuple[str, ...] = ()
     implementation: Implementation | None = None
 
     @property
     def rules(self) -> dict[str, RankingPolicy]:
-        """The policies by their text."""
-        return {write_policy(policy): policy for policy in self.policies if isinstance(policy, RankingPolicy)}
+        """The policies by their text.
+
+        Raises:
+          ValueError: one is no policy, or ranks no blocks.
+        """
+        rules = {}
+        for text in self.policies:
+            rules[text] = parse_policy(text)
+            if not isinstance(rules[text], RankingPolicy):
+                raise ValueError(f"policies must rank blocks, as topk:0.1 does; got {text}.")
+        return rules
 
     def _check_policies(self) -> None:
         for density in (*self.densities, self.model_density):
             if not 0 < density <= 1:
                 raise ValueError(f"Densities must lie in (0, 1]; got {density}.")
-        for policy in self.policies:
-            if not isinstance(policy, RankingPolicy):
-                raise ValueError(f"policies must rank blocks, as topk:0.1 does; got {write_policy(policy)}.")
+        _ = self.rules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,8 +159,8 @@ def as_prefill(
     lengths: Int[Array, "B"],
 ) -> AttentionCall:
     """A call that reads the first B rows of the cache, as that of a prompt with T = 1."""
+    q, offset = q[:, None], lengths - 1
     if blocks is None:
-        blocks = BlockIndices.all_causal(1, k.shape[1], block_size=BLOCK, query_offset=lengths - 1, batch=len(q))
-    else:
-        blocks = BlockIndices(blocks.counts[..., None], blocks.indices[:, :, None], blocks.block_size)
-    return AttentionCall(q[:, None], k, v, blocks, lengths - 1, lengths)
+        return AttentionCall.dense(q, k, v, offset, lengths)
+    blocks = BlockIndices(blocks.counts[..., None], blocks.indices[:, :, None], blocks.block_size)
+    return AttentionCall(q, k, v, blocks, offset, lengths)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import AttentionWithScores, BlockIndices, attention_with_block_scores
+from pallas_kernels import AttentionWithScores, attention_with_block_scores
 from pallas_kernels.block_ground_truth.cases import Case
 from pallas_kernels.cases import Heads
-from seer_jax.bench.configs import BLOCK, GroundTruthBench
+from seer_jax.bench.configs import GroundTruthBench
 from seer_jax.bench.harness.clock import time_calls
 from seer_jax.bench.harness.measurement import DenseTimes, Measurement, Outcome, measure
 from seer_jax.bench.harness.plots import Panel
@@ -85,9 +85,10 @@ def _check_and_time(config: GroundTruthBench, case: Case, size: int, dense_times
             run(*chunk)
         return run(*chunks[-1])
 
+    lengths = jnp.full(case.batch, case.length, jnp.int32)
     errors: dict[str, float | None] = {"scores_error": None}
     for key, chunk in zip(keys, ends, strict=False):
-        outcome = check_result(key, _call(*chunk, k, v), run(*chunk), run(*chunk))
+        outcome = check_result(key, AttentionCall.dense(chunk[0], k, v, chunk[1], lengths), run(*chunk), run(*chunk))
         errors |= {name: max(x or 0.0, errors.get(name) or 0.0) for name, x in outcome.results.items()}
         if outcome.failure is not None:
             return outcome._replace(results=errors)
@@ -100,12 +101,6 @@ def _check_and_time(config: GroundTruthBench, case: Case, size: int, dense_times
         "extra_gib": max(scratch_bytes(program) for program in programs.values()) / GIB,
     }
     return Outcome({**errors, **timing._asdict(), **results}, note)
-
-
-def _call(q: Array, offset: Array, k: Array, v: Array) -> AttentionCall:
-    """What a chunk is held against: every causal block on its list."""
-    blocks = BlockIndices.all_causal(q.shape[1], k.shape[1], block_size=BLOCK, query_offset=offset, batch=len(q))
-    return AttentionCall(q, k, v, blocks, offset, jnp.full(len(q), k.shape[1], jnp.int32))
 
 
 def scratch_bytes(program: jax.stages.Compiled) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from pallas_kernels import AttentionWithScores, BlockIndices, block_sparse_attention
-from pallas_kernels.backends import Implementation
+from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.block_sparse_attention.cases import Case
 from seer_jax import tiny_lm
 from seer_jax.bench.configs import PrefillBench
@@ -22,7 +22,7 @@ from seer_jax.bench.harness.report import DENSE, DENSITY, ERRORS, MILLISECONDS, 
 from seer_jax.bench.harness.sampled_check import AttentionCall, check_result
 from seer_jax.selection.rules import TopK
 
-PACKAGE = "pallas_kernels.block_sparse_attention"
+OPERATION = Operation("block_sparse_attention", "pallas_kernels.block_sparse_attention")
 RATE = Column("eff.\nTFLOP/s", "effective_tflops", ".3g", "4 b^2 D flop for each listed block of a head, over the time")
 ALIGNED = (
     Column("aligned\nTFLOP/s", "aligned_tflops", ".3g", "rate of the aligned case beside it"),
@@ -96,7 +96,7 @@ def variants(implementation: Implementation | None) -> dict[str, Any]:
     """The configurations by name that a backend offers as `CONFIGS`; none where it has no such choice."""
     if implementation is None:
         return {}
-    return getattr(importlib.import_module(f"{PACKAGE}.{implementation}"), "CONFIGS", {})
+    return getattr(importlib.import_module(f"{OPERATION.package}.{implementation}"), "CONFIGS", {})
 
 
 @dataclasses.dataclass
@@ -167,18 +167,17 @@ def compiled(implementation: Implementation | None, config: Any | None, density:
     """The operation under `jax.jit`, giving (out, lse).
 
     Args:
-      config: of the named backend, which is then called directly; None: the backend chooses.
+      config: of the named backend; None: the backend chooses.
       density: that is expected, a hint.
     """
     if config is None:
         attend = functools.partial(block_sparse_attention, return_lse=True, implementation=implementation)
         return jax.jit(functools.partial(attend, density=density))
-    backend = importlib.import_module(f"{PACKAGE}.{implementation}").block_sparse_attention
 
     def run(*, query_offset: Array, lengths: Array, **arrays: Any) -> Any:
         offsets = jnp.broadcast_to(query_offset, lengths.shape).astype(jnp.int32)
         rest = dict(scale=arrays["q"].shape[-1] ** -0.5, density=density, config=config)
-        return backend(**arrays, query_offset=offsets, lengths=lengths, **rest)
+        return OPERATION(implementation, **arrays, query_offset=offsets, lengths=lengths, **rest)
 
     return jax.jit(run)
 
@@ -193,7 +192,5 @@ def listed_flops(call: AttentionCall) -> float:
 
 def listed_share(call: AttentionCall) -> float:
     """Listed blocks over those that each row could list, mean over the lists."""
-    (batch, num_queries), num_keys = call.q.shape[:2], call.k.shape[1]
-    offset, b = call.query_offset, call.blocks.block_size
-    every = BlockIndices.all_causal(num_queries, num_keys, block_size=b, query_offset=offset, batch=batch)
+    every = AttentionCall.dense(*call[:3], *call[4:], block_size=call.blocks.block_size).blocks
     return float(call.blocks.density(every.counts).mean())

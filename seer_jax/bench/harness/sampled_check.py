@@ -39,6 +39,15 @@ class AttentionCall(NamedTuple):
     query_offset: Int[Array, "*B"]
     lengths: Int[Array, "B"]
 
+    @classmethod
+    def dense(
+        cls, q: Array, k: Array, v: Array, query_offset: Array, lengths: Array, *, block_size: int = 64
+    ) -> "AttentionCall":
+        """A call with every causal block on its lists."""
+        offset, shape = jnp.broadcast_to(query_offset, lengths.shape), (q.shape[1], k.shape[1])
+        blocks = BlockIndices.all_causal(*shape, block_size=block_size, query_offset=offset, batch=len(q))
+        return cls(q, k, v, blocks, query_offset, lengths)
+
     @property
     def positions(self) -> Int32[Array, "B T"]:
         """Of the queries."""

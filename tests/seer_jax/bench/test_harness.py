@@ -1,63 +1,44 @@
-"""Measurements: the clock, the work that is counted, what counts as wrong, and the file."""
+"""The harness of measurements: the clock, the check of results, notes and failures, the file, tables and plots."""
 
 import dataclasses
+import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from rich.console import Console
 
-from pallas_kernels import bench as measurements
-from pallas_kernels import block_sparse_attention
-from pallas_kernels import cases as shapes
+from pallas_kernels import AttentionWithScores, attention_with_block_scores, block_sparse_attention
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.bench import (
-    GIB,
-    MOVED_BYTES,
-    MOVES,
-    Measurement,
-    Timing,
-    guarded,
-    layers_beyond_cache,
-    memory_rate,
-    time_calls,
-    time_chain,
-    too_large,
-    variants,
-    write_report,
-)
-from pallas_kernels.block_sparse_attention import bench, xla
-from pallas_kernels.block_sparse_attention.bench import Bench, listed_flops, odd_cases, sweep
 from pallas_kernels.block_sparse_attention.cases import Case
-from pallas_kernels.block_sparse_attention.sampled_check import find_fault, sampled_errors
-from pallas_kernels.cases import Heads, large_random_array
-from tests.pallas_kernels.comparison import KEY, listed_blocks
+from pallas_kernels.cases import Heads
+from pallas_kernels.devices import default_device
+from seer_jax.bench.decode import PANELS as DECODE_PANELS
+from seer_jax.bench.harness import clock, measurement
+from seer_jax.bench.harness.clock import Timing, layers_beyond_cache, memory_rate, time_calls, time_carried, time_chain
+from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, write_json
+from seer_jax.bench.harness.plots import plot_panels
+from seer_jax.bench.harness.report import print_tables
+from seer_jax.bench.harness.sampled_check import AttentionCall, check_result
+from seer_jax.bench.prefill import FIRST_TOKEN
+from seer_jax.bench.prefill import PANELS as PREFILL_PANELS
+from seer_jax.inference.memory import GIB, DeviceMemory
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+KEY = jax.random.key(0)
 HEADS = Heads(4, 2, 64)
 RAGGED = Case("ragged", HEADS, 128, batch=2, density=0.5, lengths=(128, 70))
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[..., Any]]]:
-    """Every call takes 2 ms; the list holds the functions that were timed."""
-    timed: list[Callable[..., Any]] = []
-
-    def fixed(function: Callable[..., Any], *_: Any) -> Timing:
-        timed.append(function)
-        return Timing(2.0, 0.1, 3)
-
-    monkeypatch.setattr(bench, "time_calls", fixed)
-    yield timed
-
-
 def test_the_clock_counts_calls(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measurements, "WARM_UP", 0.01)
+    monkeypatch.setattr(clock, "WARM_UP", 0.01)
     calls = []
 
     def slow() -> jax.Array:
@@ -66,30 +47,28 @@ def test_the_clock_counts_calls(monkeypatch: pytest.MonkeyPatch):
         return jnp.ones(())
 
     timing = time_calls(slow, seconds=0.02, repetitions=3)
-    assert timing.milliseconds >= 5 and 1 <= timing.calls <= 4 and timing.spread >= 0
-    assert len(calls) >= 2 + 3 * timing.calls
+    assert timing.milliseconds >= 5 and timing.spread >= 0 and len(calls) >= 2 + 3
 
 
-def test_calls_of_a_chain_take_what_the_one_before_gave():
-    def step(state: jax.Array, shared: jax.Array, operand: jax.Array, number: int) -> jax.Array:
-        return 10 * state + operand + number * shared
-
-    operands = [jnp.asarray(1), jnp.asarray(2)]
+def test_calls_of_a_chain_take_what_the_one_before_gave(two_milliseconds: list[Callable[..., Any]]):
     seen = []
 
-    def fixed(function: Callable[..., Any], *arguments: Any) -> Timing:
-        seen.append(int(function(*arguments)))
-        return Timing(12.0, 0.1, 3)
+    def step(state: jax.Array, shared: jax.Array, operand: jax.Array, number: int) -> jax.Array:
+        state = 10 * state + operand + number * shared
+        jax.debug.callback(lambda x: seen.append(int(x)), state, ordered=True)
+        return state
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurements, "time_calls", fixed)
-        timing = time_chain(step, jnp.asarray(0), jnp.asarray(5), operands, seconds=1e-3)
-    calls = timing.calls // 3
-    assert timing.milliseconds == 12 / calls and calls % 2 == 0
-    expected = 0
-    for number in range(calls):
-        expected = 10 * expected + int(operands[number % 2]) + number % 2 * 5
-    assert seen == [expected]
+    timing = time_chain(step, jnp.asarray(0), jnp.asarray(5), [jnp.asarray(1), jnp.asarray(2)], seconds=1e-3)
+    jax.effects_barrier()
+    calls = round(2 / timing.milliseconds)
+    assert len(seen) == calls and calls % 2 == 0 and seen[:2] == [1, 17]
+
+
+def test_each_call_gets_what_the_one_before_carried(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(clock, "WARM_UP", 0.0)
+    add = jax.jit(lambda carried, step: (carried + step, carried), donate_argnums=0)
+    _, last = time_carried(add, jnp.asarray(0), jnp.asarray(3))
+    assert last >= 6 and last % 3 == 0
 
 
 @pytest.mark.parametrize(("reading", "copying", "moved"), [(2.0, 5.0, 1), (2.0, 3.0, 4 / 3)])
@@ -98,74 +77,50 @@ def test_the_rate_of_the_memory_is_that_of_a_sum_or_a_copy(
 ):
     times = iter((reading, copying))
 
-    def fixed(run, *arguments):
+    def fixed(run: Callable[..., Any], *arguments: Any) -> Timing:
         for _ in range(2):
             jax.block_until_ready(run(*arguments))
-        return Timing(next(times), 0.1, 1)
+        return Timing(next(times), 0.1)
 
-    monkeypatch.setattr(measurements, "time_calls", fixed)
-    size = MOVED_BYTES if jax.default_backend() == "gpu" else MOVED_BYTES // 128
-    assert memory_rate.__wrapped__() == pytest.approx(moved * size * MOVES / 2e-3)
+    monkeypatch.setattr(clock, "time_calls", fixed)
+    device = default_device()
+    size = clock.MOVED_BYTES if device.platform == "gpu" else clock.MOVED_BYTES // 128
+    assert memory_rate.__wrapped__(device) == pytest.approx(moved * size * clock.MOVES / 2e-3)
 
 
 def test_layers_take_turns_until_the_cache_has_forgotten(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(clock, "default_device", lambda: SimpleNamespace(platform="gpu"))
     assert [layers_beyond_cache(x, 2**25) for x in (2e8, 1e8, 3.3e6, 1e3)] == [1, 2, 61, 64]
     assert [layers_beyond_cache(3.3e6, size) for size in (2**30, 2**33, 2**36)] == [16, 2, 1]
 
 
-def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measurements, "memory_limit", lambda: 10 * GIB)
-    assert too_large(9 * GIB) is None
-    assert "needs 9.5 GiB; 90% of the 10.0 GiB that JAX may use here are 9.0" in (too_large(9.5 * GIB) or "")
-    monkeypatch.setattr(measurements, "memory_limit", lambda: None)
-    assert too_large(1e15) is None
-
-
-def test_a_large_array_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shapes, "ELEMENTS_AT_ONCE", 1000)
-    key = jax.random.key(0, impl="rbg")
-    array = np.asarray(large_random_array(key, (7, 30, 16), "bfloat16", 2.0), np.float32)
-    assert abs(array.std() / 2 - 1) < 0.05 and abs(array.mean()) < 0.1
-    assert len(np.unique(array.reshape(-1, 16), axis=0)) == 7 * 30
-
-
-def arguments_of(case: Case) -> dict[str, Any]:
+def call_of(case: Case) -> AttentionCall:
     arguments = case.arguments(KEY)
     arguments.setdefault("lengths", jnp.full(case.batch, arguments["k"].shape[1], jnp.int32))
-    return arguments
+    return AttentionCall(**arguments)
+
+
+def result_of(call: AttentionCall) -> AttentionWithScores:
+    out, lse = block_sparse_attention(**call._asdict(), return_lse=True)
+    return AttentionWithScores(out, lse, None, None)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case("own", HEADS, 200, density=0.5),
-        Case("shared", HEADS, 200, density=0.5, lists=2),
-        Case("large", HEADS, 300, density=0.5, lists=1, block_size=128),
         RAGGED,
-        Case("chunk", HEADS, 64, 256, density=0.5, query_offset=192),
+        Case("shared lists", HEADS, 200, density=0.3, lists=2),
+        Case("f32", HEADS, 200, density=0.3, dtype="float32"),
+        Case("chunk", HEADS, 77, 205, density=0.5, query_offset=128, block_size=128),
     ],
     ids=lambda case: case.name,
 )
-def test_flops_are_those_of_listed_blocks(case: Case):
-    """4 b^2 D for each pair of a query head and a block on its list; rows beyond a sequence count nothing."""
-    arguments = arguments_of(case)
-    q, k, blocks = arguments["q"], arguments["k"], arguments["blocks"]
-    listed = listed_blocks(blocks, -(-k.shape[1] // case.block_size))
-    count = 0
-    for i, h in np.ndindex(len(q), q.shape[2]):
-        rows = -(-max(0, int(arguments["lengths"][i]) - int(arguments["query_offset"])) // case.block_size)
-        count += listed[i, h * listed.shape[1] // q.shape[2], :rows].sum()
-    assert listed_flops(arguments) == 4 * case.block_size**2 * HEADS.head_dim * count
-
-
-def test_a_right_result_has_no_fault():
-    for case in (RAGGED, Case("bf16", HEADS, 200, density=0.3), Case("f32", HEADS, 200, density=0.3, dtype="float32")):
-        arguments = arguments_of(case)
-        result = block_sparse_attention(**arguments, return_lse=True)
-        errors = sampled_errors(KEY, arguments, *result)
-        assert find_fault(errors, arguments, result, result) is None
-        assert 0 < errors.out < 3e-3 and errors.lse < 1e-5
+def test_a_right_result_has_no_fault(case: Case):
+    call = call_of(case)
+    result = result_of(call)
+    outcome = check_result(KEY, call, result, result)
+    error, lse_error = (outcome.results[name] or 0.0 for name in ("error", "lse_error"))
+    assert outcome.failure is None and 0 < error < 3e-3 and lse_error < 1e-5
 
 
 FAULTS = [
@@ -173,119 +128,86 @@ FAULTS = [
     (lambda out, lse: (out, lse + 2e-4), "lse errs by 2"),
     (lambda out, lse: (out.at[0, 3].set(jnp.nan), lse), "all others finite"),
     (lambda out, lse: (out, lse.at[0, 3].set(-jnp.inf)), "all others finite"),
-    (lambda out, lse: (out.at[1, 71, 0, 0].set(1e-9), lse), "must give 0"),
-    (lambda out, lse: (out, lse.at[1, 71, 0].set(0)), "lse -inf"),
+    (lambda out, lse: (out.at[1, 71, 0, 0].set(1e-9), lse), "must be 0"),
+    (lambda out, lse: (out, lse.at[1, 71, 0].set(0)), "-inf for queries"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), FAULTS, ids=[m for _, m in FAULTS])
 def test_a_wrong_result_is_found(change: Callable, message: str):
-    arguments = arguments_of(RAGGED)
-    result = change(*block_sparse_attention(**arguments, return_lse=True))
-    fault = find_fault(sampled_errors(KEY, arguments, *result), arguments, result, result)
-    assert fault is not None and message in fault
+    call = call_of(RAGGED)
+    out, lse = change(*result_of(call)[:2])
+    result = AttentionWithScores(out, lse, None, None)
+    assert message in (check_result(KEY, call, result, result).failure or "")
 
 
 def test_a_block_left_out_is_found():
     """By lse at the latest, in a row of all 32 blocks."""
-    case = Case("whole", HEADS, 2048, density=1.0)
-    arguments = arguments_of(case)
-    blocks = arguments["blocks"]
-    fewer = dataclasses.replace(blocks, counts=jnp.maximum(blocks.counts - 1, 1))
-    result = block_sparse_attention(**arguments | {"blocks": fewer}, return_lse=True)
-    assert find_fault(sampled_errors(KEY, arguments, *result), arguments, result, result) is not None
+    call = call_of(Case("whole", HEADS, 2048, density=1.0))
+    fewer = dataclasses.replace(call.blocks, counts=jnp.maximum(call.blocks.counts - 1, 1))
+    result = result_of(call._replace(blocks=fewer))
+    assert check_result(KEY, call, result, result).failure is not None
 
 
 def test_two_runs_that_differ_are_found():
-    arguments = arguments_of(RAGGED)
-    out, lse = block_sparse_attention(**arguments, return_lse=True)
-    other = out.at[0, 5, 1, 7].multiply(1.01)
-    errors = sampled_errors(KEY, arguments, out, lse)
-    assert find_fault(errors, arguments, (out, lse), (other, lse)) == "two runs on the same arrays differ"
+    call = call_of(RAGGED)
+    first = result_of(call)
+    second = first._replace(output=first.output.at[0, 5, 1, 7].multiply(1.01))
+    assert check_result(KEY, call, first, second).failure == "two runs on the same arrays differ"
 
 
-@pytest.mark.slow
-def test_a_sweep_times_dense_attention_once_per_shape(clock: list[Callable[..., Any]]):
-    lines = list(Bench("xla").sweep(sweep(HEADS, (64,), (0.5, 1.0))))
-    assert len(lines) == 6 and len(clock) == 6 + 1
-    assert {m.results["density"] for m in lines if m.settings["density"] == 1} == {1.0}
-    first = lines[0]
-    assert first.case == "64, 64x64, own, 0.5" and first.failure is None
-    assert first.results["speedup"] == 1
-    assert first.results["effective_tflops"] == pytest.approx(4 * 64 * 64 * 64 * 4 / 2e-3 / 1e12)
-    assert first.settings["implementation"] == "xla" and first.settings["config"] is None
+@pytest.mark.parametrize("name", [None, "output", "lse", "block_scores", "token_scores"])
+@pytest.mark.parametrize(("offset", "queries"), [(0, 150), (64, 86)])
+def test_wrong_scores_are_found(name: str | None, offset: int, queries: int):
+    case = call_of(Case("", HEADS, 150, dtype="float32"))
+    q, at = case.q[:, offset : offset + queries], jnp.int32(offset)
+    call = AttentionCall.dense(q, case.k, case.v, at, case.lengths)
+    result = attention_with_block_scores(q, case.k, case.v, token_scores=True, query_offset=at)
+    if name is not None:
+        result = result._replace(**{name: 1.01 * getattr(result, name)})
+    outcome = check_result(KEY, call, result, result)
+    expected = {None: "", "output": "the output errs by", "lse": "lse errs by"}.get(name, "scores err by")
+    assert (outcome.failure or "").startswith(expected) and (name is None) == (outcome.failure is None)
+    if name is None:
+        assert (outcome.results["scores_error"] or 0.0) < 1e-5
 
 
-@pytest.mark.slow
-def test_odd_cases_stand_beside_aligned_ones(clock: list[Callable[..., Any]]):
-    unaligned, ragged, *_, chunk = odd_cases(HEADS, 256)
-    pairs = [unaligned, ragged, chunk]
-    lines = list(Bench().pairs(pairs))
-    assert [m.case for m in lines] == [odd.name for odd, _ in pairs]
-    for m in lines:
-        assert m.failure is None
-        ours, aligned = m.results["effective_tflops"], m.results["aligned_tflops"]
-        assert ours and aligned and m.results["share_of_aligned"] == ours / aligned
-    assert lines[-1].results["speedup"] is None and "no query offset" in (lines[-1].note or "")
+UNABLE, BROKEN, FULL = Unsupported("no such device\nmore"), "broken", "RESOURCE_EXHAUSTED: no memory"
 
 
-def test_a_wrong_result_is_not_timed(clock: list[Callable[..., Any]], monkeypatch: pytest.MonkeyPatch):
-    def wrong(*_: Any) -> Callable[..., Any]:
-        def run(**arguments: Any) -> Any:
-            out, lse = block_sparse_attention(**arguments, return_lse=True)
-            return out * 1.05, lse
+@pytest.mark.parametrize(
+    ("error", "limits", "outcome"),
+    [
+        (UNABLE, {}, dict(note="no such device")),
+        (UNABLE, dict(required=True), dict(failure="no such device")),
+        (jax.errors.JaxRuntimeError(BROKEN), dict(needed_bytes=0), dict(failure=BROKEN)),
+        (jax.errors.JaxRuntimeError(FULL), {}, dict(failure=FULL)),
+        (jax.errors.JaxRuntimeError(FULL), dict(needed_bytes=0), dict(note=FULL)),
+    ],
+)
+def test_what_cannot_be_measured_says_why(error: Exception, limits: dict, outcome: dict):
+    def run() -> Outcome:
+        raise error
 
-        return run
-
-    monkeypatch.setattr(bench, "compiled", wrong)
-    (line,) = Bench().sweep([RAGGED])
-    assert "the output errs by" in (line.failure or "")
-    assert "milliseconds" not in line.results and not clock
-
-
-def test_every_variant_of_an_implementation(clock: list[Callable[..., Any]], monkeypatch: pytest.MonkeyPatch):
-    assert variants(bench.PACKAGE, "xla") == variants(bench.PACKAGE, None) == {}
-    plain, seen = xla.block_sparse_attention, []
-
-    def with_config(*arguments: Any, config: str, **numbers: Any) -> Any:
-        seen.append(config)
-        return plain(*arguments, **numbers)
-
-    monkeypatch.setattr(xla, "CONFIGS", {"wide": "w", "deep": "d"}, raising=False)
-    monkeypatch.setattr(xla, "block_sparse_attention", with_config)
-    for choice in variants(bench.PACKAGE, "xla").items():
-        (line,) = Bench("xla", choice).sweep([RAGGED])
-        assert line.failure is None and line.settings["config"] == choice[0]
-    assert seen == ["w", "d"]
+    assert measure("attention", "case", {}, run, **limits) == Measurement("attention", "case", {}, **outcome)
 
 
-def test_what_cannot_be_had_says_why():
-    blank = Measurement("attention", "case", {})
-
-    def fail(error: Exception) -> Callable[[], Measurement]:
-        def measure() -> Measurement:
-            raise error
-
-        return measure
-
-    assert guarded(fail(Unsupported("no such device\nmore")), blank) == dataclasses.replace(
-        blank, note="no such device"
-    )
-    needed = guarded(fail(Unsupported("no such device")), blank, required=True)
-    assert needed.failure == "no such device" and needed.note is None
-    broken = guarded(fail(jax.errors.JaxRuntimeError("out of memory")), blank)
-    assert broken.failure == "out of memory" and broken.note is None
-    full = fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory"))
-    assert guarded(full, blank).failure and guarded(full, blank, must_fit=False).note == "RESOURCE_EXHAUSTED: no memory"
-    assert guarded(fail(jax.errors.JaxRuntimeError("broken")), blank, must_fit=False).failure == "broken"
+def test_a_defect_shows():
     with pytest.raises(KeyError):
-        guarded(fail(KeyError("a defect shows")), blank)
+        measure("attention", "case", {}, lambda: {}["no such key"])
+
+
+def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measurement, "device_memory", lambda device: DeviceMemory(10 * GIB, 0))
+    assert measure("x", "case", {}, lambda: Outcome({"a": 1.0}), needed_bytes=9 * GIB).results == {"a": 1.0}
+    note = measure("x", "8 x 64", {}, lambda: pytest.fail("tried"), needed_bytes=9.5 * GIB).note
+    assert "8 x 64 needs 9.5 GiB; 90% of the 10.0 GiB that JAX may use here are 9.0" in (note or "")
 
 
 def test_the_report_holds_what_is_needed_to_repeat_it(tmp_path: Path):
     lines = [Measurement("attention", "a", dict(length=64), dict(milliseconds=1.5, error=math.nan), None, "wrong")]
     path = tmp_path / "new" / "bench.json"
-    write_report(path, lines, command=["seer-jax", "bench", "prefill"])
+    write_json(path, lines, command=["seer-jax", "bench", "prefill"])
     report = json.loads(path.read_text())
     assert report["device"] == jax.devices()[0].device_kind and report["command"] == "seer-jax bench prefill"
     assert report["versions"]["jax"] == jax.__version__ and report["date"].startswith("20")
@@ -293,3 +215,36 @@ def test_the_report_holds_what_is_needed_to_repeat_it(tmp_path: Path):
         dict(table="attention", case="a", settings=dict(length=64), results=dict(milliseconds=1.5, error=None), note=None,
              failure="wrong")
     ]  # fmt: skip
+
+
+def line(table: str, milliseconds: float, **settings: Any) -> Measurement:
+    return Measurement(table, f"{table} case", settings, dict(milliseconds=milliseconds))
+
+
+def test_a_line_stands_beside_the_dense_one_before_it():
+    lines = [line("model", x, density=density) for density, x in ((None, 8.0), (0.1, 2.0), (None, 9.0), (0.1, 3.0))]
+    assert [m.results["speedup"] for m in beside_dense(lines)] == [1, 4, 1, 3]
+    failed = Measurement("model", "dense", dict(density=None), note="no memory")
+    assert [m.results.get("speedup") for m in beside_dense([lines[0], failed, lines[1]])] == [1, None, None]
+
+
+def test_what_does_not_apply_is_a_dash():
+    console = Console(file=io.StringIO(), width=100)
+    dense = dataclasses.replace(line("model", 2.0, density=None), note="no memory is told")
+    print_tables(console, (FIRST_TOKEN,), list(beside_dense([dense])))
+    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    row = next(x for x in text.splitlines() if x.startswith("model case"))
+    assert row.split() == ["model", "case", "-", "2", "1.00", "-", "-", "-"]
+    assert "-: no memory is told" in text
+
+
+@pytest.mark.parametrize(
+    ("panels", "lines"),
+    [
+        (PREFILL_PANELS, [line("attention", 1.0)]),
+        (DECODE_PANELS, [line("decode model", 1.0, batch=1, length=64, density=0.1)]),
+    ],
+)
+def test_a_plot_needs_something_to_compare_with(tmp_path: Path, panels: Any, lines: list[Measurement]):
+    with pytest.raises(ValueError, match="got none to draw"):
+        plot_panels(tmp_path / "x.png", panels, lines)
