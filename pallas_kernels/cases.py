@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pallas_kernels.blocks import BlockIndices
 
-NUMBERS_AT_ONCE = 2**21  # of a large array, when it is drawn: little memory besides the array itself
+ELEMENTS_AT_ONCE = 2**21  # of a large array, when it is drawn: little memory besides the array itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def large_random_array(
       key: of the implementation "rbg", which draws fast.
     """
     rows = math.prod(shape[:-1])
-    most = max(1, NUMBERS_AT_ONCE // shape[-1])
+    most = max(1, ELEMENTS_AT_ONCE // shape[-1])
     parts = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
 
     def part(key: PRNGKeyArray) -> Float[Array, "rows last"]:

@@ -1,7 +1,7 @@
 """Attention of rows of queries over lists of key blocks, in XLA: what prefill and decode share.
 
 A row is M queries that read one key/value head and share one list: a block of queries (times the heads that share its list) in
-prefill, the heads of a group in decode. Rows are sorted by the length of their lists and taken in chunks; a chunk walks its lists
+prefill, the heads of a group in decode. SparseRows are sorted by the length of their lists and taken in chunks; a chunk walks its lists
 a few blocks at a time and stops at its longest one. So the time follows the number of blocks on the lists, not their width, and
 no array is larger than a chunk of rows times a few key blocks.
 
@@ -24,7 +24,7 @@ _NOWHERE = 2**30  # a key position beyond every limit
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**19, 2**25
 
 
-class Rows(NamedTuple):
+class SparseRows(NamedTuple):
     """What each of R rows may see.
 
     Fields:
@@ -48,17 +48,17 @@ class Tiling(NamedTuple):
     keys_per_step: int
 
     @property
-    def slots(self) -> int:
+    def blocks_per_step(self) -> int:
         """List entries that a step takes."""
         return max(1, self.keys_per_step // self.block_size)
 
     def rows_per_chunk(self, elements: int, queries: int, head_dim: int) -> int:
-        """Rows whose key tile and scores have at most so many elements each."""
-        return max(1, elements // (self.slots * self.block_size * max(queries, head_dim)))
+        """SparseRows whose key tile and scores have at most so many elements each."""
+        return max(1, elements // (self.blocks_per_step * self.block_size * max(queries, head_dim)))
 
 
-def attend_rows(
-    q: Float[Array, "R M D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], rows: Rows, tiling: Tiling
+def attend_sparse_rows(
+    q: Float[Array, "R M D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], rows: SparseRows, tiling: Tiling
 ) -> tuple[Float[Array, "R M D"], Float32[Array, "R M"]]:
     """Returns the output of each query, in q's dtype, and its lse; 0 and -inf where it sees no key.
 
@@ -90,18 +90,18 @@ def _attend_chunks(tiling, chunk_elements, q, k, v, rows):
 
 
 def _forward(q, k, v, rows, tiling):
-    out, lse = attend_rows(q, k, v, rows, tiling)
+    out, lse = attend_sparse_rows(q, k, v, rows, tiling)
     return (out, lse), (q, k, v, rows, out, lse)
 
 
-def attend_rows_gradients(
-    tiling: Tiling, residuals: tuple[Array, Array, Array, Rows, Array, Array], cotangents: tuple[Array, Array]
+def attend_sparse_rows_gradients(
+    tiling: Tiling, residuals: tuple[Array, Array, Array, SparseRows, Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Float[Array, "R M D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
     """Gradients in q, k and v: walks the lists once more, with the weights recomputed from lse.
 
     Args:
-      tiling: as in `attend_rows`.
-      residuals: (q, k, v, rows, out, lse), arguments and results of `attend_rows`.
+      tiling: as in `attend_sparse_rows`.
+      residuals: (q, k, v, rows, out, lse), arguments and results of `attend_sparse_rows`.
       cotangents: gradients in (out, lse).
     """
     q, k, v, rows, out, lse = residuals
@@ -140,7 +140,7 @@ def _gradient_chunks(tiling, chunk_elements, q, k, v, rows, d_out, lse, inner):
 
 
 def _backward(tiling, residuals, cotangents):
-    return *attend_rows_gradients(tiling, residuals, cotangents), None
+    return *attend_sparse_rows_gradients(tiling, residuals, cotangents), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -154,9 +154,11 @@ def _with_chunk_size(function: Callable[..., Any], tiling: Tiling, *operands: An
     return jax.lax.platform_dependent(*operands, cpu=on_cpus, default=on_others)
 
 
-def _sorted_chunks(rows: Rows, tiling: Tiling, chunk_elements: int, q: Array, *others: Array) -> tuple[Array, Any]:
+def _sorted_chunks(
+    rows: SparseRows, tiling: Tiling, chunk_elements: int, q: Array, *others: Array
+) -> tuple[Array, Any]:
     """Sorts the rows by the length of their lists and cuts them into chunks [n, X, ...]; the last chunk is filled up."""
-    rows = rows._replace(indices=jnp.pad(rows.indices, ((0, 0), (0, -rows.indices.shape[1] % tiling.slots))))
+    rows = rows._replace(indices=jnp.pad(rows.indices, ((0, 0), (0, -rows.indices.shape[1] % tiling.blocks_per_step))))
     size = min(len(q), tiling.rows_per_chunk(chunk_elements, *q.shape[1:]))
     order = jnp.pad(jnp.argsort(rows.counts), (0, -len(q) % size), constant_values=len(q))
     counts = rows.counts.at[order].get(mode="fill", fill_value=0)  # what fills up the last chunk has empty lists
@@ -170,23 +172,23 @@ def _unsort(order: Array, chunked: Any, num_rows: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[inverse], chunked)
 
 
-def _num_steps(rows: Rows, tiling: Tiling) -> Array:
-    return -(-rows.counts.max() // tiling.slots)
+def _num_steps(rows: SparseRows, tiling: Tiling) -> Array:
+    return -(-rows.counts.max() // tiling.blocks_per_step)
 
 
 def _scores(
-    q: Float[Array, "X M D"], k: Float[Array, "B S K D"], rows: Rows, step: Array, tiling: Tiling
+    q: Float[Array, "X M D"], k: Float[Array, "B S K D"], rows: SparseRows, step: Array, tiling: Tiling
 ) -> tuple[Int32[Array, "X W"], Float32[Array, "X M W"]]:
     """Which key vectors step number `step` reads, and the scores on them, -inf where they must not be seen."""
-    b, slots = tiling.block_size, tiling.slots
-    block = jax.lax.dynamic_slice_in_dim(rows.indices, step * slots, slots, axis=1)
-    valid = step * slots + jnp.arange(slots)[None] < rows.counts[:, None]
+    b, blocks_per_step = tiling.block_size, tiling.blocks_per_step
+    block = jax.lax.dynamic_slice_in_dim(rows.indices, step * blocks_per_step, blocks_per_step, axis=1)
+    valid = step * blocks_per_step + jnp.arange(blocks_per_step)[None] < rows.counts[:, None]
     # Fillers have no meaning: in their place the row's first block is read again, and masked.
     first = jnp.where(rows.counts[:, None] > 0, rows.indices[:, :1], 0)
     position = jnp.where(valid, block, first)[..., None] * b + jnp.arange(b)[None, None]
     source = rows.start[:, None, None] + jnp.minimum(position, k.shape[1] - 1) * k.shape[2]
     position = jnp.where(valid[..., None], position, _NOWHERE)
-    source, position = (x.reshape(len(q), slots * b) for x in (source, position))
+    source, position = (x.reshape(len(q), blocks_per_step * b) for x in (source, position))
     scores = tiling.scale * dot("xqd,xsd->xqs", q, _vectors(k, source))
     return source, jnp.where(position[:, None] < rows.limit[..., None], scores, -jnp.inf)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows, attend_rows_gradients
+from pallas_kernels.sparse_rows import SparseRows, Tiling, attend_sparse_rows, attend_sparse_rows_gradients
 
 _KEYS_PER_STEP = 128  # wide enough for matrix units; wider wastes work on short lists
 
@@ -27,7 +27,7 @@ def block_sparse_attention(
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
     """See the function of this name in api.py. `density` changes nothing here."""
     folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
-    out, lse = attend_rows(folding.fold(q), k, v, rows, Tiling(blocks.block_size, scale, _KEYS_PER_STEP))
+    out, lse = attend_sparse_rows(folding.fold(q), k, v, rows, Tiling(blocks.block_size, scale, _KEYS_PER_STEP))
     return folding.unfold(out), folding.unfold(lse[..., None])[..., 0]
 
 
@@ -51,7 +51,7 @@ def block_sparse_attention_gradients(
     lse, d_lse = (folding.fold(x[..., None], fill)[..., 0] for x, fill in ((lse, -jnp.inf), (d_lse, 0)))
     residuals = folding.fold(q), k, v, rows, folding.fold(out), lse
     tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
-    d_q, d_k, d_v = attend_rows_gradients(tiling, residuals, (folding.fold(d_out), d_lse))
+    d_q, d_k, d_v = attend_sparse_rows_gradients(tiling, residuals, (folding.fold(d_out), d_lse))
     return folding.unfold(d_q), d_k, d_v
 
 
@@ -71,7 +71,7 @@ class _Folding(NamedTuple):
     length: int
 
     def fold(self, x: Shaped[Array, "B T H D"], fill: float = 0) -> Shaped[Array, "R M D"]:
-        """Rows, the last of each sequence filled up."""
+        """SparseRows, the last of each sequence filled up."""
         (batch, lists, num_rows), b = self.axes, self.block_size
         x = jnp.pad(x, ((0, 0), (0, num_rows * b - self.length), (0, 0), (0, 0)), constant_values=fill)
         x = x.reshape(batch, num_rows, b, lists, self.group, x.shape[-1]).transpose(0, 3, 1, 4, 2, 5)
@@ -90,7 +90,7 @@ def _fold_rows(
     blocks: BlockIndices,
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
-) -> tuple[_Folding, Rows]:
+) -> tuple[_Folding, SparseRows]:
     """How queries become rows, and what each row may see."""
     (batch, length, heads, _), kv_heads, b = q.shape, k.shape[2], blocks.block_size
     num_rows = blocks.counts.shape[2]
@@ -103,7 +103,7 @@ def _fold_rows(
     limit = jnp.where(visible, position + 1, 0)
     limit = limit.reshape(batch, 1, num_rows, 1, b)
     start = jnp.arange(batch)[:, None] * (k.shape[1] * kv_heads) + jnp.arange(lists)[None] * kv_heads // lists
-    return folding, Rows(
+    return folding, SparseRows(
         counts=jnp.broadcast_to(blocks.counts, folding.axes).reshape(-1),
         indices=jnp.broadcast_to(blocks.indices, (*folding.axes, blocks.width)).reshape(-1, blocks.width),
         start=jnp.broadcast_to(start[..., None], folding.axes).reshape(-1),

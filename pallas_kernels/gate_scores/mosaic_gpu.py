@@ -23,7 +23,7 @@ from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.edge_tiles import store_inside
 
 TILE = 64  # queries, and key blocks, that are multiplied at a time
-SLOTS = 2  # tiles of keys in flight
+STAGES = 2  # tiles of keys in flight
 
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 _ACCUMULATOR = plgpu.ACC((TILE, TILE), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
@@ -105,9 +105,9 @@ def _score(
         grid_names=("cta",),
         scratch_types=[
             plgpu.SMEM((2, TILE, dim), jnp.float16, transforms=_TILED),
-            plgpu.SMEM((SLOTS, 2, TILE, dim), jnp.float16, transforms=_TILED),
+            plgpu.SMEM((STAGES, 2, TILE, dim), jnp.float16, transforms=_TILED),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         interpret=interpret,
@@ -149,30 +149,30 @@ def _kernel(
     def load_keys(tile: Array) -> None:
         @pl.when(tile < tiles)
         def _():
-            columns, slot = pl.ds(tile * TILE, TILE), lax.rem(tile, _i32(SLOTS))
+            columns, stage = pl.ds(tile * TILE, TILE), lax.rem(tile, _i32(STAGES))
             for part in range(2):
                 source = keys_ref.at[part, sequence, columns, kv_head]
-                plgpu.copy_gmem_to_smem(source, key_tiles.at[slot, part], keys_ready.at[slot])
+                plgpu.copy_gmem_to_smem(source, key_tiles.at[stage, part], keys_ready.at[stage])
 
-    def multiply(slot: Array, accumulator: Any) -> Array:
+    def multiply(stage: Array, accumulator: Any) -> Array:
         for query_part, key_part in ((1, 0), (0, 1), (0, 0)):  # small terms first
-            plgpu.wgmma(accumulator, query_tile.at[query_part], key_tiles.at[slot, key_part].transpose((1, 0)))
+            plgpu.wgmma(accumulator, query_tile.at[query_part], key_tiles.at[stage, key_part].transpose((1, 0)))
         return accumulator[...]
 
     for part in range(2):
         source = queries_ref.at[part, sequence, pl.ds(row, TILE), head]
         plgpu.copy_gmem_to_smem(source, query_tile.at[part], queries_ready)
-    for tile in range(SLOTS):
+    for tile in range(STAGES):
         load_keys(_i32(tile))
     factor = factor_ref[sequence, head]
     plgpu.barrier_wait(queries_ready)
 
     @pl.loop(_i32(0), tiles)
     def _(tile: Array) -> None:
-        slot = lax.rem(tile, _i32(SLOTS))
-        plgpu.barrier_wait(keys_ready.at[slot])
-        scores = pl.run_scoped(functools.partial(multiply, slot), _ACCUMULATOR) * factor
-        load_keys(tile + SLOTS)
+        stage = lax.rem(tile, _i32(STAGES))
+        plgpu.barrier_wait(keys_ready.at[stage])
+        scores = pl.run_scoped(functools.partial(multiply, stage), _ACCUMULATOR) * factor
+        load_keys(tile + STAGES)
         _store(call, scores, row, tile * TILE, scores_ref.at[sequence, head])
 
 

@@ -1,6 +1,6 @@
 """Cutoffs of rows by bisection: how far down the best entries reach. For `mosaic_gpu.py`.
 
-Rows are tiles [4, W] of one row per warp, numbers of rows [4], in the layouts `ROW_PER_WARP` and `ROWS`.
+Rows are tiles [4, W] of one row per warp, numbers of rows [4], in the layouts `ROW_PER_WARP` and `ROW_VECTOR`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
-from pallas_kernels.gate_selection.warps import LANES, ROWS, WARPS, drop_repeats, own_row
+from pallas_kernels.gate_selection.warp_rows import LANES, ROW_VECTOR, WARPS, drop_repeats, own_row
 
 ALL = 2**20  # more than any row has columns
 
@@ -71,7 +71,7 @@ def next_up(x: Float32[Array, "4"]) -> Float32[Array, "4"]:
 
 def full(value: float) -> Shaped[Array, "4"]:
     """The same number for each row; an int gives int32."""
-    return plgpu.layout_cast(jnp.full((WARPS,), value, _i32 if isinstance(value, int) else _f32), ROWS)
+    return plgpu.layout_cast(jnp.full((WARPS,), value, _i32 if isinstance(value, int) else _f32), ROW_VECTOR)
 
 
 class _Bracket(NamedTuple):

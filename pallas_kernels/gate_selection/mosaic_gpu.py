@@ -25,10 +25,10 @@ from pallas_kernels.backends import Unsupported
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.devices import interpreter
 from pallas_kernels.gate_selection.bisection import any_row, best, count, full, next_up
-from pallas_kernels.gate_selection.warps import (
+from pallas_kernels.gate_selection.warp_rows import (
     LANES,
     ROW_PER_WARP,
-    ROWS,
+    ROW_VECTOR,
     WARPS,
     append_to_lists,
     drop_repeats,
@@ -185,12 +185,12 @@ def _kernel(call: _Call, logits_ref, value_ref, *others) -> None:
     *others, counts_ref, indices_ref = others
     index, keep_index, start, done = call.place(lax.axis_index("tile"))
     rows = pl.ds(start, WARPS)
-    visible = plgpu.load(others[0].at[index, rows], layout=ROWS, optimized=False) if call.limited else None
+    visible = plgpu.load(others[0].at[index, rows], layout=ROW_VECTOR, optimized=False) if call.limited else None
     keep_ref = None if call.keep_lists is None else others[-1].at[keep_index, rows]
 
     def select(columns: int) -> None:
         tile = _Tile(dataclasses.replace(call, columns=columns), logits_ref.at[index, rows], keep_ref, visible)
-        choice = _RULES[call.rule](tile, plgpu.load(value_ref.at[index, rows], layout=ROWS, optimized=False))
+        choice = _RULES[call.rule](tile, plgpu.load(value_ref.at[index, rows], layout=ROW_VECTOR, optimized=False))
         length = full(0)
         for first, size in tile.call.groups:
             chosen, numbers = choice.columns(tile, first, size), tile.call.numbers(first, size)

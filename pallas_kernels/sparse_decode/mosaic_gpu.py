@@ -21,7 +21,7 @@ from pallas_kernels.mosaic.flash_tiles import (
     LOG2_E,
     MATRIX,
     QUERIES,
-    ROWS,
+    ROW_VECTOR,
     Softmax,
     accumulate,
     columns,
@@ -174,7 +174,7 @@ class _List:
     def mask(self, call: _Call, scores: Array, t: Array, positions: tuple[Array, ...]) -> Array:
         """-inf for keys beyond the sequence, and for pieces beyond the end of the list."""
         column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
-        row = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
+        row = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
         thread = column & 6  # as in `mask` of flash_tiles.py; numbers of rows, too, for the sake of registers
         parts = []
         for i, position in enumerate(positions):
@@ -245,11 +245,11 @@ def _split_kernel(call: _Call, dtype: Any) -> Callable:
         carry = first, start, Softmax.empty(call.head_dim)
         carry = lax.while_loop(unmasked, functools.partial(step, masked=False), carry)
         _, _, state = lax.while_loop(lambda carry: carry[0] < end, functools.partial(step, masked=True), carry)
-        row = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
+        row = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
         out, lse = state.finish(row < call.group)
         interpreted = call.interpret is not None
         store_inside(out, out_ref.at[pair, part], layout=MATRIX, interpreted=interpreted)
-        store_inside(lse, lse_ref.at[pair, part], layout=ROWS, interpreted=interpreted)
+        store_inside(lse, lse_ref.at[pair, part], layout=ROW_VECTOR, interpreted=interpreted)
 
     parts = call.batch * call.kv_heads, call.parts, call.group
     return plgpu.kernel(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import BLOCK_SIZES
-from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows
+from pallas_kernels.sparse_rows import SparseRows, Tiling, attend_sparse_rows
 
 _KEYS_PER_STEP = 512  # a row has few queries, so it can take many keys at a time
 
@@ -30,14 +30,14 @@ def sparse_decode_attention(
     if blocks is None:
         blocks = _every_block(lengths, num_keys, kv_heads)
     start = cache_rows[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)[None]
-    rows = Rows(
+    rows = SparseRows(
         counts=blocks.counts.reshape(-1),
         indices=blocks.indices.reshape(-1, blocks.width),
         start=start.reshape(-1),
         limit=jnp.broadcast_to(lengths[:, None, None], (batch, kv_heads, group)).reshape(-1, group),
     )
     tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
-    out, lse = attend_rows(q.reshape(-1, group, head_dim), k, v, rows, tiling)
+    out, lse = attend_sparse_rows(q.reshape(-1, group, head_dim), k, v, rows, tiling)
     return out.reshape(q.shape), lse.reshape(batch, heads)
 
 

@@ -24,7 +24,7 @@ from pallas_kernels.mosaic.flash_tiles import MATRIX, i32, product, tile
 
 OUTPUTS = 64  # of a tile
 INPUTS = 128
-SLOTS = 3  # tiles in the ring
+STAGES = 3  # tiles in the ring
 CTAS = 4 * 132  # that run at a time on an H100 or H200
 MAX_VECTORS = 64
 _EIGHT = 8  # vectors that a matrix product takes at a time
@@ -102,19 +102,19 @@ def _kernel(call: _Call, dtype: Any) -> Callable:
             def load(step: Array) -> None:
                 @pl.when(step < end)
                 def _():
-                    slot, columns = lax.rem(step - first, i32(SLOTS)), pl.ds(step * INPUTS, INPUTS)
+                    stage, columns = lax.rem(step - first, i32(STAGES)), pl.ds(step * INPUTS, INPUTS)
                     source = w_ref.at[layer, pl.ds(row, OUTPUTS), columns]
-                    plgpu.copy_gmem_to_smem(source, w_tiles.at[slot], ready.at[slot])
-                    plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_tiles.at[slot], ready.at[slot])
+                    plgpu.copy_gmem_to_smem(source, w_tiles.at[stage], ready.at[stage])
+                    plgpu.copy_gmem_to_smem(x_ref.at[:, columns], x_tiles.at[stage], ready.at[stage])
 
-            for i in range(SLOTS):
+            for i in range(STAGES):
                 load(first + i)
 
             def step(i: Array, y: Array) -> Array:
-                slot = lax.rem(i - first, i32(SLOTS))
-                plgpu.barrier_wait(ready.at[slot])
-                y += product(w_tiles.at[slot], x_tiles.at[slot])
-                load(i + SLOTS)
+                stage = lax.rem(i - first, i32(STAGES))
+                plgpu.barrier_wait(ready.at[stage])
+                y += product(w_tiles.at[stage], x_tiles.at[stage])
+                load(i + STAGES)
                 return y
 
             y = plgpu.layout_cast(jnp.full((OUTPUTS, call.columns), 0, jnp.float32), MATRIX)
@@ -132,9 +132,9 @@ def _kernel(call: _Call, dtype: Any) -> Callable:
         kernel,
         out_type=[jax.ShapeDtypeStruct((call.parts, call.vectors, n), jnp.float32) for n in call.outputs],
         scratch_types=[
-            tile(SLOTS, call.columns, INPUTS, dtype),
-            tile(SLOTS, OUTPUTS, INPUTS, dtype),
-            plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+            tile(STAGES, call.columns, INPUTS, dtype),
+            tile(STAGES, OUTPUTS, INPUTS, dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         grid=(sum(call.tiles) * call.parts,),
         grid_names=("cta",),

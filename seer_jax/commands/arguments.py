@@ -3,6 +3,7 @@
 import enum
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ def _constructors() -> Any:
 
     @registry.primitive_rule
     def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if info.type is Policy:
+        if info.type in (Policy, Policy | None):
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,
                 metavar="POLICY",
-                instance_from_str=lambda words: parse_policy(words[0]),
-                is_instance=lambda value: isinstance(value, Policy),
-                str_from_instance=lambda policy: [write_policy(policy)],
+                instance_from_str=lambda words: None if words == ["None"] else parse_policy(words[0]),
+                is_instance=lambda value: value is None or isinstance(value, Policy),
+                str_from_instance=lambda policy: [str(policy) if policy is None else write_policy(policy)],
             )
         if info.type is Scorer:
             return tyro.constructors.PrimitiveConstructorSpec(
@@ -90,7 +91,9 @@ def import_scorers(module: str) -> None:
     if not module.endswith(".py"):
         importlib.import_module(module)
         return
-    spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+    spec = importlib.util.spec_from_file_location(f"scorers_of_{Path(module).stem}", module)
     if spec is None or spec.loader is None or not Path(module).is_file():
         raise ImportError(f"--scorers must name a module or a Python file; got {module!r}, which is not there.")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    # Known by its name while it runs, as dataclasses look their modules up.
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])

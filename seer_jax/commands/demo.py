@@ -18,7 +18,7 @@ from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.plots import block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.evaluate.rows import EvalRows, make_rows
 from seer_jax.evaluate.table import losses, print_scores, score_line, write_scores
-from seer_jax.gates.configs import DecodeGateConfig, Gates, PrefillGateConfig
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.inference.generate import generate
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
@@ -139,7 +139,7 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
             seed=config.seed,
         )
     settings = DistillConfig(
-        gates=Gates.BOTH,
+        gates=TrainedGates.BOTH,
         prefill=PrefillGateConfig(block_size=config.tokens_per_block, gate_dim=base.config.head_dim),
         decode=DecodeGateConfig(block_size=config.tokens_per_block, gate_dim=base.config.head_dim),
         sequence_length=config.length,

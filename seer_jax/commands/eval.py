@@ -46,7 +46,7 @@ class EvalConfig:
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
         bundled model. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.
-      policies: how many blocks are kept (policies). None: 10%, 20% and 40% of them, and what the gates recommend.
+      policies: how many blocks are kept; none: 10%, 20% and 40% of them, and what the gates recommend.
       methods: what ranks the blocks.
       phases: what is sparse: prompts, appended tokens, or both.
       length: tokens of each window and prompt.
@@ -63,7 +63,7 @@ class EvalConfig:
     model: str = tiny_lm.NAME
     gates: tuple[str, ...] = ()
     text: Path | None = None
-    policies: tuple[Policy, ...] | None = None
+    policies: tuple[Policy, ...] = ()
     methods: tuple[Scorer, ...] = dataclasses.field(default_factory=all_methods)
     phases: tuple[Phase, ...] = tuple(Phase)
     length: int = 4096
@@ -79,7 +79,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_at_least(1, self, "length", "windows", "decoded", "batch_size")
         check_at_least(0, self, "passkeys", "distractors", "seed")
-        for policy in self.policies or ():
+        for policy in self.policies:
             if not isinstance(policy, RankingPolicy):
                 raise ValueError(
                     f"policies must rank blocks (topk, budget, threshold or mass); got {policy}. Dense attention is measured anyway."
@@ -87,7 +87,7 @@ class EvalConfig:
 
     def levels(self, model: Transformer) -> list[SparsityLevel]:
         """How many blocks are kept with this model."""
-        if self.policies is not None:
+        if self.policies:
             return [SparsityLevel(level_name(p), p) for p in self.policies if isinstance(p, RankingPolicy)]
         levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, DENSITIES)]
         names = {level.name for level in levels}

@@ -16,7 +16,7 @@ from seer_jax import tiny_lm
 from seer_jax.commands.arguments import PROGRAM, ExitCode, import_scorers
 
 COMMANDS = ("demo", "convert", "verify", "train", "generate", "eval", "bench", "info")
-TRACEBACK, SCORERS = "--traceback", "--scorers"
+TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
 
 # Errors that a user can cause and fix, which get one line; any other one is a defect of the program and keeps its traceback.
 EXPECTED = (ValueError, OSError, MemoryError, NotImplementedError, ImportError, FloatingPointError)
@@ -25,8 +25,8 @@ EXPECTED = (ValueError, OSError, MemoryError, NotImplementedError, ImportError, 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (that of the process if None) and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    show_traceback = TRACEBACK in words
-    words = [word for word in words if word != TRACEBACK]
+    show_traceback = TRACEBACK_OPTION in words
+    words = [word for word in words if word != TRACEBACK_OPTION]
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return ExitCode.OK if words else ExitCode.USAGE
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, words: list[str]) -> int:
     """Imports the modules that --scorers names, which must be known when the other options are read, and runs the command."""
-    while SCORERS in words[:-1]:
-        at = words.index(SCORERS)
+    while SCORERS_OPTION in words[:-1]:
+        at = words.index(SCORERS_OPTION)
         import_scorers(words[at + 1])
         words = words[:at] + words[at + 2 :]
     return importlib.import_module(f"seer_jax.commands.{name}").run(words)
@@ -75,7 +75,8 @@ Learned block-sparse attention for long-context language models.
 {commands}
 
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version prints the version.
-With any command: {TRACEBACK} shows where an error came from; {SCORERS} MODULE first imports a module (or FILE.py) that registers scorers.
+With any command: {TRACEBACK_OPTION} shows where an error came from; {SCORERS_OPTION} MODULE first imports a module (or FILE.py) that
+registers scorers.
 {tiny_lm.NAME} stands for the bundled model."""
 
 

@@ -4,10 +4,7 @@ import argparse
 from pathlib import Path
 
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
-from seer_jax.convert import save_gates
-from seer_jax.models.decoder import Transformer
-from seer_jax.models.hub import read_config, resolve
-from seer_jax.train import DistillConfig, distill
+from seer_jax.train import DistillConfig, TrainResult, distill
 from seer_jax.train.config import load_config
 
 DESCRIPTION = """Distils gates from a frozen model.
@@ -21,7 +18,7 @@ def run(words: list[str]) -> int:
     config = parse(DistillConfig, "train", rest, default=start, description=DESCRIPTION)
     if config.output is None:
         raise ValueError("output must be a folder for the gates and checkpoints; got None. Pass --output FOLDER.")
-    distill(config, save=lambda model, folder: _save_gates(config, model, folder))
+    _print_usage(config, distill(config))
     return ExitCode.OK
 
 
@@ -38,27 +35,18 @@ def starting_settings(words: list[str]) -> tuple[DistillConfig, list[str]]:
     return (DistillConfig.decode_recipe() if given.recipe == "decode" else DistillConfig.prefill_recipe()), rest
 
 
-def _save_gates(config: DistillConfig, model: Transformer, folder: Path) -> None:
-    hf_config = read_config(resolve(config.model, ("config.json",)))
-    gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
-    for kind, gate in gates.items():
-        if gate is not None:
-            save_gates(gate, folder / f"{kind}_gate", base_model=config.model, hf_config=hf_config)
-    print_usage(config, model, folder)
-
-
-def print_usage(config: DistillConfig, model: Transformer, folder: Path) -> None:
+def _print_usage(config: DistillConfig, result: TrainResult) -> None:
     """Prints where the gates are, and a command that generates sparsely with them.
 
     A gate that recommends no policy is used at the density for which training reports its recall.
     """
-    gates = dict(prefill=model.prefill_gate, decode=model.decode_gate)
-    places = [str(folder / f"{kind}_gate") for kind, gate in gates.items() if gate is not None]
+    gates = dict(prefill=result.model.prefill_gate, decode=result.model.decode_gate)
+    folders = [str(folder) for folder in result.gates]
     policies = [
         f"--{kind} topk:{config.recall_density:g}"
         for kind, gate in gates.items()
         if gate is not None and gate.recommended is None
     ]
-    command = [PROGRAM, "generate", "--model", config.model, "--gates", *places, *policies, "--prompt ..."]
-    print(f"Gates: {', '.join(places)}")
+    command = [PROGRAM, "generate", "--model", config.model, "--gates", *folders, *policies, "--prompt ..."]
+    print(f"Gates: {', '.join(folders)}")
     print(f"Use them: {' '.join(command)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from seer_jax.commands.arguments import ExitCode, parse
 from seer_jax.convert.base import load_base
-from seer_jax.convert.logits import Bounds, verify_logits
+from seer_jax.convert.logits import Bounds, LogitsReport, verify_logits
 from seer_jax.models.config import DType
 
 
@@ -28,7 +28,11 @@ class VerifyConfig:
 
 
 def run(words: list[str]) -> int:
-    config = parse(VerifyConfig, "verify", words)
-    report = verify_logits(load_base(config.base, dtype=config.dtype), config.reference, config.bounds)
+    report = verify(parse(VerifyConfig, "verify", words))
     print(report)
     return ExitCode.OK if report.passed else ExitCode.FAILED
+
+
+def verify(config: VerifyConfig) -> LogitsReport:
+    """Runs the comparison; the report's `passed` says whether the errors are within the bounds."""
+    return verify_logits(load_base(config.base, dtype=config.dtype), config.reference, config.bounds)

@@ -28,9 +28,9 @@ class BlockMaps:
       kept: the blocks that the policy keeps.
     """
 
-    true: Float32[Array, "*L H Tb Tb"]
-    scores: Float32[Array, "*L H Tb Tb"]
-    kept: Bool[Array, "*L H Tb Tb"]
+    true: Float32[Array | np.ndarray, "*L H Tb Tb"]
+    scores: Float32[Array | np.ndarray, "*L H Tb Tb"]
+    kept: Bool[Array | np.ndarray, "*L H Tb Tb"]
 
 
 @jax.jit

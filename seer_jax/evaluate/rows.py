@@ -1,4 +1,4 @@
-"""The rows of an evaluation: windows of held-out text, and pass-key prompts made of the same text."""
+"""The rows of an evaluation: windows of held-out text, and pass-key prompts cut from the same text."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -217,7 +217,7 @@ def test_defaults_of_the_release_recommend_nothing(keys: dict[str, Any]):
         (dict(sparsity_method="threshold"), "'threshold' needs a number as seerattn_threshold; got None"),
         (dict(sparsity_method="nz_ratio", nz_ratio="0.5"), "'nz_ratio' needs a number as seerattn_nz_ratio; got '0.5'"),
         (dict(sparsity_method="token_budget", token_budget=True), "needs a number as seerattn_token_budget; got True"),
-        (dict(sparsity_method="threshold", threshold=1.5), r"must lie in \[0, 1\), as softmax scores do; got 1.5"),
+        (dict(sparsity_method="threshold", threshold=1.5), r"Threshold.threshold must lie in \[0, 1\); got 1.5"),
     ],
 )
 def test_wrong_policies_of_the_release_are_refused(keys: dict[str, Any], message: str):

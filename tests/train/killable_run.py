@@ -5,11 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-from seer_jax.gates.configs import Gates
+from seer_jax.gates.configs import TrainedGates
 from seer_jax.train import distill
 from tests.train.tiny import distill_config, make_model, make_rows
 
-CONFIG = distill_config(gates=Gates.DECODE, steps=10, checkpoint_interval=1)
+CONFIG = distill_config(gates=TrainedGates.DECODE, steps=10, checkpoint_interval=1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.models.decoder import LayerContext
 from seer_jax.models.rope import rotate
 from seer_jax.train.data.batches import Batch
-from seer_jax.train.data.packing import Row
+from seer_jax.train.data.packing import PackedRow
 from seer_jax.train.distillation import (
     RowWeights,
     distillation_pass,
@@ -77,7 +77,7 @@ def one_sequence(arrays):
 
 def packed_sequences(arrays):
     """300 and 500 tokens in one row, the second sequence at a block boundary."""
-    row = Row(*np.zeros((3, 1, 832), np.int32))
+    row = PackedRow(*np.zeros((3, 1, 832), np.int32))
     for segment, (first, start, length) in enumerate([(0, 0, 300), (300, 320, 500)], start=1):
         place = (0, slice(start, start + length))
         row.tokens[place] = arrays["io.train.input_ids"][0, first : first + length]

@@ -31,7 +31,7 @@ from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import CumulativeMass, TokenBudget, TopK
 from seer_jax.selection.scorers import LearnedGate, Scorer
 from seer_jax.tiny_lm.corpus import training_rows
-from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
+from seer_jax.train import DistillConfig, TrainedGates, OptimizerConfig, distill
 
 LENGTH = 8192
 SEEDS, ROWS = 4, 224  # of each seed: the same files in another order, other pass keys
@@ -50,7 +50,7 @@ def train(to: Path, library: Path | None) -> dict:
     text = np.concatenate([training_rows(tokenizer, base.config.vocab_size, seed=i, **settings) for i in range(SEEDS)])
     prefill, decode = _configs(base)
     config = DistillConfig(
-        gates=Gates.BOTH,
+        gates=TrainedGates.BOTH,
         prefill=prefill,
         decode=decode,
         sequence_length=LENGTH,

@@ -333,7 +333,7 @@ def test_a_recommendation_stays_with_its_gate(config: GateConfig, policy: Policy
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: PrefillGateConfig(block_size=48), "block_size is one of 16, 32, 64, 128 tokens; got 48"),
+        (lambda: PrefillGateConfig(block_size=48), "block_size must be one of 16, 32, 64, 128 tokens; got 48"),
         (lambda: DecodeGateConfig(gate_dim=7), "gate_dim must be even and positive, .*; got 7"),
         (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling .*; got \(\)"),
         (lambda: DecodeGateConfig(k_pooling=(Pool.AVG, Pool.MAX)), r"Key pooling .*in that order; got"),

@@ -11,8 +11,7 @@ import pytest
 
 from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
-from seer_jax.convert.hf_config import config_to_hf
-from seer_jax.models.families import config_from_hf
+from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.rope import apply_rope, inverse_frequencies
 from tests.golden.data import RELEASE, release, transformers_case, transformers_names
 
@@ -77,6 +76,23 @@ QWEN3_4B: dict[str, Any] = dict(
     tie_word_embeddings=True,
     eos_token_id=151645,
 )
+# As Mistral-7B-v0.3: without a window, and without a head_dim.
+MISTRAL_7B: dict[str, Any] = dict(
+    model_type="mistral",
+    vocab_size=32768,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-5,
+    rope_theta=1000000.0,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    hidden_act="silu",
+    eos_token_id=2,
+)
 
 EXPECTED = {
     "llama": (
@@ -108,6 +124,16 @@ EXPECTED = {
             tie_word_embeddings=True,
             max_position_embeddings=40960,
             eos_token_ids=(151645,),
+        ),
+    ),
+    "mistral": (
+        MISTRAL_7B,
+        ModelConfig(
+            *("mistral", 32768, 4096, 14336, 32, 32, 8, 128),
+            rms_norm_eps=1e-5,
+            rope=RopeConfig(theta=1e6, original_max_position=32768),
+            max_position_embeddings=32768,
+            eos_token_ids=(2,),
         ),
     ),
 }
@@ -176,6 +202,8 @@ def test_rope_scalings_come_back_from_hf(rope: RopeConfig):
         ("qwen2", dict(qkv_bias=True, o_bias=True), "can only mean o_bias=False here; got True"),
         ("qwen3", dict(), "can only mean qk_norm=True here; got False"),
         ("qwen3", dict(qk_norm=True, mlp_bias=True), "can only mean mlp_bias=False here; got True. Use a family"),
+        ("mistral", dict(qkv_bias=True), "of a mistral model can only mean qkv_bias=False here; got True"),
+        ("mamba", dict(), "Unknown model_type 'mamba'"),
     ],
 )
 def test_what_config_json_cannot_say_is_refused(family: str, biases: dict[str, Any], message: str):
@@ -193,7 +221,7 @@ def test_configurations_that_others_wrote(name: str):
     assert config.group_size == hf["num_attention_heads"] // hf["num_key_value_heads"]
     assert config.tie_word_embeddings == hf["tie_word_embeddings"]
     assert config.qk_norm == (hf["model_type"] == "qwen3")
-    assert config.qkv_bias == (hf["model_type"] == "qwen2" or hf["attention_bias"])
+    assert config.qkv_bias == (hf["model_type"] == "qwen2" or hf.get("attention_bias", False))
     assert config.rope.theta == (hf.get("rope_parameters") or hf)["rope_theta"]
 
 
@@ -216,23 +244,41 @@ def test_biases_of_llama_and_qwen3():
 
 LLAMA3 = LLAMA_8B["rope_scaling"]
 REFUSED = {
-    "no family": (without(LLAMA_8B, "model_type"), "Unknown model_type None; expected one of llama, qwen2, qwen3"),
+    "no family": (
+        without(LLAMA_8B, "model_type"),
+        r"Unknown model_type None; expected one of llama, qwen2, qwen3, mistral.*register_family",
+    ),
     "family": (LLAMA_8B | dict(model_type="gemma3"), "Unknown model_type 'gemma3'"),
     "missing sizes": (
         without(LLAMA_8B, "vocab_size", "num_hidden_layers"),
         r"config\.json of a llama model needs vocab_size, num_hidden_layers; got keys \['attention_bias'",
     ),
     "activation": (LLAMA_8B | dict(hidden_act="gelu"), "activation must be 'silu'; got 'gelu'"),
-    "sliding window": (QWEN2_7B | dict(use_sliding_window=True), "Sliding-window layers are not supported"),
+    "sliding window": (
+        QWEN2_7B | dict(use_sliding_window=True),
+        "must attend to all earlier tokens: .*; got use_sliding_window=True, layer_types=None. Use a checkpoint without",
+    ),
     "sliding layers": (
         QWEN3_4B | dict(layer_types=["full_attention", "sliding_attention"]),
-        "expected use_sliding_window false and only full_attention layers",
+        r"must have use_sliding_window false and only full_attention layers; got .*'sliding_attention'\]",
     ),
+    "Mistral's window": (
+        MISTRAL_7B | dict(sliding_window=4096),
+        r"must attend without a window: sliding_window of config\.json must be null; got 4096\. Use a checkpoint without a window",
+    ),
+    "Mistral's default window": (
+        without(MISTRAL_7B, "sliding_window"),
+        "got 4096, the default where the key is absent",
+    ),
+    "Mistral's layers": (MISTRAL_7B | dict(layer_types=["sliding_attention"]), "must attend to all earlier tokens"),
     "rope type": (
         LLAMA_8B | dict(rope_scaling=dict(rope_type="longrope", factor=4)),
-        "Unknown RoPE type 'longrope'; expected one of default, linear, llama3, yarn",
+        "RoPE type must be one of default, linear, llama3, yarn; got 'longrope'",
     ),
-    "dynamic rope": (LLAMA_8B | dict(rope_scaling=dict(type="dynamic", factor=4)), "Unknown RoPE type 'dynamic'"),
+    "dynamic rope": (
+        LLAMA_8B | dict(rope_scaling=dict(type="dynamic", factor=4)),
+        "RoPE type must be one of .*; got 'dynamic'",
+    ),
     "linear without factor": (
         LLAMA_8B | dict(rope_scaling=dict(type="linear")),
         r"RoPE of type 'linear' needs factor; got \['type'\]\. Complete config\.json",
@@ -247,7 +293,10 @@ REFUSED = {
         LLAMA_8B | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
         "must rotate all channels of a head; got .* 0.25",
     ),
-    "factor below 1": (LLAMA_8B | dict(rope_scaling=dict(type="linear", factor=0.5)), "factor is at least 1; got 0.5"),
+    "factor below 1": (
+        LLAMA_8B | dict(rope_scaling=dict(type="linear", factor=0.5)),
+        "factor must be at least 1; got 0.5",
+    ),
     "llama3 factors": (
         LLAMA_8B | dict(rope_scaling=LLAMA3 | dict(low_freq_factor=4.0)),
         "needs low_freq_factor < high_freq_factor; got 4.0 and 4.0",
@@ -269,17 +318,23 @@ def test_models_that_cannot_be_computed_exactly_are_refused(name: str):
 
 
 REFUSED_GATES = {
-    "block size": (lambda: PrefillGateConfig(block_size=8), "block_size is one of 16, 32, 64, 128 tokens; got 8"),
-    "odd block size": (lambda: DecodeGateConfig(block_size=48), "block_size is one of .* got 48"),
+    "block size": (lambda: PrefillGateConfig(block_size=8), "block_size must be one of 16, 32, 64, 128 tokens; got 8"),
+    "odd block size": (lambda: DecodeGateConfig(block_size=48), "block_size must be one of .* got 48"),
     "gate dim": (lambda: PrefillGateConfig(gate_dim=0), "gate_dim must be even and positive, .* got 0"),
     "odd gate dim": (lambda: DecodeGateConfig(gate_dim=65), "gate_dim must be even and positive, .* got 65"),
-    "no query pool": (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling is a non-empty subset .* got \(\)"),
-    "order": (lambda: PrefillGateConfig(k_pooling=(Pool.AVG, Pool.MAX)), "Key pooling is a .* and in that order; got"),
+    "no query pool": (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling must be a non-empty subset .* got \(\)"),
+    "order": (
+        lambda: PrefillGateConfig(k_pooling=(Pool.AVG, Pool.MAX)),
+        "Key pooling must be a .* and in that order; got",
+    ),
     "twice": (
         lambda: DecodeGateConfig(k_pooling=(Pool.MAX, Pool.MAX)),
-        "Key pooling is a non-empty subset .* each once",
+        "Key pooling must be a non-empty subset .* each once",
     ),
-    "start layer": (lambda: DecodeGateConfig(start_layer=-1), "start_layer counts the dense first layers, .* got -1"),
+    "start layer": (
+        lambda: DecodeGateConfig(start_layer=-1),
+        "start_layer, the number of dense first layers, must be at least 0; got -1",
+    ),
 }
 
 
@@ -395,8 +450,9 @@ def test_scores_depend_on_distance_alone():
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-2)
 
 
-@pytest.mark.parametrize(("family", "head_dim"), [("llama", 96), ("qwen2", 96), ("qwen3", 128)])
+@pytest.mark.parametrize(("family", "head_dim"), [("llama", 96), ("qwen2", 96), ("qwen3", 128), ("mistral", 96)])
 def test_head_dim_that_config_json_leaves_out(family: str, head_dim: int):
     """Qwen3's default in transformers is 128, whatever the hidden size; the others divide it among the heads."""
     hf = {key: value for key, value in LLAMA_8B.items() if key != "head_dim"}
-    assert config_from_hf(hf | dict(model_type=family, hidden_size=96 * hf["num_attention_heads"])).head_dim == head_dim
+    hf |= dict(model_type=family, hidden_size=96 * hf["num_attention_heads"], sliding_window=None)
+    assert config_from_hf(hf).head_dim == head_dim

@@ -1,4 +1,4 @@
-"""The training loop: steps, metrics, checkpoints, and leaving cleanly when asked to."""
+"""The training loop: steps, metrics, checkpoints, and a clean stop on signals."""
 
 import collections
 import contextlib
@@ -28,21 +28,21 @@ from seer_jax.train.loop.progress import ConsoleProgress, StepReport
 from seer_jax.train.optimizer import make_optimizer, make_schedule
 from seer_jax.train.step import FrozenWeights, Step, Task, Weights, make_step
 
-IN_FLIGHT = 2  # steps that metrics lag behind, so that the device has the next step at hand while the host reads them
-SPEED_WINDOW = 20  # steps that tokens per second are averaged over
+IN_FLIGHT = 2  # steps by which metrics lag, so that the device has the next step queued while the host reads them
+SPEED_WINDOW = 20  # steps over which tokens per second are averaged
 
 ProgressFunction = Callable[[StepReport], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run made.
+    """Result of a run.
 
     Attributes:
-      model: with the trained weights; it shares all others with the model that the run began with.
-      step: steps done, those of earlier runs in the same folder included.
-      metrics: of the last step; empty if there was none left to do.
-      dataset: the rows that it was trained on.
+      model: with the trained weights; it shares all others with the model that the run started from.
+      step: number of steps done, including those of earlier runs in the same folder.
+      metrics: of the last step; empty if no step was left to do.
+      dataset: rows that it was trained on.
       gates: folders of the gates that were written, each for `from_pretrained(gates=...)`.
     """
 
@@ -68,14 +68,14 @@ def run(
     *,
     progress: ProgressFunction | None,
 ) -> TrainResult:
-    """Trains until the last step, from the newest checkpoint on if there is one.
+    """Trains until the last step, from the newest checkpoint if there is one.
 
     Args:
       task: what to train.
-      trained, frozen: the model's weights; the former are given away.
+      trained, frozen: the model's weights; the former are donated.
       dataset: rows to draw from.
-      config: the run.
-      settings: further settings that decide its numbers, JSON.
+      config: settings of the run.
+      settings: further settings that determine its results, JSON.
       progress: see `distill`.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -98,7 +98,7 @@ def run(
             stack.callback(progress.close)
             progress.note(f"Training data: {dataset.report}")
             if start.step:
-                progress.note(f"Going on after step {start.step}.")
+                progress.note(f"Resuming after step {start.step}.")
         reporter = _Reporter(config.steps, start, log, progress)
         stop = stack.enter_context(StopSignals())
         state = start
@@ -106,7 +106,7 @@ def run(
             reporter.add(state.step, state.tokens, metrics)
             asked = stop.asked
             if asked or state.step % config.checkpoint_interval == 0 or state.step == config.steps:
-                reporter.flush()  # a step that went wrong must not replace a good checkpoint
+                reporter.flush()  # a step whose loss is not finite must not replace a good checkpoint
                 if checkpoints is not None:
                     checkpoints.save(state)
             if asked:
@@ -115,7 +115,7 @@ def run(
 
 
 def _steps(step: Step, state: RunState, frozen: FrozenWeights, dataset: PackedDataset, config: TrainConfig) -> Iterator:
-    """The run's remaining steps: (state after it, its metrics, still on the device)."""
+    """Makes the remaining steps; yields (state after the step, its metrics, still on the device)."""
     stream = batches(dataset, config.batch_size, seed=config.seed, start=state.position)
     for number in range(state.step, config.steps):
         rows, position = next(stream)
@@ -126,7 +126,7 @@ def _steps(step: Step, state: RunState, frozen: FrozenWeights, dataset: PackedDa
 
 
 class _Reporter:
-    """Reads metrics from the device a little late, and passes them on."""
+    """Reads metrics from the device `IN_FLIGHT` steps late, and passes them to log and display."""
 
     def __init__(self, steps: int, start: RunState, log: MetricsLog | None, show: ProgressFunction):
         self._steps, self._log, self._show = steps, log, show
@@ -136,7 +136,7 @@ class _Reporter:
         self.last: dict[str, float] = {}
 
     def add(self, step: int, tokens: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step, which may not be computed yet."""
+        """Adds the metrics of a step, which may not be computed yet."""
         self._pending.append((step, tokens, metrics))
         while len(self._pending) > IN_FLIGHT:
             self._read()
@@ -151,13 +151,12 @@ class _Reporter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if bad := {name: value for name, value in values.items() if not math.isfinite(value)}:
             raise FloatingPointError(
-                f"Step {step}: {', '.join(f'{name} is {value}' for name, value in bad.items())}, so training stops. "
-                "Checkpoints of earlier steps are whole. Check the base model for NaN weights, or lower the learning "
-                "rate."
+                f"Metrics must be finite; got {', '.join(f'{name} = {value}' for name, value in bad.items())} at step {step}. "
+                "Check the base model for NaN weights, or lower the learning rate; checkpoints of earlier steps are intact."
             )
         self.last = values
         now = time.monotonic()
-        # The first step also compiled the program, which says nothing about the later ones.
+        # The first step includes compilation, so later speeds are measured from its end.
         since = self._times[0] if self._times else self._begun
         self._times.append((now, step, tokens))
         seconds = max(now - since[0], 1e-9)
@@ -169,14 +168,14 @@ class _Reporter:
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into a wish that the loop fulfils between two steps; a second one acts at once."""
+    """Defers SIGINT and SIGTERM until the end of a step; a second signal acts at once."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._handle)
         return self
@@ -193,8 +192,8 @@ class StopSignals:
         self.asked = number
 
     def leave(self, number: int, step: int, *, saved: bool) -> NoReturn:
-        """Ends the run as the signal asked."""
-        note = "the same command goes on from there" if saved else "without an output folder nothing is kept"
+        """Ends the run as the signal would have."""
+        note = "the same call resumes there" if saved else "without an output folder nothing is kept"
         print(f"Stopped after step {step}; {note}.", file=sys.stderr)
         if number == signal.SIGINT:
             raise KeyboardInterrupt

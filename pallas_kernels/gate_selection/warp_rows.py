@@ -18,7 +18,7 @@ LANES = 32
 
 # A tile of 4 rows: each warp holds a row, each lane every 32nd column of it, in ascending order.
 ROW_PER_WARP = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, LANES), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-ROWS = ROW_PER_WARP.reduce(1)  # one number for each row, known to every lane of its warp
+ROW_VECTOR = ROW_PER_WARP.reduce(1)  # one number for each row, known to every lane of its warp
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
@@ -29,19 +29,21 @@ def own_row(rows: Int32[Array, "4"], interpreted: bool) -> Int32[Array, ""]:
     """
     if interpreted:
         return jnp.max(rows)
-    own = plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
+    own = plgpu.inline_mgpu(arg_types=(ROW_VECTOR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR))
     return own(_own_row)(rows)
 
 
 def drop_repeats(
     x: Float32[Array, "4 W"], value: Float32[Array, "4"], wanted: Int32[Array, "4"], interpreted: bool
 ) -> Float32[Array, "4 W"]:
-    """x with -inf in place of what equals `value`, but for the first `wanted` columns; layouts `ROW_PER_WARP` and `ROWS`."""
+    """x with -inf in place of what equals `value`, but for the first `wanted` columns; layouts `ROW_PER_WARP` and `ROW_VECTOR`."""
     if interpreted:
         equal = x == value[:, None]
         return jnp.where(equal & (jnp.cumsum(equal, axis=1) > wanted[:, None]), -jnp.inf, x)
     result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=ROW_PER_WARP)
-    return plgpu.inline_mgpu(arg_types=(ROW_PER_WARP, ROWS, ROWS), return_type=result)(_drop_repeats)(x, value, wanted)
+    return plgpu.inline_mgpu(arg_types=(ROW_PER_WARP, ROW_VECTOR, ROW_VECTOR), return_type=result)(_drop_repeats)(
+        x, value, wanted
+    )
 
 
 def append_to_lists(
@@ -56,7 +58,7 @@ def append_to_lists(
 
     Args:
       chosen, number: in the layout `ROW_PER_WARP`.
-      length: of the lists so far, in the layout `ROWS`.
+      length: of the lists so far, in the layout `ROW_VECTOR`.
       first: the rows before this one are not written.
       lists_ref: [4, N] in global memory; numbers that would come to stand beyond N are lost.
       interpreted: whether JAX's interpreter runs this.
@@ -73,8 +75,8 @@ def append_to_lists(
                 lists_ref[row] = lists_ref[row].at[place[row]].set(number[row], mode="drop")
 
         return length + chosen.sum(axis=1, dtype=jnp.int32)
-    types = ROW_PER_WARP, ROW_PER_WARP, ROWS, SCALAR, plgpu.RefType()
-    result = plgpu.ShapeDtypeStruct((WARPS,), jnp.int32, layout=ROWS)
+    types = ROW_PER_WARP, ROW_PER_WARP, ROW_VECTOR, SCALAR, plgpu.RefType()
+    result = plgpu.ShapeDtypeStruct((WARPS,), jnp.int32, layout=ROW_VECTOR)
     append = plgpu.inline_mgpu(arg_types=types, return_type=result)(_append_to_lists)
     return append(chosen, number, length, first, lists_ref)
 
@@ -89,7 +91,7 @@ def write_counts(counts: Int32[Array, "4"], first: Int32[Array, ""], counts_ref,
                 counts_ref[row] = counts[row]
 
         return
-    plgpu.inline_mgpu(arg_types=(ROWS, SCALAR, plgpu.RefType()))(_write_counts)(counts, first, counts_ref)
+    plgpu.inline_mgpu(arg_types=(ROW_VECTOR, SCALAR, plgpu.RefType()))(_write_counts)(counts, first, counts_ref)
 
 
 def _own_row(ctx: mgpu.LaunchContext, rows: mgpu.FragmentedArray) -> mgpu.FragmentedArray:

@@ -1,4 +1,4 @@
-"""Training runs: `distill` and `finetune`."""
+"""Training in one call: `distill` and `finetune`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert import save_gates
-from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.gates.configs import GateConfig
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.families import config_to_hf
 from seer_jax.models.hub import read_config, resolve
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
 from seer_jax.train.data.batches import load_dataset
 from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.data.tokens import check_tokens
-from seer_jax.train.loop.loop import ProgressFunction, TrainResult, run, run_folder
-from seer_jax.train.tasks import GATE_NAMES, Distillation, LanguageModelling
+from seer_jax.train.loop.run import ProgressFunction, TrainResult, run, run_folder
+from seer_jax.train.tasks import Distillation, LanguageModelling
 
 
 def distill(
@@ -36,10 +36,10 @@ def distill(
 
     Args:
       config: the run.
-      model: the base model; read from `config.model` if None. It is left as it is. A gate that it carries is trained
-        further, a missing one is made by `config`.
-      dataset: rows of tokens, or an array Int [N, T] of them; read as `config.data` says if None.
-      progress: called with each step; a bar or plain lines if None.
+      model: the base model; None: it is read from `config.model`. It is not changed. A gate that it carries is trained further, a
+        missing one is made by `config`.
+      dataset: rows of tokens, or an array Int [N, T] of them; None: read as `config.data` says.
+      progress: called after each step; None: a bar or plain lines are shown.
 
     Returns:
       The model with its gates, and where they were written.
@@ -72,7 +72,7 @@ def _save_gates(
     config: DistillConfig, result: TrainResult, folder: Path, hf_config: Mapping[str, Any] | None
 ) -> tuple[Path, ...]:
     """Writes each trained gate to a folder of its own; returns the folders."""
-    names = GATE_NAMES[config.gates]
+    names = config.gates.attributes
     for name in names:
         save_gates(getattr(result.model, name), folder / name, base_model=config.model, hf_config=hf_config)
     return tuple(folder / name for name in names)
@@ -101,11 +101,11 @@ def finetune(
 
 
 def _load_model(config: TrainConfig, model: Transformer | None) -> Transformer:
-    """The model to begin with; one that is given is not changed, though its arrays are shared."""
+    """The model to start from; a given one is not changed, though its arrays are shared."""
     if model is not None:
         return nnx.merge(*nnx.split(model))
     if not config.model:
-        raise ValueError("Training needs a base model: set `model` to a folder or hub id; got ''.")
+        raise ValueError("Training needs a base model; got model=''. Set `model` to a folder or hub id.")
     from seer_jax.models.pretrained import from_pretrained
 
     return from_pretrained(config.model, dtype=config.precision)
@@ -114,7 +114,7 @@ def _load_model(config: TrainConfig, model: Transformer | None) -> Transformer:
 def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]:
     """Gives the model the gates that it lacks; returns the configurations of those that train."""
     rngs = nnx.Rngs(config.seed)
-    names = GATE_NAMES[config.gates]
+    names = config.gates.attributes
     for name in names:
         if getattr(model, name) is None:
             model.add_gate(getattr(config, name.removesuffix("_gate")), rngs=rngs)
@@ -122,7 +122,7 @@ def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]
     sizes = sorted({gate.block_size for gate in gates})
     if len(sizes) > 1 or config.sequence_length % sizes[0]:
         raise ValueError(
-            "The gates share one block size, which divides sequence_length; "
+            "The gates must have one block size, and it must divide sequence_length; "
             f"got block sizes {sizes} and sequence_length={config.sequence_length}."
         )
     return gates
@@ -134,8 +134,8 @@ def _load_dataset(
     length, context = config.sequence_length, model.config.max_position_embeddings
     if length > context:
         raise ValueError(
-            f"sequence_length is at most the model's context of {context} tokens; got {length}. Give shorter "
-            "sequences, or a model whose RoPE is scaled for longer ones."
+            f"sequence_length must be at most the model's context of {context} tokens; got {length}. Lower it, or take a model "
+            "whose RoPE is scaled for longer sequences."
         )
     vocab_size = model.config.vocab_size
     if dataset is None:
@@ -153,7 +153,7 @@ def _load_dataset(
     check_tokens(dataset.tokens, vocab_size)
     if dataset.row_length != length or (len(dataset.lengths) > len(dataset) and dataset.block_size % block_size):
         raise ValueError(
-            f"The rows of a dataset have sequence_length={length} tokens and sequences at multiples of {block_size}; "
-            f"got rows of {dataset.row_length} and multiples of {dataset.block_size}."
+            f"The rows of a dataset must have sequence_length={length} tokens, with sequences at multiples of {block_size}; "
+            f"got rows of {dataset.row_length} and multiples of {dataset.block_size}. Pack it for this run."
         )
     return dataset
