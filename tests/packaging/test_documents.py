@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import tyro
 
+import seer_jax
 from seer_jax.commands.main import COMMANDS, main
-from tests.packaging.checkout import ROOT
+from tests.packaging.checkout import PROJECT, ROOT, modules
 
 DOCUMENTS = sorted(
     {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")}
@@ -119,6 +120,28 @@ def test_make_targets_exist(name: str):
 def test_links_lead_somewhere(name: str):
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text_of(name))
     assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
+
+
+def test_every_module_is_listed():
+    """The files in docs/architecture.md are those that are there; a listed folder stands for its files where none of them is listed."""
+    _, *sections = re.split(r"^\*\*`(\w+)/`\*\*", text_of("docs/architecture.md"), flags=re.MULTILINE)
+    listed = {
+        Path(folder, name)
+        for folder, rows in zip(sections[::2], sections[1::2], strict=True)
+        for name in re.findall(r"^\| \**`([^`]+)`", rows, re.MULTILINE)
+    }
+    assert {str(path) for path in listed if not (ROOT / path).exists()} == set(), "listed, not there"
+    spelled_out = {path.parent for path in listed if path.suffix}
+    files = [path.relative_to(ROOT) for path in modules().values() if path.name != "__init__.py"]
+    unlisted = [path for path in files if path not in listed]
+    missing = [str(path) for path in unlisted if path.parent in spelled_out or not listed & {*path.parents}]
+    assert missing == [], "there, not listed"
+
+
+def test_versions_agree():
+    versions = {PROJECT["project"]["version"], seer_jax.__version__}
+    versions |= set(re.findall(r"^version: (.+)$", text_of("CITATION.cff"), re.MULTILINE))
+    assert len(versions) == 1, versions
 
 
 WITH_PYTHON = [name for name in NAMES if "```python" in text_of(name)]
