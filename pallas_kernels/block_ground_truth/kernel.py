@@ -12,29 +12,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.block_ground_truth.strips import give_back_strip, pool_size, take_strip
+from pallas_kernels.block_ground_truth.workspace_slots import give_back_slot, num_slots, take_slot
 from pallas_kernels.mosaic.edge_tiles import load_inside, load_transposed, store_inside
-from pallas_kernels.mosaic.flash_tiles import MATRIX, QUERIES, ROWS, Rings, Softmax, columns, i32, mask, tile
+from pallas_kernels.mosaic.flash_tiles import MATRIX, QUERIES, ROW_VECTOR, Rings, Softmax, columns, i32, mask, tile
 
 CONSUMERS = 2  # warpgroups that compute
-KEYS = 128  # of a tile
-SLOTS = 2  # tiles in a ring, a power of two
-BLOCKS = 64  # whose scores are finished at a time
-COLUMNS = MATRIX.reduce(0)
+KEYS = 128  # keys of a tile
+STAGES = 2  # tiles in a ring buffer, a power of two
+BLOCKS = 64  # key blocks of which scores are finished at a time
+COLUMN_VECTOR = MATRIX.reduce(0)  # one element per column
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a kernel is compiled for.
+    """Parameters that a kernel is compiled for.
 
     Attributes:
       batch, heads, kv_heads, head_dim: B, H, K, D.
-      rows, padded_rows: T, and that of q, which may have some more.
+      rows, padded_rows: T, and T padded for TMA.
       key_blocks: Sb.
       block_size: b, 64 or 128.
-      block_scores, token_scores: which are asked for.
-      c: factor on the products of queries and keys that makes them scores in base 2; above 0.
-      interpreted: whether JAX's interpreter runs it.
+      block_scores, token_scores: which scores are computed.
+      c: factor above 0 that turns products of queries and keys into scores in base 2.
+      interpreted: whether JAX's interpreter runs the kernel.
     """
 
     batch: int
@@ -60,7 +60,7 @@ class Call:
 
     @property
     def heads_per_cta(self) -> int:
-        """Token scores are the maximum over the heads of a group: a CTA takes one after the other."""
+        """Token scores are maxima over the heads of a group, which a CTA computes one after the other."""
         return self.group if self.token_scores else 1
 
     @property
@@ -72,9 +72,9 @@ class Call:
         return self.batch * self.heads // self.heads_per_cta * self.row_tiles
 
     @property
-    def pool(self) -> int:
-        """How many strips there are."""
-        return pool_size(self.ctas, CONSUMERS, interpreted=self.interpreted)
+    def slots(self) -> int:
+        """Number of workspace slots."""
+        return num_slots(self.ctas, CONSUMERS, interpreted=self.interpreted)
 
     @property
     def per_tile(self) -> int:
@@ -87,17 +87,17 @@ class Call:
         return -(-self.key_blocks // BLOCKS)
 
     def outputs(self, dtype: Any) -> list[jax.ShapeDtypeStruct]:
-        """Output [B, T, H, D], lse [B, T, H], and as far as asked for: strips, block scores [B, H, T / 64, Sb], token scores [B, K, T, Sb].
+        """Output [B, T, H, D], lse [B, T, H] and, if computed, workspace, block scores [B, H, T / 64, Sb] and token scores [B, K, T, Sb].
 
-        In the interpreter whole tiles, since it does not run what keeps within the borders.
+        In the interpreter these are padded to whole tiles, since it does not run the stores that stop at the edge.
         """
         rows, blocks = self.rows, self.key_blocks
         if self.interpreted:
             rows, blocks = self.row_tiles * CONSUMERS * QUERIES, self.block_tiles * BLOCKS
         shapes: list[tuple[int, ...]] = [(self.batch, rows, self.heads)]
         if self.scored:
-            # The last tile may reach one block beyond the last.
-            shapes.append((self.pool, self.block_tiles * BLOCKS + 1, QUERIES))
+            # The last tile of 128 keys may reach one block of 64 beyond the last one.
+            shapes.append((self.slots, self.block_tiles * BLOCKS + 1, QUERIES))
         if self.block_scores:
             shapes.append((self.batch, self.heads, -(-rows // QUERIES), blocks))
         if self.token_scores:
@@ -114,69 +114,71 @@ class Call:
             plgpu.SMEM((CONSUMERS, row), jnp.float32),
             plgpu.SMEM((CONSUMERS, 1), jnp.int32),
             plgpu.Barrier(num_barriers=CONSUMERS),
-            *(tile(SLOTS, KEYS, self.head_dim, dtype) for _ in range(2)),
-            *(plgpu.Barrier(num_barriers=SLOTS) for _ in range(2)),
-            *(plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=SLOTS) for _ in range(2)),
+            *(tile(STAGES, KEYS, self.head_dim, dtype) for _ in range(2)),
+            *(plgpu.Barrier(num_barriers=STAGES) for _ in range(2)),
+            *(plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES) for _ in range(2)),
         ]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """In global memory.
+    """The inputs, in global memory.
 
     Attributes:
       q, k, v: [B, T, H, D] and [B, S, K, D].
-      bounds: [B, n, 2] for each 64 positions: the first key that queries there see, and the position after their last one.
-      numbers: [2], position of the first query over 64, and `Call.block_tiles`, lest a loop of a few rounds is written out.
-      taken: see `take_strip`.
+      bounds: [B, n, 2] for each 64 positions: the first key that the queries there see, and the position after the last query.
+      scalars: [2], position of the first query over 64, and `Call.block_tiles`, which the compiler must not know: it would unroll
+        short loops.
+      taken: see `take_slot`.
     """
 
     q: Any
     k: Any
     v: Any
     bounds: Any
-    numbers: Any
+    scalars: Any
     taken: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class _Outputs:
-    """In global memory: see `Call.outputs`. None where it is not asked for."""
+    """The outputs, in global memory: see `Call.outputs`. None if not computed."""
 
     out: Any
     lse: Any
-    strips: Any = None
+    workspace: Any = None
     block_scores: Any = None
     token_scores: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scratch:
-    """Shared memory besides the rings, of each consumer.
+    """Shared memory of the consumers besides the ring buffers.
 
     Attributes:
-      q_tiles: [2, 64, D]; outputs leave through it.
-      vectors: [2, 3, 64], to pass numbers between threads.
-      rows: [2, Sb], a row of block scores before it is divided by its sum.
-      notes: [2, 1], see `take_strip`.
+      q_tiles: [2, 64, D], also the staging buffers of the outputs.
+      vectors: [2, 3, 64], to pass values between threads.
+      rows: [2, Sb], a row of block scores before its division by its sum.
+      mailboxes: [2, 1], see `take_slot`.
       q_ready: barriers of the copies into the query tiles.
     """
 
     q_tiles: Any
     vectors: Any
     rows: Any
-    notes: Any
+    mailboxes: Any
     q_ready: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """The keys that 64 queries see, and those that their CTA loads for them.
+    """The keys that 64 queries see, and those that their CTA loads.
 
     Attributes:
-      position: of the first query, among the keys.
-      first, end: first key they see; position after the last query that is one.
-      start, tiles: first key that the CTA loads, and how many tiles.
+      position: position of the first query among the keys.
+      first: first key that the queries see.
+      end: position after the last query that exists.
+      start, tiles: first key that the CTA loads, and number of tiles.
     """
 
     position: Array
@@ -186,33 +188,33 @@ class _Span:
     tiles: Array
 
     def full_tiles(self) -> Array:
-        """How many tiles, from the first on, every query sees in full."""
+        """Number of leading tiles that every query sees in full."""
         full = lax.div(self.position + 1 - self.start, i32(KEYS))
         return jnp.where(self.first == self.start, jnp.minimum(full, self.tiles), 0)
 
     def mask(self, scores: Array, t: Array) -> Array:
         key = self.start + t * KEYS
-        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
+        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
         return mask(scores, query + 1 - key, self.first - key)
 
     def exist(self) -> Array:
-        """[64]: which of the queries there are."""
-        return self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS) < self.end
+        """[64]: which of the queries exist."""
+        return self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR) < self.end
 
     def blocks(self, b: int) -> tuple[Array, Array]:
-        """First block that the queries see, and the one that they are in; as many as the first where there are no queries."""
+        """First block that the queries see, and their own block; the block before the first if no query exists."""
         first = lax.div(self.first, i32(b))
         return first, jnp.where(self.end > self.position, lax.div(self.position, i32(b)), first - 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """What a CTA works on.
+class _Work:
+    """The work of a CTA: 128 queries of one head, or of each head of a group.
 
     Attributes:
-      sequence, kv_head: which.
-      head: first query head.
-      row_tile: which 128 queries.
+      sequence, kv_head: indices of the sequence and the key/value head.
+      head: index of the first query head.
+      row_tile: index of the 128 queries.
     """
 
     sequence: Array
@@ -221,8 +223,8 @@ class _Place:
     row_tile: Array
 
     @classmethod
-    def of(cls, call: Call, cta: Array) -> "_Place":
-        """All work of a key/value head is contiguous in time, so that its keys and values stay in L2; late queries start first."""
+    def of(cls, call: Call, cta: Array) -> "_Work":
+        """CTAs of a key/value head are adjacent, so that its keys and values stay in L2; late queries, which see most, start first."""
         per_group = call.group // call.heads_per_cta
         rest, in_group = lax.div(cta, i32(per_group)), lax.rem(cta, i32(per_group))
         rest, number = lax.div(rest, i32(call.row_tiles)), lax.rem(rest, i32(call.row_tiles))
@@ -230,15 +232,15 @@ class _Place:
         return cls(sequence, kv_head, kv_head * call.group + in_group, call.row_tiles - 1 - number)
 
     def spans(self, call: Call, refs: _Inputs) -> tuple[_Span, _Span]:
-        """Of the consumers."""
-        begin = refs.numbers[0] + self.row_tile * CONSUMERS
+        """The spans of both consumers."""
+        begin = refs.scalars[0] + self.row_tile * CONSUMERS
         (first, end), (other_first, other_end) = (
             [refs.bounds[self.sequence, begin + i, side] for side in range(2)] for i in range(CONSUMERS)
         )
         start = jnp.minimum(first, other_first)
         start = jnp.minimum(start, (call.key_blocks - 1) * call.block_size)
         last = jnp.maximum(end, other_end)
-        # Without any keys they take one tile, all of it hidden: so the loops have a first tile in any case.
+        # At least one tile, so that the loops always have a first one. Without any keys all of it is masked.
         tiles = jnp.maximum(lax.div(last - start + (KEYS - 1), i32(KEYS)), 1)
         one = _Span(begin * QUERIES, first, end, start, tiles)
         return one, _Span((begin + 1) * QUERIES, other_first, other_end, start, tiles)
@@ -255,26 +257,26 @@ class _Place:
 
 
 def ground_truth_kernel(call: Call, dtype: Any, interpret: Any) -> Callable:
-    """From q, k, v, bounds, numbers and taken (see `_Inputs`) to what `Call.outputs` tells."""
+    """The kernel from (q, k, v, bounds, scalars, taken), see `_Inputs`, to `Call.outputs`."""
 
     def kernel(*arguments: Any) -> None:
         refs, arguments = _Inputs(*arguments[:6]), arguments[6:]
         count = len(call.outputs(dtype))
         outputs, arguments = _named_outputs(call, arguments[:count]), arguments[count:]
-        q_tiles, vectors, rows, notes, q_ready, *rings = arguments
-        scratch, rings = _Scratch(q_tiles, vectors, rows, notes, q_ready), Rings(*rings)
-        place = _Place.of(call, lax.axis_index("cta"))
+        q_tiles, vectors, rows, mailboxes, q_ready, *rings = arguments
+        scratch, rings = _Scratch(q_tiles, vectors, rows, mailboxes, q_ready), Rings(*rings)
+        work = _Work.of(call, lax.axis_index("cta"))
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < CONSUMERS)
         def _():
             plgpu.set_max_registers(240, action="increase")
-            _consume(call, place, warpgroup, refs, outputs, scratch, rings)
+            _consume(call, work, warpgroup, refs, outputs, scratch, rings)
 
         @pl.when(warpgroup == CONSUMERS)
         def _():
             plgpu.set_max_registers(24, action="decrease")
-            _produce(call, place, refs, rings)
+            _produce(call, work, refs, rings)
 
     return plgpu.kernel(
         kernel,
@@ -292,96 +294,97 @@ def ground_truth_kernel(call: Call, dtype: Any, interpret: Any) -> Callable:
 def _named_outputs(call: Call, refs: tuple[Any, ...]) -> _Outputs:
     out, lse, *others = refs
     asked = zip(
-        ("strips", "block_scores", "token_scores"), (call.scored, call.block_scores, call.token_scores), strict=True
+        ("workspace", "block_scores", "token_scores"), (call.scored, call.block_scores, call.token_scores), strict=True
     )
     return _Outputs(out, lse, **dict(zip((name for name, there in asked if there), others, strict=True)))
 
 
-def _produce(call: Call, place: _Place, refs: _Inputs, rings: Rings) -> None:
-    """Loads keys and values, for each head once."""
-    span = place.spans(call, refs)[0]
+def _produce(call: Call, work: _Work, refs: _Inputs, rings: Rings) -> None:
+    """Loads keys and values, once per head."""
+    span = work.spans(call, refs)[0]
     fills = span.tiles * call.heads_per_cta
 
     @pl.loop(i32(0), fills)
     def _(number: Array) -> None:
         t = lax.rem(number, span.tiles) if call.heads_per_cta > 1 else number
         keys = pl.ds(pl.multiple_of(span.start + t * KEYS, QUERIES), KEYS)
-        slot = number & (SLOTS - 1)
+        stage = number & (STAGES - 1)
 
         def fill(source: Any, target: Any, ready: Any, free: Any) -> None:
-            pl.when(number >= SLOTS)(lambda: plgpu.barrier_wait(free.at[slot]))
-            plgpu.copy_gmem_to_smem(source.at[place.sequence, keys, place.kv_head], target.at[slot], ready.at[slot])
+            pl.when(number >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
+            plgpu.copy_gmem_to_smem(source.at[work.sequence, keys, work.kv_head], target.at[stage], ready.at[stage])
 
         fill(refs.k, rings.k_tiles, rings.k_ready, rings.k_free)
         fill(refs.v, rings.v_tiles, rings.v_ready, rings.v_free)
 
-    if call.interpreted:  # which insists that a completed phase is seen by someone
+    if call.interpreted:
+        # The interpreter requires a wait for every completed phase of a barrier.
         for free in (rings.k_free, rings.v_free):
 
-            @pl.loop(jnp.maximum(fills - SLOTS, 0), fills)
+            @pl.loop(jnp.maximum(fills - STAGES, 0), fills)
             def _(number: Array, free: Any = free) -> None:
-                plgpu.barrier_wait(free.at[number & (SLOTS - 1)])
+                plgpu.barrier_wait(free.at[number & (STAGES - 1)])
 
 
 def _consume(
-    call: Call, place: _Place, consumer: Array, refs: _Inputs, outputs: _Outputs, scratch: _Scratch, rings: Rings
+    call: Call, work: _Work, consumer: Array, refs: _Inputs, outputs: _Outputs, scratch: _Scratch, rings: Rings
 ) -> None:
-    """64 queries of one head, or of each head of a group."""
-    start = place.row_tile * (CONSUMERS * QUERIES) + consumer * QUERIES
+    """Attention and scores of 64 queries, of one head or of each head of a group."""
+    start = work.row_tile * (CONSUMERS * QUERIES) + consumer * QUERIES
     q_tile, q_ready = scratch.q_tiles.at[consumer], scratch.q_ready.at[consumer]
     vectors = scratch.vectors.at[consumer]
 
     def tokens(in_cta: Array) -> tuple[Any, ...]:
-        return place.sequence, pl.ds(start, QUERIES), place.head + in_cta
+        return work.sequence, pl.ds(start, QUERIES), work.head + in_cta
 
     def load(in_cta: Array) -> None:
         plgpu.copy_gmem_to_smem(refs.q.at[tokens(in_cta)], q_tile, q_ready)
 
     load(i32(0))
-    strip = None
+    slot = None
     if call.scored:
-        note, cta = scratch.notes.at[consumer], lax.axis_index("cta")
-        number = take_strip(refs.taken, note, cta, consumer, interpreted=call.interpreted)
-        strip = outputs.strips.at[number]
+        mailbox, cta = scratch.mailboxes.at[consumer], lax.axis_index("cta")
+        number = take_slot(refs.taken, mailbox, cta, consumer, interpreted=call.interpreted)
+        slot = outputs.workspace.at[number]
 
     def attend(in_cta: Array) -> None:
-        span = place.span(call, refs, consumer)
+        span = work.span(call, refs, consumer)
         plgpu.barrier_wait(q_ready)
         q = q_tile if call.interpreted else q_tile[...]
-        state = _attend(call, span, q, in_cta * span.tiles, rings, strip)
+        state = _attend(call, span, q, in_cta * span.tiles, rings, slot)
         out, lse = state.finish(span.exist())
         q_tile[...] = out.astype(q_tile.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, outputs.out.at[tokens(in_cta)])
-        head = place.head + in_cta
+        head = work.head + in_cta
         there = start < call.rows
 
         @pl.when(there)
         def _():
-            target = outputs.lse.at[place.sequence, :, head]
-            store_inside(lse, target, start, layout=ROWS, interpreted=call.interpreted)
+            target = outputs.lse.at[work.sequence, :, head]
+            store_inside(lse, target, start, layout=ROW_VECTOR, interpreted=call.interpreted)
 
         plgpu.wait_smem_to_gmem(0)
-        if strip is None:
+        if slot is None:
             return
         pl.when(in_cta + 1 < call.heads_per_cta)(lambda: load(in_cta + 1))
-        # Read again: kept in registers, it would be in the way of the loop over tiles.
-        span = place.span(call, refs, consumer)
+        # Read again: if kept, the loop over tiles would lack its registers.
+        span = work.span(call, refs, consumer)
         seen = span.exist() & (state.total > 0)
         weight = _Weight(call.c, state.maximum, jnp.where(seen, 1 / jnp.where(seen, state.total, 1), 0))
         vectors[0], vectors[1] = weight.maximum, weight.inverse
-        plgpu.commit_smem()  # also before others read what this thread has written to the strip
+        plgpu.commit_smem()  # also makes this thread's stores to the slot visible to the others
         if outputs.token_scores is not None:
 
             @pl.when(there)
             def _():
-                target = outputs.token_scores.at[place.sequence, place.kv_head]
-                _token_scores(call, span, weight, strip, target, start, in_cta, refs.numbers[1])
+                target = outputs.token_scores.at[work.sequence, work.kv_head]
+                _token_scores(call, span, weight, slot, target, start, in_cta, refs.scalars[1])
 
         if outputs.block_scores is not None:
-            target = outputs.block_scores.at[place.sequence, head]
+            target = outputs.block_scores.at[work.sequence, head]
             row = lax.div(start, i32(QUERIES))
-            _block_scores(call, span, strip, vectors, scratch.rows.at[consumer], target, row, refs.numbers[1])
+            _block_scores(call, span, slot, vectors, scratch.rows.at[consumer], target, row, refs.scalars[1])
 
     if call.heads_per_cta == 1:
         attend(i32(0))
@@ -390,101 +393,102 @@ def _consume(
         @pl.loop(i32(0), i32(call.heads_per_cta))
         def _(in_cta: Array) -> None:
             attend(in_cta)
-            plgpu.commit_smem()  # before this thread writes what others read of the strip
+            plgpu.commit_smem()  # the other threads have read the slot before the next head is stored there
 
     if call.scored:
-        give_back_strip(refs.taken, number, interpreted=call.interpreted)
+        give_back_slot(refs.taken, number, interpreted=call.interpreted)
 
 
-def _attend(call: Call, span: _Span, q: Any, done: Array, rings: Rings, strip: Any) -> Softmax:
-    """Walks the tiles; `done` have come before in the rings. The largest product of each block goes to the strip."""
+def _attend(call: Call, span: _Span, q: Any, done: Array, rings: Rings, slot: Any) -> Softmax:
+    """Attends to all tiles, and stores the largest product of each block in the slot. `done` tiles went through the rings before."""
     b, dtype = call.block_size, rings.v_tiles.dtype
 
     def weigh(t: Array, masked: bool, scores: Array, state: Softmax) -> tuple[Array, Array, Array, Array]:
         scores = span.mask(scores, t) if masked else scores
-        if strip is None:
+        if slot is None:
             maximum, total, weights, factor = state.add(scores, call.c)
         else:
             largest = [scores[:, i * b : (i + 1) * b].max(axis=1) for i in range(call.per_tile)]
             block = lax.div(span.start, i32(b)) + t * call.per_tile
             for i, x in enumerate(largest):
-                strip[block + i] = x
+                slot[block + i] = x
             maximum, total, weights, factor = state.add(scores, call.c, functools.reduce(jnp.maximum, largest))
         return maximum, total, weights.astype(dtype), factor
 
-    def slot(t: Array) -> Array:
-        return (done + t) & (SLOTS - 1)
+    def stage(t: Array) -> Array:
+        return (done + t) & (STAGES - 1)
 
     def step(t: Array, carry: tuple[Softmax, Array], *, masked: bool) -> tuple[Softmax, Array]:
-        slots = slot(t), slot(t - 1)
-        return rings.step(q, slots, carry, functools.partial(weigh, t, masked), call.interpreted)
+        stages = stage(t), stage(t - 1)
+        return rings.step(q, stages, carry, functools.partial(weigh, t, masked), call.interpreted)
 
     first, full = i32(0), span.full_tiles()
-    carry = rings.first(q, slot(first), call.head_dim, functools.partial(weigh, first, True))
+    carry = rings.first(q, stage(first), call.head_dim, functools.partial(weigh, first, True))
     carry = lax.fori_loop(i32(1), full, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(jnp.maximum(full, 1), span.tiles, functools.partial(step, masked=True), carry)
-    return rings.last(slot(span.tiles - 1), carry, call.interpreted)
+    return rings.last(stage(span.tiles - 1), carry, call.interpreted)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """What makes a query's products its attention weights: [64], in the layout of rows or of columns."""
+    """Softmax statistics [64] that turn a query's products into attention weights, in the layout of rows or columns."""
 
     c: float
     maximum: Array
     inverse: Array
 
     def of(self, products: Array, axis: int) -> Array:
-        """Products [64, 64], with the queries on `axis`, as weights."""
+        """The weights of products [64, 64] with the queries along `axis`."""
         maximum, inverse = (lax.broadcast_in_dim(x, products.shape, [axis]) for x in (self.maximum, self.inverse))
         return jnp.exp2(products * self.c - maximum) * inverse
 
 
 def _block_scores(
-    call: Call, span: _Span, strip: Any, vectors: Any, row: Any, target: Any, number: Array, every: Array
+    call: Call, span: _Span, slot: Any, vectors: Any, row: Any, target: Any, number: Array, every: Array
 ) -> None:
-    """Row `number` of a head's block scores [T / 64, Sb]: the largest weight in each block, over the sum of these."""
+    """Stores row `number` of a head's block scores [T / 64, Sb]: the largest weight of each block, divided by their sum."""
     first, own = span.blocks(call.block_size)
     begin, end = lax.div(first, i32(BLOCKS)), lax.div(own + BLOCKS, i32(BLOCKS))
-    weight = _Weight(call.c, *(plgpu.load(vectors.at[i], layout=COLUMNS) for i in range(2)))
+    weight = _Weight(call.c, *(plgpu.load(vectors.at[i], layout=COLUMN_VECTOR) for i in range(2)))
 
     def largest(t: Array, sums: Array) -> Array:
         here = pl.ds(t * BLOCKS, BLOCKS)
-        weights = weight.of(plgpu.load(strip.at[here], layout=MATRIX, optimized=False), 1)
-        block = t * BLOCKS + plgpu.broadcasted_iota(jnp.int32, (BLOCKS,), 0, layout=ROWS)
+        weights = weight.of(plgpu.load(slot.at[here], layout=MATRIX, optimized=False), 1)
+        block = t * BLOCKS + plgpu.broadcasted_iota(jnp.int32, (BLOCKS,), 0, layout=ROW_VECTOR)
         scores = jnp.where((block >= first) & (block <= own), weights.max(axis=1), 0.0)
         row[here] = scores
         return sums + scores
 
-    zeros = plgpu.layout_cast(jnp.full((BLOCKS,), 0, jnp.float32), ROWS)
+    zeros = plgpu.layout_cast(jnp.full((BLOCKS,), 0, jnp.float32), ROW_VECTOR)
     vectors[2] = lax.fori_loop(begin, end, largest, zeros)
     plgpu.commit_smem()
-    sums = plgpu.load(vectors.at[2], layout=COLUMNS)
-    total = lax.broadcast_in_dim(sums, (BLOCKS, BLOCKS), [1]).sum(axis=1)  # in each row the same
+    sums = plgpu.load(vectors.at[2], layout=COLUMN_VECTOR)
+    total = lax.broadcast_in_dim(sums, (BLOCKS, BLOCKS), [1]).sum(axis=1)  # the same in each row
     factor = 1 / jnp.where(total > 0, total, 1)
-    if call.block_size > QUERIES:  # two rows make one; what is made of them is divided elsewhere
+    if call.block_size > QUERIES:
+        # Two rows form one, which is divided once they are combined.
         factor = zeros + 1
 
     @pl.loop(i32(0), every)
     def _(t: Array) -> None:
         scores = lax.cond(
             (t >= begin) & (t < end),
-            lambda: plgpu.load(row.at[pl.ds(t * BLOCKS, BLOCKS)], layout=ROWS) * factor,
+            lambda: plgpu.load(row.at[pl.ds(t * BLOCKS, BLOCKS)], layout=ROW_VECTOR) * factor,
             lambda: zeros,
         )
 
         @pl.when(number < target.shape[0])
         def _():
-            store_inside(scores, target.at[number], t * BLOCKS, layout=ROWS, interpreted=call.interpreted)
+            store_inside(scores, target.at[number], t * BLOCKS, layout=ROW_VECTOR, interpreted=call.interpreted)
 
 
 def _token_scores(
-    call: Call, span: _Span, weight: _Weight, strip: Any, target: Any, start: Array, in_group: Array, every: Array
+    call: Call, span: _Span, weight: _Weight, slot: Any, target: Any, start: Array, in_group: Array, every: Array
 ) -> None:
-    """Rows `start` and so on of a group's token scores [T, Sb]: raised to the weights of another head, and divided after the last."""
+    """Raises the 64 rows from `start` on of a group's token scores [T, Sb] to the weights of a head; divides them after the last head."""
     first, own = span.blocks(call.block_size)
     begin, end = lax.div(first, i32(BLOCKS)), lax.div(own + (BLOCKS - 1), i32(BLOCKS))
-    borders: dict[str, Any] = dict(layout=MATRIX, interpreted=call.interpreted)
+    edge: dict[str, Any] = dict(layout=MATRIX, interpreted=call.interpreted)
     shape = QUERIES, BLOCKS
 
     def completed(t: Array, scores: Array) -> Array:
@@ -494,17 +498,17 @@ def _token_scores(
         return jnp.where((constant >= begins) & (constant < ends), scores, 0.0)
 
     def before(t: Array) -> Array:
-        return load_inside(target, start, t * BLOCKS, shape=shape, **borders)
+        return load_inside(target, start, t * BLOCKS, shape=shape, **edge)
 
     def largest(t: Array, sums: Array) -> Array:
-        weights = weight.of(load_transposed(strip.at[pl.ds(t * BLOCKS, BLOCKS)], **borders), 0)
+        weights = weight.of(load_transposed(slot.at[pl.ds(t * BLOCKS, BLOCKS)], **edge), 0)
         others = jnp.broadcast_to(in_group > 0, shape)
         raised = jnp.where(others, jnp.maximum(weights, before(t)), weights)
         scores = completed(t, raised)
-        store_inside(scores, target, start, t * BLOCKS, **borders)
+        store_inside(scores, target, start, t * BLOCKS, **edge)
         return sums + scores.sum(axis=1)
 
-    total = lax.fori_loop(begin, end, largest, plgpu.layout_cast(jnp.full((QUERIES,), 0, jnp.float32), ROWS))
+    total = lax.fori_loop(begin, end, largest, plgpu.layout_cast(jnp.full((QUERIES,), 0, jnp.float32), ROW_VECTOR))
 
     @pl.when(in_group == call.group - 1)
     def _():
@@ -517,4 +521,4 @@ def _token_scores(
                 return completed(t, before(t) * columns(factor, zeros))
 
             scaled = lax.cond((t >= begin) & (t < end), scores, lambda: zeros)
-            store_inside(scaled, target, start, t * BLOCKS, **borders)
+            store_inside(scaled, target, start, t * BLOCKS, **edge)

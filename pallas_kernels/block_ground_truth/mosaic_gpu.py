@@ -12,8 +12,8 @@ from pallas_kernels.block_ground_truth.kernel import Call, ground_truth_kernel
 from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.flash_tiles import LOG2_E, QUERIES, positive_scale
 
-TOKENS = 8  # the copy engine takes tokens in groups of so many
-MAX_KEY_BLOCKS = 4096  # two rows of scores must fit the shared memory that the tiles leave
+TOKENS = 8  # TMA moves tokens in groups of 8
+MAX_KEY_BLOCKS = 4096  # two rows of scores must fit in the shared memory beside the tiles
 
 
 def attention_with_block_scores(
@@ -72,9 +72,9 @@ def _attend(
         c=scale * LOG2_E,
         interpreted=interpret is not None,
     )
-    numbers = jnp.stack([query_offset // QUERIES, jnp.int32(call.block_tiles)])
-    taken = jax.new_ref(jnp.zeros(call.pool, jnp.int32))
-    out, lse, *scores = ground_truth_kernel(call, q.dtype, interpret)(q, k, v, bounds, numbers, taken)
+    scalars = jnp.stack([query_offset // QUERIES, jnp.int32(call.block_tiles)])
+    taken = jax.new_ref(jnp.zeros(call.slots, jnp.int32))
+    out, lse, *scores = ground_truth_kernel(call, q.dtype, interpret)(q, k, v, bounds, scalars, taken)
     token = scores.pop()[:, :, :rows, :key_blocks] if asked[1] else None
     block = _per_block(scores.pop()[..., :key_blocks], rows, block_size) if asked[0] else None
     return out[:, :rows], lse[:, :rows], block, token
@@ -83,12 +83,13 @@ def _attend(
 def _bounds(
     segment_ids: Int[Array, "B S"], query_offset: Int[Array, ""], rows: int, block_size: int
 ) -> Int32[Array, "B n 2"]:
-    """For each 64 positions: the first key that queries there see, and the position after the last query; equal where there is none.
+    """For each 64 positions: the first key that the queries there see, and the position after the last query, no more than that of
+    the first if no query exists.
 
     A block holds tokens of one sequence, then padding.
     """
     batch, keys = segment_ids.shape
-    blocks = -(-keys // block_size) + 2  # the last CTA's queries may lie so far beyond the keys
+    blocks = -(-keys // block_size) + 2  # the last CTA's queries may lie that far beyond the keys
     ids = jnp.pad(segment_ids, ((0, 0), (0, blocks * block_size - keys))).reshape(batch, blocks, block_size)
     number = jnp.arange(blocks)[None]
     begins = (ids[:, :, 0] != jnp.roll(ids[:, :, 0], 1, axis=1)) | (number == 0) | (ids[:, :, 0] == 0)
@@ -102,7 +103,7 @@ def _bounds(
 
 
 def _per_block(scores: Float32[Array, "B H n Sb"], rows: int, block_size: int) -> Float32[Array, "B H Tb Sb"]:
-    """Of the rows that the kernel gives, one per 64 queries, those of blocks."""
+    """The kernel's rows, one per 64 queries, combined to one per block."""
     batch, heads, _, key_blocks = scores.shape
     scores = scores[:, :, : -(-rows // QUERIES)]
     if block_size == QUERIES:

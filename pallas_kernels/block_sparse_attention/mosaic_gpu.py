@@ -8,38 +8,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.block_sparse_attention.ring import Ring, Sharing, ring_kernel
-from pallas_kernels.block_sparse_attention.solo import Solo, solo_kernel
-from pallas_kernels.block_sparse_attention.tile import Shape
+from pallas_kernels.block_sparse_attention.query_tiles import Sizes
+from pallas_kernels.block_sparse_attention.single_warpgroup import SingleWarpgroup, single_warpgroup_kernel
+from pallas_kernels.block_sparse_attention.warp_specialized import Sharing, WarpSpecialized, warp_specialized_kernel
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.flash_tiles import LOG2_E, positive_scale
 
-TOKENS = 8  # the copy engine takes tokens in groups of so many
+TOKENS = 8  # TMA moves tokens in groups of 8
 
-Config = Solo | Ring
+Config = SingleWarpgroup | WarpSpecialized
 
 CONFIGS: dict[str, Config] = {
-    "solo": Solo(),
-    "own": Ring(Sharing.NONE, v_slots=1),
-    "heads": Ring(Sharing.HEADS),
-    "queries": Ring(Sharing.QUERIES),
+    "single-warpgroup": SingleWarpgroup(),
+    "own-lists": WarpSpecialized(Sharing.NONE, v_stages=1),
+    "shared-by-heads": WarpSpecialized(Sharing.HEADS),
+    "shared-by-queries": WarpSpecialized(Sharing.QUERIES),
 }
-# The evidence for both is in README.md.
-DENSE = 0.75  # from this density on, wider tiles pay more than more CTAs
-SHORT = 32  # lists of at most so many blocks are over before a ring pays
+# README.md has the measurements behind both.
+DENSE = 0.75  # density from which wider tiles gain more than additional CTAs
+SHORT = 32  # blocks up to which a list ends before warp specialization pays
 
 
 def choose_config(
     heads: int, kv_heads: int, lists: int, block_size: int, num_key_blocks: int, density: float | None
 ) -> Config:
-    """The fastest kernel for lists of this kind. `density` is what the caller expects, None if nothing."""
+    """The fastest kernel for lists of this kind. `density` is the density that the caller expects, None if unknown."""
     if block_size == 128:
-        return CONFIGS["queries"]
+        return CONFIGS["shared-by-queries"]
     if lists <= kv_heads and heads // kv_heads % 2 == 0:
         short = density is not None and density * num_key_blocks <= SHORT
-        return CONFIGS["solo" if short else "heads"]
-    return CONFIGS["own" if density is not None and density >= DENSE else "solo"]
+        return CONFIGS["single-warpgroup" if short else "shared-by-heads"]
+    return CONFIGS["own-lists" if density is not None and density >= DENSE else "single-warpgroup"]
 
 
 def block_sparse_attention(
@@ -57,7 +57,7 @@ def block_sparse_attention(
     """See the function of this name in api.py.
 
     Args:
-      config: which kernel; None for what `choose_config` says.
+      config: the kernel and its parameters; None for the choice of `choose_config`.
     """
     (_, _, heads, head_dim), kv_heads, lists = q.shape, k.shape[2], blocks.counts.shape[1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -74,11 +74,13 @@ def block_sparse_attention(
 
 
 def _check_config(config: Config, group: int, shared_lists: bool, block_size: int) -> None:
-    sharing = config.sharing if isinstance(config, Ring) else Sharing.NONE
+    sharing = config.sharing if isinstance(config, WarpSpecialized) else Sharing.NONE
     if (sharing is Sharing.QUERIES) != (block_size == 128):
-        raise Unsupported(f"Sharing.QUERIES is for blocks of 128 tokens, and nothing else is; got {config}.")
+        raise Unsupported(f"must take Sharing.QUERIES for blocks of 128 tokens, and only for those; got {config}.")
     if sharing is Sharing.HEADS and not (shared_lists and group % 2 == 0):
-        raise Unsupported(f"Sharing.HEADS needs lists shared by an even number of query heads; got groups of {group}.")
+        raise Unsupported(
+            f"must have lists shared by an even number of query heads for Sharing.HEADS; got groups of {group}."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -98,11 +100,11 @@ def _attend(
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, k, v))
     batch, padded, heads, head_dim = q.shape
     _, lists, rows = blocks.counts.shape
-    shape = Shape(batch, padded, heads, head_dim, k.shape[2], lists, rows, blocks.block_size)
+    sizes = Sizes(batch, padded, heads, head_dim, k.shape[2], lists, rows, blocks.block_size)
     c = scale * LOG2_E
-    if isinstance(config, Solo):
-        kernel = solo_kernel(shape, c, interpret, q.dtype)
+    if isinstance(config, SingleWarpgroup):
+        kernel = single_warpgroup_kernel(sizes, c, interpret, q.dtype)
     else:
-        kernel = ring_kernel(shape, config, c, interpret, q.dtype)
+        kernel = warp_specialized_kernel(sizes, config, c, interpret, q.dtype)
     out, lse = kernel(q, k, v, blocks.counts, blocks.indices, jnp.stack([query_offset, lengths], axis=1))
     return out[:, :num_queries], lse[:, :, :num_queries].transpose(0, 2, 1)

@@ -1,8 +1,7 @@
-"""Tiles that reach beyond the borders of an array in global memory, read and written number by number.
+"""Tiles that reach beyond the edge of an array in global memory, loaded and stored element by element.
 
-Pallas has no words for it, so it is written in MLIR, below Pallas. JAX's interpreter does not run such code: there, arrays come in
-whole tiles, and the same is said with slices. A tile begins within the array, at a
-multiple of its size.
+Pallas has no masked loads and stores for Mosaic GPU, so these are written in MLIR. JAX's interpreter does not run MLIR: there, arrays
+consist of whole tiles, which are sliced. A tile starts within the array, at a multiple of its size.
 """
 
 import functools
@@ -23,7 +22,7 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def store_transposed(x: Array, ref: Any, *, layout: Any, interpreted: bool) -> None:
-    """Writes the transpose of a tile to `ref`, as far as it lies within it."""
+    """Stores the part of a transposed tile that lies within `ref`."""
     if interpreted:
         ref[...] = x.T[tuple(slice(0, size) for size in ref.shape)]
         return
@@ -32,15 +31,16 @@ def store_transposed(x: Array, ref: Any, *, layout: Any, interpreted: bool) -> N
 
 
 def store_inside(x: Array, ref: Any, *start: Array, layout: Any, interpreted: bool) -> None:
-    """Writes a tile to `ref` from `start` (if left out, its first number) on, as far as it lies within it.
+    """Stores the part of a tile that lies within `ref`.
 
     Args:
-      x: in `layout`. Where a number is in several threads, each one writes it.
-      ref: of as many axes as x.
+      x: the tile, in `layout`. Every thread that holds an element stores it.
+      ref: array with the axes of x.
+      start: index of the tile's first element; zeros if left out.
     """
     if interpreted:
         if start:
-            ref[tuple(pl.ds(*place) for place in zip(start, x.shape, strict=True))] = x
+            ref[tuple(pl.ds(*axis) for axis in zip(start, x.shape, strict=True))] = x
         else:
             ref[...] = x[tuple(slice(0, size) for size in ref.shape)]
         return
@@ -49,14 +49,14 @@ def store_inside(x: Array, ref: Any, *start: Array, layout: Any, interpreted: bo
 
 
 def load_inside(ref: Any, *start: Array, shape: tuple[int, ...], layout: Any, interpreted: bool) -> Array:
-    """A tile of `ref` from `start` on. What lies beyond the border is read from the border."""
+    """Loads a tile of `ref` from `start` on. Elements beyond the edge are copies of those at the edge."""
     if interpreted:
-        return ref[tuple(pl.ds(*place) for place in zip(start, shape, strict=True))]
+        return ref[tuple(pl.ds(*axis) for axis in zip(start, shape, strict=True))]
     return _load(ref, *start, shape=shape, layout=layout, transposed=False)
 
 
 def load_transposed(ref: Any, *, layout: Any, interpreted: bool) -> Array:
-    """The transpose of `ref` [M, N]."""
+    """Loads the transpose of `ref` [M, N]."""
     if interpreted:
         return ref[...].T
     return _load(ref, shape=ref.shape[::-1], layout=layout, transposed=True)
@@ -67,19 +67,19 @@ def _load(ref: Any, *start: Array, shape: tuple[int, ...], layout: Any, transpos
         del ctx
         *first, source = arguments
         fragment, size = layout.to_mgpu(), ir.MemRefType(source.type).shape
-        places = _Places(fragment, shape, first)
+        indices = _Indices(fragment, shape, first)
         registers = np.empty(fragment.registers_shape(shape), dtype=object)
         for register in np.ndindex(registers.shape):
-            numbers = []
+            elements = []
             for i in range(fragment.vector_length):
-                place = places.of(register, i)
+                index = indices.of(register, i)
                 if first:
-                    place = [
+                    index = [
                         x if whole else arith.minui(x, _constant(n - 1))
-                        for x, n, whole in zip(place, size, places.whole(size), strict=True)
+                        for x, n, whole in zip(index, size, indices.whole(size), strict=True)
                     ]
-                numbers.append(memref.load(source, place[::-1] if transposed else place))
-            registers[register] = vector.from_elements(ir.VectorType.get((len(numbers),), numbers[0].type), numbers)
+                elements.append(memref.load(source, index[::-1] if transposed else index))
+            registers[register] = vector.from_elements(ir.VectorType.get((len(elements),), elements[0].type), elements)
         return mgpu.FragmentedArray(_registers=registers, _layout=fragment, _is_signed=None)
 
     types = *(SCALAR for _ in start), plgpu.RefType()
@@ -93,54 +93,54 @@ def _store_inside(ctx: mgpu.LaunchContext, x: mgpu.FragmentedArray, *arguments: 
     *first, target = arguments
     order = -1 if transposed else 1
     size = ir.MemRefType(target.type).shape[::order]
-    places = _Places(layout, x.shape, first)
+    indices = _Indices(layout, x.shape, first)
     for register in np.ndindex(x.registers.shape):
         for i in range(layout.vector_length):
             value = vector.extract(x.registers[register], dynamic_position=[], static_position=[i])
-            place = places.of(register, i)
+            index = indices.of(register, i)
             inside = [
                 arith.cmpi(arith.CmpIPredicate.ult, x, _constant(n))
-                for x, n, whole in zip(place, size, places.whole(size), strict=True)
+                for x, n, whole in zip(index, size, indices.whole(size), strict=True)
                 if not whole
             ]
             if inside:
                 with mgpu.when(functools.reduce(arith.andi, inside)):
-                    memref.store(value, target, place[::order])
+                    memref.store(value, target, index[::order])
             else:
-                memref.store(value, target, place[::order])
+                memref.store(value, target, index[::order])
 
 
-class _Places:
-    """Where the numbers of a tile are that a thread holds: a place of the thread, and distances from there that are constants."""
+class _Indices:
+    """Indices of the elements of a tile that a thread holds: an index of the thread plus constants."""
 
     def __init__(self, layout: mgpu.TiledLayout, shape: tuple[int, ...], start: Sequence[mgpu.FragmentedArray]):
         self._shape = shape
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         self._strides, self._tile_strides = strides, layout.tiling.tile_strides(strides)
-        mine = _first_place(layout, len(shape))
+        mine = _first_index(layout, len(shape))
         begin = [arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in start]
         self._mine = [arith.addi(*x) for x in zip(begin, mine, strict=True)] if begin else mine
 
     def of(self, register: tuple[int, ...], i: int) -> list[ir.Value]:
-        """Of number i in a register."""
+        """Index of element i of a register."""
         rest = sum(n * stride for n, stride in zip(register, self._tile_strides, strict=True))
-        distance = []
+        offset = []
         for stride in self._strides:
-            distance.append(rest // stride)
+            offset.append(rest // stride)
             rest %= stride
-        distance[-1] += i
-        return [arith.addi(x, _constant(n)) for x, n in zip(self._mine, distance, strict=True)]
+        offset[-1] += i
+        return [arith.addi(x, _constant(n)) for x, n in zip(self._mine, offset, strict=True)]
 
     def whole(self, size: Sequence[int]) -> list[bool]:
-        """On which axes an array of that size holds nothing but whole tiles."""
+        """The axes along which an array of that size consists of whole tiles."""
         return [n % tile == 0 for n, tile in zip(size, self._shape, strict=True)]
 
 
-def _first_place(layout: mgpu.TiledLayout, axes: int) -> list[ir.Value]:
-    """Row and column, or row, of the first number that this thread holds of a tile in the layout of a matrix product.
+def _first_index(layout: mgpu.TiledLayout, axes: int) -> list[ir.Value]:
+    """Row and column, or row, of the first element that this thread holds of a tile in the layout of a matrix product.
 
-    `layout.thread_idxs` says the same, but what it says is computed ahead and kept, in registers that loops in between need. The
-    assembly is volatile, so it is run where it stands.
+    `layout.thread_idxs` returns the same, but the compiler hoists its computation and keeps the results in registers that loops in
+    between need. Volatile assembly stays where it is.
     """
     assert layout in (mgpu.WGMMA_LAYOUT, mgpu.WGMMA_ROW_LAYOUT)
     i32 = ir.IntegerType.get_signless(32)

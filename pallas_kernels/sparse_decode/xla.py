@@ -1,4 +1,4 @@
-"""`sparse_decode_attention` in XLA, for any device: reads the listed blocks of the cache and no others, and never copies it."""
+"""`sparse_decode_attention` in XLA, for any device: reads only the listed blocks of the cache, without copying it."""
 
 import functools
 
@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import BLOCK_SIZES
-from pallas_kernels.sparse_rows import Rows, Tiling, attend_rows
+from pallas_kernels.sparse_rows import SparseRows, Tiling, attend_sparse_rows
 
-_KEYS_PER_STEP = 512  # a row has few queries, so it can take many keys at a time
+_KEYS_PER_STEP = 512  # a row has few queries, so that it can take many keys at a time
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
@@ -30,19 +30,19 @@ def sparse_decode_attention(
     if blocks is None:
         blocks = _every_block(lengths, num_keys, kv_heads)
     start = cache_rows[:, None] * (num_keys * kv_heads) + jnp.arange(kv_heads)[None]
-    rows = Rows(
+    rows = SparseRows(
         counts=blocks.counts.reshape(-1),
         indices=blocks.indices.reshape(-1, blocks.width),
         start=start.reshape(-1),
         limit=jnp.broadcast_to(lengths[:, None, None], (batch, kv_heads, group)).reshape(-1, group),
     )
     tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
-    out, lse = attend_rows(q.reshape(-1, group, head_dim), k, v, rows, tiling)
+    out, lse = attend_sparse_rows(q.reshape(-1, group, head_dim), k, v, rows, tiling)
     return out.reshape(q.shape), lse.reshape(batch, heads)
 
 
 def _every_block(lengths: Int[Array, "B"], num_keys: int, kv_heads: int) -> BlockIndices:
-    """Lists of all blocks that hold keys."""
+    """Lists of all blocks that contain keys."""
     size = BLOCK_SIZES[-1]
     counts = jnp.broadcast_to(-(-lengths // size)[:, None], (len(lengths), kv_heads))
     indices = jnp.arange(-(-num_keys // size), dtype=jnp.int32)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import BlockIndices
+from seer_jax.bench.configs import PrefillBench
 from seer_jax.bench.harness.clock import time_calls
 from seer_jax.bench.harness.measurement import Measurement, Outcome, measure
-from seer_jax.bench.harness.tables import DENSITY, Column, Table
+from seer_jax.bench.harness.report import DENSITY, Column, Table
 from seer_jax.gates.configs import PrefillGateConfig
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.rope import rotate
 from seer_jax.selection.context import PrefillContext
-from seer_jax.selection.notation import parse_policy
 from seer_jax.selection.rules import CumulativeMass, RankingPolicy, Threshold, TopK
 from seer_jax.selection.scorers import LearnedGate
 
@@ -35,54 +35,35 @@ SELECTION = Table(
         Column("attention\nms", "attention_milliseconds", ".4g", "the kernel on random lists of that density"),
     ),
 )
+GATE = PrefillGateConfig()
 THRESHOLD = 5e-4
 MASS = 0.9
 LOGITS_SPREAD = 3.0  # standard deviation, as a trained gate's: thresholds keep few blocks then
 
 
-def parse_rules(policies: Sequence[str]) -> dict[str, RankingPolicy]:
-    """Policies to time, by their text.
-
-    Raises:
-      ValueError: one is no policy, or keeps every block.
-    """
-    parsed = {text: parse_policy(text) for text in policies}
-    for text, policy in parsed.items():
-        if not isinstance(policy, RankingPolicy):
-            raise ValueError(f"Policies to time must rank blocks, as topk:0.1 does; got {text!r}, which ranks none.")
-    return parsed  # pyright: ignore[reportReturnType]
-
-
 def measure_selection(
-    config: ModelConfig,
-    lengths: Sequence[int],
-    density: float,
-    *,
-    policies: Sequence[str] = (),
-    attention: Mapping[tuple[int, float], float | None] = {},
-    seed: int = 0,
+    config: PrefillBench, attention: Mapping[tuple[int, float], float | None]
 ) -> Iterator[Measurement]:
     """One measurement for each length and policy.
 
     Args:
-      density: share of the causal map that top-k keeps.
-      policies: as on a command line; none: threshold, cumulative mass and top-k of a gate.
       attention: milliseconds of the attention kernel by length and density, to show beside.
     """
-    rules = parse_rules(policies) or {
+    model, density = config.model, config.model_density
+    rules = config.rules or {
         f"threshold {THRESHOLD:g}": Threshold(THRESHOLD),
         f"mass {MASS:g}": CumulativeMass(MASS),
         f"top {density:g}": TopK(density),
     }
-    stacked = PrefillGate(PrefillGateConfig(), dataclasses.replace(config, num_layers=1), rngs=nnx.Rngs(seed))
+    stacked = PrefillGate(GATE, dataclasses.replace(model, num_layers=1), rngs=nnx.Rngs(config.seed))
     gate = jax.tree.map(lambda x: x[0], stacked)  # as the scan over layers hands it out
-    for length in lengths:
+    for length in config.lengths:
         for rule, policy in rules.items():
             settings = dict(
-                length=length, rule=rule, density=density, block_size=gate.config.block_size, heads=config.num_heads
+                length=length, rule=rule, density=density, block_size=GATE.block_size, heads=model.num_heads
             )
             beside = {"attention_milliseconds": attention.get((length, density))}
-            run = functools.partial(_time, config, gate, policy, length, seed, beside)
+            run = functools.partial(_time, model, gate, policy, length, config.seed, beside)
             yield measure(SELECTION.name, f"{length}, {rule}", settings, run)
 
 
@@ -154,4 +135,4 @@ def _time(
         "choice_milliseconds": time_calls(choose, gate, q, k, score(gate, q, k)).milliseconds,
         "milliseconds": time_calls(together, gate, q, k).milliseconds,
     }
-    return Outcome(results | beside)
+    return Outcome({**results, **beside})

@@ -1,6 +1,5 @@
 """`seer-jax bench train`: a step of distillation beside a dense forward of the same tokens."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from seer_jax.bench.configs import TrainBench
 from seer_jax.bench.harness.clock import time_calls
-from seer_jax.bench.harness.config import BenchConfig
 from seer_jax.bench.harness.measurement import Measurement, Outcome, measure, run_program
 from seer_jax.bench.harness.plots import Panel
-from seer_jax.bench.harness.report import report
-from seer_jax.bench.harness.tables import MILLISECONDS, PROGRAM, Column, Table
+from seer_jax.bench.harness.report import MILLISECONDS, PROGRAM, Column, Table, report
 from seer_jax.bench.models import random_model
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.models.config import ModelConfig
@@ -47,34 +45,8 @@ FULL_RATE = 700e12  # flop per second, about what bfloat16 products reach on an 
 RECIPE_TOKENS = 500 * 16 * 65536  # of the authors' prefill recipe
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainBench(BenchConfig):
-    """Measures a step of distillation on this machine, beside a dense forward of the same tokens.
-
-    Attributes:
-      gates: which gates a step trains.
-      batch_size: rows per step, worked off one at a time.
-    """
-
-    lengths: tuple[int, ...] = (65536, 131072)
-    gates: tuple[TrainedGates, ...] = tuple(TrainedGates)
-    batch_size: int = 1
-
-    def __post_init__(self) -> None:
-        self.check_lengths(2, whole=True)
-        if not self.gates or self.batch_size < 1:
-            raise ValueError(
-                f"A step must train some gates on at least one row; got gates {self.gates} and batch_size={self.batch_size}."
-            )
-
-
 def bench_training(config: TrainBench) -> list[Measurement]:
-    """Prints the table, writes file and plot if they are asked for, and returns the measurements.
-
-    Raises:
-      ImportError: a plot is asked for and matplotlib is not installed.
-      ValueError: see `measure_training`.
-    """
+    """Measures and reports, see `report`."""
     return report(config, measure_training(config), (TRAINING,), (PANEL,))
 
 
@@ -85,7 +57,7 @@ def measure_training(config: TrainBench) -> Iterator[Measurement]:
       ValueError: a shape that the device is too slow for.
     """
     config.check_device()
-    model = random_model(config.shape.config, PrefillGateConfig(), DecodeGateConfig(), seed=config.seed)
+    model = random_model(config.model, PrefillGateConfig(), DecodeGateConfig(), seed=config.seed)
     for length in sorted(config.lengths):
         shape = (config.batch_size, length)
         tokens = jax.random.randint(jax.random.key(config.seed), shape, 0, model.config.vocab_size)
@@ -136,14 +108,15 @@ def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], fo
     batch = Batch(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape))
 
     def run(carried: tuple, frozen: Any, batch: Batch) -> tuple[tuple, dict[str, Float[Array, ""]]]:
-        trained, state, metrics = step(*carried, frozen, batch, jnp.int32(0))
+        trained, state = carried
+        trained, state, metrics = step(trained, state, frozen, batch, jnp.int32(0))
         return (trained, state), metrics
 
     program = run_program(run, (trained, optimizer.init(trained)), frozen, batch)
     milliseconds, metrics = program.timing.milliseconds, program.outputs
     rate = rows * forward_flop(model.config, length) / (milliseconds / 1e3)
     results = {
-        **program.timing.results,
+        **program.timing._asdict(),
         "forward_milliseconds": forward_milliseconds,
         "of_forward": milliseconds / forward_milliseconds,
         "tflops": rate / 1e12,

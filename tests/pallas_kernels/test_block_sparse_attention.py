@@ -74,14 +74,14 @@ def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("heads", "lists", "block_size", "num_key_blocks", "density", "name"),
     [
-        (Heads(32, 8, 128), 32, 64, 512, None, "solo"),
-        (Heads(32, 8, 128), 32, 64, 512, 0.5, "solo"),
-        (Heads(32, 8, 128), 32, 64, 512, 1.0, "own"),
-        (Heads(32, 8, 128), 8, 64, 512, None, "heads"),
-        (Heads(32, 8, 128), 1, 64, 512, 0.1, "heads"),
-        (Heads(32, 8, 128), 8, 64, 128, 0.1, "solo"),
-        (Heads(28, 4, 128), 4, 64, 512, None, "solo"),  # 7 heads in a group
-        (Heads(32, 8, 128), 8, 128, 256, None, "queries"),
+        (Heads(32, 8, 128), 32, 64, 512, None, "single-warpgroup"),
+        (Heads(32, 8, 128), 32, 64, 512, 0.5, "single-warpgroup"),
+        (Heads(32, 8, 128), 32, 64, 512, 1.0, "own-lists"),
+        (Heads(32, 8, 128), 8, 64, 512, None, "shared-by-heads"),
+        (Heads(32, 8, 128), 1, 64, 512, 0.1, "shared-by-heads"),
+        (Heads(32, 8, 128), 8, 64, 128, 0.1, "single-warpgroup"),
+        (Heads(28, 4, 128), 4, 64, 512, None, "single-warpgroup"),  # 7 heads in a group
+        (Heads(32, 8, 128), 8, 128, 256, None, "shared-by-queries"),
     ],
 )
 def test_mosaic_gpu_chooses_a_kernel(

@@ -54,6 +54,11 @@ def _tiny_model(config: ModelConfig, gates: bool, block_size: int, seed: int, dt
         return model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def products(exact_products: None) -> None:
+    """Float32 base models are held to float32 bounds."""
+
+
 @pytest.fixture(autouse=True)
 def no_device_tells_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CPUs: plans are made of shapes, which the type checker of the tests would refuse in place of arrays."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from seer_jax.bench.harness.memory import default_device
+from pallas_kernels.devices import default_device, device_of
 from seer_jax.inference.memory import GIB
 
 WARM_UP = 0.2  # seconds: an idle GPU takes a while to reach its clock rate
@@ -27,26 +27,14 @@ MOVES = 16
 
 
 class Timing(NamedTuple):
-    """How long a call takes.
-
-    Fields:
-      milliseconds: of one call, median of the repetitions.
-      spread: slowest less fastest repetition, over the median.
-      calls: how many calls a repetition queued.
-    """
+    """Milliseconds of a call, median of the repetitions, and slowest less fastest repetition over it."""
 
     milliseconds: float
     spread: float
-    calls: int
 
     def divided(self, calls: int) -> "Timing":
         """The timing of one call, where what was timed holds several."""
-        return Timing(self.milliseconds / calls, self.spread, self.calls * calls)
-
-    @property
-    def results(self) -> dict[str, float | None]:
-        """As a measurement holds them."""
-        return {"milliseconds": self.milliseconds, "spread": self.spread}
+        return Timing(self.milliseconds / calls, self.spread)
 
 
 def time_calls(function: Callable[..., Any], *arguments: Any, seconds: float = 0.08, repetitions: int = 5) -> Timing:
@@ -63,28 +51,24 @@ def time_calls(function: Callable[..., Any], *arguments: Any, seconds: float = 0
     while time.perf_counter() - start < min(WARM_UP, 3 * seconds):
         once = min(once, _run(function, arguments, 1))
     if once > LONG:
-        calls, times = 1, [once, *(_run(function, arguments, 1) for _ in range(2))]
+        times = [once, *(_run(function, arguments, 1) for _ in range(2))]
     else:
         calls = min(1000, math.ceil(seconds / once))
         times = [_run(function, arguments, calls) / calls for _ in range(repetitions)]
     middle = statistics.median(times)
-    return Timing(1e3 * middle, (max(times) - min(times)) / middle, calls)
+    return Timing(1e3 * middle, (max(times) - min(times)) / middle)
 
 
 def time_carried(function: Callable[..., tuple[Any, Any]], carried: Any, *arguments: Any) -> tuple[Timing, Any]:
-    """Times calls of function(carried, *arguments) -> (carried, outputs); each call takes what the one before it carried on.
-
-    Args:
-      function: compiled; it may take the memory of `carried` for its results.
+    """Times a compiled function(carried, *arguments) -> (carried, outputs), whose calls may overwrite `carried`.
 
     Returns:
       (timing, outputs of the last call).
     """
     latest = [carried, None]
-    del carried
 
     def run() -> Any:
-        latest[:] = function(latest[0], *arguments)
+        latest[:] = function(latest[0], *arguments)  # each call gives what it carries to the next one
         return latest[1]
 
     return time_calls(run), latest[1]
@@ -106,7 +90,7 @@ def time_chain(
       seconds: about what a call takes.
     """
     numbers = list(range(len(operands)))
-    if not _on_cpu():
+    if device_of(state).platform != "cpu":
         numbers *= -(-FEWEST_CALLS // len(operands))
     rounds = rounds_of(len(numbers), seconds)
 
@@ -125,7 +109,9 @@ def time_chain(
 
 def rounds_of(calls: int, seconds: float) -> int:
     """How often a program repeats that many calls of about `seconds` each to take a few milliseconds."""
-    return 1 if _on_cpu() else max(1, math.ceil(PROGRAM_SECONDS / (calls * (seconds + LAUNCH_SECONDS))))
+    if default_device().platform == "cpu":
+        return 1
+    return max(1, math.ceil(PROGRAM_SECONDS / (calls * (seconds + LAUNCH_SECONDS))))
 
 
 def layers_beyond_cache(read: float, size: float) -> int:
@@ -135,7 +121,7 @@ def layers_beyond_cache(read: float, size: float) -> int:
       read: bytes that a layer reads.
       size: bytes of its cache.
     """
-    wanted = 2 if _on_cpu() else math.ceil(BEYOND_CACHE / read)
+    wanted = 2 if default_device().platform == "cpu" else math.ceil(BEYOND_CACHE / read)
     return max(1, min(wanted, MOST_LAYERS, int(MOST_BYTES // size)))
 
 
@@ -146,17 +132,16 @@ def read_seconds(read: float) -> float:
 
 def floor_results(milliseconds: float, read: float) -> dict[str, float | None]:
     """A time beside the time in which the memory of the device moves as many bytes as must be read."""
-    floor = read_seconds(read) * 1e3
     return {
-        "floor_milliseconds": floor,
-        "times_floor": milliseconds / floor,
+        "floor_milliseconds": read_seconds(read) * 1e3,
+        "times_floor": milliseconds / read_seconds(read) / 1e3,
         "read_gib": read / GIB,
         "memory_terabytes": memory_rate(default_device()) / 1e12,
     }
 
 
 @functools.cache
-def memory_rate(device: jax.Device) -> float:
+def memory_rate(device: jax.Device) -> float:  # pyright: ignore[reportInvalidTypeForm]
     """Bytes per second of the device's memory: of a large sum or of a large copy (bytes read and bytes written), whichever has more."""
     size = MOVED_BYTES if device.platform != "cpu" else MOVED_BYTES // 2**7
 
@@ -165,29 +150,20 @@ def memory_rate(device: jax.Device) -> float:
         return jax.lax.fori_loop(0, MOVES, lambda i, total: total + (x ^ i).sum(), jnp.int32(0))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def copies(x: jax.Array) -> jax.Array:  # plus 1, since a plain copy could be left out
-        return jax.lax.fori_loop(0, MOVES, lambda _, x: x + 1, x)
+    def copies(x: jax.Array) -> tuple[jax.Array, jax.Array]:  # plus 1, since a plain copy could be left out
+        x = jax.lax.fori_loop(0, MOVES, lambda _, x: x + 1, x)
+        return x, x[0]
 
-    latest = [jnp.zeros(size // 4, jnp.int32, device=device)]
-
-    def copy() -> jax.Array:
-        latest[:] = [copies(*latest)]
-        return latest[0]
-
-    reading, copying = time_calls(sums, *latest).milliseconds, time_calls(copy).milliseconds
-    return size * MOVES * max(1 / reading, 2 / copying) * 1e3
-
-
-def _on_cpu() -> bool:
-    """Whether arrays that are drawn now lie on a CPU."""
-    return default_device().platform == "cpu"
+    x = jnp.zeros(size // 4, jnp.int32, device=device)
+    reading, copying = time_calls(sums, x), time_carried(copies, x)[0]
+    return size * MOVES * max(1 / reading.milliseconds, 2 / copying.milliseconds) * 1e3
 
 
 def _run(function: Callable[..., Any], arguments: Sequence[Any], calls: int) -> float:
     """Seconds that so many calls take, one after the other."""
     queue, start = 1, time.perf_counter()
     results = function(*arguments)
-    if not _on_cpu():  # which would run queued calls side by side
+    if device_of(results).platform != "cpu":  # a CPU would run queued calls side by side
         queue = max(1, QUEUED_BYTES // max(1, sum(x.nbytes for x in jax.tree.leaves(results))))
     for number in range(1, calls):
         if number % queue == 0:

@@ -1,4 +1,4 @@
-"""A measurement: one line of a table, guarded against what a device cannot do, and the file that holds all of them."""
+"""A measurement is one line of a table: an operation, a case, and what it took beside a baseline."""
 
 import dataclasses
 import datetime
@@ -8,17 +8,22 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import Array
 
-from seer_jax.bench.harness.clock import Timing, time_carried
-from seer_jax.bench.harness.memory import default_device, memory_results, peak_bytes, too_large
+from pallas_kernels.devices import default_device
+from seer_jax.bench.harness.clock import Timing, time_calls, time_carried
+from seer_jax.inference.memory import GIB, device_memory, laid_out_bytes
+from seer_jax.models.dense_attention import dense_attention
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
+MEMORY_SHARE = 0.9  # of the device's memory; the rest is for what programs need besides
 Results = Mapping[str, float | None]
+DenseTime = tuple[float | None, str | None]  # milliseconds, or a note why there are none
 
 
 class Outcome(NamedTuple):
@@ -30,7 +35,7 @@ class Outcome(NamedTuple):
       failure: why the results are wrong; None where they are right.
     """
 
-    results: Results = {}  # noqa: RUF012 - never written to
+    results: Results
     note: str | None = None
     failure: str | None = None
 
@@ -71,22 +76,16 @@ def measure(
       required: whether it is a failure that something is not implemented; otherwise a note says so.
       needed_bytes: of the arrays, where it is no failure that the device has no memory for them: a note says so.
     """
-    outcome = Outcome(note=None if needed_bytes is None else too_large(needed_bytes))
-    if outcome.note is not None:
-        outcome = Outcome(note=f"{case}: {outcome.note}")
-    else:
-        try:
-            outcome = run()
-        except NotImplementedError as error:
-            outcome = _without_results(error, failed=required)
-        except jax.errors.JaxRuntimeError as error:
-            no_memory = "RESOURCE_EXHAUSTED" in str(error)
-            outcome = _without_results(error, failed=needed_bytes is None or not no_memory)
-    return Measurement(table, case, settings, *outcome)
-
-
-def _without_results(error: Exception, *, failed: bool) -> Outcome:
-    return Outcome(failure=first_line(error)) if failed else Outcome(note=first_line(error))
+    note = too_large(needed_bytes or 0)
+    if note is not None:
+        return Measurement(table, case, settings, note=f"{case} {note}")
+    try:
+        return Measurement(table, case, settings, *run())
+    except NotImplementedError as error:
+        line, failed = first_line(error), required
+    except jax.errors.JaxRuntimeError as error:
+        line, failed = first_line(error), needed_bytes is None or "RESOURCE_EXHAUSTED" not in str(error)
+    return Measurement(table, case, settings, note=None if failed else line, failure=line if failed else None)
 
 
 def first_line(error: Exception) -> str:
@@ -94,15 +93,57 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-class ProgramRun(NamedTuple):
-    """A compiled program that was timed.
+def too_large(needed: float) -> str | None:
+    """Why arrays of that many bytes are not tried here; None where they fit."""
+    memory = device_memory(default_device())
+    if memory is None or needed <= MEMORY_SHARE * memory.limit:
+        return None
+    return (
+        f"needs {needed / GIB:.1f} GiB; {MEMORY_SHARE:.0%} of the {memory.limit / GIB:.1f} GiB that JAX may use here are "
+        f"{MEMORY_SHARE * memory.limit / GIB:.1f} (XLA_PYTHON_CLIENT_MEM_FRACTION sets them)"
+    )
 
-    Fields:
-      timing: of a run.
-      outputs: of the last run.
-      results: `compile_seconds`, `peak_gib` and `planned_gib`.
-      note: where the peak is not known.
-    """
+
+def beside_dense(lines: Iterable[Measurement]) -> Iterator[Measurement]:
+    """The lines with their speedup over the dense one, which comes first of its size and has no density among its settings."""
+    dense = None
+    for line in lines:
+        milliseconds = line.results.get("milliseconds")
+        if line.settings["density"] is None:
+            dense = milliseconds
+        speedup = dense / milliseconds if dense and milliseconds else None
+        yield dataclasses.replace(line, results={**line.results, "speedup": speedup}) if line.results else line
+
+
+def time_dense(take: Callable[[], Timing]) -> DenseTime:
+    """What `take` measures of dense attention, where this device can run it."""
+    try:
+        return take().milliseconds, None
+    except (ValueError, RuntimeError) as error:  # NotImplementedError among them, and errors of the device
+        return None, f"dense attention: {first_line(error)}"
+
+
+class DenseTimes:
+    """Times of dense attention of prompts as models run it, taken once per shape."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, DenseTime] = {}
+
+    def __call__(self, q: Array, k: Array, v: Array, lengths: Array | None = None) -> DenseTime:
+        shape = (q.shape, k.shape, q.dtype, None if lengths is None else tuple(lengths.tolist()))
+        if shape not in self._known:
+            attend = jax.jit(lambda q, k, v, lengths: dense_attention(q, k, v, lengths=lengths))
+            self._known[shape] = time_dense(lambda: time_calls(attend, q, k, v, lengths))
+        return self._known[shape]
+
+
+def dense_results(dense: float | None, timing: Timing) -> Results:
+    """A timing beside dense attention's."""
+    return {"dense_milliseconds": dense, "speedup": dense and dense / timing.milliseconds}
+
+
+class ProgramRun(NamedTuple):
+    """Timing and last outputs of a program, what compiling it took and its memory, and a note where that is not known."""
 
     timing: Timing
     outputs: Any
@@ -111,49 +152,47 @@ class ProgramRun(NamedTuple):
 
 
 def run_program(function: Callable[..., tuple[Any, Any]], carried: Any, *arguments: Any) -> ProgramRun:
-    """Compiles function(carried, *arguments) -> (carried, outputs) and times it, see `time_carried`.
-
-    Args:
-      function: not compiled yet.
-      carried: given away: its memory holds what is carried on.
-    """
-    before = peak_bytes() or 0
+    """Compiles function(carried, *arguments) -> (carried, outputs) and times it, see `time_carried`; overwrites `carried`."""
+    before = _peak_bytes()
     start = time.perf_counter()
     compiled = jax.jit(function, donate_argnums=0).lower(carried, *arguments).compile()
     seconds = time.perf_counter() - start
     timing, outputs = time_carried(compiled, carried, *arguments)
-    memory, note = memory_results(compiled, before)
-    return ProgramRun(timing, outputs, {"compile_seconds": seconds, **memory}, note)
+    peak, memory = _peak_bytes(), compiled.memory_analysis()
+    planned = (memory.argument_size_in_bytes if memory else 0) + (laid_out_bytes(compiled) or 0)
+    # The device remembers its highest peak alone: what needed more before hides this one.
+    results = {"compile_seconds": seconds, "peak_gib": peak / GIB if peak > before else None}
+    note = "peak memory: something before needed more" if 0 < peak <= before else None
+    return ProgramRun(timing, outputs, {**results, "planned_gib": planned / GIB}, note)
+
+
+def _peak_bytes() -> int:
+    """Most memory in use on the device so far; 0 where it does not tell."""
+    return (default_device().memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 @functools.cache
 def hardware() -> dict[str, Any]:
     """What measurements are taken on: devices and versions."""
-    versions = {"python": platform.python_version()}
+    versions, device = {"python": platform.python_version()}, default_device()
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    device = default_device()
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.device_count(),
-        "versions": versions,
-    }
+    kind = dict(device=device.device_kind, platform=device.platform, devices=jax.device_count())
+    return {**kind, "versions": versions}
 
 
 def write_json(path: Path, measurements: Sequence[Measurement], *, command: Sequence[str]) -> None:
     """Writes hardware, versions, date and command line, then `measurements`, one object each."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = {**hardware(), "date": date, "command": " ".join(command)}
-    report["measurements"] = [_without_nan(dataclasses.asdict(m)) for m in measurements]
+    report["measurements"] = [dataclasses.asdict(m) | {"results": _without_nan(m.results)} for m in measurements]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, allow_nan=False, default=str) + "\n")
 
 
-def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
+def _without_nan(results: Results) -> Results:
     """None in place of NaN and infinity, which JSON does not have."""
-    results = {k: v if v is None or math.isfinite(v) else None for k, v in line["results"].items()}
-    return line | {"results": results}
+    return {name: x if x is None or math.isfinite(x) else None for name, x in results.items()}

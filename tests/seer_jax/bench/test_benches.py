@@ -404,7 +404,7 @@ def test_chosen_blocks_are_those_of_the_model(policy: Policy):
 
 
 def test_random_models_have_weights_of_the_right_size(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shapes, "NUMBERS_AT_ONCE", 2**15)  # several chunks each
+    monkeypatch.setattr(shapes, "ELEMENTS_AT_ONCE", 2**15)  # several chunks each
     config = dataclasses.replace(CONFIGS[Shape.TINY], vocab_size=1003)  # rows that are no multiple of a chunk
     model = random_model(config, seed=3)
     assert model.dtype == jnp.bfloat16 and model.prefill_gate is not None

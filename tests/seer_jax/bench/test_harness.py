@@ -123,7 +123,7 @@ def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_large_array_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shapes, "NUMBERS_AT_ONCE", 1000)
+    monkeypatch.setattr(shapes, "ELEMENTS_AT_ONCE", 1000)
     key = jax.random.key(0, impl="rbg")
     array = np.asarray(large_random_array(key, (7, 30, 16), "bfloat16", 2.0), np.float32)
     assert abs(array.std() / 2 - 1) < 0.05 and abs(array.mean()) < 0.1

@@ -71,12 +71,6 @@ def decode_context(capacity: int, positions: tuple[int, ...], layer: Any = 1) ->
     return DecodeContext(q=q, q_rotated=q_rotated, cache=cache.view(index), layer=index, block_size=BLOCK, gate=gate)
 
 
-def mask_of(blocks: BlockIndices | None, context: Context) -> np.ndarray:
-    """Which blocks are listed: [B, Hs, Tb, Sb] or [B, K, Sb]."""
-    assert blocks is not None
-    return np.asarray(blocks.check(context.num_key_blocks).to_mask(context.num_key_blocks))
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recorded(Policy):

@@ -1,9 +1,9 @@
 """Policies on the contexts of a layer: values per layer and head, rows in chunks, kept shares, exact scores."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from seer_jax.models.dense_attention import dense_attention
 from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.policies import Given, Policy
 from seer_jax.selection.rules import CumulativeMass, RankingPolicy, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
+from seer_jax.selection.scorers import SCORERS, LearnedGate
 from tests.products import rounded_products
 from tests.seer_jax.conftest import tiny_model
 from tests.seer_jax.selection.contexts import (
@@ -27,7 +27,6 @@ from tests.seer_jax.selection.contexts import (
     LAYERS,
     Recorded,
     decode_context,
-    mask_of,
     prefill_context,
 )
 
@@ -42,7 +41,7 @@ POSITIONS = (69, 3, 48)
 
 def values(shape: tuple[int, ...]) -> np.ndarray:
     """Distinct values that keep some blocks and leave some out."""
-    return np.linspace(0.1, 0.5, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    return np.linspace(0.02, 0.9, int(np.prod(shape)), dtype=np.float32).reshape(shape)
 
 
 def by_layer_and_head(value: np.ndarray, heads: int) -> np.ndarray:
@@ -52,48 +51,68 @@ def by_layer_and_head(value: np.ndarray, heads: int) -> np.ndarray:
     return np.broadcast_to(value, (LAYERS, heads))
 
 
-@pytest.mark.parametrize("scorer", [LearnedGate(), Oracle(), Random(), SinkWindow()], ids=lambda s: s.name)
+@functools.cache
+def chooser(phase: str) -> tuple[dict[str, jax.Array], Callable[[RankingPolicy, jax.Array], jax.Array]]:
+    """Scores of a context by each scorer, and a program that makes lists of scores, as a mask."""
+    context = prefill_context(TOKENS, LENGTHS) if phase == "prefill" else decode_context(80, POSITIONS)
+    scorers = {name: scorer() for name, scorer in SCORERS.items()}
+
+    def scores() -> dict[str, jax.Array]:
+        if isinstance(context, PrefillContext):
+            return {name: scorer.prefill_scores(context) for name, scorer in scorers.items()}
+        return {name: scorer.decode_scores(context) for name, scorer in scorers.items()}
+
+    select = jax.jit(lambda policy, scores: policy.select(scores, context).to_mask(context.num_key_blocks))
+    return jax.jit(scores)(), select
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("rule", [Threshold, CumulativeMass])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_values_per_layer_and_head_choose_as_a_number_of_each_does(
-    phase: str, rule: type[Threshold | CumulativeMass], scorer: Scorer
+    phase: str, rule: type[Threshold | CumulativeMass], scorer: str
 ):
     heads = HEADS if phase == "prefill" else KV_HEADS
-    context = prefill_context(TOKENS, LENGTHS) if phase == "prefill" else decode_context(80, POSITIONS)
-    field: Any = dict(scorer=scorer, dense_last_rows=1)
-    scores = jax.jit(lambda: (scorer.prefill_scores if phase == "prefill" else scorer.decode_scores)(context))()  # pyright: ignore
-    select = jax.jit(lambda policy: policy.select(scores, context))
+    scores, select = chooser(phase)
+    assert scores["window"].shape[1] == (1 if phase == "prefill" else heads)
+
+    def chosen(policy: RankingPolicy) -> np.ndarray:
+        mask = np.asarray(select(policy, scores[scorer]))
+        return np.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
+
     for shape in ((), (LAYERS,), (heads,), (LAYERS, heads), (LAYERS, 1), (1, heads)):
         value = values(shape)
-        stacked = rule(jnp.asarray(value) if shape else float(value), **field).stacked(LAYERS, heads)
-        expected = by_layer_and_head(value, heads)
-        chosen = set()
+        stacked = rule(jnp.asarray(value) if shape else float(value), dense_last_rows=0).stacked(LAYERS, heads)
+        expected, choices = by_layer_and_head(value, heads), set()
         for layer in range(LAYERS):
-            mask = mask_of(select(stacked.of_layer(jnp.int32(layer))), context)
-            mask = np.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
+            mask = chosen(stacked.of_layer(jnp.int32(layer)))
             for head in range(heads):
-                alone = mask_of(select(rule(float(expected[layer, head]), **field)), context)
-                np.testing.assert_array_equal(mask[:, head], alone[:, head % alone.shape[1]], f"{shape} {layer} {head}")
-                chosen.add(mask[:, head].tobytes())
-        assert len(chosen) > 1 or shape == ()
+                alone = chosen(rule(float(expected[layer, head]), dense_last_rows=0))
+                np.testing.assert_array_equal(mask[:, head], alone[:, head], f"{shape} {layer} {head}")
+                choices.add(mask[:, head].tobytes())
+        assert len(choices) > 1 or shape == ()
 
 
 def test_a_value_of_each_layer_and_head_reaches_attention():
-    """A threshold of 0 keeps everything: layer by layer, head by head, in the model and while decoding."""
-    model = tiny_model()
+    """A threshold of 0 keeps everything: layer by layer, head by head, of a prompt and of a new token."""
+    model, most = tiny_model(), 0.9
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, TOKENS)), jnp.int32)
-    run = jax.jit(lambda policy: model.hidden_states(tokens, sparsity=policy)[1])
-    most = 0.9
-    ((_, cache, _),) = [jax.jit(model.prefill)(tokens, None, model.make_cache(2, 80))]
-    step = jax.jit(lambda policy: model.decode(tokens[:, 0], cache, sparsity=policy)[2])
-    for kept_shares, heads in ((run, 4), (step, 2)):
-        kept = kept_shares(Threshold(jnp.asarray([[0.0], [most]]), dense_last_rows=0))
+    _, cache, _ = jax.jit(model.prefill)(tokens, None, model.make_cache(2, 80))
+    phases = (
+        (4, jax.jit(lambda policy: model.hidden_states(tokens, sparsity=policy)[1])),
+        (2, jax.jit(lambda policy: model.decode(tokens[:, 0], cache, sparsity=policy)[2])),
+    )
+    for heads, kept_by in phases:
+        threshold = np.full((2, heads), most, np.float32)
+        few = kept_by(Threshold(jnp.asarray(threshold), dense_last_rows=0))
+        assert (few < 0.6).all()
+        threshold[0, 0] = 0
+        kept = kept_by(Threshold(jnp.asarray(threshold), dense_last_rows=0))
+        np.testing.assert_allclose(kept[0], (1 + (heads - 1) * few[0]) / heads, rtol=1e-6)
+        threshold[0] = 0
+        kept = kept_by(Threshold(jnp.asarray(threshold), dense_last_rows=0))
         np.testing.assert_array_equal(kept[0], 1)
         assert (kept[1] < 0.6).all()
-        few = kept_shares(Threshold(most, dense_last_rows=0))
-        one_head = jnp.full((1, heads), most).at[0, 0].set(0)
-        kept = kept_shares(Threshold(one_head, dense_last_rows=0))
-        np.testing.assert_allclose(kept[0], (1 + (heads - 1) * few[0]) / heads, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -120,34 +139,28 @@ def test_an_axis_that_could_be_either_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Threshold(1.0), r"Threshold.threshold must lie in [0, 1), as softmax scores do; got 1.0."),
-        (lambda: Threshold(-0.1), "Threshold.threshold must lie in [0, 1)"),
-        (lambda: Threshold(float("nan")), "Threshold.threshold must lie in [0, 1)"),
-        (lambda: Threshold(jnp.asarray([0.5, 1.0])), "Threshold.threshold must lie in [0, 1)"),
-        (lambda: Threshold(np.asarray([0.5, -1.0], np.float32)), "Threshold.threshold must lie in [0, 1)"),
-        (
-            lambda: CumulativeMass(0.0),
-            "CumulativeMass.mass must lie in (0, 1], a share of the softmax scores; got 0.0.",
-        ),
-        (lambda: CumulativeMass(jnp.asarray([[0.5], [1.5]])), "CumulativeMass.mass must lie in (0, 1]"),
+        (lambda: Threshold(1.0), r"Threshold.threshold.* must lie in \[0, 1\).*; got 1.0"),
+        (lambda: Threshold(-0.1), r"Threshold.threshold.* must lie in \[0, 1\).*; got -0.1"),
+        (lambda: Threshold(float("nan")), r"Threshold.threshold.* must lie in \[0, 1\).*; got nan"),
+        (lambda: Threshold(jnp.asarray([0.5, 1.0])), r"Threshold.threshold.* must lie in \[0, 1\).*; got \[0.5 +1"),
+        (lambda: Threshold(np.asarray([0.5, -1.0])), r"Threshold.threshold.* must lie in \[0, 1\).*; got \[ *0.5 -1"),
+        (lambda: CumulativeMass(0.0), r"CumulativeMass.mass.* must lie in \(0, 1\].*; got 0.0"),
+        (lambda: CumulativeMass(jnp.asarray([[0.5], [1.5]])), r"CumulativeMass.mass.* must lie in \(0, 1\].*; got"),
         (
             lambda: Threshold([0.1, 0.2]),
-            "Threshold.threshold must be a number or an array; got [0.1, 0.2]. Wrap it in jnp",
+            r"Threshold.threshold.* must be a number or an array; got \[0.1, 0.2\]. .*asarray",
         ),
-        (lambda: CumulativeMass((0.1,)), "CumulativeMass.mass must be a number or an array; got (0.1,). Wrap it"),
-        (lambda: CumulativeMass("0.1"), "CumulativeMass.mass must be a number or an array; got '0.1'."),
-        (lambda: TopK(0.0), "TopK.density must lie in (0, 1], the share of the causal map to keep; got 0.0."),
-        (lambda: TopK(1.1), "TopK.density must lie in (0, 1]"),
-        (lambda: TokenBudget(0), "TokenBudget.tokens must be at least 1; got 0."),
-        (
-            lambda: TokenBudget(15).blocks_per_row(16),
-            "must hold at least one block of 16 tokens; got 15. Use 16 or more.",
-        ),
+        (lambda: CumulativeMass((0.1,)), r"CumulativeMass.mass.* must be a number or an array; got \(0.1,\)"),
+        (lambda: CumulativeMass("0.1"), "CumulativeMass.mass.* must be a number or an array; got '0.1'"),
+        (lambda: TopK(0.0), r"TopK.density.* must lie in \(0, 1\].*; got 0.0"),
+        (lambda: TopK(1.1), r"TopK.density.* must lie in \(0, 1\].*; got 1.1"),
+        (lambda: TokenBudget(0), "TokenBudget.tokens.* must be at least 1; got 0"),
+        (lambda: TokenBudget(15).blocks_per_row(16), "must hold at least one block of 16 tokens; got 15.* 16 or more"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_values_out_of_their_domain_are_refused(make: Callable[[], Policy], message: str):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
@@ -158,10 +171,11 @@ def test_counts_below_zero_are_refused(rule: type[RankingPolicy], field: str):
         rule(0.5, **{field: -1})  # pyright: ignore[reportCallIssue]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_mask_of_another_model_is_refused():
     for mask in (jnp.ones((2, 1, 1, 5, 5), bool), jnp.ones((LAYERS, 1, 1), bool), jnp.ones((LAYERS, 1, 2, 5))):
         with pytest.raises(ValueError, match=rf"Given.mask must be bool .* with L = {LAYERS}; got {mask.dtype} "):
-            unbound(Given)(mask, BLOCK).stacked(LAYERS, HEADS)
+            Given(mask, BLOCK).stacked(LAYERS, HEADS)
     with pytest.raises(ValueError, match=r"a column for each of the 5 key blocks; got shape \(1, 1, 4, 4\) of a layer"):
         Given(jnp.ones((LAYERS, 1, 1, 4, 4), bool), BLOCK).of_layer(jnp.int32(0)).blocks(prefill_context(TOKENS, (70,)))
 
@@ -169,8 +183,7 @@ def test_a_mask_of_another_model_is_refused():
 # --- Rows in chunks.
 
 RULES = [
-    Threshold(0.25, dense_last_rows=1),
-    Threshold(jnp.asarray([0.1, 0.2, 0.3, 0.4]), dense_last_rows=0),
+    Threshold(jnp.asarray([0.1, 0.2, 0.3, 0.4]), dense_last_rows=1),
     CumulativeMass(0.6, dense_last_rows=2),
     TopK(0.4, dense_last_rows=0),
     TokenBudget(2 * BLOCK),
@@ -212,15 +225,25 @@ def kept_share(masks: np.ndarray, context: PrefillContext) -> list[float]:
 
 @pytest.mark.cpu  # the lists come by a callback
 @pytest.mark.parametrize(
-    "policy", [*RANKED, Given(MASK, BLOCK)], ids=lambda p: f"{type(p).__name__}-{getattr(p, 'scorer', '')}"
+    "policy",
+    [
+        Given(MASK, BLOCK),
+        *(
+            pytest.param(p, marks=() if p.scorer == LearnedGate() or type(p) is TopK else pytest.mark.slow)
+            for p in RANKED
+        ),
+    ],
+    ids=lambda p: f"{type(p).__name__}-{getattr(p, 'scorer', '')}",
 )
 def test_chunks_of_rows_have_the_lists_of_the_whole(policy: Policy, monkeypatch: pytest.MonkeyPatch):
     assert_chunks_change_nothing(policy, prefill_context(TOKENS, LENGTHS), 2, monkeypatch)
 
 
+SIZES = [(70, 3), (64, 1), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((70, 1), (70, 4), (64, 3), (33, 1)))]
+
+
 @pytest.mark.cpu
-@pytest.mark.parametrize("rows_at_once", [1, 3, 4])
-@pytest.mark.parametrize("tokens", [33, 64, 70])
+@pytest.mark.parametrize(("tokens", "rows_at_once"), SIZES)
 def test_chunks_of_any_number_of_rows(tokens: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch):
     """Whether chunks divide the rows or not, and the block size the tokens."""
     context = prefill_context(tokens, (tokens, 20))
@@ -238,7 +261,7 @@ def test_a_policy_that_gives_no_lists_is_dense(rows_at_once: int, monkeypatch: p
     out, kept = prefill_attention(Everything(), context)
     expected = dense_attention(context.q_rotated, context.k_rotated, context.v, lengths=context.lengths)
     valid = np.arange(TOKENS)[None] < np.asarray(LENGTHS)[:, None]
-    np.testing.assert_allclose(out[valid], expected[valid], atol=1e-6)
+    np.testing.assert_allclose(out[valid], expected[valid], atol=3e-6)
     np.testing.assert_array_equal(kept, 1)
 
 

@@ -1,4 +1,4 @@
-"""The solo kernel of `block_sparse_attention`: see README.md beside this."""
+"""The kernel of `block_sparse_attention` whose CTAs are single warpgroups: see README.md beside this."""
 
 import dataclasses
 import functools
@@ -11,30 +11,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.block_sparse_attention.tile import Inputs, Queries, Row, Shape, write_results
+from pallas_kernels.block_sparse_attention.query_tiles import BlockList, InputRefs, QueryTile, Sizes, write_results
 from pallas_kernels.mosaic.flash_tiles import QUERIES, Softmax, accumulate, columns, i32, product, tile
 
 
 @dataclasses.dataclass(frozen=True)
-class Solo:
-    """One warpgroup per CTA walks one list and loads for itself; four CTAs per multiprocessor hide each other's waits."""
+class SingleWarpgroup:
+    """Each CTA is one warpgroup, which walks one list and loads its own tiles; four CTAs share a multiprocessor and hide each other's
+    waits."""
 
 
-def solo_kernel(shape: Shape, c: float, interpret: Any, dtype: Any) -> Callable:
-    b = shape.block_size
+def single_warpgroup_kernel(sizes: Sizes, c: float, interpret: Any, dtype: Any) -> Callable:
+    b = sizes.block_size
 
     def kernel(
         q_ref, k_ref, v_ref, counts, indices, offsets, out_ref, lse_ref, q_tile, k_tile, v_tile, lse_row, *ready
     ):
-        refs, (q_ready, k_ready, v_ready) = Inputs(q_ref, k_ref, v_ref, counts, indices, offsets), ready
-        sequence, kv_head, in_group, block = shape.place(lax.axis_index("cta"), shape.rows, shape.group)
-        queries = Queries(sequence, kv_head * shape.group + in_group, kv_head, block * QUERIES, block)
+        refs, (q_ready, k_ready, v_ready) = InputRefs(q_ref, k_ref, v_ref, counts, indices, offsets), ready
+        sequence, kv_head, in_group, block = sizes.work_of(lax.axis_index("cta"), sizes.rows, sizes.group)
+        queries = QueryTile(sequence, kv_head * sizes.group + in_group, kv_head, block * QUERIES, block)
         plgpu.copy_gmem_to_smem(queries.of(refs.q), q_tile, q_ready)
-        row = Row.read(shape, refs, queries)
-        first = row.entry(0)
+        blocks = BlockList.read(sizes, refs, queries)
+        first = blocks.entry(0)
 
         def load(source: Any, tile: Any, barrier: Any, t: Array, key_block: Array) -> None:
-            @pl.when(t < row.count)
+            @pl.when(t < blocks.count)
             def _():
                 plgpu.copy_gmem_to_smem(source.at[sequence, pl.ds(key_block * b, b), kv_head], tile, barrier)
 
@@ -45,17 +46,19 @@ def solo_kernel(shape: Shape, c: float, interpret: Any, dtype: Any) -> Callable:
         plgpu.barrier_wait(q_ready)
 
         def step(carry: tuple[Array, Array, Softmax], *, masked: bool) -> tuple[Array, Array, Softmax]:
-            """Takes key block `key_block`, number t on the list, in."""
+            """Adds key block `key_block`, entry t of the list, to the softmax."""
             t, key_block, state = carry
-            following = row.entry(jnp.minimum(t + 1, row.width - 1))  # read early: it takes a trip to L2
+            # Read early, since it comes from L2.
+            following = blocks.entry(jnp.minimum(t + 1, blocks.width - 1))
             plgpu.barrier_wait(k_ready)
             scores = product(q_tile, k_tile)
             load_k(t + 1, following)
             if masked:
-                scores = row.mask(scores, key_block * b)
+                scores = blocks.mask(scores, key_block * b)
             maximum, total, weights, factor = state.add(scores, c)
             out, weights = state.out * columns(factor, state.out), weights.astype(dtype)
-            if not interpret:  # nothing of this may move behind the wait
+            if not interpret:
+                # The compiler would move these behind the wait, where nothing hides their time.
                 out, total, maximum, weights = lax.optimization_barrier((out, total, maximum, weights))
             plgpu.barrier_wait(v_ready)
             out = accumulate(out, weights, v_tile, interpret)
@@ -63,24 +66,25 @@ def solo_kernel(shape: Shape, c: float, interpret: Any, dtype: Any) -> Callable:
             return t + 1, following, Softmax(out, maximum, total)
 
         def unmasked(carry: tuple[Array, Array, Softmax]) -> Array:
-            return (carry[0] < row.count) & row.sees_all(carry[1], b)
+            return (carry[0] < blocks.count) & blocks.sees_all(carry[1], b)
 
-        carry = i32(0), first, Softmax.empty(shape.head_dim)
+        # Lists ascend: the blocks that every query sees in full come first, and need no mask.
+        carry = i32(0), first, Softmax.empty(sizes.head_dim)
         carry = lax.while_loop(unmasked, functools.partial(step, masked=False), carry)
-        carry = lax.while_loop(lambda carry: carry[0] < row.count, functools.partial(step, masked=True), carry)
-        write_results(queries, row, carry[2], q_tile, lse_row, out_ref, lse_ref)
+        carry = lax.while_loop(lambda carry: carry[0] < blocks.count, functools.partial(step, masked=True), carry)
+        write_results(queries, blocks, carry[2], q_tile, lse_row, out_ref, lse_ref)
 
     return plgpu.kernel(
         kernel,
-        out_type=shape.outputs(dtype, shape.rows * QUERIES),
+        out_type=sizes.outputs(dtype, sizes.rows * QUERIES),
         scratch_types=[
-            *(tile(rows, shape.head_dim, dtype) for rows in (QUERIES, b, b)),
+            *(tile(rows, sizes.head_dim, dtype) for rows in (QUERIES, b, b)),
             plgpu.SMEM((QUERIES,), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(),
             plgpu.Barrier(),
         ],
-        grid=(shape.batch * shape.heads * shape.rows,),
+        grid=(sizes.batch * sizes.heads * sizes.rows,),
         grid_names=("cta",),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),

@@ -1,4 +1,4 @@
-"""What the kernels of `block_sparse_attention` share: which queries a warpgroup works on, and the list of key blocks they read."""
+"""What the kernels of `block_sparse_attention` share: the queries of a warpgroup and the list of key blocks that they read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.mosaic.flash_tiles import QUERIES, ROWS, Softmax, i32, mask
+from pallas_kernels.mosaic.flash_tiles import QUERIES, ROW_VECTOR, Softmax, i32, mask
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """The sizes that a kernel is compiled for: B, T, H, D, K, Hs, Tb and b."""
+class Sizes:
+    """Sizes that a kernel is compiled for: B, T, H, D, K, Hs, Tb and b."""
 
     batch: int
     num_queries: int
@@ -32,19 +32,19 @@ class Shape:
         return self.heads // self.kv_heads
 
     def outputs(self, dtype: Any, lse_queries: int) -> list[jax.ShapeDtypeStruct]:
-        """Of both kernels: out [B, T, H, D] and lse [B, H, lse_queries].
+        """Results of both kernels: out [B, T, H, D] and lse [B, H, lse_queries].
 
-        Queries beyond the last are not written to `out`, but they would be to `lse`: there the copy engine knows no bounds.
+        TMA clips writes to `out` at T. It cannot clip those to `lse`, whose last axis is therefore a multiple of a CTA's queries.
         """
         queries = self.batch, self.num_queries, self.heads, self.head_dim
         lse = self.batch, self.heads, lse_queries
         return [jax.ShapeDtypeStruct(queries, dtype), jax.ShapeDtypeStruct(lse, jnp.float32)]
 
-    def place(self, cta: Array, per_head: int, per_group: int) -> tuple[Array, Array, Array, Array]:
-        """(sequence, key/value head, place in its group, place among the head's query blocks) of a CTA.
+    def work_of(self, cta: Array, per_head: int, per_group: int) -> tuple[Array, Array, Array, Array]:
+        """(sequence, key/value head, index in its group, index among the head's query blocks) of a CTA.
 
-        All work of a key/value head is contiguous in time, so that its keys and values stay in L2; the last query blocks, whose
-        lists are longest, start first.
+        CTAs of a key/value head are adjacent, so that its keys and values stay in L2. The last query blocks, whose lists are longest,
+        start first.
         """
         rest, in_group = lax.div(cta, i32(per_group)), lax.rem(cta, i32(per_group))
         rest, in_head = lax.div(rest, i32(per_head)), lax.rem(rest, i32(per_head))
@@ -52,13 +52,13 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Queries:
-    """64 queries of one head: what one warpgroup works on.
+class QueryTile:
+    """64 queries of one head, the work of one warpgroup.
 
     Attributes:
-      sequence, head, kv_head: which.
-      start: first query.
-      list_row: which of the head's lists they read; may lie beyond the last one.
+      sequence, head, kv_head: indices of their sequence, query head and key/value head.
+      start: index of the first query.
+      list_row: index of their list among those of the head; may lie beyond the last one.
     """
 
     sequence: Array
@@ -68,19 +68,19 @@ class Queries:
     list_row: Array
 
     def of(self, ref: Any) -> Any:
-        """Their part of q or of the output."""
+        """These queries' part of q or of the output."""
         return ref.at[self.sequence, pl.ds(self.start, QUERIES), self.head]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """The list of key blocks that some queries read, and what they may see.
+class BlockList:
+    """The list of key blocks that a query tile reads, and the keys that its queries see.
 
     Attributes:
-      entry: `entry(i)` is block number i on the list, for i below `width`.
+      entry: `entry(i)` is the number of block i of the list, for i below `width`.
       width: N.
       count: blocks on the list; 0 if the sequence ends before the queries, or the list does not exist.
-      position: of the first query, in tokens from the first key.
+      position: position of the first query, in tokens from the first key.
       length: keys of the sequence.
     """
 
@@ -91,12 +91,12 @@ class Row:
     length: Array
 
     @classmethod
-    def read(cls, shape: Shape, refs: "Inputs", queries: Queries) -> "Row":
-        sequence, list_head = queries.sequence, lax.div(queries.head * shape.lists, i32(shape.heads))
-        list_row = jnp.minimum(queries.list_row, shape.rows - 1)
+    def read(cls, sizes: Sizes, refs: "InputRefs", queries: QueryTile) -> "BlockList":
+        sequence, list_head = queries.sequence, lax.div(queries.head * sizes.lists, i32(sizes.heads))
+        list_row = jnp.minimum(queries.list_row, sizes.rows - 1)
         count = refs.counts[sequence, list_head, list_row]
         offset, length = refs.offsets[sequence, 0], refs.offsets[sequence, 1]
-        exists = (queries.list_row < shape.rows) & (offset + list_row * shape.block_size < length)
+        exists = (queries.list_row < sizes.rows) & (offset + list_row * sizes.block_size < length)
 
         def entry(i: Array | int) -> Array:
             return refs.indices[sequence, list_head, list_row, i]
@@ -105,24 +105,24 @@ class Row:
         return cls(entry, width, jnp.where(exists, count, 0), offset + queries.start, length)
 
     def sees_all(self, block: Array, block_size: int) -> Array:
-        """Whether every query sees all of a key block; the first query sees the fewest keys."""
+        """Whether every query sees all of a key block: the first query does, which sees the fewest keys."""
         return (block + 1) * block_size <= self.position + 1
 
     def mask(self, scores: Array, start: Array) -> Array:
-        """-inf for the keys that a query must not see; the first column is the key at position `start`."""
-        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
+        """Scores with -inf for the keys that a query does not see; the first column is the key at position `start`."""
+        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
         visible = jnp.minimum(query + 1, self.length) - start
         return mask(scores, visible)
 
     def finish(self, state: Softmax) -> tuple[Array, Array]:
         """Output and lse; 0 and -inf for queries that see no key or lie beyond the sequence."""
-        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROWS)
+        query = self.position + plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
         return state.finish(query < self.length)
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """References to the kernel's inputs in global memory; `offsets` [B, 2] holds query_offset and length."""
+class InputRefs:
+    """The kernel's inputs in global memory; `offsets` [B, 2] holds query_offset and length."""
 
     q: Any
     k: Any
@@ -133,10 +133,10 @@ class Inputs:
 
 
 def write_results(
-    queries: Queries, row: Row, state: Softmax, q_tile: Any, lse_row: Any, out_ref: Any, lse_ref: Any
+    queries: QueryTile, blocks: BlockList, state: Softmax, q_tile: Any, lse_row: Any, out_ref: Any, lse_ref: Any
 ) -> None:
-    """Sends the results off through shared memory; the query tile is not needed any more."""
-    out, lse = row.finish(state)
+    """Writes the results through shared memory, the output through the query tile, which is no longer needed."""
+    out, lse = blocks.finish(state)
     q_tile[...] = out.astype(q_tile.dtype)
     lse_row[...] = lse
     plgpu.commit_smem()
