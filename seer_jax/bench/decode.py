@@ -1,6 +1,5 @@
 """`seer-jax bench decode`: new tokens against a long cache, from the attention kernel to the whole model."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -58,55 +57,45 @@ def new_tokens(config: DecodeBench) -> Iterator[Measurement]:
     model = random_model(config.model, DecodeGateConfig(), seed=config.seed)
 
     def line(batch: int, length: int, policy: Policy) -> Measurement:
+        # Without a policy that reads it there is no gate's part of the cache, as in `generate`.
+        shape = batch, length, model.dtype, DecodeGateConfig() if policy.needs_gate else None
+
+        def decode(carried: tuple, model: Transformer) -> tuple[tuple, tuple]:
+            def step(_: Any, carry: tuple) -> tuple:
+                tokens, cache, _, finite = carry
+                logits, cache, kept = model.decode(tokens, cache, sparsity=policy)
+                finite &= jnp.isfinite(logits).all()
+                return logits.argmax(-1).astype(tokens.dtype), cache, kept, finite
+
+            tokens, cache = carried
+            cache = cache.with_lengths(jnp.full(batch, length - config.tokens, jnp.int32))
+            start = tokens, cache, jnp.zeros((model.config.num_layers, batch)), jnp.array(True)
+            tokens, cache, kept, finite = jax.lax.fori_loop(0, config.tokens, step, start)
+            return (tokens, cache), (kept, finite)
+
+        def run() -> Outcome:
+            cache = random_cache(model.config, *shape, seed=config.seed)
+            program = run_program(decode, (jnp.arange(batch, dtype=jnp.int32), cache), model)
+            timing, (kept, finite) = program.timing.divided(config.tokens), program.outputs
+            read = weight_bytes(model) + read_bytes(model.config, *shape, float(kept.mean()))
+            results = dict(density=float(kept.mean()), tokens_per_second=batch / timing.milliseconds * 1e3)
+            results |= timing._asdict() | floor_results(timing.milliseconds, read) | program.results
+            return Outcome(results, program.note, None if bool(finite) else "logits not finite")
+
         kept = policy.expected_density
         settings = dict(model=config.shape.value, batch=batch, length=length, density=kept, dtype=str(model.dtype))
         settings |= dict(tokens=config.tokens)
-        cache = abstract_cache(model.config, batch, length, model.dtype, _gate(model, policy))
+        needed = tree_bytes((model, abstract_cache(model.config, *shape)))
         case = f"{batch} x {length}, " + ("dense" if kept is None else f"{kept:g}")
-        run = functools.partial(_new_tokens, model, policy, batch, length, config.tokens, config.seed)
-        return measure(NEW_TOKENS.name, case, settings, run, needed_bytes=tree_bytes((model, cache)))
+        return measure(NEW_TOKENS.name, case, settings, run, needed_bytes=needed)
 
     policies, sizes = (Dense(), TopK(config.model_density)), itertools.product(config.batches, config.lengths)
     yield from beside_dense(line(*size, policy) for size in sorted(sizes, key=math.prod) for policy in policies)
 
 
-def step_weights(model: Transformer) -> int:
-    """Bytes of the base weights that a step reads."""
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of the base weights that a new token must read."""
     return tree_bytes((model.layers, model.norm, model.head))
-
-
-def _gate(model: Transformer, policy: Policy) -> DecodeGateConfig | None:
-    """The gate whose part of the cache there is: None where the policy reads none, as in `generate`."""
-    return model.decode_gate.config if policy.needs_gate and model.decode_gate is not None else None
-
-
-def _new_tokens(model: Transformer, policy: Policy, batch: int, length: int, steps: int, seed: int) -> Outcome:
-    def decode(carried: tuple, model: Transformer) -> tuple[tuple, tuple]:
-        def step(_: Any, carry: tuple) -> tuple:
-            tokens, cache, _, finite = carry
-            logits, cache, kept = model.decode(tokens, cache, sparsity=policy)
-            finite &= jnp.isfinite(logits).all()
-            return logits.argmax(-1).astype(tokens.dtype), cache, kept, finite
-
-        tokens, cache = carried
-        cache = cache.with_lengths(jnp.full(batch, length - steps, jnp.int32))
-        start = tokens, cache, jnp.zeros((model.config.num_layers, batch)), jnp.array(True)
-        tokens, cache, kept, finite = jax.lax.fori_loop(0, steps, step, start)
-        return (tokens, cache), (kept, finite)
-
-    gate, shape = _gate(model, policy), (batch, length, model.dtype)
-    cache, weights = random_cache(model.config, *shape, gate, seed=seed), step_weights(model)
-    program = run_program(decode, (jnp.arange(batch, dtype=jnp.int32), cache), model)
-    timing, (kept, finite) = program.timing.divided(steps), program.outputs
-    density = float(kept.mean())
-    results = {
-        "density": density,
-        **timing._asdict(),
-        "tokens_per_second": batch / timing.milliseconds * 1e3,
-        **floor_results(timing.milliseconds, weights + read_bytes(model.config, *shape, gate, density)),
-        **program.results,
-    }
-    return Outcome(results, program.note, None if bool(finite) else "the logits are not finite")
 
 
 def _rule(m: Measurement) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from seer_jax.bench.configs import DecodeBench
 from seer_jax.bench.harness import clock
-from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure
+from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, not_finite
 from seer_jax.bench.harness.report import FLOOR, LISTED, MEMORY, MILLISECONDS, SPEEDUP, Table
 from seer_jax.bench.models import abstract_cache, random_cache, read_bytes
 from seer_jax.bench.selection import LOGITS_SPREAD
@@ -97,8 +97,7 @@ def _line(
         share, density = 0.0 if gate is None else update(batch), float(kept.mean())
         milliseconds = timing.milliseconds / (rounds * layers) + share
         results = dict(density=density, milliseconds=milliseconds, spread=timing.spread, update_milliseconds=share)
-        fault = None if bool(jnp.isfinite(out).all()) else "the output is not finite"
-        return Outcome(results | clock.floor_results(milliseconds, read(density)), failure=fault)
+        return Outcome(results | clock.floor_results(milliseconds, read(density)), failure=not_finite(output=out))
 
     needed = tree_bytes(abstract_cache(stacked, batch, length, DTYPE, gate_config))
     return measure(DECODE_LAYER.name, f"{batch} x {length}, {rule}", settings, run, needed_bytes=needed)

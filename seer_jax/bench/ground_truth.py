@@ -85,10 +85,10 @@ def _check_and_time(config: GroundTruthBench, case: Case, size: int, dense_times
             run(*chunk)
         return run(*chunks[-1])
 
-    errors: dict[str, float | None] = {}
+    errors: dict[str, float | None] = {"scores_error": None}
     for key, chunk in zip(keys, ends, strict=False):
         outcome = check_result(key, _call(*chunk, k, v), run(*chunk), run(*chunk))
-        errors = {name: max(x or 0.0, errors.get(name) or 0.0) for name, x in outcome.results.items()}
+        errors |= {name: max(x or 0.0, errors.get(name) or 0.0) for name, x in outcome.results.items()}
         if outcome.failure is not None:
             return outcome._replace(results=errors)
     timing = time_calls(run_all)

@@ -1,14 +1,12 @@
 """`seer-jax bench prefill`: block-sparse prefill from the attention kernel to the whole model."""
 
-import functools
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from seer_jax.bench.configs import PrefillBench
-from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, run_program
+from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, not_finite, run_program
 from seer_jax.bench.harness.plots import Panel
 from seer_jax.bench.harness.report import DENSITY, MILLISECONDS, PROGRAM, SPEEDUP, Table, report
 from seer_jax.bench.models import random_model
@@ -56,28 +54,25 @@ def first_token(config: PrefillBench) -> Iterator[Measurement]:
     model = random_model(config.model, PrefillGateConfig(), seed=config.seed)
 
     def line(length: int, policy: Policy) -> Measurement:
+        tokens = jax.random.randint(jax.random.key(config.seed), (1, length), 0, model.config.vocab_size)
+
+        def prefill(cache: Cache, model: Transformer, tokens: Int[Array, "B T"]) -> tuple[Cache, tuple[Array, Array]]:
+            logits, cache, kept = model.prefill(tokens, None, cache, sparsity=policy)
+            return cache, (logits, kept)
+
+        def run() -> Outcome:
+            program = run_program(prefill, model.make_cache(1, length), model, tokens)
+            logits, kept = program.outputs
+            results = {**program.timing._asdict(), "density": float(kept.mean()), **program.results}
+            return Outcome(results, program.note, not_finite(logits=logits))
+
         kept = policy.expected_density
         settings = dict(model=config.shape.value, length=length, density=kept, dtype=str(model.dtype))
         case = f"{length}, " + ("dense" if kept is None else f"{kept:g}")
-        run = functools.partial(_first_token, model, length, policy, config.seed)
         return measure(FIRST_TOKEN.name, case, settings, run)
 
     policies = Dense(), TopK(config.model_density)
     yield from beside_dense(line(n, policy) for n in sorted(config.lengths) for policy in policies)
-
-
-def _first_token(model: Transformer, length: int, policy: Policy, seed: int) -> Outcome:
-    tokens = jax.random.randint(jax.random.key(seed), (1, length), 0, model.config.vocab_size)
-
-    def prefill(cache: Cache, model: Transformer, tokens: Int[Array, "B T"]) -> tuple[Cache, tuple[Array, Array]]:
-        logits, cache, kept = model.prefill(tokens, None, cache, sparsity=policy)
-        return cache, (logits, kept)
-
-    program = run_program(prefill, model.make_cache(1, length), model, tokens)
-    logits, kept = program.outputs
-    results = {**program.timing._asdict(), "density": float(kept.mean()), **program.results}
-    fault = None if bool(jnp.isfinite(logits).all()) else "the logits are not finite"
-    return Outcome(results, program.note, fault)
 
 
 def _lists(m: Measurement) -> str:
@@ -87,15 +82,7 @@ def _lists(m: Measurement) -> str:
     return f"{s['block_size']}x{s['block_size']}, {lists}" + (f", {s['config']}" if s["config"] else "")
 
 
-def _length(m: Measurement) -> str:
-    return f"{m.settings['num_queries']} tokens"
-
-
-def _density(m: Measurement) -> str:
-    return f"{m.settings['density']:.0%}"
-
-
 PANELS = (
-    Panel("attention kernel", ATTENTION.name, colour=_length, style=_lists, x="density"),
-    Panel("attention kernel", ATTENTION.name, colour=_density, style=_lists, x="num_queries"),
+    Panel("attention kernel", ATTENTION.name, lambda m: f"{m.settings['num_queries']} tokens", _lists, x="density"),
+    Panel("attention kernel", ATTENTION.name, lambda m: f"{m.settings['density']:.0%}", _lists, x="num_queries"),
 )

@@ -145,10 +145,11 @@ class AttentionBench:
         call = AttentionCall(**arguments)
         with_lse = compiled(self.implementation, self.variant and self.variant[1], case.density)
         attend = jax.jit(lambda arguments: with_lse(**arguments)[0])  # what is timed: inference asks for no lse
-        first = AttentionWithScores(*with_lse(**arguments), None, None)
-        second = first._replace(output=attend(arguments), lse=with_lse(**arguments)[1])
+        out, lse = with_lse(**arguments)
+        first = AttentionWithScores(out, lse, None, None)
+        second = AttentionWithScores(attend(arguments), with_lse(**arguments)[1], None, None)
         outcome = check_result(key_rows, call, first, second)
-        del first, second
+        del out, lse, first, second
         results = {"density": listed_share(call), **outcome.results}
         if outcome.failure is not None:
             return outcome._replace(results=results)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -57,14 +58,10 @@ def measure_selection(
     }
     stacked = PrefillGate(GATE, dataclasses.replace(model, num_layers=1), rngs=nnx.Rngs(config.seed))
     gate = jax.tree.map(lambda x: x[0], stacked)  # as the scan over layers hands it out
-    for length in config.lengths:
-        for rule, policy in rules.items():
-            settings = dict(
-                length=length, rule=rule, density=density, block_size=GATE.block_size, heads=model.num_heads
-            )
-            beside = {"attention_milliseconds": attention.get((length, density))}
-            run = functools.partial(_time, model, gate, policy, length, config.seed, beside)
-            yield measure(SELECTION.name, f"{length}, {rule}", settings, run)
+    for length, (rule, policy) in itertools.product(config.lengths, rules.items()):
+        settings = dict(length=length, rule=rule, density=density, block_size=GATE.block_size, heads=model.num_heads)
+        run = functools.partial(_time, config, gate, policy, length, attention.get((length, density)))
+        yield measure(SELECTION.name, f"{length}, {rule}", settings, run)
 
 
 def prefill_context(
@@ -97,16 +94,11 @@ def _gate_logits(
 
 
 def _time(
-    config: ModelConfig,
-    gate: PrefillGate,
-    policy: RankingPolicy,
-    length: int,
-    seed: int,
-    beside: Mapping[str, float | None],
+    config: PrefillBench, gate: PrefillGate, policy: RankingPolicy, length: int, attention: float | None
 ) -> Outcome:
-    keys = jax.random.split(jax.random.key(seed))
-    q = jax.random.normal(keys[0], (1, length, config.num_heads, config.head_dim), jnp.bfloat16)
-    k = jax.random.normal(keys[1], (1, length, config.num_kv_heads, config.head_dim), jnp.bfloat16)
+    model, keys = config.model, jax.random.split(jax.random.key(config.seed))
+    q = jax.random.normal(keys[0], (1, length, model.num_heads, model.head_dim), jnp.bfloat16)
+    k = jax.random.normal(keys[1], (1, length, model.num_kv_heads, model.head_dim), jnp.bfloat16)
     logits = _gate_logits(gate, q, k)
     causal = jnp.tril(jnp.ones((1, 1, *logits.shape[2:]), bool))
     q = (q * (LOGITS_SPREAD / logits.std(where=causal))).astype(q.dtype)  # the logits grow with q
@@ -114,15 +106,15 @@ def _time(
 
     @jax.jit
     def score(gate: PrefillGate, q: Array, k: Array) -> Float32[Array, "B Hs Tb Tb"]:
-        return policy.scorer.prefill_scores(policy.prepare(prefill_context(config, gate, q, k)))
+        return policy.scorer.prefill_scores(policy.prepare(prefill_context(model, gate, q, k)))
 
     @jax.jit
     def choose(gate: PrefillGate, q: Array, k: Array, scores: Array) -> BlockIndices:
-        return policy.select(scores, prefill_context(config, gate, q, k))
+        return policy.select(scores, prefill_context(model, gate, q, k))
 
     @jax.jit
     def together(gate: PrefillGate, q: Array, k: Array) -> BlockIndices | None:
-        return policy.blocks(policy.prepare(prefill_context(config, gate, q, k)))
+        return policy.blocks(policy.prepare(prefill_context(model, gate, q, k)))
 
     if isinstance(policy.scorer, LearnedGate):
         score = _gate_logits  # the gate alone: no mask of padding
@@ -135,4 +127,4 @@ def _time(
         "choice_milliseconds": time_calls(choose, gate, q, k, score(gate, q, k)).milliseconds,
         "milliseconds": time_calls(together, gate, q, k).milliseconds,
     }
-    return Outcome({**results, **beside})
+    return Outcome({**results, "attention_milliseconds": attention})

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seer_jax.bench.configs import TrainBench
-from seer_jax.bench.harness.clock import time_calls
-from seer_jax.bench.harness.measurement import Measurement, Outcome, measure, run_program
+from seer_jax.bench.harness.clock import Timing, time_calls
+from seer_jax.bench.harness.measurement import Measurement, Outcome, measure, not_finite, run_program
 from seer_jax.bench.harness.plots import Panel
 from seer_jax.bench.harness.report import MILLISECONDS, PROGRAM, Column, Table, report
 from seer_jax.bench.models import random_model
@@ -58,14 +58,15 @@ def measure_training(config: TrainBench) -> Iterator[Measurement]:
     """
     config.check_device()
     model = random_model(config.model, PrefillGateConfig(), DecodeGateConfig(), seed=config.seed)
+    forward = jax.jit(lambda model, tokens: model.hidden_states(tokens)[0])
     for length in sorted(config.lengths):
         shape = (config.batch_size, length)
         tokens = jax.random.randint(jax.random.key(config.seed), shape, 0, model.config.vocab_size)
-        forward = functools.cache(functools.partial(_forward_milliseconds, model, tokens))
+        forward_timing = functools.cache(functools.partial(time_calls, forward, model, tokens[:1]))
         for gates in config.gates:
             settings = dict(model=config.shape.value, length=length, gates=gates.value, rows=config.batch_size)
             settings |= dict(dtype=str(model.dtype))
-            run = functools.partial(_step, model, gates, tokens, forward)
+            run = functools.partial(_step, model, gates, tokens, forward_timing)
             yield measure(TRAINING.name, f"{length}, {gates.value}", settings, run)
 
 
@@ -82,17 +83,7 @@ def forward_flop(config: ModelConfig, length: int) -> float:
     return config.num_layers * (2.0 * length * weights + 4 * config.num_heads * dim * pairs)
 
 
-def _forward_milliseconds(model: Transformer, tokens: Int[Array, "B T"]) -> float:
-    """Time of all rows, one after the other."""
-
-    @jax.jit
-    def forward(model: Transformer, tokens: Int[Array, "1 T"]) -> Float[Array, "1 T E"]:
-        return model.hidden_states(tokens)[0]
-
-    return len(tokens) * time_calls(forward, model, tokens[:1]).milliseconds
-
-
-def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], forward: Callable[[], float]) -> Outcome:
+def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], forward: Callable[[], Timing]) -> Outcome:
     from seer_jax.train.config import DistillConfig
     from seer_jax.train.data.batches import Batch
     from seer_jax.train.optimizer import make_optimizer, make_schedule
@@ -100,7 +91,7 @@ def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], fo
     from seer_jax.train.tasks import Distillation
 
     rows, length = tokens.shape
-    forward_milliseconds = forward()
+    forward_milliseconds = rows * forward().milliseconds
     config = DistillConfig(gates=gates, sequence_length=length, batch_size=rows)
     task, trained, frozen = Distillation.start(model, config)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -108,8 +99,7 @@ def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], fo
     batch = Batch(tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape))
 
     def run(carried: tuple, frozen: Any, batch: Batch) -> tuple[tuple, dict[str, Float[Array, ""]]]:
-        trained, state = carried
-        trained, state, metrics = step(trained, state, frozen, batch, jnp.int32(0))
+        trained, state, metrics = step(carried[0], carried[1], frozen, batch, jnp.int32(0))
         return (trained, state), metrics
 
     program = run_program(run, (trained, optimizer.init(trained)), frozen, batch)
@@ -125,5 +115,4 @@ def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], fo
         "recipe_hours": RECIPE_TOKENS / (rows * length) * milliseconds / 3.6e6,
         **{name: float(value) for name, value in metrics.items() if "loss" in name or "recall" in name},
     }
-    wrong = [name for name, value in metrics.items() if not bool(jnp.isfinite(value))]
-    return Outcome(results, program.note, f"{', '.join(wrong)} not finite" if wrong else None)
+    return Outcome(results, program.note, not_finite(**metrics))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.devices import default_device
@@ -22,7 +23,7 @@ from seer_jax.models.dense_attention import dense_attention
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
 MEMORY_SHARE = 0.9  # of the device's memory; the rest is for what programs need besides
-Results = Mapping[str, float | None]
+Results = dict[str, float | None]
 DenseTime = tuple[float | None, str | None]  # milliseconds, or a note why there are none
 
 
@@ -113,6 +114,12 @@ def beside_dense(lines: Iterable[Measurement]) -> Iterator[Measurement]:
             dense = milliseconds
         speedup = dense / milliseconds if dense and milliseconds else None
         yield dataclasses.replace(line, results={**line.results, "speedup": speedup}) if line.results else line
+
+
+def not_finite(**arrays: Array) -> str | None:
+    """What is wrong with outputs that must be finite, by their names."""
+    wrong = [name for name, x in arrays.items() if not bool(jnp.isfinite(x).all())]
+    return f"{', '.join(wrong)} not finite" if wrong else None
 
 
 def time_dense(take: Callable[[], Timing]) -> DenseTime:

@@ -73,7 +73,7 @@ def report(
         check_matplotlib()
     console, done = Console(), []
     if not console.is_terminal:
-        console = Console(width=120)  # of a file; the tables are made for a wide terminal
+        console = Console(width=130)  # of a file; the tables are made for a wide terminal
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)

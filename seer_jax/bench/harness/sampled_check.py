@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 from pallas_kernels import AttentionWithScores, BlockIndices
 from pallas_kernels.online_softmax import dot, finite
 from pallas_kernels.precision import rounded
-from seer_jax.bench.harness.measurement import Outcome
+from seer_jax.bench.harness.measurement import Outcome, Results
 
 ROWS_CHECKED = 8
 UNTUNED = {"xla_gpu_autotune_level": 0}  # a check runs once: trying out its products takes longer than they do
@@ -56,14 +56,14 @@ def check_result(
       attention in the dtype of the inputs; `lse_error`, the largest difference; where there are scores `scores_error`, their
       largest difference over the largest score of the row.
     """
-    errors = {name: float(error) for name, error in _sampled_errors(key, call, first).items()}
+    errors: Results = {name: float(error) for name, error in _sampled_errors(key, call, first).items()}
     return Outcome(errors, failure=_find_fault(errors, call, first, second))
 
 
 def _find_fault(
-    errors: dict[str, float], call: AttentionCall, first: AttentionWithScores, second: AttentionWithScores
+    errors: Results, call: AttentionCall, first: AttentionWithScores, second: AttentionWithScores
 ) -> str | None:
-    error, plain, lse, scores = (errors.get(f"{kind}error", 0.0) for kind in ("", "plain_", "lse_", "scores_"))
+    error, plain, lse, scores = (errors.get(f"{kind}error") or 0.0 for kind in ("", "plain_", "lse_", "scores_"))
     if not _outside_is_empty(call, first):
         return "output and lse must be 0 and -inf for queries beyond their sequence, and all others finite"
     if not error <= 2 * plain + 4 * FLOAT32:
