@@ -23,9 +23,10 @@ MAY_LEAD_FURTHER = {
     "seer_jax.bench.training": "seer_jax.train",
 }
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "jaxtyping", "pallas_kernels"}
-COMES_WITH_JAX = {"jaxlib"}  # in the one version that fits
+COMES_WITH_JAX = {"jaxlib", "ml_dtypes"}  # in the one version that fits
 FOR_TESTS = ["unittest", "pytest", "hypothesis", "tests"]
 HEAVY = ["torch", "tensorflow", "transformers", "orbax", "matplotlib", "datasets", "pyarrow", "tensorboardX", "tyro"]
+GOLDENS = ROOT / "tests/golden/make_transformers_goldens.py"  # runs in an environment of its own
 HELP = "from seer_jax.commands.main import main; main(['--help'])"
 MOST_FILES = 12
 
@@ -123,11 +124,11 @@ def test_heavy_packages_are_imported_when_needed(imported: str):
     assert python(code) == "[]"
 
 
-def third_party() -> set[str]:
-    """The distributions that the packages import."""
-    names = set().union(*(imports(*module) for module in modules().items()))
+def third_party(files: dict[str, Path]) -> set[str]:
+    """The distributions that modules import."""
+    names = set().union(*(imports(*module) for module in files.items()))
     tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    tops -= COMES_WITH_JAX | {"seer_jax", "pallas_kernels"}
+    tops -= COMES_WITH_JAX | {"seer_jax", "pallas_kernels", "tests"}
     provided_by = importlib.metadata.packages_distributions()
     return {canonicalize_name(provided_by[top][0]) for top in tops if top in provided_by}
 
@@ -139,9 +140,12 @@ def declared(lines: list[str]) -> set[str]:
 def test_dependencies_are_what_is_imported():
     core = declared(PROJECT["project"]["dependencies"])
     extras = set().union(*(declared(lines) for lines in PROJECT["project"]["optional-dependencies"].values()))
-    imported = third_party()
+    imported = third_party(modules())
     assert imported <= core | extras, "imported, not declared"
     assert core <= imported, "declared, not imported"
+    files = [ROOT / "conftest.py", *(ROOT / "tests").rglob("*.py")]
+    for_tests = third_party({str(path): path for path in files if path != GOLDENS})
+    assert for_tests <= core | extras, "imported by tests, not declared"
 
 
 def processor_seconds(code: str) -> float:
