@@ -10,7 +10,8 @@ from pallas_kernels.cases import Heads
 from pallas_kernels.devices import default_device
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
-from seer_jax.selection.notation import parse_policy
+from seer_jax.selection.notation import write_policy
+from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import RankingPolicy
 
 BLOCK = 64  # tokens
@@ -105,28 +106,21 @@ class PolicyBench(BenchConfig):
 
     densities: tuple[float, ...] = (0.1,)
     model_density: float = 0.1
-    policies: tuple[str, ...] = ()
+    policies: tuple[Policy, ...] = ()
     implementation: Implementation | None = None
 
     @property
     def rules(self) -> dict[str, RankingPolicy]:
-        """The policies by their text.
-
-        Raises:
-          ValueError: one is no policy, or ranks no blocks.
-        """
-        rules = {}
-        for text in self.policies:
-            rules[text] = policy = parse_policy(text)
-            if not isinstance(policy, RankingPolicy):
-                raise ValueError(f"policies must rank blocks, as topk:0.1 does; got {text!r}.")
-        return rules
+        """The policies by their text."""
+        return {write_policy(policy): policy for policy in self.policies if isinstance(policy, RankingPolicy)}
 
     def _check_policies(self) -> None:
         for density in (*self.densities, self.model_density):
             if not 0 < density <= 1:
                 raise ValueError(f"Densities must lie in (0, 1]; got {density}.")
-        assert self.rules is not None
+        for policy in self.policies:
+            if not isinstance(policy, RankingPolicy):
+                raise ValueError(f"policies must rank blocks, as topk:0.1 does; got {write_policy(policy)}.")
 
 
 @dataclasses.dataclass(frozen=True)
