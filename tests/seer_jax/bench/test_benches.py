@@ -14,16 +14,15 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from pallas_kernels import attention_with_block_scores, block_sparse_attention, cases as shapes, sparse_decode_attention
+from pallas_kernels import attention_with_block_scores, block_sparse_attention, sparse_decode_attention
 from pallas_kernels import bench as kernels_bench
+from pallas_kernels import cases as shapes
 from pallas_kernels.bench import Measurement, Timing
 from pallas_kernels.block_ground_truth import bench as ground_truth_bench
 from pallas_kernels.block_ground_truth.bench import Wanted
 from pallas_kernels.block_sparse_attention import bench as attention_bench
 from pallas_kernels.cases import Heads
 from pallas_kernels.sparse_decode import bench as decode_kernel
-from seer_jax.commands import main as cli
-from seer_jax.models.attention import prefill_attention
 from seer_jax.bench import (
     DecodeBench,
     PrefillBench,
@@ -43,10 +42,12 @@ from seer_jax.bench.plots import plot_decode, plot_prefill
 from seer_jax.bench.selection import chosen_blocks
 from seer_jax.bench.table import beside_each_other, print_measurements
 from seer_jax.bench.training import forward_flop
+from seer_jax.commands import main as cli
 from seer_jax.gates.configs import DecodeGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.inference.memory import tree_bytes
+from seer_jax.models.attention import prefill_attention
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import Threshold, TopK
 from tests.seer_jax.conftest import LLAMA, tiny_model
