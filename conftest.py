@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # The CPU unless a GPU is asked for: make test-gpu.
 os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
@@ -58,7 +59,8 @@ class Examples(pytest.Module):
         runner = doctest.DebugRunner(verbose=False)
         for test in doctest.DocTestFinder(exclude_empty=True).find(module):
             if test.examples:
-                yield pytest.DoctestItem.from_parent(self, name=test.name, runner=runner, dtest=test)
+                settings: dict[str, Any] = dict(parent=self, name=test.name, runner=runner, dtest=test)
+                yield pytest.DoctestItem.from_parent(**settings)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Examples | None:

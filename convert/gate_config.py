@@ -114,7 +114,7 @@ def without_gate_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
-    """The sparsity policy that a checkpoint recommends: that of our own key where there is one, or else of the release's keys.
+    """The sparsity policy that a checkpoint recommends: from our own key where there is one, otherwise from the keys of the release.
 
     Returns:
       The policy; None where the checkpoint names none, or has the release's default values, which keep every block (threshold 0,

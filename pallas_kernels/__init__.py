@@ -1,10 +1,10 @@
-"""Kernels of SeerAttention: arrays in, arrays out. Imports JAX alone, and runs without the rest of seer-jax.
+"""Kernels of SeerAttention: functions of arrays that need JAX alone, without the rest of seer-jax.
 
 Letters: B batch, T query tokens, S key tokens, H query heads, K key/value heads, G = H/K, D head dim, b block size in tokens,
 Tb = ceil(T/b), Sb = ceil(S/b), N width of the block lists.
 """
 
-import pallas_kernels.devices  # noqa: F401 - at once, see there
+import pallas_kernels.devices  # noqa: F401 - before any program is compiled, see there
 from pallas_kernels.block_ground_truth.api import AttentionWithScores, attention_with_block_scores
 from pallas_kernels.block_pooling.api import pool_blocks
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention

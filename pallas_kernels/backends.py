@@ -1,17 +1,16 @@
-"""How an operation picks its implementation.
+"""Operations and their backends.
 
-An operation is a folder. A backend of it is a module in that folder, named after the backend, holding a function named after the
-operation that takes the arguments of the public function less `implementation`. It is imported when it is first needed, so that a
-GPU backend costs nothing where it cannot run.
+An operation is a folder. Each of its backends is a module there, with a function of the operation's name that takes the arguments of
+the public function except `implementation`. It is imported on first use, so that a GPU backend costs nothing on other machines.
 
-Whether a backend runs depends on its arguments and on their device (`devices.py`). Under jit that device is unknown: a backend that
-needs a GPU is then traced beside the one that runs everywhere, wherever this process has such a GPU, and the lowered program
-contains the one that its platform can run.
+Whether a backend runs depends on the arguments and on their device (`devices.py`). Under jit the device is unknown. If this process
+has a GPU that a backend needs, it is traced along with the backend for all devices, and lowering keeps the one for its platform.
 """
 
 import dataclasses
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
@@ -36,18 +35,18 @@ class Backend:
     """A module of an operation's folder.
 
     Args:
-      name: of the module, and of the implementation in the public function.
-      needs: the GPU that it needs; None: any device will do.
+      name: name of the module, and value of `implementation` in the public function.
+      needs: the GPU that it needs; None: any device.
     """
 
     name: str
     needs: GpuRequirement | None = None
 
     def is_decided_when_lowered(self, arguments: Any) -> bool:
-        """Whether these arguments leave the device open.
+        """Whether the device of these arguments is known only at lowering, and may be one that the backend needs.
 
         Raises:
-          Unsupported: they are on a device on which the backend does not run, or no device here is one on which it does.
+          Unsupported: it is known, or certain, that the backend cannot run there.
         """
         if self.needs is None:
             return False
@@ -73,12 +72,12 @@ class Operation:
     Args:
       name: name of the public function.
       package: the operation's folder, as a module name.
-      preferred: backends that `implementation=None` tries, best first; the last one must do everything on every device.
-      others: backends that run only when they are named.
-      gradients: name of a function in the last preferred backend, which makes a backend that needs a GPU differentiable. It takes
-        the cotangents of the results and the operation's arguments, and returns the gradients in the first ones of these. None:
-        such a backend has the gradients that JAX finds, if any.
-      gradients_use_results: whether that function takes the results first.
+      preferred: backends that `implementation=None` tries, fastest first; the last one takes all arguments on all devices.
+      others: backends that run only by name.
+      gradients: name of a function of the last preferred backend that differentiates backends that need a GPU. It takes the
+        cotangents of the results and the operation's arguments, and returns the gradients in the leading arguments. None: the
+        gradients of such backends are JAX's own, if any.
+      gradients_use_results: whether that function takes the results before the cotangents.
     """
 
     name: str
@@ -89,12 +88,12 @@ class Operation:
     gradients_use_results: bool = False
 
     def __call__(self, implementation: str | None, /, *args: Any, **kwargs: Any) -> Any:
-        """Runs the named backend, or without a name the first preferred one that takes these arguments.
+        """Runs the named backend, or the first preferred one that takes these arguments if `implementation` is None.
 
         Raises:
           ValueError: there is no backend of that name.
-          Unsupported: the named backend, or every preferred one, cannot do this. If it is the platform of a jitted program that
-            cannot, lowering the program raises this.
+          Unsupported: the named backend, or every preferred one, does not take these arguments. If the reason is the platform of
+            a jitted program, lowering raises it.
         """
         if implementation is not None:
             return self._run(self._named(implementation), None, args, kwargs)
@@ -104,11 +103,11 @@ class Operation:
                 return self._run(backend, self.preferred[-1], args, kwargs)
             except Unsupported as error:
                 reasons.append(f"{backend.name}: {error}")
-        raise Unsupported(f"{self.name}: no backend can do this. " + "; ".join(reasons))
+        raise Unsupported(f"{self.name}: no backend takes these arguments. " + "; ".join(reasons))
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        """What the public function takes as `implementation`."""
+        """Values of `implementation` in the public function."""
         return tuple(backend.name for backend in self.preferred + self.others)
 
     def used_here(self) -> str:
@@ -122,7 +121,7 @@ class Operation:
         return self.preferred[-1].name
 
     def function(self, backend: Backend, name: str | None = None) -> Callable[..., Any]:
-        """A function of a backend's module; the operation itself if `name` is None."""
+        """A function of a backend's module, by default the operation itself."""
         return getattr(importlib.import_module(f"{self.package}.{backend.name}"), name or self.name)
 
     def _named(self, name: str) -> Backend:
@@ -132,7 +131,7 @@ class Operation:
         raise ValueError(f"{self.name}: implementation must be None or one of {self.implementations}; got {name!r}.")
 
     def _run(self, backend: Backend, otherwise: Backend | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs a backend; `otherwise` runs if the program is lowered for a platform for which the backend is not, None: nothing."""
+        """Runs a backend, or `otherwise` if lowering is for a platform without the backend; None: lowering raises Unsupported."""
         open_device = backend.is_decided_when_lowered((args, kwargs))
         if backend.needs is None:
             return self.function(backend)(*args, **kwargs)
@@ -141,19 +140,19 @@ class Operation:
         static = tuple(None if d else leaf for d, leaf in zip(dynamic, leaves, strict=True))
         call = _Call(self, backend, otherwise, open_device, structure, static, tuple(dynamic))
         run = _run if self.gradients is None else _run_differentiably
-        return run(call, *(leaf for d, leaf in zip(dynamic, leaves, strict=True) if d))
+        return run(call, *itertools.compress(leaves, dynamic))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call less its arrays, as JAX's caches compare it.
+    """A call without its arrays, a static argument of jitted functions.
 
     Attributes:
-      operation, backend: which function runs.
-      otherwise: what runs on a platform that the backend is not for; None: nothing.
-      open_device: whether the platform is not known yet.
-      structure, static: the arguments; None in the places of the arrays.
-      is_array: which of the arguments' leaves are arrays.
+      operation, backend: the function that runs.
+      otherwise: backend for platforms without `backend`; None: lowering for these raises Unsupported.
+      open_device: whether the platform is known only at lowering.
+      structure, static: the arguments, with None in place of arrays.
+      is_array: which leaves of the arguments are arrays.
     """
 
     operation: Operation
@@ -174,7 +173,7 @@ class _Call:
         return self.operation.function(backend)(*args, **kwargs)
 
     def refuse(self, *arrays: jax.Array) -> Any:
-        """Arrays like the results, in a program that cannot be lowered."""
+        """Results whose lowering raises Unsupported."""
         results = jax.eval_shape(functools.partial(self.run, self.backend), *arrays)
         flat, structure = jax.tree.flatten(results)
         avals = tuple((x.shape, x.dtype) for x in flat)
@@ -185,14 +184,14 @@ def _run(call: _Call, *arrays: jax.Array) -> Any:
     return _choose_when_lowered(call, *arrays) if call.open_device else call.run(call.backend, *arrays)
 
 
-# Jitted, so that under an eager `jax.grad` or `jax.vmap`, too, it is the device of the arrays that decides.
+# Jitted, so that the device of the arrays decides under an eager `jax.grad` or `jax.vmap` as well.
 @functools.partial(jax.jit, static_argnums=0)
 def _choose_when_lowered(call: _Call, *arrays: jax.Array) -> Any:
     default = call.refuse if call.otherwise is None else functools.partial(call.run, call.otherwise)
     return jax.lax.platform_dependent(*arrays, cuda=functools.partial(call.run, call.backend), default=default)
 
 
-# The rule stands outside of the choice: JAX would differentiate each branch of it, and each would carry the other's residuals along.
+# The rule is outside the choice. Inside, JAX would differentiate both branches, and each would carry zeros for the other's residuals.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_differentiably(call: _Call, *arrays: jax.Array) -> Any:
     return _run(call, *arrays)
@@ -214,7 +213,7 @@ def _backward_rule(call: _Call, residuals: tuple, cotangents: Any) -> tuple:
 
 _run_differentiably.defvjp(_forward_rule, _backward_rule)
 
-# Takes nothing, so that it needs no rules for gradients and vmap.
+# Has no operands, and therefore needs no rules for gradients and vmap.
 _refuse_p = Primitive("refuse_platform")
 _refuse_p.multiple_results = True
 

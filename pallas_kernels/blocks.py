@@ -1,4 +1,4 @@
-"""Which key blocks each row attends to: `BlockIndices`."""
+"""`BlockIndices`: the key blocks that each row attends to."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from pallas_kernels.checks import check_block_size
 
 
 def _scatter(targets: Int[Array, "... n"], values: Shaped[Array, "n"], width: int) -> Shaped[Array, "... width"]:
-    """For each row of targets, `width` entries: value i at target i, zeros elsewhere; targets beyond the width are dropped."""
+    """Scatters value i to target i of each row, of `width` entries that are zero otherwise; drops targets beyond the width."""
 
     def write(row: Array) -> Array:
         return jnp.zeros(width, values.dtype).at[row].set(values, mode="drop")
@@ -29,7 +29,7 @@ def _is_concrete(*arrays: Array) -> bool:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class BlockIndices:
-    """Lists of key blocks, one list per row; the sparse kernels read nothing else of a mask.
+    """Lists of key blocks, one per row: the sparse form of a mask that kernels read.
 
     A row is a block of `block_size` query tokens in prefill and a key/value head in decode:
 
@@ -37,12 +37,12 @@ class BlockIndices:
         key/value head, shared by its query heads) or H (one per query head);
       decode: counts [B, K], indices [B, K, N].
 
-    The first `counts[r]` entries of `indices[r]` are block numbers, ascending and without repeats. The entries after them are
-    fillers without a meaning, which may be any integers: kernels that write lists leave that memory as they find it.
+    The first `counts[r]` entries of `indices[r]` are block numbers, strictly ascending. The entries after them are fillers, which
+    may be any integers: kernels that write lists leave that memory uninitialized.
 
     Args:
-      counts: how many blocks each row keeps, 0 to N.
-      indices: which ones, from 0 to Sb - 1; N is the static width of the lists.
+      counts: number of blocks that each row keeps, 0 to N.
+      indices: their block numbers, 0 to Sb - 1; N is the static width of the lists.
       block_size: b, tokens per block: 16, 32, 64 or 128.
 
     Raises:
@@ -76,7 +76,7 @@ class BlockIndices:
 
     @classmethod
     def tree_unflatten(cls, block_size: int, leaves: Iterable[Any]) -> "BlockIndices":
-        # JAX rebuilds pytrees around leaves that are no arrays (shapes, axes, sentinels), so nothing is checked here.
+        # No checks: JAX also builds pytrees whose leaves are not arrays (shapes, axes, sentinels).
         self = object.__new__(cls)
         for name, value in zip(("counts", "indices", "block_size"), (*leaves, block_size), strict=True):
             object.__setattr__(self, name, value)
@@ -89,7 +89,7 @@ class BlockIndices:
 
     @property
     def valid(self) -> Bool[Array, "... R N"]:
-        """Which entries of `indices` are block numbers rather than fillers."""
+        """Which entries of `indices` are block numbers; the others are fillers."""
         return jax.lax.broadcasted_iota(jnp.int32, self.indices.shape, self.indices.ndim - 1) < self.counts[..., None]
 
     def to_mask(self, num_key_blocks: int) -> Bool[Array, "... R Sb"]:
@@ -101,18 +101,15 @@ class BlockIndices:
     def from_mask(
         cls, mask: Bool[Array, "... R Sb"], *, block_size: int, max_blocks: int | None = None
     ) -> "BlockIndices":
-        """The lists of a mask.
+        """The lists of a mask, with 0 as filler.
 
         Args:
           mask: which blocks each row keeps.
           block_size: b, tokens per block.
-          max_blocks: N, the static width of the lists; Sb if None. Choose less where rows keep few blocks.
-
-        Returns:
-          The lists; fillers are 0.
+          max_blocks: N, the static width of the lists; Sb if None. Pass less if rows keep few blocks.
 
         Raises:
-          ValueError: a row keeps more than `max_blocks` blocks. Under `jax.jit` that cannot be seen: the row then loses its
+          ValueError: a row keeps more than `max_blocks` blocks. This is not checked under `jax.jit`, where such a row loses its
             highest blocks.
         """
         if mask.dtype != jnp.bool_ or mask.ndim < 2:
@@ -141,7 +138,7 @@ class BlockIndices:
         batch: int = 1,
         lists: int = 1,
     ) -> "BlockIndices":
-        """Prefill lists that keep every block in sight: attention over them is dense causal attention.
+        """Prefill lists of all visible blocks, over which attention is dense causal attention.
 
         Args:
           num_queries, num_keys: T and S, tokens.
@@ -162,23 +159,23 @@ class BlockIndices:
         indices = jnp.broadcast_to(jnp.arange(num_blocks, dtype=jnp.int32), (*counts.shape, num_blocks))
         return cls(counts, indices, block_size)
 
-    def density(self, blocks_in_sight: Int[Array, "*#lists R"] | None = None) -> Float32[Array, "*lists"]:
-        """Kept blocks over blocks in sight, summed over the rows of each list: 1 is dense, 0.1 is 90% sparse.
+    def density(self, visible: Int[Array, "*#lists R"] | None = None) -> Float32[Array, "*lists"]:
+        """Number of kept blocks over that of visible blocks, summed over the rows of each list: 1 is dense, 0.1 is 90% sparse.
 
         Args:
-          blocks_in_sight: how many blocks each row could keep, broadcast to `counts`; row r sees r + 1 blocks if None, as in
-            causal prefill from token 0. Decode passes ceil(lengths / b)[:, None].
+          visible: number of blocks that each row sees, broadcast to `counts`; r + 1 for row r if None, as in causal prefill from
+            token 0. Decode passes ceil(lengths / b)[:, None].
         """
-        if blocks_in_sight is None:
-            blocks_in_sight = jnp.arange(1, self.counts.shape[-1] + 1)
-        seen = jnp.broadcast_to(blocks_in_sight, self.counts.shape).sum(-1)
+        if visible is None:
+            visible = jnp.arange(1, self.counts.shape[-1] + 1)
+        seen = jnp.broadcast_to(visible, self.counts.shape).sum(-1)
         return self.counts.sum(-1) / jnp.maximum(seen, 1).astype(jnp.float32)
 
     def check(self, num_key_blocks: int) -> "BlockIndices":
-        """Looks into the lists, where that is possible, and returns them unchanged.
+        """Checks the contents of the lists and returns them unchanged.
 
-        Under `jax.jit` there is nothing to look into and every list passes. Reads the arrays back from the device: for tests,
-        for input from outside, not for inner loops.
+        Copies the arrays from the device, so it is meant for tests and external input, not for inner loops. Under `jax.jit` nothing
+        is checked.
 
         Raises:
           ValueError: a count outside 0 to N, a listed index outside 0 to Sb - 1, or a list that does not ascend.

@@ -1,4 +1,4 @@
-"""What the named cases of the operations are made of: head shapes of real models, random inputs, block lists as sparse as theirs."""
+"""Parts of the operations' named cases: head shapes of real models, random arrays, random block lists."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from pallas_kernels.blocks import BlockIndices
 
-ELEMENTS_AT_ONCE = 2**21  # of a large array, when it is drawn: little memory besides the array itself
+ELEMENTS_AT_ONCE = 2**21  # drawn at a time for a large array, so that little memory is needed beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ QWEN3_4B = Heads(32, 8, 128)
 
 
 def random_arrays(key: PRNGKeyArray, dtype: str, **shapes: tuple[int, ...]) -> dict[str, Array]:
-    """Standard normal arrays of these names and shapes."""
+    """Standard normal arrays with these names and shapes."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     flat = jax.random.normal(key, (sum(sizes),), dtype)  # one draw compiles faster than several
     parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
@@ -40,10 +40,10 @@ def random_arrays(key: PRNGKeyArray, dtype: str, **shapes: tuple[int, ...]) -> d
 def large_random_array(
     key: PRNGKeyArray, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, scale: float = 1.0
 ) -> Float[Array, "..."]:
-    """Normal with mean 0 and standard deviation `scale`, a few rows at a time, in little more memory than it takes.
+    """Normal array with mean 0 and standard deviation `scale`, drawn a few rows at a time in little additional memory.
 
     Args:
-      key: of the implementation "rbg", which draws fast.
+      key: of implementation "rbg", which is fast.
     """
     rows = math.prod(shape[:-1])
     most = max(1, ELEMENTS_AT_ONCE // shape[-1])
@@ -63,10 +63,10 @@ def random_blocks(
     block_size: int,
     density: float | Float[Array, ""],
 ) -> BlockIndices:
-    """Lists of a row's last block and, with probability `density` each, of those before it.
+    """Lists that contain each row's last block and, with probability `density` each, the blocks before it.
 
     Args:
-      last: the last block that each row sees, in prefill the diagonal one; below 0, the list is empty.
+      last: last block that each row sees, in prefill the diagonal one; negative for an empty list.
       num_key_blocks: Sb.
       block_size: b.
       density: from 0 to 1.

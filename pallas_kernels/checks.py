@@ -1,4 +1,4 @@
-"""Checks that the operations share. A message says the rule, what was expected, and what came."""
+"""Argument checks that the operations share. Messages say what must hold, what was passed, and the remedy if there is one."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 
 def check_block_size(where: str, block_size: int) -> None:
-    """Raises ValueError unless `block_size` is one that every backend can tile."""
+    """Raises ValueError unless `block_size` is one of the supported sizes."""
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"{where}: block_size must be one of {BLOCK_SIZES} tokens; got {block_size!r}.")
 

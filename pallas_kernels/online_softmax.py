@@ -1,4 +1,4 @@
-"""Softmax-weighted sums over keys that come a tile at a time, in float32: what the XLA implementations share."""
+"""Softmax-weighted sums over keys that arrive in tiles, in float32, for the XLA implementations."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ _LOWEST = np.float32(np.finfo(np.float32).min / 2)  # finite, so that no inf - i
 
 
 class OnlineSoftmax(NamedTuple):
-    """The sums so far, relative to the running maximum of each query.
+    """Running sums, relative to the running maximum of each query.
 
     Fields:
       maximum: [..., M], largest score so far.
@@ -25,12 +25,12 @@ class OnlineSoftmax(NamedTuple):
 
     @classmethod
     def empty(cls, *shape: int) -> "OnlineSoftmax":
-        """No key seen yet; `shape` is (..., M, D)."""
+        """Sums over no keys; `shape` is (..., M, D)."""
         zeros = jnp.zeros(shape, jnp.float32)
         return cls(jnp.full(shape[:-1], _LOWEST), zeros[..., 0], zeros)
 
     def add(self, scores: Float32[Array, "*rows M W"], values: Float[Array, "*rows W D"]) -> "OnlineSoftmax":
-        """Takes in W more keys; a score of -inf hides the key."""
+        """Adds W keys; a score of -inf hides a key."""
         maximum = jnp.maximum(self.maximum, scores.max(-1))
         weights = jnp.exp(scores - maximum[..., None])
         decay = jnp.exp(self.maximum - maximum)
@@ -38,22 +38,22 @@ class OnlineSoftmax(NamedTuple):
         return OnlineSoftmax(maximum, self.total * decay + weights.sum(-1), self.weighted * decay[..., None] + weighted)
 
     def finish(self) -> tuple[Float32[Array, "*rows M D"], Float32[Array, "*rows M"]]:
-        """Output and lse of each query; 0 and -inf where it has seen no key."""
-        seen = self.total != 0  # NaN is no zero: damaged inputs must show in the output
+        """Output and lse of each query; 0 and -inf if it has seen no key."""
+        seen = self.total != 0  # true for NaN, which the output must show
         total = jnp.where(seen, self.total, 1)
         out = jnp.where(seen[..., None], self.weighted / total[..., None], 0)
         return out, jnp.where(seen, self.maximum + jnp.log(total), -jnp.inf)
 
 
 def dot(equation: str, x: Array, y: Array) -> Float32[Array, "..."]:
-    """An einsum of two arrays of one dtype that sums in float32.
+    """Einsum of two arrays of one dtype with float32 sums, and float32 products for float32 arrays.
 
-    Who passes float32 wants float32 products, which accelerators only make when told to.
+    Accelerators multiply float32 in lower precision unless asked.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def finite(lse: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """`lse` with 0 for -inf, so that exp(score - lse) is 0 and not NaN where nothing is seen."""
+    """`lse` with 0 in place of -inf, so that exp(score - lse) is 0 instead of NaN for queries that see no key."""
     return jnp.where(lse > -jnp.inf, lse, 0)

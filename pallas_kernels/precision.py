@@ -1,4 +1,4 @@
-"""Products of float32 arrays that stay float32 products on accelerators, which round to half of that when left alone."""
+"""Products of float32 arrays with the accuracy of float32, also on accelerators, whose default precision is lower."""
 
 import functools
 
@@ -9,25 +9,27 @@ from jaxtyping import Array, Float32
 
 from pallas_kernels import devices
 
-TENSOR_CORE_ROWS = 2048
+TENSOR_CORE_ROWS = 2048  # vectors from which tensor cores are faster
 
 
 def precise_einsum(equation: str, x: Float32[Array, "..."], y: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """An einsum of two arrays that errs by about 2e-7 relative to the norms of the vectors it multiplies.
+    """Einsum of two arrays with errors of about 2e-7 relative to the norms of the vectors that it multiplies.
 
-    Tensor cores take three passes over TF32 parts for that, and are faster where x holds many vectors. Its gradients take
-    one pass there: 5e-4 is below the noise that a sample of the data makes, and most of the time of a training step's gates
-    goes into these products.
+    On GPUs with TF32, tensor cores compute it in three passes over TF32 parts, which is faster if x holds many vectors. Gradients
+    take one pass there: an error of 5e-4 is below the sampling noise of the data, and these products take most of the time that
+    a training step spends on gates.
 
     Args:
-      equation: each index of x and of y is one of the result or of the other array.
+      equation: every index of x and y occurs in the result or in the other array.
     """
     return _differentiable(equation, x, y)  # pyright: ignore[reportReturnType]
 
 
 def rounded(x: Float32[Array, "..."], dtype: DTypeLike) -> Float32[Array, "..."]:
-    """The numbers as `dtype` would hold them, but 0 below its smallest normal one. A conversion there and back does nothing: XLA
-    leaves it out."""
+    """x rounded to the precision of `dtype`, with 0 in place of its subnormal values.
+
+    XLA would remove a conversion to `dtype` and back.
+    """
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
@@ -66,7 +68,7 @@ def _plain_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _tensor_core_einsum(equation: str, algorithm: jax.lax.DotAlgorithmPreset, x: jax.Array, y: jax.Array) -> jax.Array:
-    """With the algorithm if it is lowered for GPUs."""
+    """Einsum that uses the algorithm if it is lowered for GPUs."""
     einsum = functools.partial(jnp.einsum, equation, precision=algorithm, preferred_element_type=jnp.float32)
     return jax.lax.platform_dependent(x, y, cuda=einsum, default=functools.partial(_plain_einsum, equation))
 

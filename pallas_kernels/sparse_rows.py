@@ -1,11 +1,11 @@
-"""Attention of rows of queries over lists of key blocks, in XLA: what prefill and decode share.
+"""Attention of rows of queries over lists of key blocks, in XLA, for prefill and decode.
 
-A row is M queries that read one key/value head and share one list: a block of queries (times the heads that share its list) in
-prefill, the heads of a group in decode. SparseRows are sorted by the length of their lists and taken in chunks; a chunk walks its lists
-a few blocks at a time and stops at its longest one. So the time follows the number of blocks on the lists, not their width, and
-no array is larger than a chunk of rows times a few key blocks.
+A row is M queries that read one key/value head and share a list: in prefill a block of queries (times the heads that share its list),
+in decode the heads of a group. Rows are sorted by the length of their lists and processed in chunks. A chunk walks its lists a few
+blocks at a time and stops at the end of its longest one. So the time is proportional to the number of listed blocks, not to the width
+of the lists, and no array is larger than a chunk of rows times a few key blocks.
 
-Sorting mixes the batch and the heads: where those are sharded over a mesh, call this under `jax.shard_map`.
+Sorting mixes batch and heads: if those are sharded over a mesh, call this under `jax.shard_map`.
 """
 
 import functools
@@ -20,18 +20,18 @@ from pallas_kernels import devices
 from pallas_kernels.online_softmax import OnlineSoftmax, dot, finite
 
 _NOWHERE = 2**30  # a key position beyond every limit
-# Elements of a chunk's key tile, and of its scores: what a CPU's cache holds; on other devices, enough to keep them busy.
+# Elements of a chunk's key tile and of its scores: the capacity of a CPU's cache; on other devices, enough to keep them busy.
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**19, 2**25
 
 
 class SparseRows(NamedTuple):
-    """What each of R rows may see.
+    """The lists of R rows, and the keys that their queries see.
 
     Fields:
-      counts: [R], blocks on the list.
+      counts: [R], number of blocks on the list.
       indices: [R, N], the list.
-      start: [R], which of the B * S * K vectors of `k` is the row's key at position 0.
-      limit: [R, M], each query sees the keys at positions below its limit.
+      start: [R], index of the row's key at position 0 among the B * S * K vectors of `k`.
+      limit: [R, M], queries see the keys at positions below their limits.
     """
 
     counts: Int32[Array, "R"]
@@ -41,7 +41,7 @@ class SparseRows(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Static numbers: b, the factor on the scores, and how many keys a step takes (at least one block)."""
+    """Static parameters: b, the factor on the scores, and the number of keys per step, at least one block."""
 
     block_size: int
     scale: float
@@ -49,20 +49,20 @@ class Tiling(NamedTuple):
 
     @property
     def blocks_per_step(self) -> int:
-        """List entries that a step takes."""
+        """List entries per step."""
         return max(1, self.keys_per_step // self.block_size)
 
     def rows_per_chunk(self, elements: int, queries: int, head_dim: int) -> int:
-        """SparseRows whose key tile and scores have at most so many elements each."""
+        """Number of rows whose key tile and scores have at most `elements` elements each."""
         return max(1, elements // (self.blocks_per_step * self.block_size * max(queries, head_dim)))
 
 
 def attend_sparse_rows(
     q: Float[Array, "R M D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], rows: SparseRows, tiling: Tiling
 ) -> tuple[Float[Array, "R M D"], Float32[Array, "R M"]]:
-    """Returns the output of each query, in q's dtype, and its lse; 0 and -inf where it sees no key.
+    """Returns the output of each query, in q's dtype, and its lse; 0 and -inf if it sees no key.
 
-    Reverse-mode differentiable in q, k and v; gradients add up in float32.
+    Reverse-mode differentiable in q, k and v; gradients are summed in float32.
     """
     return _attend(q, k, v, rows, tiling)
 
@@ -97,7 +97,7 @@ def _forward(q, k, v, rows, tiling):
 def attend_sparse_rows_gradients(
     tiling: Tiling, residuals: tuple[Array, Array, Array, SparseRows, Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Float[Array, "R M D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """Gradients in q, k and v: walks the lists once more, with the weights recomputed from lse.
+    """Gradients in q, k and v: walks the lists again and recomputes the weights from lse.
 
     Args:
       tiling: as in `attend_sparse_rows`.
@@ -107,7 +107,7 @@ def attend_sparse_rows_gradients(
     q, k, v, rows, out, lse = residuals
     d_out, d_lse = cotangents
     seen = lse > -jnp.inf
-    # d scores = weights * (d_weights - inner): softmax's own rule, with lse as a second output.
+    # d scores = weights * (d_weights - inner): the derivative of softmax, with lse as a second output.
     inner = jnp.where(seen, jnp.einsum("rmd,rmd->rm", d_out, out, preferred_element_type=jnp.float32) - d_lse, 0)
     return _with_chunk_size(_gradient_chunks, tiling, q, k, v, rows, d_out, finite(lse), inner)
 
@@ -147,7 +147,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _with_chunk_size(function: Callable[..., Any], tiling: Tiling, *operands: Any) -> Any:
-    """Calls a function of (tiling, elements of a chunk, operands), where the device may be known only when it is lowered."""
+    """Calls a function of (tiling, elements of a chunk, operands) for the device, which may be known only at lowering."""
     if devices.has_only_cpus():
         return function(tiling, _CPU_ELEMENTS, *operands)
     on_cpus, on_others = (functools.partial(function, tiling, n) for n in (_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS))
@@ -157,11 +157,11 @@ def _with_chunk_size(function: Callable[..., Any], tiling: Tiling, *operands: An
 def _sorted_chunks(
     rows: SparseRows, tiling: Tiling, chunk_elements: int, q: Array, *others: Array
 ) -> tuple[Array, Any]:
-    """Sorts the rows by the length of their lists and cuts them into chunks [n, X, ...]; the last chunk is filled up."""
+    """Sorts rows by the length of their lists and splits them into chunks [n, X, ...]; the last chunk is padded."""
     rows = rows._replace(indices=jnp.pad(rows.indices, ((0, 0), (0, -rows.indices.shape[1] % tiling.blocks_per_step))))
     size = min(len(q), tiling.rows_per_chunk(chunk_elements, *q.shape[1:]))
     order = jnp.pad(jnp.argsort(rows.counts), (0, -len(q) % size), constant_values=len(q))
-    counts = rows.counts.at[order].get(mode="fill", fill_value=0)  # what fills up the last chunk has empty lists
+    counts = rows.counts.at[order].get(mode="fill", fill_value=0)  # padding has empty lists
     rows, *arrays = jax.tree.map(lambda x: x.at[order].get(mode="clip"), (rows, q, *others))
     operands = (rows._replace(counts=counts), *arrays)
     return order, jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), operands)
@@ -179,11 +179,11 @@ def _num_steps(rows: SparseRows, tiling: Tiling) -> Array:
 def _scores(
     q: Float[Array, "X M D"], k: Float[Array, "B S K D"], rows: SparseRows, step: Array, tiling: Tiling
 ) -> tuple[Int32[Array, "X W"], Float32[Array, "X M W"]]:
-    """Which key vectors step number `step` reads, and the scores on them, -inf where they must not be seen."""
+    """Indices of the key vectors of a step, and their scores, -inf for keys that a query does not see."""
     b, blocks_per_step = tiling.block_size, tiling.blocks_per_step
     block = jax.lax.dynamic_slice_in_dim(rows.indices, step * blocks_per_step, blocks_per_step, axis=1)
     valid = step * blocks_per_step + jnp.arange(blocks_per_step)[None] < rows.counts[:, None]
-    # Fillers have no meaning: in their place the row's first block is read again, and masked.
+    # Fillers may be any integers: the row's first block is read in their place, and masked.
     first = jnp.where(rows.counts[:, None] > 0, rows.indices[:, :1], 0)
     position = jnp.where(valid, block, first)[..., None] * b + jnp.arange(b)[None, None]
     source = rows.start[:, None, None] + jnp.minimum(position, k.shape[1] - 1) * k.shape[2]

@@ -1,1 +1,1 @@
-"""Dense causal attention that also returns what a gate should learn."""
+"""Dense causal attention that also returns training targets of gates."""

@@ -1,4 +1,4 @@
-"""`attention_with_block_scores`: dense causal attention that also returns what a gate should learn."""
+"""`attention_with_block_scores`: dense causal attention that also returns a gate's training targets."""
 
 from typing import NamedTuple
 
@@ -18,13 +18,13 @@ _run = Operation("attention_with_block_scores", "pallas_kernels.block_ground_tru
 
 
 class AttentionWithScores(NamedTuple):
-    """Attention and the block scores asked for; rows of scores sum to 1, or to 0 where there is nothing to score.
+    """Attention and the requested block scores, whose rows sum to 1, or to 0 if there is nothing to score.
 
     Fields:
-      output: [B, T, H, D], of q's dtype.
-      lse: [B, T, H], log of the sum of exp(scores), natural logarithm; -inf at padding.
-      block_scores: [B, H, Tb, Sb], target of a prefill gate, or None.
-      token_scores: [B, K, T, Sb], target of a decode gate, or None.
+      output: [B, T, H, D], in q's dtype.
+      lse: [B, T, H], natural logarithm of the sum of exp(scores); -inf at padding.
+      block_scores: [B, H, Tb, Sb], targets of a prefill gate, or None.
+      token_scores: [B, K, T, Sb], targets of a decode gate, or None.
     """
 
     output: Float[Array, "B T H D"]
@@ -47,7 +47,7 @@ def attention_with_block_scores(
     segment_ids: Int[Array, "B S"] | None = None,
     implementation: Implementation | None = None,
 ) -> AttentionWithScores:
-    """Dense causal attention, with the largest attention weight of each block.
+    """Dense causal attention that also returns the largest attention weight of each block.
 
     With A[h, t, s] = softmax_s(scale * q[t] . k[s]) over s <= t of the same sequence, t and s being positions among the keys,
 
@@ -57,8 +57,8 @@ def attention_with_block_scores(
 
     The maxima are exact: float32 softmax with the final row maximum and sum.
 
-    A long sequence can be taken in chunks of queries, against all keys each, so that token_scores, [B, K, T, Sb], is never there as a
-    whole: q is a chunk, and `query_offset` says where it starts.
+    A long sequence can be processed in chunks of queries that attend to all keys, so that token_scores [B, K, T, Sb] never exist as a
+    whole: q is a chunk, and `query_offset` the position of its first query.
 
     Args:
       q: queries; H is a multiple of K, and query head h reads key/value head h // (H / K).
@@ -69,17 +69,17 @@ def attention_with_block_scores(
       token_scores: whether to return `token_scores`.
       query_offset: position of the first query among the keys, a multiple of b, at most S - T. May be traced.
       lengths: number of keys of each sequence, right-padded up to S; S if None.
-      segment_ids: sequence of each token where several are packed in a row, each starting at a multiple of b; from 1 up, 0 is
-        padding. Tokens attend within their sequence only. Not together with `lengths`.
+      segment_ids: number of each token's sequence, from 1 on, for sequences packed in a row that start at multiples of b; 0 is
+        padding. Tokens attend within their sequence alone. Excludes `lengths`.
       implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; float16 or bfloat16, D 64 or 128, blocks of 64 or 128), or None
-        for the best that works here.
+        for the fastest that takes these arguments on their device.
 
     Returns:
-      AttentionWithScores. Queries that are padding get output 0, lse -inf and scores 0. There is no gradient: targets are
-      constants, and training of all weights takes its output from another pass.
+      AttentionWithScores. Queries that are padding have output 0, lse -inf and scores 0. Not differentiable: scores are targets, and
+      training of all weights takes its output from another pass.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
+      ValueError: shapes or dtypes that do not match, or an unknown implementation.
       NotImplementedError: the named implementation cannot do this, or a gradient is taken.
 
     Source: the ground truth of self-distillation in SeerAttention, arXiv 2410.13276, and SeerAttention-R, arXiv 2506.08889.
@@ -94,7 +94,9 @@ def attention_with_block_scores(
     (batch, num_queries, _, head_dim), num_keys = q.shape, k.shape[1]
     query_offset = _check_offset(name, query_offset, num_queries, num_keys, block_size)
     if lengths is not None and segment_ids is not None:
-        raise ValueError(f"{name}: lengths and segment_ids exclude each other; got both. Mark padding by segment id 0.")
+        raise ValueError(
+            f"{name}: lengths and segment_ids must not both be given; got both. Mark padding by segment id 0."
+        )
     if segment_ids is None:
         lengths = jnp.full((batch,), num_keys) if lengths is None else lengths
         check_integers(name, "lengths", lengths, "[B]", (batch,))
@@ -115,11 +117,11 @@ def attention_with_block_scores(
 
 
 def _check_offset(name: str, offset: int | Array, num_queries: int, num_keys: int, block_size: int) -> Int32[Array, ""]:
-    """The offset as an array; raises ValueError unless it fits, as far as it is known."""
+    """The offset as an array. Raises ValueError if it is known and invalid."""
     last = num_keys - num_queries
     if last < 0:
         raise ValueError(
-            f"{name}: each query is one of the keys, so that S is at least T; got T={num_queries} and S={num_keys}."
+            f"{name}: S must be at least T, since every query is one of the keys; got T={num_queries} and S={num_keys}."
         )
     if isinstance(offset, int):
         if not 0 <= offset <= last or offset % block_size:
@@ -139,6 +141,6 @@ def _without_gradient(arrays):
 @_without_gradient.defjvp
 def _refuse_gradient(primals, tangents):
     raise NotImplementedError(
-        "attention_with_block_scores: its results are targets, constants to whoever learns them, and have no gradient; "
-        "got q, k or v to differentiate. Pass them through jax.lax.stop_gradient."
+        "attention_with_block_scores: q, k and v must not be differentiated, since the results are training targets; "
+        "got a gradient. Pass them through jax.lax.stop_gradient."
     )

@@ -22,11 +22,11 @@ class Case:
       length: S, and T unless `num_queries` says otherwise.
       batch: B.
       block_size: b.
-      block_scores, token_scores: which scores are asked for.
-      lengths: valid tokens of each row; all of them if None.
-      segments: tokens of each sequence packed in a row, the same in every row; each starts at the next multiple of b.
-      num_queries: T; the queries are the last ones. None: all of them.
-      dtype: of q, k and v.
+      block_scores, token_scores: which scores are computed.
+      lengths: valid tokens of each row; all if None.
+      segments: lengths of the sequences packed in each row, which start at multiples of b.
+      num_queries: T; the queries are the last ones. None: all.
+      dtype: dtype of q, k and v.
     """
 
     name: str
@@ -100,7 +100,7 @@ TINY = (
     Case("bf16", Heads(4, 1, 128), 256, token_scores=True),
 )
 
-# For backends that take half precision and blocks of 64 and 128 tokens alone.
+# For backends that take only half precision and blocks of 64 and 128 tokens.
 HALF = (
     Case("half-block-scores", Heads(2, 1, 64), 330),
     Case("half-token-scores", Heads(4, 2, 128), 200, block_scores=False, token_scores=True),

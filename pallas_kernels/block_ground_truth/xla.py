@@ -1,7 +1,7 @@
 """`attention_with_block_scores` in XLA, for any device, in one pass over tiles of queries and keys.
 
-The largest score of each block is kept per query until the query's row maximum and sum are final; then it becomes an exact weight.
-Nothing is larger than a tile of queries times the key blocks, except the results.
+The largest score of each block is kept per query until the query's row maximum and sum are final, which turn it into an exact weight.
+No array but the results is larger than a tile of queries times the key blocks.
 """
 
 import functools
@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.online_softmax import OnlineSoftmax, dot, finite
 
-_TILE = 256  # tokens; a multiple of every block size
-_QUERY_AXIS = {"output": 1, "lse": 1, "block": 2, "token": 2}  # of each result
+_TILE = 256  # tokens of a tile, a multiple of every block size
+_QUERY_AXIS = {"output": 1, "lse": 1, "block": 2, "token": 2}
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "scale", "block_scores", "token_scores"))
@@ -34,7 +34,7 @@ def attention_with_block_scores(
     num_rows, num_blocks = -(-length // b), -(-k.shape[1] // b)
     tile = min(_TILE, num_rows * b)
     padded = length + -length % tile
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -k.shape[1] % tile + tile)))  # a tile of queries may reach so far
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -k.shape[1] % tile + tile)))  # a tile of queries may reach that far
     query_ids = jax.lax.dynamic_slice_in_dim(segment_ids, query_offset, padded, axis=1)
     query_ids = jnp.where(jnp.arange(padded)[None] < length, query_ids, 0)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0))) for x in (q, k, v))
@@ -79,16 +79,21 @@ def attention_with_block_scores(
 
 
 def _put(result: Array, rows: Array, i: Array, axis: int) -> Array:
-    """Writes the rows of tile number i in place."""
+    """Writes the rows of tile i in place."""
     return jax.lax.dynamic_update_slice_in_dim(result, rows, i * rows.shape[axis], axis)
 
 
 def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
-    """Attention of a tile of queries over the key tiles from number `first` to that of the last query.
+    """Attention of a tile of queries over the key tiles from tile `first` to that of the last query.
 
     Args:
-      q: [B, tile, H, D]; k, v: [B, K, S, D]; ids: sequences of the queries, [B, tile]; segment_ids: [B, S] and some more.
-      position: of the first query.
+      q: [B, tile, H, D].
+      k, v: [B, K, S, D].
+      ids: [B, tile], sequences of the queries.
+      segment_ids: [B, S] and padding.
+      position: position of the first query.
+      first: index of the first key tile.
+      b, scale: block size and factor on the scores.
 
     Returns:
       output [B, H, tile, D], lse [B, H, tile], and the largest score of each block [B, H, tile, S / b], -inf if unseen.
@@ -125,7 +130,7 @@ def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
 
 
 def _first_blocks(block_ids: Int[Array, "B Sb"]) -> Int[Array, "Sb"]:
-    """The first block that the queries of each block may see; a block holds one sequence, so its id tells."""
+    """First block that the queries of each block see. The tokens of a block belong to one sequence."""
     blocks = jnp.arange(block_ids.shape[1])
     first = jnp.argmax(block_ids[:, :, None] == block_ids[:, None, :], axis=-1)
     return jnp.where(block_ids > 0, first, blocks[None]).min(0)

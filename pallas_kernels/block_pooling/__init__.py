@@ -1,1 +1,1 @@
-"""Blocks of tokens as one vector each."""
+"""Pooling of blocks of tokens."""

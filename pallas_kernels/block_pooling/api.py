@@ -1,4 +1,4 @@
-"""`pool_blocks`: blocks of tokens as one vector each."""
+"""`pool_blocks`: one vector per block of tokens."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
@@ -19,23 +19,23 @@ def pool_blocks(
     valid: Bool[Array, "#B T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float32[Array, "B Tb heads P"]:
-    """Pools each block of tokens, channel by channel: the largest, the least, the mean of what its valid tokens hold.
+    """Pools each block of tokens, channel by channel: maximum, minimum or mean over its valid tokens.
 
-    Differentiable. What comes out does not depend on what tokens hold that are not valid, be it NaN.
+    Differentiable. Results do not depend on the values of invalid tokens, which may be NaN.
 
     Args:
       x: queries or keys before RoPE: float32, bfloat16 or float16. The last block may have fewer than b tokens.
       kinds: "max", "min", "avg"; the pooled vectors are concatenated in this order.
       block_size: b, tokens per block.
-      valid: tokens that count; None: all. A block without any gives zeros.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; heads * D a multiple of 256), or None for the best that
-        works here.
+      valid: which tokens are pooled; None: all. A block without any gives zeros.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; heads * D a multiple of 256), or None for the fastest that
+        takes these arguments on their device.
 
     Returns:
       float32, P = len(kinds) * D.
 
     Raises:
-      ValueError: kinds that do not exist, or shapes and dtypes that do not fit each other.
+      ValueError: unknown kinds, or shapes and dtypes that do not match.
       NotImplementedError: the named implementation cannot do this.
 
     Source: SeerAttention, arXiv 2410.13276, sec. 3.1.

@@ -17,13 +17,13 @@ class Case:
 
     Args:
       name: what a report calls it.
-      heads, dim: of the queries or keys.
+      heads, dim: heads and D of the queries or keys.
       num_tokens: T.
-      kinds: which pools.
+      kinds: see `pool_blocks`.
       batch: B.
       block_size: b.
       lengths: valid tokens of each sequence; None: no `valid`.
-      dtype: of x.
+      dtype: dtype of x.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""`pool_blocks` for Hopper GPUs, in Pallas Mosaic GPU: each token is read once, and pooled in registers.
+"""`pool_blocks` for Hopper GPUs, in Pallas Mosaic GPU: reads each token once and pools in registers.
 
-A CTA takes 256 channels of one block of tokens, each warp 64 of them, each lane two. So the tokens of a block stand in the registers
-of one thread, and are pooled without a word between threads. Blocks of which every token is valid, nearly all, are not masked.
+A CTA takes 256 channels of one block of tokens, each warp 64 of them, each lane two. The tokens of a block are then in the registers
+of one thread, so that pooling needs no communication between threads. Blocks whose tokens are all valid, which most are, take a path
+without masks.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.devices import interpreter
 
-CHANNELS = 256  # of a CTA
+CHANNELS = 256  # channels of a CTA
 
 _TILE = plgpu.Layout.TILED(plgpu.Tiling(((1, CHANNELS), (64,), (2,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
@@ -41,7 +42,7 @@ def pool_blocks(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What a kernel is compiled for: b, T, Tb, how many CTAs share a block, and whether all sequences share `valid`."""
+    """Parameters that a kernel is compiled for: kinds, b, T, Tb, CTAs per block, and whether all sequences share `valid`."""
 
     kinds: tuple[str, ...]
     block_size: int
@@ -50,7 +51,7 @@ class _Call:
     parts: int
     shared_valid: bool
 
-    def place(self, cta: Array) -> tuple[Array, Array, Array]:
+    def work_of(self, cta: Array) -> tuple[Array, Array, Array]:
         """(sequence, block, first channel) of a CTA."""
         part, cta = lax.rem(cta, _i32(self.parts)), lax.div(cta, _i32(self.parts))
         return lax.div(cta, _i32(self.blocks)), lax.rem(cta, _i32(self.blocks)), part * CHANNELS
@@ -86,13 +87,12 @@ def _pool(
 
 
 def _kernel(call: _Call, x_ref, *refs) -> None:
-    """x [B, T, heads * D], perhaps valid [B or 1, T] and how many are valid in each block, to a [B, Tb, heads * D] per kind."""
+    """Pools x [B, T, heads * D], optionally with valid [B or 1, T] and its count per block, to [B, Tb, heads * D] per kind."""
     valid_refs, pooled_refs = refs[: -len(call.kinds)], refs[-len(call.kinds) :]
-    sequence, block, channel = call.place(lax.axis_index("cta"))
+    sequence, block, channel = call.work_of(lax.axis_index("cta"))
     channels = pl.ds(channel, CHANNELS)
-    start = jnp.minimum(
-        block * call.block_size, call.tokens - call.block_size
-    )  # of a partial block, before its first token
+    # A partial block is loaded with tokens before its first one, which are masked.
+    start = jnp.minimum(block * call.block_size, call.tokens - call.block_size)
     tokens = pl.ds(start, call.block_size)
     x = plgpu.load(x_ref.at[sequence, tokens, channels], layout=_TILE, optimized=False)
 
@@ -126,7 +126,7 @@ def _pool_tile(kind: str, x: Float[Array, "b C"]) -> Float32[Array, "C"]:
 
 
 def _pool_masked_tile(kind: str, x: Float[Array, "b C"], valid: Array, count: Array) -> Float32[Array, "C"]:
-    """`valid` [b] is 0 for tokens that do not count, `count` how many do."""
+    """Pools the tokens of which `valid` [b] is not 0, `count` in all."""
     taken = jnp.broadcast_to(valid[:, None], x.shape) != 0
     some = jnp.broadcast_to(count, x.shape[1:]) > 0
 

@@ -16,7 +16,7 @@ def pool_blocks(
     pad = -tokens % block_size
     valid = jnp.ones((1, tokens), bool) if valid is None else valid
     valid = jnp.broadcast_to(jnp.pad(valid, ((0, 0), (0, pad))), (batch, tokens + pad)).reshape(-1, block_size, 1)
-    # Plain matrices, [blocks, b, channels]: for shapes with more axes XLA first writes a transposed float32 copy on GPUs.
+    # As matrices [blocks, b, channels]: for more axes XLA first writes a transposed float32 copy on GPUs.
     x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(-1, block_size, heads * dim).astype(jnp.float32)
     count = valid.sum(1)
     pools = {

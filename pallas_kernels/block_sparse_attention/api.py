@@ -28,33 +28,33 @@ def block_sparse_attention(
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T H D"] | tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    """Causal attention where each block of queries sees the key blocks on its list and no others.
+    """Causal attention in which each block of queries sees only the key blocks on its list.
 
       out[t] = sum_s softmax_s(scale * q[t] . k[s]) v[s],  s <= p,  s < lengths,  s // b on the list of t // b
 
-    with p = query_offset + t the position of query t. Sums run in float32 whatever the dtype of q. A query that sees no key, or
-    that lies beyond the sequence (p >= lengths), gets output 0 and lse -inf.
+    with p = query_offset + t the position of query t. Sums run in float32 for every dtype of q. Queries that see no key or lie
+    beyond the sequence (p >= lengths) have output 0 and lse -inf.
 
     Args:
       q: queries; H is a multiple of K, and query head h reads key/value head h // (H / K).
       k, v: keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed blocks,
         also beyond `lengths`.
       blocks: lists of key blocks, counts [B, Hs, Tb] and indices [B, Hs, Tb, N] with Hs in {1, K, H}. Rows are blocks of b
-        queries counted from the first query, whatever `query_offset` is.
+        queries counted from the first query, for every `query_offset`.
       scale: factor on the scores; 1 / sqrt(D) if None.
-      query_offset: position of the first query, in tokens from the first key; one for all rows of the batch or one each.
+      query_offset: position of the first query, in tokens from the first key; one for the batch or one per sequence.
       lengths: number of keys of each sequence, right-padded up to S; S if None or more.
-      density: share of the blocks in sight that you expect on the lists, 0 to 1; None if unknown. Picks the faster of two kernels,
-        and changes nothing else.
-      return_lse: also return the log of the sum of exp(scores) per query, natural logarithm.
+      density: expected share of the visible blocks that are listed, 0 to 1; None if unknown. Decides only which kernel is used,
+        not the results.
+      return_lse: whether to return the natural logarithm of the sum of exp(scores) of each query as well.
       implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, b 64 and 128), or None
-        for the best that works here.
+        for the fastest that takes these arguments on their device.
 
     Returns:
       out [B, T, H, D] of q's dtype, or (out, lse [B, T, H] float32).
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
+      ValueError: shapes or dtypes that do not match, or an unknown implementation.
       NotImplementedError: the named implementation cannot do this.
 
     Source: SeerAttention, arXiv 2410.13276 (its block-sparse FlashAttention kernel).

@@ -24,9 +24,9 @@ class Case:
       lists: Hs, lists per query block: 1, K or H; H if None.
       block_size: b.
       density: share of the blocks before the diagonal that are kept.
-      query_offset: position of the first query, one for the batch or one each.
+      query_offset: position of the first query, one for the batch or one per sequence.
       lengths: valid keys of each sequence; all of them if None.
-      dtype: of q, k and v.
+      dtype: dtype of q, k and v.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Case:
 
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
         """Random arguments of the call."""
-        # One program draws them at every density.
+        # The density is traced, so that one program draws the arguments of every density.
         return dataclasses.replace(self, name="", density=0.0)._draw(key, jnp.float32(self.density))
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -18,7 +18,7 @@ def block_sparse_attention(
     lengths: Int[Array, "B"],
     density: float | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    """See the function of this name in api.py. `density` changes nothing here."""
+    """See the function of this name in api.py. `density` has no effect."""
     (_, num_queries, heads, _), num_keys, b = q.shape, k.shape[1], blocks.block_size
     k, v = (jnp.repeat(x.astype(jnp.float32), heads // k.shape[2], axis=2) for x in (k, v))
 

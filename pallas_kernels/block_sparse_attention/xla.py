@@ -1,4 +1,4 @@
-"""`block_sparse_attention` in XLA, for any device: time follows the number of listed blocks. Differentiable in q, k and v."""
+"""`block_sparse_attention` in XLA, for any device: its time is proportional to the number of listed blocks."""
 
 import functools
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.sparse_rows import SparseRows, Tiling, attend_sparse_rows, attend_sparse_rows_gradients
 
-_KEYS_PER_STEP = 128  # wide enough for matrix units; wider wastes work on short lists
+_KEYS_PER_STEP = 128  # fills matrix units; more would waste work on short lists
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "density"))
@@ -25,7 +25,7 @@ def block_sparse_attention(
     lengths: Int[Array, "B"],
     density: float | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    """See the function of this name in api.py. `density` changes nothing here."""
+    """See the function of this name in api.py. `density` has no effect."""
     folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
     out, lse = attend_sparse_rows(folding.fold(q), k, v, rows, Tiling(blocks.block_size, scale, _KEYS_PER_STEP))
     return folding.unfold(out), folding.unfold(lse[..., None])[..., 0]
@@ -56,10 +56,10 @@ def block_sparse_attention_gradients(
 
 
 class _Folding(NamedTuple):
-    """How queries become rows: those of a block, of all heads that share its list and their keys, make one row.
+    """Reshaping of queries into rows: the queries of a block, of all heads that share its list and its keys, form a row.
 
     Fields:
-      axes: (B, lists or key/value heads, Tb); their product is the number of rows.
+      axes: (B, lists or key/value heads, Tb), whose product is the number of rows.
       group: heads in a row.
       block_size: b.
       length: T.
@@ -71,14 +71,14 @@ class _Folding(NamedTuple):
     length: int
 
     def fold(self, x: Shaped[Array, "B T H D"], fill: float = 0) -> Shaped[Array, "R M D"]:
-        """SparseRows, the last of each sequence filled up."""
+        """The rows, padded at the end of each sequence."""
         (batch, lists, num_rows), b = self.axes, self.block_size
         x = jnp.pad(x, ((0, 0), (0, num_rows * b - self.length), (0, 0), (0, 0)), constant_values=fill)
         x = x.reshape(batch, num_rows, b, lists, self.group, x.shape[-1]).transpose(0, 3, 1, 4, 2, 5)
         return x.reshape(-1, self.group * b, x.shape[-1])
 
     def unfold(self, x: Shaped[Array, "R M D"]) -> Shaped[Array, "B T H D"]:
-        """The reverse of `fold`."""
+        """Inverse of `fold`."""
         (batch, lists, _), b = self.axes, self.block_size
         x = x.reshape(*self.axes, self.group, b, x.shape[-1]).transpose(0, 2, 4, 1, 3, 5)
         return x.reshape(batch, -1, lists * self.group, x.shape[-1])[:, : self.length]
@@ -91,7 +91,7 @@ def _fold_rows(
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
 ) -> tuple[_Folding, SparseRows]:
-    """How queries become rows, and what each row may see."""
+    """The reshaping of queries into rows, and the keys that each row sees."""
     (batch, length, heads, _), kv_heads, b = q.shape, k.shape[2], blocks.block_size
     num_rows = blocks.counts.shape[2]
     lists = max(blocks.counts.shape[1], kv_heads)

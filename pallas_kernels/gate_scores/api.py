@@ -8,7 +8,8 @@ from pallas_kernels.checks import check_integers, resolve_scale
 
 _run = Operation("score_blocks", "pallas_kernels.gate_scores", gradients="score_blocks_gradients")
 
-FEW = 1024 * 1024  # scores of a head: below, XLA's product is over before the kernel's preparations pay
+# Scores of a head below which XLA's product takes less time than the kernel's preparations.
+MIN_KERNEL_SCORES = 1024 * 1024
 
 
 def score_blocks(
@@ -20,7 +21,7 @@ def score_blocks(
     row_offset: int | Int[Array, ""] = 0,
     implementation: Implementation | None = None,
 ) -> Float32[Array, "B H T Sb"]:
-    """Products of a gate's queries and its keys, accurate to float32: scores are compared with thresholds.
+    """Scores of key blocks: products of a gate's queries and keys with the accuracy of float32, since thresholds apply to them.
 
       score[h, t, j] = scale * queries[t, h] . keys[j, h // (H / K)]
 
@@ -30,17 +31,18 @@ def score_blocks(
       queries: one per token or block of tokens; H is a multiple of K.
       keys: one per key block.
       scale: factor on the products; 1 / sqrt(C) if None.
-      causal: entries with j > row_offset + t are not needed and may hold anything, NaN too; where T = Sb, half the work is left.
-      row_offset: position of the first query among the key blocks, at least 0, where the queries are a chunk of rows. May be
-        traced. Read only if `causal`.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; C 64 or 128; T 64 or more), or None for the best that works
-        here, which is "xla" for few scores.
+      causal: whether entries with j > row_offset + t are not needed. They may hold anything then, including NaN; if T = Sb, half
+        the work remains.
+      row_offset: position of the first query among the key blocks, at least 0, for queries that are a chunk of rows. May be
+        traced. Used only if `causal`.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; C 64 or 128; T 64 or more), or None for the fastest that
+        takes these arguments on their device, "xla" for few scores.
 
     Returns:
-      float32, within 1e-6 of the norms of the vectors.
+      float32; errors are below 1e-6 of the product of the vectors' norms.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other.
+      ValueError: shapes or dtypes that do not match.
       NotImplementedError: the named implementation cannot do this.
 
     >>> score_blocks(jnp.ones((1, 2, 4, 64)), jnp.ones((1, 3, 2, 64)))[0, 0].tolist()
@@ -54,7 +56,7 @@ def score_blocks(
         )
     if queries.shape[0] != keys.shape[0] or queries.shape[3] != keys.shape[3] or queries.shape[2] % keys.shape[2]:
         raise ValueError(
-            f"{name}: queries and keys must agree in B and C, and H be a multiple of K; got {queries.shape} and {keys.shape}."
+            f"{name}: queries and keys must agree in B and C, and H must be a multiple of K; got {queries.shape} and {keys.shape}."
         )
     if 0 in queries.shape or 0 in keys.shape:
         raise ValueError(f"{name}: no axis may be empty; got {queries.shape} and {keys.shape}.")
@@ -63,7 +65,7 @@ def score_blocks(
             raise ValueError(f"{name}: row_offset must be at least 0; got {row_offset}.")
         row_offset = jnp.asarray(row_offset, jnp.int32)
     check_integers(name, "row_offset", row_offset, "[]", ())
-    if implementation is None and queries.shape[1] * keys.shape[1] < FEW:
+    if implementation is None and queries.shape[1] * keys.shape[1] < MIN_KERNEL_SCORES:
         implementation = "xla"
     scale = resolve_scale(name, scale, queries.shape[3])
     return _run(implementation, queries, keys, scale=scale, causal=causal, row_offset=row_offset)

@@ -20,7 +20,7 @@ class Case:
       rows, blocks: T and Sb.
       batch: B.
       causal, row_offset: see `score_blocks`.
-      factor: on the queries, which are standard normal otherwise.
+      factor: standard deviation of the queries.
     """
 
     name: str

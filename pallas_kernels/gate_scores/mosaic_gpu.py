@@ -1,10 +1,10 @@
-"""`score_blocks` for Hopper GPUs, in Pallas Mosaic GPU: three float16 products for one float32 product.
+"""`score_blocks` for Hopper GPUs, in Pallas Mosaic GPU: three float16 products per float32 product.
 
-Each number is scaled by a power of two that its head has in common, and split into two float16 parts, which hold 22 bits. The tensor
-cores multiply low by high, high by low and high by high, sum in float32, and leave out what low by low would add, 2^-22 of it.
+Elements are scaled by a power of two per head and split into two float16 parts, which together hold 22 bits. The tensor cores
+multiply low by high, high by low and high by high, and sum in float32. The product of the low parts, 2^-22 of the result, is left out.
 
-A CTA of one warpgroup takes 64 queries of one head and walks the key blocks 64 at a time. Several CTAs on a multiprocessor hide each
-other's waits.
+A CTA of one warpgroup takes 64 queries of one head and walks the key blocks 64 at a time. Several CTAs share a multiprocessor and
+hide each other's waits.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from pallas_kernels.backends import Unsupported
 from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.edge_tiles import store_inside
 
-TILE = 64  # queries, and key blocks, that are multiplied at a time
+TILE = 64  # queries and key blocks that are multiplied at a time
 STAGES = 2  # tiles of keys in flight
 
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 _ACCUMULATOR = plgpu.ACC((TILE, TILE), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
-_LARGEST = 7  # exponent of the largest number of a head once it is scaled
-_EXPONENTS = 126
+_LARGEST = 7  # exponent of the largest element of a head after scaling
+_MAX_EXPONENT = 126
 _f32, _i32 = jnp.float32, jnp.int32
 
 
@@ -42,15 +42,16 @@ def score_blocks(
 ) -> Float32[Array, "B H T Sb"]:
     """See the function of this name in api.py."""
     if queries.shape[3] not in (64, 128):
-        raise Unsupported(f"takes vectors of 64 and 128 numbers; got {queries.shape[3]}.")
-    if queries.shape[1] < TILE:  # a decoder's few queries are not worth splitting all its keys for
+        raise Unsupported(f"takes vectors of 64 and 128 elements; got {queries.shape[3]}.")
+    if queries.shape[1] < TILE:
+        # For few queries, splitting all keys takes longer than the products.
         raise Unsupported(f"takes {TILE} queries or more; got {queries.shape[1]}.")
     return _score(scale, causal, interpreter(), queries, keys, row_offset)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What a kernel is compiled for: T, H, Sb, K, C, whether it stops at the diagonal, and for the interpreter."""
+    """Parameters that a kernel is compiled for: T, H, Sb, K, C, whether it stops at the diagonal, and whether it is interpreted."""
 
     rows: int
     heads: int
@@ -66,18 +67,18 @@ class _Call:
 
     @property
     def scores_shape(self) -> tuple[int, int]:
-        """Of one head; in the interpreter whole tiles, since it does not run what keeps within the borders."""
+        """Shape of a head's scores; whole tiles in the interpreter, which does not run the stores that stop at the edge."""
         shape = self.rows, self.blocks
         return (_round_up(shape[0]), _round_up(shape[1])) if self.interpreted else shape
 
-    def place(self, cta: Array) -> tuple[Array, Array, Array]:
-        """(sequence, head, first row) of a CTA. Late rows, which see most, come first; heads one after the other."""
+    def work_of(self, cta: Array) -> tuple[Array, Array, Array]:
+        """(sequence, head, first row) of a CTA. Heads follow each other; within a head, late rows, which see most, start first."""
         tile, rest = lax.rem(cta, _i32(self.row_tiles)), lax.div(cta, _i32(self.row_tiles))
         row = (self.row_tiles - 1 - tile) * TILE
         return lax.div(rest, _i32(self.heads)), lax.rem(rest, _i32(self.heads)), row
 
     def tiles(self, row: Array, row_offset_ref: Any) -> Array:
-        """How many tiles of key blocks the queries from `row` on need."""
+        """Number of tiles of key blocks that the queries from `row` on need."""
         every = _i32(-(-self.blocks // TILE))
         if not self.causal:
             return every
@@ -116,12 +117,12 @@ def _score(
 
 
 def _split(x: Float32[Array, "B N heads C"]) -> tuple[Float16[Array, "2 B padded heads C"], Float32[Array, "B heads"]]:
-    """High and low parts of x over a factor, filled up to whole tiles, and that factor, a power of two for each head."""
+    """High and low parts of x divided by a factor, padded to whole tiles, and the factor, a power of two per head."""
     x = jnp.pad(x, ((0, 0), (0, _round_up(x.shape[1]) - x.shape[1]), (0, 0), (0, 0)))
     exponent = jnp.frexp(jnp.abs(x).max((1, 3)))[1] - _LARGEST
-    exponent = jnp.clip(exponent, -_EXPONENTS, _EXPONENTS)  # both factors are float32
+    exponent = jnp.clip(exponent, -_MAX_EXPONENT, _MAX_EXPONENT)  # the factor and its inverse are float32
     scaled = x * _power_of_two(-exponent)[:, None, :, None]
-    high = lax.reduce_precision(scaled, 5, 10)  # XLA may take a conversion to float16 and back for the number itself
+    high = lax.reduce_precision(scaled, 5, 10)  # XLA may remove a conversion to float16 and back
     return jnp.stack([high, scaled - high]).astype(jnp.float16), _power_of_two(exponent)
 
 
@@ -141,8 +142,8 @@ def _kernel(
     queries_ready,
     keys_ready,
 ) -> None:
-    """queries [2, B, T, H, C], keys [2, B, Sb, K, C] in parts, factor [B, H] and row offset [1] to scores [B, H, T, Sb]."""
-    sequence, head, row = call.place(lax.axis_index("cta"))
+    """Scores [B, H, T, Sb] from parts of queries [2, B, T, H, C] and keys [2, B, Sb, K, C], factor [B, H] and row offset [1]."""
+    sequence, head, row = call.work_of(lax.axis_index("cta"))
     kv_head = lax.div(head, _i32(call.heads // call.kv_heads))
     tiles = call.tiles(row, row_offset_ref)
 
@@ -155,7 +156,8 @@ def _kernel(
                 plgpu.copy_gmem_to_smem(source, key_tiles.at[stage, part], keys_ready.at[stage])
 
     def multiply(stage: Array, accumulator: Any) -> Array:
-        for query_part, key_part in ((1, 0), (0, 1), (0, 0)):  # small terms first
+        # Small terms first, so that they are not rounded away.
+        for query_part, key_part in ((1, 0), (0, 1), (0, 0)):
             plgpu.wgmma(accumulator, query_tile.at[query_part], key_tiles.at[stage, key_part].transpose((1, 0)))
         return accumulator[...]
 
@@ -177,21 +179,22 @@ def _kernel(
 
 
 def _store(call: _Call, scores: Float32[Array, "64 64"], row: Array, column: Array, ref: Any) -> None:
-    """Writes a tile to the scores [T, Sb] of a head, as far as it lies within them."""
+    """Stores the part of a tile that lies within the scores [T, Sb] of a head."""
     rows, columns = call.scores_shape
 
     def store_whole() -> None:
         ref[pl.ds(row, TILE), pl.ds(column, TILE)] = scores
 
-    def store_to_border() -> None:
+    def store_to_edge() -> None:
         store_inside(scores, ref, row, column, layout=plgpu.Layout.WGMMA, interpreted=False)
 
     if rows % TILE == 0 and columns % TILE == 0:
         store_whole()
-    elif columns % 2:  # no aligned pairs of numbers, as which they stand in registers
-        store_to_border()
+    elif columns % 2:
+        # Registers hold pairs of elements, which an odd row length does not align.
+        store_to_edge()
     else:
-        lax.cond((row + TILE <= rows) & (column + TILE <= columns), store_whole, store_to_border)
+        lax.cond((row + TILE <= rows) & (column + TILE <= columns), store_whole, store_to_edge)
 
 
 def _round_up(size: int) -> int:

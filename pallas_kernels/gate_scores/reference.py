@@ -12,7 +12,7 @@ def score_blocks(
     causal: bool,
     row_offset: Int[Array, ""],
 ) -> Float32[Array, "B H T Sb"]:
-    """See the function of this name in api.py. Computes the entries that `causal` allows to leave out as well."""
+    """See the function of this name in api.py. Computes all entries, whatever `causal` is."""
     del causal, row_offset
     keys = jnp.repeat(keys, queries.shape[2] // keys.shape[2], axis=2)
     return scale * jnp.einsum("bthc,bjhc->bhtj", queries, keys, precision="highest")

@@ -18,14 +18,14 @@ def score_blocks(
     causal: bool,
     row_offset: Int[Array, ""],
 ) -> Float32[Array, "B H T Sb"]:
-    """See the function of this name in api.py. Computes the entries that `causal` allows to leave out as well."""
+    """See the function of this name in api.py. Computes all entries, whatever `causal` is."""
     del causal, row_offset
     (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
     if rows == 1:
-        # A sum of products reads the keys where they are, whatever they are a part of; a matrix product may copy them all.
+        # A sum of products reads the keys in place, even as a slice of a larger array; a matrix product may copy them first.
         grouped = queries.reshape(batch, 1, kv_heads, heads // kv_heads, dim) * scale
         return (grouped * keys[:, :, :, None]).sum(-1).transpose(0, 2, 3, 1).reshape(batch, heads, 1, blocks)
-    # One matrix product per key head, in the order of its result: what it writes needs no transposition.
+    # One matrix product per key head, with the axes in the order of the result, which needs no transposition then.
     queries = (queries * scale).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, dim)
     scores = precise_einsum("bkmc,bkjc->bkmj", queries, keys.transpose(0, 2, 1, 3))
     return scores.reshape(batch, heads, rows, blocks)
@@ -40,7 +40,7 @@ def score_blocks_gradients(
     causal: bool,
     row_offset: Int[Array, ""],
 ) -> tuple[Float32[Array, "B T H C"], Float32[Array, "B Sb K C"]]:
-    """Gradients in queries and keys. Entries that `causal` allows to leave out have none, whatever their cotangents are."""
+    """Gradients in queries and keys. Cotangents of entries that are not needed are ignored."""
     (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
     queries, keys = (x.transpose(0, 2, 1, 3) for x in (queries, keys))
     if causal:

@@ -1,1 +1,1 @@
-"""From gate scores to lists of key blocks."""
+"""Lists of key blocks from gate logits."""

@@ -1,4 +1,4 @@
-"""`select_blocks`: from gate logits to lists of key blocks."""
+"""`select_blocks`: lists of key blocks from gate logits."""
 
 import jax
 import jax.numpy as jnp
@@ -24,44 +24,45 @@ def select_blocks(
     width: int | None = None,
     implementation: Implementation | None = None,
 ) -> BlockIndices:
-    """Chooses key blocks by their gate logits.
+    """Selects key blocks by their gate logits.
 
-    A row may choose the visible blocks whose logit is above -inf. At most one rule is given:
+    Candidates of a row are the visible blocks with a logit above -inf. At most one rule selects among them:
 
-      threshold: softmax over the row > threshold;
-      mass: the fewest best blocks whose softmax comes to `mass` or more, at least one; all blocks if `mass` is 1;
-      top_k: the k best logits;
-      max_blocks: the best logits, after the kept blocks, until there are max_blocks in all;
-      none: every block that may be chosen.
+      threshold: blocks whose softmax over the row exceeds `threshold`;
+      mass: the smallest set of top blocks whose softmax sums to `mass` or more, at least one block; all candidates if `mass` is 1;
+      top_k: the k largest logits;
+      max_blocks: the largest logits, after the kept blocks, up to max_blocks in all;
+      none: every candidate.
 
-    Visible blocks in `keep` are chosen besides, whatever their logit is; they count against max_blocks only (where they alone are more,
-    the lowest numbers stay). Among equal logits the lower block number wins.
+    Visible blocks in `keep` are always selected, whatever their logits. They count towards max_blocks alone; if they exceed it, those
+    with the lowest block numbers stay. Ties go to the lower block number.
 
     Args:
-      logits: gate scores before softmax, float32; -inf where a block must not be chosen by score. NaN counts as -inf, +inf is
-        outside the domain.
-      block_size: b, tokens per block, carried along in the result.
+      logits: gate scores before softmax, float32; -inf for blocks that are no candidates. NaN counts as -inf; +inf is outside the
+        domain.
+      block_size: b, tokens per block, part of the result.
       threshold: from 0 to 1.
-      mass: above 0, 1 at most.
+      mass: above 0, at most 1.
       top_k: k, at least 1.
       max_blocks: at least 1.
-      keep: blocks that are always chosen; broadcasts to the shape of `logits`.
-      visible: blocks from this number on are not chosen, and their logits are not looked at: kernels are faster for it. Broadcasts
-        to [..., R, 1]; None: every block is visible. Causal prefill passes r + 1 for row r.
-      width: N of the result. If None, the least that always holds the choice: min(top_k, Sb) for an int top_k without keep,
-        min(max_blocks, Sb) for an int max_blocks, else Sb. Give less where you know that rows choose less.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; Sb up to 4096), or None for the best that works here.
+      keep: blocks that are always selected; broadcasts to the shape of `logits`.
+      visible: number of visible blocks: the blocks from this number on are not selected, and their logits are not read, which
+        makes kernels faster. Broadcasts to [..., R, 1]; None: every block is visible. Causal prefill passes r + 1 for row r.
+      width: N of the result. If None, the smallest that holds any selection: min(top_k, Sb) for an int top_k without keep,
+        min(max_blocks, Sb) for an int max_blocks, otherwise Sb. Pass less if rows are known to select less.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; Sb up to 4096), or None for the fastest that takes these
+        arguments on their device.
 
     Returns:
       BlockIndices with counts [..., R] and indices [..., R, N].
 
     Raises:
-      ValueError: several rules, a rule out of its domain, shapes or dtypes that do not fit each other, or a row that chooses
-        more than `width` blocks. Under `jax.jit` the last cannot be seen: the row then loses its highest blocks.
+      ValueError: several rules, a rule out of its domain, shapes or dtypes that do not match, or a row that selects more than
+        `width` blocks. The last is not checked under `jax.jit`, where such a row loses its highest blocks.
       NotImplementedError: the named implementation cannot do this.
 
     Source: threshold and top-k of SeerAttention, arXiv 2410.13276; token budget of SeerAttention-R, arXiv 2506.08889; cumulative
-    mass as nucleus sampling has it, arXiv 1904.09751.
+    mass as in nucleus sampling, arXiv 1904.09751.
 
     >>> logits = jnp.array([[0.0, 2.0, 1.0, -jnp.inf]])
     >>> select_blocks(logits, block_size=64, top_k=2).indices.tolist()
@@ -83,9 +84,9 @@ def select_blocks(
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name}: {rule} must be at least 1 block; got {value}.")
     if isinstance(threshold, int | float) and not 0 <= threshold <= 1:
-        raise ValueError(f"{name}: threshold is compared with a softmax and must lie from 0 to 1; got {threshold}.")
+        raise ValueError(f"{name}: threshold must lie from 0 to 1, as softmax does; got {threshold}.")
     if isinstance(mass, int | float) and not 0 < mass <= 1:
-        raise ValueError(f"{name}: mass is a share of a softmax and must lie above 0 and be 1 at most; got {mass}.")
+        raise ValueError(f"{name}: mass must be above 0 and at most 1; got {mass}.")
     rules = {rule: _rule_value(name, rule, value, logits.shape) for rule, value in rules.items()}
     if keep is not None:
         if keep.dtype != jnp.bool_:
@@ -105,7 +106,7 @@ def select_blocks(
 
 
 def _rule_value(name: str, rule: str, value: float | Array | None, shape: tuple[int, ...]) -> int | Array | None:
-    """An int for an int number of blocks, else an array [..., R, 1]."""
+    """The value of a rule: an int for an int number of blocks, otherwise an array [..., R, 1]."""
     counted = rule in ("top_k", "max_blocks")
     if value is None or (counted and isinstance(value, int)):
         return value

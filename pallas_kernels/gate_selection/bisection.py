@@ -1,6 +1,6 @@
-"""Cutoffs of rows by bisection: how far down the best entries reach. For `mosaic_gpu.py`.
+"""Cutoffs by bisection: the lowest of the top entries of each row. For `mosaic_gpu.py`.
 
-Rows are tiles [4, W] of one row per warp, numbers of rows [4], in the layouts `ROW_PER_WARP` and `ROW_VECTOR`.
+Rows are tiles [4, W] of one row per warp, in the layout `ROW_PER_WARP`; [4] has one element per row, in the layout `ROW_VECTOR`.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 from pallas_kernels.gate_selection.warp_rows import LANES, ROW_VECTOR, WARPS, drop_repeats, own_row
 
-ALL = 2**20  # more than any row has columns
+ALL = 2**20  # more columns than any row has
 
-_AVERAGES = 24  # steps by average; from there on it goes by bit pattern, which ends within 32
+_AVERAGES = 24  # steps that bisect by value; later ones bisect by bit pattern, which takes 32 at most
 _CHUNK = 8 * LANES
 
 _f32, _i32 = jnp.float32, jnp.int32
@@ -29,20 +29,20 @@ def best(
     weighted: bool,
     interpreted: bool,
 ) -> tuple[Float32[Array, "4 W"], Float32[Array, "4"]]:
-    """The fewest best entries that reach the goal, or all above -inf if they don't; of equal ones those that come first.
+    """Smallest set of top entries whose measure reaches the goal: all above -inf if they do not reach it; among equals, the first.
 
     Args:
-      x: what entries are ranked by.
+      x: values by which entries are ranked.
       goal: at least 1 if entries are counted.
-      measure: what the entries from a cutoff on come to; never more for a higher cutoff.
-      weighted: whether each entry comes to itself, else to 1.
+      measure: measure of the entries from a cutoff on, non-increasing in the cutoff.
+      weighted: whether the measure of an entry is its value; otherwise it is 1.
       interpreted: whether JAX's interpreter runs the kernel.
 
     Returns:
-      (x with -inf in place of equal entries that are too many, cutoff): what reaches the cutoff is best.
+      (x with -inf in place of superfluous ties, cutoff): the set is that of the entries from the cutoff on.
     """
     b = _bisect(x, goal, measure, weighted, interpreted)
-    tied = (b.held > goal) & (_pattern(b.high) <= _pattern(b.low) + 1)  # one value is left, but too much of it
+    tied = (b.held > goal) & (_pattern(b.high) <= _pattern(b.low) + 1)  # a single value is left, with too many entries
 
     def drop() -> Array:
         wanted = _round_up((goal - b.above) / b.low if weighted else goal - b.above)
@@ -52,30 +52,31 @@ def best(
 
 
 def count(x: Float32[Array, "4 W"], cutoff: Float32[Array, "4"]) -> Float32[Array, "4"]:
-    """How many entries reach the cutoff. A sign bit is added in one instruction, a comparison in two."""
-    cutoff = jnp.where(cutoff == 0, -0.0, cutoff)  # which leaves no sign when taken from zeros of either kind
+    """Number of entries from the cutoff on. Adding a sign bit takes one instruction, adding a comparison two."""
+    # Subtracting -0.0 from a zero of either sign gives +0.0, which has no sign bit.
+    cutoff = jnp.where(cutoff == 0, -0.0, cutoff)
     sign = lax.bitcast_convert_type(x - cutoff[:, None], _i32)
     below = lax.shift_right_logical(sign, jnp.full(x.shape, 31, _i32)).sum(axis=1)
     return (x.shape[1] - below).astype(_f32)
 
 
 def any_row(rows: Bool[Array, "4"], interpreted: bool) -> Bool[Array, ""]:
-    """Whether to take a branch or to go on with a loop, see `own_row`."""
+    """The warp's own element as the condition of a branch or a loop, see `own_row`."""
     return own_row(rows.astype(_i32), interpreted) > 0
 
 
 def next_up(x: Float32[Array, "4"]) -> Float32[Array, "4"]:
-    """The next higher float."""
+    """The next larger float."""
     return _from_pattern(_pattern(x) + 1)
 
 
 def full(value: float) -> Shaped[Array, "4"]:
-    """The same number for each row; an int gives int32."""
+    """The same value for each row, int32 for an int."""
     return plgpu.layout_cast(jnp.full((WARPS,), value, _i32 if isinstance(value, int) else _f32), ROW_VECTOR)
 
 
 class _Bracket(NamedTuple):
-    """A cutoff `low` that holds enough, a higher one `high` that does not, and what they hold; [4] each."""
+    """Cutoffs `low`, which reaches the goal, and `high`, which does not, and their measures `held` and `above`; [4] each."""
 
     low: Array
     high: Array
@@ -90,7 +91,7 @@ def _bisect(
     weighted: bool,
     interpreted: bool,
 ) -> _Bracket:
-    """Where the best entries begin, see `best`. If `low` holds more than the goal, it is the only value in the bracket."""
+    """Brackets the cutoff of `best`. If the measure of `low` exceeds the goal at the end, `low` is the only value in the bracket."""
     top, bottom = x.max(axis=1), _least(x)
     above_top = next_up(jnp.where(top > -jnp.inf, top, 0.0))
     bracket = _Bracket(low=bottom, high=above_top, held=measure(bottom), above=full(0.0))
@@ -99,7 +100,7 @@ def _bisect(
         b = state[1]
         several = _pattern(b.high) > _pattern(b.low) + 1
         if weighted:
-            several &= b.held - b.above > 1.5 * b.low  # whatever is in the bracket comes to `low` or more
+            several &= b.held - b.above > 1.5 * b.low  # every entry in the bracket measures `low` or more
         return any_row((b.held > goal) & several, interpreted)
 
     def halve(state: tuple[Array, _Bracket]) -> tuple[Array, _Bracket]:
@@ -114,7 +115,7 @@ def _bisect(
 
 
 def _least(x: Float32[Array, "4 W"]) -> Float32[Array, "4"]:
-    """The least entry of each row above -inf, inf if there is none. Each step waits for the one before, which saves registers."""
+    """Smallest entry of each row above -inf, inf if there is none. Each step depends on the previous one, which saves registers."""
     size = min(_CHUNK, x.shape[1])
     least = jnp.full_like(x[:, :size], jnp.inf)
     for first in (*range(0, x.shape[1] - size, size), x.shape[1] - size):
@@ -124,16 +125,16 @@ def _least(x: Float32[Array, "4 W"]) -> Float32[Array, "4"]:
 
 
 def _middle(b: _Bracket, step: Array, *, by_pattern: bool) -> Float32[Array, "4"]:
-    """Between low and high. By bit pattern a bracket ends within 32 steps; the average is sooner there for ordinary logits."""
+    """A value between low and high. Bisecting bit patterns ends within 32 steps; averages get there sooner for ordinary logits."""
     low, high = _pattern(b.low), _pattern(b.high)
-    middle = _from_pattern((low & high) + ((low ^ high) >> 1))  # the average of integers whose sum overflows
+    middle = _from_pattern((low & high) + ((low ^ high) >> 1))  # the average without overflow
     if by_pattern:
         return middle
     return jnp.where(jnp.broadcast_to(step, middle.shape) < _AVERAGES, 0.5 * b.low + 0.5 * b.high, middle)
 
 
 def _pattern(x: Float32[Array, "4"]) -> Int32[Array, "4"]:
-    """The bits of floats as integers in the same order."""
+    """Bit patterns as integers that are ordered like the floats."""
     bits = lax.bitcast_convert_type(x, _i32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -143,7 +144,7 @@ def _from_pattern(pattern: Int32[Array, "4"]) -> Float32[Array, "4"]:
 
 
 def _round_up(x: Float32[Array, "4"]) -> Int32[Array, "4"]:
-    """The least integer from x on, or `ALL` at most."""
+    """ceil(x), at most `ALL`."""
     x = jnp.minimum(x, float(ALL))
     whole = x.astype(_i32)
     return whole + (whole.astype(_f32) < x).astype(_i32)

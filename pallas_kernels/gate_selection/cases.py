@@ -16,9 +16,9 @@ class Case:
     Args:
       name: what a report calls it.
       shape: of the logits: [B, H, Tb, Sb] in prefill, [B, K, Sb] in decode.
-      threshold, mass, top_k, max_blocks: the rule.
+      threshold, mass, top_k, max_blocks: the rule, see `select_blocks`.
       block_size: b.
-      distinct: number of different values the logits take, which makes ties; all differ if None.
+      distinct: number of distinct logits, so that there are ties; None: no ties.
     """
 
     name: str
@@ -31,8 +31,8 @@ class Case:
     distinct: int | None = None
 
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Random arguments: in prefill, rows that see up to the diagonal block, which is kept; in decode, the first and the last
-        block kept, the last without a logit.
+        """Random arguments. Prefill rows see up to the diagonal block, which is kept; decode rows keep the first and the last block,
+        and the last one has no logit.
         """
         rule = {name: getattr(self, name) for name in ("threshold", "mass", "top_k", "max_blocks", "block_size")}
         return self._arrays(key) | rule

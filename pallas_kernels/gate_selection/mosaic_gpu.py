@@ -1,11 +1,11 @@
-"""`select_blocks` for Hopper GPUs, in Pallas Mosaic GPU: reads the logits once and writes the lists once, in one kernel.
+"""`select_blocks` for Hopper GPUs, in Pallas Mosaic GPU: one kernel reads the logits once and writes the lists once.
 
-A warp holds a whole row in registers, 32 columns to a register, so that sums over a row stay within the warp; a CTA of four warps
-takes four adjacent rows. Every rule ends in a cutoff for each row (`_Choice`). Thresholds give it by formula, the other rules by
+A warp holds a whole row in registers, 32 columns per register, so that sums over a row stay within the warp. A CTA of four warps
+takes four adjacent rows. Every rule becomes a cutoff per row (`_Choice`): a threshold gives it by formula, the other rules find it by
 bisection (`bisection.py`), which measures the row about a dozen times.
 
-Rows and columns need not come in multiples of 4 and 32. The last tile of a list starts early and does some rows once more; the last
-32 columns are loaded once more, into a register of their own, in which those that other registers hold are blanked.
+Rows and columns need not be multiples of 4 and 32. The last tile of a list starts early and repeats some rows. The last 32 columns
+are loaded into a register of their own, in which those that other registers hold are masked.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ from pallas_kernels.gate_selection.warp_rows import (
     write_counts,
 )
 
-MAX_KEY_BLOCKS = 4096  # what a warp's registers hold: 256k tokens in blocks of 64
+MAX_KEY_BLOCKS = 4096  # capacity of a warp's registers: 256k tokens in blocks of 64
 
-_GROUP = 8 * LANES  # columns that are written at a time; more at once would take registers that other CTAs could use
+_GROUP = 8 * LANES  # columns written at a time; more would take registers from other CTAs
 _LOWEST, _TINY = float(jnp.finfo(jnp.float32).min), float(jnp.finfo(jnp.float32).tiny)
 
 _f32, _i32 = jnp.float32, jnp.int32
@@ -69,14 +69,15 @@ def select_blocks(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What a kernel is compiled for: A lists of R rows of S key blocks, and which of the A' lists of `keep` each one uses.
+    """Parameters that a kernel is compiled for: A lists of R rows of S key blocks, each of which uses one of the A' lists of `keep`.
 
     Attributes:
-      rule: which one.
-      lists, keep_lists: leading axes; A and A' are their products. Those of `keep` are as long or 1; None: no `keep`.
+      rule: name of the rule.
+      lists, keep_lists: leading axes of the logits and of `keep`, the latter as long or 1; A and A' are their products. None: no
+        `keep`.
       rows: R, at least 4.
       columns: S, at least 32.
-      limited: whether rows have a number of visible blocks.
+      limited: whether there is a number of visible blocks per row.
       interpreted: whether JAX's interpreter runs the kernel.
     """
 
@@ -95,11 +96,11 @@ class _Call:
 
     @property
     def whole(self) -> int:
-        """Columns in registers of 32; what remains shares a register with some of them."""
+        """Columns that fill registers of 32; the remaining ones share a register with some of these."""
         return self.columns // LANES * LANES
 
-    def place(self, tile: Array) -> tuple[Array, Array, Array, Array]:
-        """(list, list of `keep`, first row, how many of its rows belong to the tile before) of a tile."""
+    def work_of(self, tile: Array) -> tuple[Array, Array, Array, Array]:
+        """(list, list of `keep`, first row, number of rows that belong to the previous tile) of a tile."""
         index, tile = lax.div(tile, _i32(self.tiles)), lax.rem(tile, _i32(self.tiles))
         keep_index, rest, stride = _i32(0), index, 1
         for size, own in zip(self.lists[::-1], (self.keep_lists or self.lists)[::-1], strict=True):
@@ -111,7 +112,7 @@ class _Call:
 
     @property
     def prefixes(self) -> list[int]:
-        """For how many columns the kernel is written out: a row takes the fewest that hold what it sees."""
+        """Numbers of columns for which the kernel is compiled: a row takes the smallest that holds its visible blocks."""
         if not self.limited or self.columns < 8 * LANES:
             return [self.columns]
         quarter = -(-self.columns // (4 * LANES)) * LANES
@@ -119,21 +120,21 @@ class _Call:
 
     @property
     def pieces(self) -> list[tuple[int, int]]:
-        """(first column, size) of the registers that are loaded alike: the whole ones, and the one of the last columns."""
+        """(first column, size) of the parts that are loaded alike: the full registers, and the one of the last columns."""
         return [(0, self.whole)] + ([(self.whole, LANES)] if self.columns > self.whole else [])
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """(first column, size) of what is written at a time."""
+        """(first column, size) of the columns that are written at a time."""
         whole, *last = self.pieces
         return [(first, min(_GROUP, whole[1] - first)) for first in range(0, whole[1], _GROUP)] + last
 
     def source(self, first: int) -> int:
-        """The block number that stands in a column which begins a piece or a group."""
+        """Block number of the first column of a piece or a group."""
         return first if first < self.whole else self.columns - LANES
 
     def numbers(self, first: int, size: int) -> Int32[Array, "4 size"]:
-        """Block numbers of columns of one piece."""
+        """Block numbers of columns within a piece."""
         return plgpu.broadcasted_iota(_i32, (WARPS, size), 1, layout=ROW_PER_WARP) + self.source(first)
 
 
@@ -147,13 +148,14 @@ def _select(
     visible: Int32[Array, "*lists R"] | None,
     keep: Bool[Array, "..."] | None,
 ) -> tuple[Int32[Array, "*lists R"], Int32[Array, "*lists R N"]]:
-    """Counts and indices; `value` is what the rule compares with."""
+    """Counts and indices. `value` is the rule's parameter: threshold, mass or number."""
     *lists, rows, columns = logits.shape
     keep_lists = lists
     if keep is not None:
         keep_lists = lists if rows < WARPS else keep.shape[:-2]
         keep = jnp.broadcast_to(keep, (*keep_lists, rows, columns)).astype(jnp.int8)
-    if keep is None or keep.shape == logits.shape:  # nothing is shared: all rows make one list
+    if keep is None or keep.shape == logits.shape:
+        # No `keep` is shared between lists: all rows form one list.
         lists, keep_lists, rows = [], [], math.prod(lists) * rows
     shared = None if keep is None else tuple(keep_lists)
     sizes = tuple(lists), shared, max(rows, WARPS), max(columns, LANES)
@@ -162,7 +164,7 @@ def _select(
     def fold(x: Array, own: Any, axes: tuple[int, ...], fill: float) -> Array:
         x = x.reshape(math.prod(own), rows, *axes)
         pad = [(0, 0), (0, call.rows - rows), (0, call.columns - columns)]
-        return jnp.pad(x, pad[: x.ndim], constant_values=fill)  # nothing to pad unless the array is tiny
+        return jnp.pad(x, pad[: x.ndim], constant_values=fill)  # a copy only where the array is tiny
 
     operands = [fold(logits, lists, (columns,), -jnp.inf), fold(value, lists, (), 1)]
     operands += [] if visible is None else [fold(visible, lists, (), 0)]
@@ -181,9 +183,10 @@ def _select(
 
 
 def _kernel(call: _Call, logits_ref, value_ref, *others) -> None:
-    """Four rows: logits [A, R, S], value [A, R] and perhaps visible [A, R] and keep [A', R, S] to counts [A, R], indices [A, R, N]."""
+    """Selects in four rows: logits [A, R, S], value [A, R], optionally visible [A, R] and keep [A', R, S] to counts [A, R] and indices
+    [A, R, N]."""
     *others, counts_ref, indices_ref = others
-    index, keep_index, start, done = call.place(lax.axis_index("tile"))
+    index, keep_index, start, done = call.work_of(lax.axis_index("tile"))
     rows = pl.ds(start, WARPS)
     visible = plgpu.load(others[0].at[index, rows], layout=ROW_VECTOR, optimized=False) if call.limited else None
     keep_ref = None if call.keep_lists is None else others[-1].at[keep_index, rows]
@@ -212,7 +215,7 @@ class _Tile(NamedTuple):
     Fields:
       call: the sizes.
       logits_ref, keep_ref: [4, S]; None if there is no `keep`.
-      visible: [4], how many of the first blocks may be chosen; None: all.
+      visible: [4], number of leading blocks that may be chosen; None: all.
     """
 
     call: _Call
@@ -221,20 +224,22 @@ class _Tile(NamedTuple):
     visible: Array | None
 
     def logits(self) -> Float32[Array, "4 W"]:
-        """All columns; -inf where a logit is no number, and in columns that are there a second time."""
+        """All columns, with -inf in place of NaN, and in columns that are duplicates."""
 
         def piece(first: int, size: int) -> Array:
             x = self._load(self.logits_ref, first, size)
-            return jnp.where(self._may_be_chosen(x > -jnp.inf, first, size), x, -jnp.inf)  # NaN is not above anything
+            return jnp.where(
+                self._may_be_chosen(x > -jnp.inf, first, size), x, -jnp.inf
+            )  # a comparison with NaN is false
 
         return _join(piece(*x) for x in self.call.pieces)
 
     def keep(self, first: int, size: int) -> Bool[Array, "4 size"]:
-        """Some columns of one piece."""
+        """Columns of a piece that are kept."""
         return self._may_be_chosen(self._load(self.keep_ref, first, size).astype(_i32) != 0, first, size)
 
     def _may_be_chosen(self, asked: Bool[Array, "4 size"], first: int, size: int) -> Bool[Array, "4 size"]:
-        """Which of the columns asked for are visible, and not there a second time."""
+        """Which of these columns are visible and no duplicates."""
         numbers = self.call.numbers(first, size)
         if first == self.call.whole:
             asked &= numbers >= first
@@ -247,14 +252,14 @@ class _Tile(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """Columns of x [4, W] that reach the cutoff [4] of their row and, unless x counts them in, those in `keep`."""
+    """Columns of x [4, W] from the cutoff [4] of their row on, and those in `keep` unless x contains them."""
 
     x: Array
     cutoff: Array
     with_keep: bool = True
 
     def columns(self, tile: _Tile, first: int, size: int) -> Bool[Array, "4 size"]:
-        """The choice among some columns of one piece."""
+        """Which columns of a piece are chosen."""
         chosen = self.x[:, first : first + size] >= self.cutoff[:, None]
         if tile.keep_ref is None or not self.with_keep:
             return chosen
@@ -274,7 +279,7 @@ def _by_threshold(tile: _Tile, threshold: Float32[Array, "4"]) -> _Choice:
 def _by_mass(tile: _Tile, mass: Float32[Array, "4"]) -> _Choice:
     logits = tile.logits()
     weights = _softmax_weights(logits)
-    goal = jnp.where(mass < 1, mass * weights.sum(axis=1), jnp.inf)  # all mass is all blocks, however little they weigh
+    goal = jnp.where(mass < 1, mass * weights.sum(axis=1), jnp.inf)  # a mass of 1 takes all blocks, however small
     weights = jnp.where(logits > -jnp.inf, weights, -jnp.inf)
 
     def weigh(cutoff: Array) -> Array:
@@ -314,7 +319,7 @@ _RULES = {"threshold": _by_threshold, "mass": _by_mass, "top_k": _by_top_k, "max
 
 
 def _softmax_weights(logits: Float32[Array, "4 W"]) -> Float32[Array, "4 W"]:
-    """Softmax times a factor of each row; 0 throughout where a row has no finite logit."""
+    """Softmax up to a factor per row; 0 throughout if a row has no finite logit."""
     maximum = logits.max(axis=1)
     return jnp.exp(logits - jnp.where(maximum > -jnp.inf, maximum, 0.0)[:, None])
 

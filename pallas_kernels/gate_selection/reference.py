@@ -8,12 +8,12 @@ from pallas_kernels.blocks import BlockIndices
 
 
 def _rank(priority: Float32[Array, "*lists R Sb"]) -> Array:
-    """Place of each block when the row is sorted from best to worst, ties to the lower number."""
+    """Rank of each block in its row, from best to worst, ties to the lower block number."""
     return jnp.argsort(jnp.argsort(-priority, axis=-1, stable=True), axis=-1)
 
 
 def _better_mass(probabilities: Float32[Array, "*lists R Sb"]) -> Array:
-    """What the better blocks of a row come to together, for each block."""
+    """Total probability of the better blocks of its row, for each block."""
     descending = jnp.sort(probabilities, axis=-1, descending=True)
     return jnp.take_along_axis(jnp.cumsum(descending, axis=-1) - descending, _rank(probabilities), axis=-1)
 
@@ -32,7 +32,7 @@ def select_blocks(
 ) -> BlockIndices:
     """See the function of this name in api.py."""
     seen = True if visible is None else jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < visible
-    allowed = (logits > -jnp.inf) & seen  # NaN is not greater than anything
+    allowed = (logits > -jnp.inf) & seen  # a comparison with NaN is false
     logits = jnp.where(allowed, logits, -jnp.inf)
     keep = jnp.broadcast_to(False if keep is None else keep, logits.shape) & seen
     probabilities = jnp.where(allowed, jax.nn.softmax(logits, axis=-1), 0)

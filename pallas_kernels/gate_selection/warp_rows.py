@@ -1,7 +1,7 @@
-"""What Pallas has no words for: warps that write lists and leave loops each on its own.
+"""Rows that are spread over a warp each: lists that warps write, and loops that they leave, independently of each other.
 
-Pallas knows neither ballots, nor stores to computed places, nor loops that end at different times in the warps of a warpgroup. So
-this is written in MLIR, below Pallas. JAX's interpreter does not run such code; there, the same is said in array operations.
+Pallas has no ballots, no stores to computed addresses, and no loops that end at different times in the warps of a warpgroup, so these
+are written in MLIR. JAX's interpreter does not run MLIR: there, array operations take their place.
 """
 
 import jax.numpy as jnp
@@ -16,16 +16,16 @@ from jaxtyping import Array, Bool, Float32, Int32
 WARPS = 4
 LANES = 32
 
-# A tile of 4 rows: each warp holds a row, each lane every 32nd column of it, in ascending order.
+# A tile of 4 rows: each warp holds one row, each lane every 32nd column of it, in ascending order.
 ROW_PER_WARP = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, LANES), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-ROW_VECTOR = ROW_PER_WARP.reduce(1)  # one number for each row, known to every lane of its warp
+ROW_VECTOR = ROW_PER_WARP.reduce(1)  # one element per row, in every lane of its warp
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def own_row(rows: Int32[Array, "4"], interpreted: bool) -> Int32[Array, ""]:
-    """One of the numbers, by which a loop or a branch is taken: on a GPU each warp goes by that of its own row.
+    """The element of the warp's own row, as a scalar for a branch or a loop, which warps then take independently.
 
-    Goes by the largest in JAX's interpreter. What is in there must not let warps wait for each other.
+    In JAX's interpreter it is the largest of the elements. The branch or loop must not contain barriers between warps.
     """
     if interpreted:
         return jnp.max(rows)
@@ -36,7 +36,10 @@ def own_row(rows: Int32[Array, "4"], interpreted: bool) -> Int32[Array, ""]:
 def drop_repeats(
     x: Float32[Array, "4 W"], value: Float32[Array, "4"], wanted: Int32[Array, "4"], interpreted: bool
 ) -> Float32[Array, "4 W"]:
-    """x with -inf in place of what equals `value`, but for the first `wanted` columns; layouts `ROW_PER_WARP` and `ROW_VECTOR`."""
+    """x with -inf in place of all but the first `wanted` elements that equal `value`.
+
+    Layouts: `ROW_PER_WARP` for x, `ROW_VECTOR` for `value` and `wanted`.
+    """
     if interpreted:
         equal = x == value[:, None]
         return jnp.where(equal & (jnp.cumsum(equal, axis=1) > wanted[:, None]), -jnp.inf, x)
@@ -54,25 +57,27 @@ def append_to_lists(
     lists_ref,
     interpreted: bool,
 ) -> Int32[Array, "4"]:
-    """Appends the numbers of the chosen columns, in the order of the columns, to four lists.
+    """Appends the block numbers of chosen columns to four lists, in column order.
 
     Args:
-      chosen, number: in the layout `ROW_PER_WARP`.
-      length: of the lists so far, in the layout `ROW_VECTOR`.
-      first: the rows before this one are not written.
-      lists_ref: [4, N] in global memory; numbers that would come to stand beyond N are lost.
+      chosen, number: which columns, and their block numbers, in the layout `ROW_PER_WARP`.
+      length: lengths of the lists so far, in the layout `ROW_VECTOR`.
+      first: rows before this one are not written.
+      lists_ref: [4, N] in global memory; entries beyond N are dropped.
       interpreted: whether JAX's interpreter runs this.
 
     Returns:
-      The new length, lost numbers included.
+      The new lengths, dropped entries included.
     """
     if interpreted:
-        place = jnp.where(chosen, length[:, None] + jnp.cumsum(chosen, axis=1, dtype=jnp.int32) - 1, lists_ref.shape[1])
+        position = jnp.where(
+            chosen, length[:, None] + jnp.cumsum(chosen, axis=1, dtype=jnp.int32) - 1, lists_ref.shape[1]
+        )
         for row in range(WARPS):
 
             @pl.when(row >= first)
             def _(row=row):
-                lists_ref[row] = lists_ref[row].at[place[row]].set(number[row], mode="drop")
+                lists_ref[row] = lists_ref[row].at[position[row]].set(number[row], mode="drop")
 
         return length + chosen.sum(axis=1, dtype=jnp.int32)
     types = ROW_PER_WARP, ROW_PER_WARP, ROW_VECTOR, SCALAR, plgpu.RefType()
@@ -82,7 +87,7 @@ def append_to_lists(
 
 
 def write_counts(counts: Int32[Array, "4"], first: Int32[Array, ""], counts_ref, interpreted: bool) -> None:
-    """Writes one number for each row from row `first` on to counts_ref [4]."""
+    """Stores the counts of the rows from `first` on in counts_ref [4]."""
     if interpreted:
         for row in range(WARPS):
 
@@ -105,10 +110,10 @@ def _drop_repeats(
     del ctx
     its_value, its_wanted = (_scalar(v.registers.item()) for v in (value, wanted))
     nothing = arith.constant(ir.F32Type.get(), -np.inf)
-    places, registers = _Places(_constant(0)), np.empty(x.registers.shape, dtype=object)
+    positions, registers = _RunningCount(_constant(0)), np.empty(x.registers.shape, dtype=object)
     for i, register in np.ndenumerate(x.registers):
         equal = arith.cmpf(arith.CmpFPredicate.OEQ, _scalar(register), its_value)
-        surplus = arith.cmpi(arith.CmpIPredicate.sge, places.take(equal), its_wanted)
+        surplus = arith.cmpi(arith.CmpIPredicate.sge, positions.take(equal), its_wanted)
         registers[i] = _register(arith.select(arith.andi(equal, surplus), nothing, _scalar(register)))
     return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
@@ -124,13 +129,13 @@ def _append_to_lists(
     del ctx
     row, written = _row(first)
     width = _constant(ir.MemRefType(lists.type).shape[1])
-    places = _Places(_scalar(length.registers.item()))
+    positions = _RunningCount(_scalar(length.registers.item()))
     for chose, block in zip(chosen.registers.flat, number.registers.flat, strict=True):
-        place = places.take(_scalar(chose))
-        fits = arith.andi(written, arith.cmpi(arith.CmpIPredicate.slt, place, width))
+        position = positions.take(_scalar(chose))
+        fits = arith.andi(written, arith.cmpi(arith.CmpIPredicate.slt, position, width))
         with mgpu.when(arith.andi(_scalar(chose), fits)):
-            memref.store(_scalar(block), lists, [row, arith.index_cast(ir.IndexType.get(), place)])
-    registers = np.full(length.registers.shape, _register(places.count), dtype=object)
+            memref.store(_scalar(block), lists, [row, arith.index_cast(ir.IndexType.get(), position)])
+    registers = np.full(length.registers.shape, _register(positions.count), dtype=object)
     return mgpu.FragmentedArray(_registers=registers, _layout=length.layout, _is_signed=True)
 
 
@@ -145,7 +150,7 @@ def _write_counts(
 
 
 def _row(first: mgpu.FragmentedArray) -> tuple[ir.Value, ir.Value]:
-    """(row of this warp, whether it is written)."""
+    """Row of this warp, and whether it is written."""
     warp = arith.remui(arith.divui(mgpu.thread_idx(), _constant(LANES)), _constant(WARPS))
     written = arith.cmpi(arith.CmpIPredicate.sge, warp, first.registers.item())
     return arith.index_cast(ir.IndexType.get(), warp), written
@@ -155,19 +160,19 @@ def _lane() -> ir.Value:
     return arith.remui(mgpu.thread_idx(), _constant(LANES))
 
 
-class _Places:
-    """Gives the members of a row their places, 32 columns at a time: a ballot tells each lane which others are members."""
+class _RunningCount:
+    """Positions of the members of a row, 32 columns at a time: a ballot tells each lane which other lanes hold members."""
 
     def __init__(self, count: ir.Value):
         self._lower_lanes = arith.subi(arith.shli(_constant(1), _lane()), _constant(1))
         self.count = count  # members so far
 
     def take(self, member: ir.Value) -> ir.Value:
-        """How many members there are before this lane's column; that many are before the next 32 with these counted."""
+        """Number of members before this lane's column. Adds those of the 32 columns to the count."""
         ballot = nvvm.vote_sync(_constant(-1), member, nvvm.VoteSyncKind.ballot)
-        place = arith.addi(self.count, math.ctpop(arith.andi(ballot, self._lower_lanes)))
+        position = arith.addi(self.count, math.ctpop(arith.andi(ballot, self._lower_lanes)))
         self.count = arith.addi(self.count, math.ctpop(ballot))
-        return place
+        return position
 
 
 def _i32() -> ir.Type:
@@ -179,7 +184,7 @@ def _constant(value: int) -> ir.Value:
 
 
 def _scalar(register: ir.Value) -> ir.Value:
-    """What a register of one element holds."""
+    """The element of a register."""
     return vector.extract(register, dynamic_position=[], static_position=[0])
 
 

@@ -1,4 +1,4 @@
-"""`select_blocks` in XLA, for any device: no sort but those of `top_k` and `mass`, and a running count that turns the mask into lists."""
+"""`select_blocks` in XLA, for any device: sorts for `top_k` and `mass` alone, and turns masks into lists by a running count."""
 
 import functools
 
@@ -42,9 +42,9 @@ def _select(
     keep: Bool[Array, "..."] | None,
     visible: Int32[Array, "*lists R 1"] | None,
 ) -> BlockIndices:
-    """`number`, at most `most`, is how many blocks are best; `counts_keep` says whether `keep` is among them."""
+    """Selects blocks; `number`, at most `most`, is the number of top blocks, `counts_keep` whether it includes those in `keep`."""
     seen = True if visible is None else jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < visible
-    allowed = (logits > -jnp.inf) & seen  # NaN is not greater than anything
+    allowed = (logits > -jnp.inf) & seen  # a comparison with NaN is false
     logits = jnp.where(allowed, logits, -jnp.inf)
     keep = jnp.broadcast_to(False if keep is None else keep, logits.shape) & seen
     if threshold is not None:
@@ -61,7 +61,7 @@ def _select(
 
 
 def _softmax(logits: Float32[Array, "*lists R Sb"]) -> Float32[Array, "*lists R Sb"]:
-    """Softmax over the row; 0 throughout where the row has no finite logit."""
+    """Softmax over each row; 0 throughout if a row has no finite logit."""
     maximum = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(maximum > -jnp.inf, maximum, 0))
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -70,7 +70,7 @@ def _softmax(logits: Float32[Array, "*lists R Sb"]) -> Float32[Array, "*lists R 
 def _best_by_mass(
     probabilities: Float32[Array, "*lists R Sb"], mass: Float32[Array, "*lists R 1"]
 ) -> Bool[Array, "*lists R Sb"]:
-    """See `mass` in api.py; -inf where a block must not be chosen."""
+    """Applies the rule `mass` of api.py; probabilities are -inf for blocks that must not be chosen."""
     descending = jnp.sort(probabilities, axis=-1, descending=True)
     weights = jnp.maximum(descending, 0)
     better = jnp.cumsum(weights, axis=-1) - weights
@@ -81,7 +81,7 @@ def _best_by_mass(
 def _best(
     priority: Float32[Array, "*lists R Sb"], number: Int32[Array, "..."], descending: Float32[Array, "*lists R most"]
 ) -> Bool[Array, "*lists R Sb"]:
-    """The `number` best entries of each row above -inf, ties to the lower number; `descending` are the best values in order."""
+    """The top `number` entries of each row above -inf, ties to the lower index; `descending` holds the top values in order."""
     number = jnp.broadcast_to(jnp.clip(number, 1, descending.shape[-1]), (*priority.shape[:-1], 1))
     worst = jnp.take_along_axis(descending, number - 1, axis=-1)
     above = priority > worst

@@ -1,1 +1,1 @@
-"""What Mosaic GPU kernels share."""
+"""Code that Mosaic GPU kernels share."""

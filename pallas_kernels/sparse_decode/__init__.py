@@ -1,1 +1,1 @@
-"""One new token per sequence, attending to a list of key blocks."""
+"""Attention of one new token per sequence over a list of key blocks."""

@@ -1,4 +1,4 @@
-"""`sparse_decode_attention`: one new token per sequence, attending to a list of key blocks."""
+"""`sparse_decode_attention`: attention of one new token per sequence over a list of key blocks."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
@@ -26,27 +26,26 @@ def sparse_decode_attention(
 
       out[h] = sum_s softmax_s(scale * q[h] . k[s]) v[s],  s < lengths,  s // b on the list of key/value head h // (H / K)
 
-    Sums run in float32 whatever the dtype of q. A head that sees no key gets output 0 and lse -inf.
+    Sums run in float32 for every dtype of q. A head that sees no key has output 0 and lse -inf.
 
     Args:
       q: the query of the newest token; H is a multiple of K.
-      k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in
-        the listed blocks, also beyond `lengths`. P is B, unless
-        `cache_rows` is given.
+      k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed
+        blocks, also beyond `lengths`. P is B unless `cache_rows` is given.
       blocks: lists of key blocks, counts [B, K] and indices [B, K, N]; None: every key, dense attention.
-      lengths: number of keys of each sequence, the newest token included, S at most; 0 for a row that is not in use.
-      cache_rows: which of the P rows of k and v each sequence reads, 0 to P - 1; None: its own. With the caches of all layers
-        as one array of L * B rows, a layer reads its own without a copy: layer * B + arange(B).
+      lengths: number of keys of each sequence, the newest token included, at most S; 0 for an unused row.
+      cache_rows: row of k and v that each sequence reads, 0 to P - 1; None: its own index. If the caches of all layers are one
+        array of L * B rows, a layer reads its rows layer * B + arange(B) without a copy.
       scale: factor on the scores; 1 / sqrt(D) if None.
-      return_lse: also return the log of the sum of exp(scores), natural logarithm.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, S a multiple of 8; has no
-        gradients), or None for the best that works here.
+      return_lse: whether to return the natural logarithm of the sum of exp(scores) as well.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, S a multiple of 8; not
+        differentiable), or None for the fastest that takes these arguments on their device.
 
     Returns:
       out [B, H, D] of q's dtype, or (out, lse [B, H] float32).
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other, or an implementation that does not exist.
+      ValueError: shapes or dtypes that do not match, or an unknown implementation.
       NotImplementedError: the named implementation cannot do this.
 
     Source: SeerAttention-R, arXiv 2506.08889 (its block-sparse decoding kernel).

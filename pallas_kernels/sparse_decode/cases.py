@@ -18,12 +18,12 @@ class Case:
     Args:
       name: what a report calls it.
       heads: H, K and D.
-      num_keys: S, the size of the cache.
+      num_keys: S, the capacity of the cache.
       batch: B.
       block_size: b.
       density: share of the blocks before the current one that are kept.
       lengths: valid keys of each sequence; S if None.
-      dtype: of q, k and v.
+      dtype: dtype of q, k and v.
     """
 
     name: str

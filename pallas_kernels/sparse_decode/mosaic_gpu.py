@@ -31,11 +31,12 @@ from pallas_kernels.mosaic.flash_tiles import (
     tile,
 )
 
-KEYS = 64  # of a tile
-TOKENS = 8  # the copy engine takes tokens in groups of so many, and rows of a matrix product come in such groups
-CTAS = 4 * 132  # that run at a time on an H100 or H200; the evidence for the numbers is in README.md
-MAX_PARTS = 64  # of a list
-PARTS_AT_ONCE = 32  # that are merged
+KEYS = 64  # keys of a tile
+TOKENS = 8  # TMA moves tokens in groups of 8; so do the rows of a matrix product
+# README.md has the measurements behind these.
+CTAS = 4 * 132  # CTAs that run at a time on an H100 or H200
+MAX_PARTS = 64  # parts of a list
+PARTS_AT_ONCE = 32  # parts that are merged at a time
 
 
 def sparse_decode_attention(
@@ -52,7 +53,7 @@ def sparse_decode_attention(
     """See the function of this name in api.py.
 
     Args:
-      parts: into how many parts each list is split, a power of two up to 64; None for what `choose_parts` says.
+      parts: number of parts of each list, a power of two up to 64; None for the choice of `choose_parts`.
     """
     (batch, heads, head_dim), (_, num_keys, kv_heads, _) = q.shape, k.shape
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -73,7 +74,7 @@ def sparse_decode_attention(
 
 
 def choose_parts(lists: int, tiles: int) -> int:
-    """A power of two: enough to keep all multiprocessors busy, no more than a list has tiles."""
+    """Number of parts, a power of two: enough to keep all multiprocessors busy, at most a part per tile of a list."""
     parts = 1
     while parts * lists < CTAS and parts < min(tiles, MAX_PARTS):
         parts *= 2
@@ -82,7 +83,7 @@ def choose_parts(lists: int, tiles: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the kernels are compiled for: B, H, K, D, b, whether all blocks are read, parts of a list, and c = scale * log2(e)."""
+    """Parameters that the kernels are compiled for: B, H, K, D, b, whether all blocks are read, parts of a list, c = scale * log2(e)."""
 
     batch: int
     heads: int
@@ -100,17 +101,17 @@ class _Call:
 
     @property
     def rows(self) -> int:
-        """Of q in shared memory: those of a group, and what fills the last matrix rows."""
+        """Rows of q in shared memory: the heads of a group, padded for a matrix product."""
         return -(-self.group // TOKENS) * TOKENS
 
     @property
     def piece(self) -> int:
-        """Keys that stand one after the other in the cache."""
+        """Keys of a tile that are adjacent in the cache."""
         return min(self.block_size, KEYS)
 
     @property
     def pieces(self) -> int:
-        """Of a tile."""
+        """Number of pieces of a tile."""
         return KEYS // self.piece
 
 
@@ -134,13 +135,13 @@ def _attend(
 
 
 @dataclasses.dataclass(frozen=True)
-class _List:
-    """The tiles of 64 keys that the heads of a group read.
+class _KeyList:
+    """The keys that the heads of a group read, in tiles of 64.
 
     Attributes:
-      position: `position(t, i)` is that of the first key of piece i of tile t, an int32.
-      tiles: how many there are.
-      count: pieces on the list.
+      position: `position(t, i)` is the position of the first key of piece i of tile t.
+      tiles: number of tiles.
+      count: number of pieces on the list.
       length: keys of the sequence.
     """
 
@@ -150,7 +151,7 @@ class _List:
     length: Array
 
     @classmethod
-    def read(cls, call: _Call, sequence: Array, head: Array, length: Array, counts: Any, indices: Any) -> "_List":
+    def read(cls, call: _Call, sequence: Array, head: Array, length: Array, counts: Any, indices: Any) -> "_KeyList":
         if call.dense:
             tiles = lax.div(length + KEYS - 1, i32(KEYS))
             return cls(lambda t, i: t * KEYS, tiles, tiles, length)
@@ -172,10 +173,11 @@ class _List:
         return whole
 
     def mask(self, call: _Call, scores: Array, t: Array, positions: tuple[Array, ...]) -> Array:
-        """-inf for keys beyond the sequence, and for pieces beyond the end of the list."""
+        """Scores with -inf for keys beyond the sequence and for pieces beyond the end of the list."""
         column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
         row = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
-        thread = column & 6  # as in `mask` of flash_tiles.py; numbers of rows, too, for the sake of registers
+        # As in `mask` of flash_tiles.py; bounds per row save registers here as well.
+        thread = column & 6
         parts = []
         for i, position in enumerate(positions):
             listed = t * call.pieces + i < self.count
@@ -189,8 +191,8 @@ class _List:
 
 
 def _split_kernel(call: _Call, dtype: Any) -> Callable:
-    """q [B, K, rows, D], k and v [P, S, K, D], (length, cache row) [B, 2] and perhaps counts [B, K] and indices [B, K, N] to each
-    part's out [B * K, parts, G, D] and lse [B * K, parts, G], float32."""
+    """The kernel from q [B, K, rows, D], k and v [P, S, K, D], (length, cache row) [B, 2] and optionally counts [B, K] and indices
+    [B, K, N] to the out [B * K, parts, G, D] and lse [B * K, parts, G] of each part, float32."""
 
     def kernel(q_ref, k_ref, v_ref, bounds, *refs):
         *lists, out_ref, lse_ref, q_tile, k_tile, v_tile, q_ready, k_ready, v_ready = refs
@@ -200,7 +202,7 @@ def _split_kernel(call: _Call, dtype: Any) -> Callable:
         sequence, head = lax.div(pair, i32(call.kv_heads)), lax.rem(pair, i32(call.kv_heads))
         plgpu.copy_gmem_to_smem(q_ref.at[sequence, head], q_tile.at[pl.ds(0, call.rows)], q_ready)
         length, cache_row = bounds[sequence, 0], bounds[sequence, 1]
-        keys = _List.read(call, sequence, head, length, counts, indices)
+        keys = _KeyList.read(call, sequence, head, length, counts, indices)
         size = lax.div(keys.tiles + call.parts - 1, i32(call.parts))
         first = jnp.minimum(part * size, keys.tiles)
         end = jnp.minimum(first + size, keys.tiles)
@@ -224,7 +226,7 @@ def _split_kernel(call: _Call, dtype: Any) -> Callable:
 
         def step(carry: tuple[Array, tuple[Array, ...], Softmax], *, masked: bool) -> tuple[Array, tuple, Softmax]:
             t, where, state = carry
-            following = positions(jnp.minimum(t + 1, keys.tiles - 1))  # read early: it takes a trip to L2
+            following = positions(jnp.minimum(t + 1, keys.tiles - 1))  # read early, since it comes from L2
             plgpu.barrier_wait(k_ready)
             scores = product(q_tile, k_tile)
             load_k(t + 1, following)
@@ -232,7 +234,8 @@ def _split_kernel(call: _Call, dtype: Any) -> Callable:
                 scores = keys.mask(call, scores, t, where)
             maximum, total, weights, factor = state.add(scores, call.c)
             out, weights = state.out * columns(factor, state.out), weights.astype(dtype)
-            if not call.interpret:  # nothing of this may move behind the wait
+            if not call.interpret:
+                # The compiler would move these behind the wait, where nothing hides their time.
                 out, total, maximum, weights = lax.optimization_barrier((out, total, maximum, weights))
             plgpu.barrier_wait(v_ready)
             out = accumulate(out, weights, v_tile, call.interpret)
@@ -272,7 +275,7 @@ def _split_kernel(call: _Call, dtype: Any) -> Callable:
 
 
 def _merge_kernel(call: _Call, dtype: Any) -> Callable:
-    """Parts of out and lse (see `_split_kernel`) to out [B, H, D] and lse [B, H, D], alike along D; a CTA for each head.
+    """The kernel that merges the parts of `_split_kernel` to out [B, H, D] and lse [B, H, D], constant along D; a CTA per head.
 
     lse = log sum_p exp(lse_p),  out = sum_p exp(lse_p - lse) out_p
     """
@@ -286,7 +289,8 @@ def _merge_kernel(call: _Call, dtype: Any) -> Callable:
         def full(value: float) -> Array:
             return plgpu.layout_cast(jnp.full((call.head_dim,), value, jnp.float32), layout.reduce(0))
 
-        lowest = float(jnp.finfo(jnp.float32).min)  # not -inf: where all parts are, their difference is NaN
+        # Not -inf: where every part is -inf, the difference of the two would be NaN.
+        lowest = float(jnp.finfo(jnp.float32).min)
         maximum, total, out = full(lowest), full(0.0), full(0.0)
         size = min(call.parts, PARTS_AT_ONCE)
         for first in range(0, call.parts, size):
@@ -316,7 +320,7 @@ def _merge_kernel(call: _Call, dtype: Any) -> Callable:
 
 
 def _parts_layout(head_dim: int) -> Any:
-    """Of [parts, D]: a thread has one column and all its rows; at D = 64, two have it."""
+    """Layout of [parts, D]: each thread holds all rows of one column; at D = 64, two threads hold each column."""
     warps = (-3,) if head_dim == 128 else (plgpu.Replicated(2), -3)
     tiling = plgpu.Tiling(((1, head_dim), (32,), (1,)))
     return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)

@@ -1,4 +1,4 @@
-"""`sparse_decode_attention` in XLA, for any device: reads the listed blocks of the cache and no others, and never copies it."""
+"""`sparse_decode_attention` in XLA, for any device: reads only the listed blocks of the cache, without copying it."""
 
 import functools
 
@@ -10,7 +10,7 @@ from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import BLOCK_SIZES
 from pallas_kernels.sparse_rows import SparseRows, Tiling, attend_sparse_rows
 
-_KEYS_PER_STEP = 512  # a row has few queries, so it can take many keys at a time
+_KEYS_PER_STEP = 512  # a row has few queries, so that it can take many keys at a time
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
@@ -42,7 +42,7 @@ def sparse_decode_attention(
 
 
 def _every_block(lengths: Int[Array, "B"], num_keys: int, kv_heads: int) -> BlockIndices:
-    """Lists of all blocks that hold keys."""
+    """Lists of all blocks that contain keys."""
     size = BLOCK_SIZES[-1]
     counts = jnp.broadcast_to(-(-lengths // size)[:, None], (len(lengths), kv_heads))
     indices = jnp.arange(-(-num_keys // size), dtype=jnp.int32)

@@ -1,1 +1,1 @@
-"""Linear layers of a decoder whose weights are stacked over layers, for few tokens."""
+"""Linear maps of few vectors with weights that are stacked over layers."""

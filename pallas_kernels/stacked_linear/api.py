@@ -1,4 +1,4 @@
-"""`stacked_linear`: one layer's linear maps of few vectors, out of weights that are stacked over layers."""
+"""`stacked_linear`: linear maps of one layer for few vectors, with weights stacked over layers."""
 
 from collections.abc import Sequence
 
@@ -17,27 +17,27 @@ def stacked_linear(
     *,
     implementation: Implementation | None = None,
 ) -> list[Float[Array, "R _"]]:
-    """Several linear maps of the same vectors, each with its own number of outputs.
+    """Applies several linear maps of one layer to the same vectors.
 
       y_i[r] = W_i[layer] x[r]
 
-    A decoder that scans its layers takes one layer at a time out of such a stack. A matrix product of XLA needs that layer as an
-    array of its own, and copies it first: while single tokens are decoded, a third of the time.
+    A decoder that scans its layers slices one layer at a time out of such a stack. XLA's matrix products need the slice as an array
+    of its own and copy it first, which takes a third of the time when single tokens are decoded. The kernel reads it in place.
 
     Sums run in float32.
 
     Args:
-      x: few vectors: the newest tokens of a batch.
-      weights: of x's dtype; L and `in` are the same for all.
-      layer: 0 to L - 1.
+      x: few vectors, such as the newest tokens of a batch.
+      weights: arrays of x's dtype that share L and `in`; each map has its own number of outputs.
+      layer: index of the layer, 0 to L - 1.
       implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, at most 64 vectors, `in` a multiple of
-        128 and outputs of 64), or None for the best that works here.
+        128 and outputs of 64), or None for the fastest that takes these arguments on their device.
 
     Returns:
       y_i [R, out_i] of x's dtype.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other.
+      ValueError: shapes or dtypes that do not match.
       NotImplementedError: the named implementation cannot do this.
 
     >>> y, z = stacked_linear(jnp.ones((1, 4)), [jnp.ones((3, 2, 4)), jnp.ones((3, 5, 4))], 2)

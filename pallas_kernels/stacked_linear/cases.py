@@ -18,9 +18,9 @@ class Case:
     Args:
       name: what a report calls it.
       inputs: `in`.
-      outputs: of each map.
+      outputs: number of outputs of each map.
       rows: R.
-      layers: L; the call asks for the last but one, if there are two.
+      layers: L; the call uses the last layer but one, if there is one.
       dtype: of x and weights.
     """
 
@@ -33,7 +33,7 @@ class Case:
 
     @functools.partial(jax.jit, static_argnums=0)
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Random arguments of the call; weights that keep the size of a vector."""
+        """Random arguments of the call, with weights that preserve the scale of a vector."""
         shapes = {f"w{i}": (self.layers, n, self.inputs) for i, n in enumerate(self.outputs)}
         x, *weights = random_arrays(key, self.dtype, x=(self.rows, self.inputs), **shapes).values()
         weights = [w * self.inputs**-0.5 for w in weights]

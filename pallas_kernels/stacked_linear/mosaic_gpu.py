@@ -1,8 +1,9 @@
-"""`stacked_linear` for Hopper GPUs, in Pallas Mosaic GPU: reads the layer's weights where they are, once, at the rate of the memory.
+"""`stacked_linear` for Hopper GPUs, in Pallas Mosaic GPU: reads the layer's weights in place and once, at the memory's bandwidth.
 
-A CTA of one warpgroup takes 64 outputs and a part of the inputs. Weights are the left factor of its matrix products, so that their 64
-rows fill the tensor cores, and the vectors, padded to eights, the right one. Tiles of 64 x 128 weights arrive in a ring; with four
-CTAs on a multiprocessor enough of them are on their way to keep the memory busy. Outputs of the parts are summed in a fixed order.
+A CTA of one warpgroup takes 64 outputs and a part of the inputs. Weights are the left operand of its matrix products, so that their
+64 rows fill the tensor cores; the vectors, padded to a multiple of 8, are the right one. Tiles of 64 x 128 weights arrive in a ring
+buffer; four CTAs per multiprocessor have enough of them in flight to saturate the memory. The outputs of the parts are summed in a
+fixed order.
 """
 
 import dataclasses
@@ -22,12 +23,11 @@ from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.edge_tiles import store_transposed
 from pallas_kernels.mosaic.flash_tiles import MATRIX, i32, product, tile
 
-OUTPUTS = 64  # of a tile
-INPUTS = 128
-STAGES = 3  # tiles in the ring
-CTAS = 4 * 132  # that run at a time on an H100 or H200
+OUTPUTS, INPUTS = 64, 128  # sizes of a tile
+STAGES = 3  # tiles in the ring buffer
+CTAS = 4 * 132  # CTAs that run at a time on an H100 or H200
 MAX_VECTORS = 64
-_EIGHT = 8  # vectors that a matrix product takes at a time
+_VECTOR_MULTIPLE = 8  # of the columns of a matrix product
 
 
 def stacked_linear(
@@ -50,7 +50,7 @@ def stacked_linear(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the kernel is compiled for: vectors, inputs, and outputs of each map."""
+    """Parameters that the kernel is compiled for: vectors, inputs, and outputs of each map."""
 
     vectors: int
     inputs: int
@@ -59,22 +59,22 @@ class _Call:
 
     @property
     def columns(self) -> int:
-        """Vectors with those that fill a matrix product up."""
-        return -(-self.vectors // _EIGHT) * _EIGHT
+        """Vectors, padded for a matrix product."""
+        return -(-self.vectors // _VECTOR_MULTIPLE) * _VECTOR_MULTIPLE
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """Of the outputs of each map."""
+        """Number of tiles of each map's outputs."""
         return tuple(n // OUTPUTS for n in self.outputs)
 
     @property
     def steps(self) -> int:
-        """Tiles of the inputs."""
+        """Number of tiles of the inputs."""
         return self.inputs // INPUTS
 
     @property
     def parts(self) -> int:
-        """Of the inputs: as many as fill the GPU, but two tiles at least to each."""
+        """Number of parts of the inputs: enough to fill the GPU, but at least two tiles each."""
         return max(1, min(CTAS // sum(self.tiles), self.steps // 2))
 
 
@@ -88,7 +88,7 @@ def _multiply(
 
 
 def _kernel(call: _Call, dtype: Any) -> Callable:
-    """layer [1], x [R, in] and weights [L, out_i, in] to the products of each part of the inputs, [parts, R, out_i] in float32."""
+    """The kernel from layer [1], x [R, in] and weights [L, out_i, in] to the products of the parts, [parts, R, out_i] in float32."""
 
     def kernel(layer_ref, x_ref, *refs):
         weight_refs, y_refs = refs[: len(call.outputs)], refs[len(call.outputs) : -3]

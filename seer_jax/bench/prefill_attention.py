@@ -84,7 +84,7 @@ def _trained_lists(tokens: int, heads: int, density: float) -> BlockIndices:
 
     model = from_pretrained(tiny_lm.path(), [tiny_lm.gates()["prefill"]], dtype="float32")
     assert model.prefill_gate is not None
-    text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
+    text = tiny_lm.eval_text()
     ids = load_tokenizer(tiny_lm.path()).encode(text, special_tokens=False)[:tokens]
     kept = block_maps(model, jnp.asarray(ids), TopK(density, dense_last_rows=0)).kept
     kept = kept.reshape(-1, *kept.shape[2:])

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
+from pallas_kernels.devices import default_device
 from seer_jax.checks import check_positive
 
 
@@ -19,8 +18,8 @@ class DType(enum.StrEnum):
 
     @classmethod
     def default(cls) -> "DType":
-        """bfloat16, on a CPU float32."""
-        return cls.FLOAT32 if jax.default_backend() == "cpu" else cls.BFLOAT16
+        """bfloat16; float32 where the default device is a CPU."""
+        return cls.FLOAT32 if default_device().platform == "cpu" else cls.BFLOAT16
 
 
 class RopeKind(enum.StrEnum):

@@ -96,8 +96,11 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
     """A policy as JSON holds it; the inverse of `policy_from_json`. Arrays become nested lists of their exact values.
 
     Raises:
-      ValueError: its scorer is not registered, so that no name leads back to it.
+      ValueError: the policy or its scorer has no name that leads back to its class.
     """
+    kind = _KINDS_BY_TYPE.get(type(policy))
+    if kind is None:
+        raise ValueError(f"A policy must be one of {', '.join(_KINDS)} to be saved; got {policy!r}.")
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     scorer = fields.pop("scorer", None)
     values = {name: np.asarray(value).tolist() for name, value in fields.items()}
@@ -108,7 +111,7 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
                 "Register its class (seer_jax.selection.scorers.register)."
             )
         values["scorer"] = {"name": scorer.name, **dataclasses.asdict(scorer)}
-    return {"rule": _KINDS_BY_TYPE[type(policy)], **values}
+    return {"rule": kind, **values}
 
 
 def policy_from_json(values: Mapping[str, Any]) -> Policy:

@@ -56,7 +56,9 @@ def test_a_named_backend_that_cannot_raises():
 
 def test_an_operation_without_a_backend_that_can_raises_every_reason():
     operation = Operation("add", "made_up", preferred=(FAST,))
-    with pytest.raises(NotImplementedError, match=r"add: no backend can do this. fast: a must not be negative; got -1"):
+    with pytest.raises(
+        NotImplementedError, match=r"add: no backend takes these arguments. fast: a must not be negative; got -1"
+    ):
         operation(None, -1, b=2)
 
 

@@ -52,7 +52,7 @@ def test_the_kernel_is_chosen_for_many_scores(rows: int, dim: int, chosen: bool)
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 64, 2, 32), "takes vectors of 64 and 128 numbers; got 32"),
+        ((1, 64, 2, 32), "takes vectors of 64 and 128 elements; got 32"),
         ((1, 63, 2, 64), "takes 64 queries or more; got 63"),
     ],
 )
@@ -75,9 +75,12 @@ def test_mosaic_gpu_needs_a_hopper_gpu():
     [
         ({"queries": jnp.ones((1, 4, 4, 8), "bfloat16")}, r"queries must be float32 .*; got bfloat16 \(1, 4, 4, 8\)"),
         ({"keys": jnp.ones((4, 2, 8))}, r"keys float32 \[B, Sb, K, C\]; got .* float32 \(4, 2, 8\)"),
-        ({"keys": jnp.ones((2, 4, 2, 8))}, r"must agree in B and C, and H be a multiple of K; got .* \(2, 4, 2, 8\)"),
+        (
+            {"keys": jnp.ones((2, 4, 2, 8))},
+            r"must agree in B and C, and H must be a multiple of K; got .* \(2, 4, 2, 8\)",
+        ),
         ({"keys": jnp.ones((1, 4, 2, 16))}, r"must agree in B and C"),
-        ({"keys": jnp.ones((1, 4, 3, 8))}, r"H be a multiple of K; got \(1, 4, 4, 8\) and \(1, 4, 3, 8\)"),
+        ({"keys": jnp.ones((1, 4, 3, 8))}, r"H must be a multiple of K; got \(1, 4, 4, 8\) and \(1, 4, 3, 8\)"),
         ({"keys": jnp.ones((1, 0, 2, 8))}, r"no axis may be empty; got .* \(1, 0, 2, 8\)"),
         ({"row_offset": -1}, r"row_offset must be at least 0; got -1"),
         ({"row_offset": jnp.zeros(1, int)}, r"row_offset must have shape \[\] = \(\); got \(1,\)"),

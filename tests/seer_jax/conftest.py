@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from jax.typing import DTypeLike
 
-from seer_jax.inference import memory
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.inference import memory
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.models.decoder import Transformer
 

@@ -280,7 +280,7 @@ def test_nan_in_the_base_model():
 
 WRONG_INPUTS = [
     ({"config": RUN, "model": None}, r"needs a base model; got model=''\. Set `model`"),
-    ({"dataset": make_rows(length=64)}, r"must have sequence_length=128 tokens .* got rows of 64"),
+    ({"dataset": make_rows(length=64)}, r"must have sequence_length=128 tokens, .* got rows of 64"),
     ({"dataset": make_rows() + 30}, r"Tokens must lie in \[0, 32\), the model's vocabulary; got 30 .. 61"),
     ({"dataset": make_rows() - 1}, r"Tokens must lie in \[0, 32\), .* got -1"),
     ({"dataset": make_rows()[0]}, r"integers \[N, T\] .* got int64 \(128,\)"),

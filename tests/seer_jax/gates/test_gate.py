@@ -168,7 +168,9 @@ def test_prefill_gate_is_its_definition(config: PrefillGateConfig):
     assert_close(logits, expected[2], where=np.tril(np.ones((blocks, blocks), bool)))
 
 
-SWITCHES = [dict(use_qk_norm=norm, use_rope=rope) for norm in (False, True) for rope in (False, True)]
+SWITCHES: list[dict[str, Any]] = [
+    dict(use_qk_norm=norm, use_rope=rope) for norm in (False, True) for rope in (False, True)
+]
 DECODE = [
     *(DecodeGateConfig(BLOCK, DIM, reduction, **switches) for reduction in QueryReduction for switches in SWITCHES),
     *(DecodeGateConfig(BLOCK, 12, reduction) for reduction in QueryReduction if reduction is not QueryReduction.AVG),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_values_per_layer_and_head_choose_as_a_number_of_each_does(
 
     for shape in ((), (LAYERS,), (heads,), (LAYERS, heads), (LAYERS, 1), (1, heads)):
         value = values(shape)
-        stacked = rule(jnp.asarray(value) if shape else float(value), dense_last_rows=0).stacked(LAYERS, heads)
+        stacked: Any = rule(jnp.asarray(value) if shape else float(value), dense_last_rows=0).stacked(LAYERS, heads)
         expected, choices = by_layer_and_head(value, heads), set()
         for layer in range(LAYERS):
             mask = chosen(stacked.of_layer(jnp.int32(layer)))
@@ -131,9 +132,15 @@ def test_an_axis_that_could_be_either_is_refused():
     ):
         CumulativeMass(jnp.full(4, 0.5)).stacked(4, 4)
     for shape in ((4, 1), (1, 4), (4, 4)):
-        stacked = CumulativeMass(jnp.full(shape, 0.5)).stacked(4, 4)
+        stacked: Any = CumulativeMass(jnp.full(shape, 0.5)).stacked(4, 4)
         assert jnp.shape(stacked.mass)[0] == 4
-    assert jnp.shape(CumulativeMass(jnp.full(1, 0.5)).stacked(1, 1).mass) == (1, 1)
+    single: Any = CumulativeMass(jnp.full(1, 0.5)).stacked(1, 1)
+    assert jnp.shape(single.mass) == (1, 1)
+
+
+def wrong(value: Any) -> Any:
+    """A value that a type checker would not let through."""
+    return value
 
 
 @pytest.mark.parametrize(
@@ -147,11 +154,11 @@ def test_an_axis_that_could_be_either_is_refused():
         (lambda: CumulativeMass(0.0), r"CumulativeMass.mass.* must lie in \(0, 1\].*; got 0.0"),
         (lambda: CumulativeMass(jnp.asarray([[0.5], [1.5]])), r"CumulativeMass.mass.* must lie in \(0, 1\].*; got"),
         (
-            lambda: Threshold([0.1, 0.2]),
+            lambda: Threshold(wrong([0.1, 0.2])),
             r"Threshold.threshold.* must be a number or an array; got \[0.1, 0.2\]. .*asarray",
         ),
-        (lambda: CumulativeMass((0.1,)), r"CumulativeMass.mass.* must be a number or an array; got \(0.1,\)"),
-        (lambda: CumulativeMass("0.1"), "CumulativeMass.mass.* must be a number or an array; got '0.1'"),
+        (lambda: CumulativeMass(wrong((0.1,))), r"CumulativeMass.mass.* must be a number or an array; got \(0.1,\)"),
+        (lambda: CumulativeMass(wrong("0.1")), "CumulativeMass.mass.* must be a number or an array; got '0.1'"),
         (lambda: TopK(0.0), r"TopK.density.* must lie in \(0, 1\].*; got 0.0"),
         (lambda: TopK(1.1), r"TopK.density.* must lie in \(0, 1\].*; got 1.1"),
         (lambda: TokenBudget(0), "TokenBudget.tokens.* must be at least 1; got 0"),
@@ -280,11 +287,11 @@ def test_products_of_scores_are_exact_on_accelerators_too(name: str):
 @pytest.mark.parametrize("name", SCORERS)
 def test_a_row_is_scored_as_if_it_were_alone(name: str):
     scorer = SCORERS[name]()
-    for make, scores_of, size, starts in (
-        (prefill_context, scorer.prefill_scores, TOKENS, LENGTHS),
-        (decode_context, scorer.decode_scores, 80, POSITIONS),
-    ):
-        context = make(size, starts)
+    phases: list[tuple[Any, Any]] = [
+        (prefill_context(TOKENS, LENGTHS), scorer.prefill_scores),
+        (decode_context(80, POSITIONS), scorer.decode_scores),
+    ]
+    for context, scores_of in phases:
         scores = scores_of(context)
         changed = dataclasses.replace(context, q=context.q.at[1:].set(7), q_rotated=context.q_rotated.at[1:].set(7))
         np.testing.assert_array_equal(scores_of(changed)[0], scores[0])

@@ -116,3 +116,11 @@ def test_arrays_are_written_as_their_shape():
 def test_names_are_those_of_the_registry():
     for name, scorer in SCORERS.items():
         assert issubclass(scorer, Scorer) and scorer.name == name and scorer.title and scorer.meaning
+
+
+def test_a_policy_class_without_a_name_is_not_saved():
+    class Halved(TopK):
+        pass
+
+    with pytest.raises(ValueError, match=r"one of dense, given, threshold.* to be saved; got .*Halved"):
+        policy_to_json(Halved(0.5))
