@@ -114,7 +114,7 @@ class Caches:
             take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.batch)
             pairs = [(take(k, i * self.batch), take(v, i * self.batch)) for i in range(self.layers(None))]
         fastest = "cudnn" if device_of(q).platform == "gpu" else "xla"
-        attend = functools.partial(jax.nn.dot_product_attention, implementation=fastest)
+        attend = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation=fastest))  # traced once for all
 
         def step(q: Array, shared: Any, _: None, number: int) -> Array:
             pairs, lengths = shared
@@ -139,7 +139,7 @@ def _check_and_time(caches: Caches, density: float | None, implementation: Imple
         (k, v, lengths), (rows, blocks) = shared, operand
         return attend(q, k, v, blocks, lengths=lengths, cache_rows=rows)
 
-    outcome = check_result(jax.random.key(caches.config.seed), as_prefill(q, k, v, blocks, lengths), result(), result())
+    outcome = check_result(jax.random.key(caches.config.seed), _as_prefill(q, k, v, blocks, lengths), result(), result())
     share = 1.0 if density is None else caches.listed(density) / caches.num_blocks
     results = {"density": share, **outcome.results}
     if outcome.failure is not None:
@@ -151,13 +151,7 @@ def _check_and_time(caches: Caches, density: float | None, implementation: Imple
     return Outcome({**results, **dense_results(dense, timing)}, note)
 
 
-def as_prefill(
-    q: Float[Array, "B H D"],
-    k: Float[Array, "P S K D"],
-    v: Float[Array, "P S K D"],
-    blocks: BlockIndices | None,
-    lengths: Int[Array, "B"],
-) -> AttentionCall:
+def _as_prefill(q: Array, k: Array, v: Array, blocks: BlockIndices | None, lengths: Array) -> AttentionCall:
     """A call that reads the first B rows of the cache, as that of a prompt with T = 1."""
     q, offset = q[:, None], lengths - 1
     if blocks is None:

@@ -98,15 +98,9 @@ def _check_and_time(config: GroundTruthBench, case: Case, size: int, dense_times
         "effective_tflops": case.batch * causal_flops(case.heads, case.length) / timing.milliseconds / 1e9,
         "dense_milliseconds": dense,
         "times_dense": dense and timing.milliseconds / dense,
-        "extra_gib": max(scratch_bytes(program) for program in programs.values()) / GIB,
+        "extra_gib": max(getattr(x.memory_analysis(), "temp_size_in_bytes", 0) for x in programs.values()) / GIB,
     }
     return Outcome({**errors, **timing._asdict(), **results}, note)
-
-
-def scratch_bytes(program: jax.stages.Compiled) -> int:
-    """Bytes that a program takes besides arguments and results."""
-    memory = program.memory_analysis()
-    return 0 if memory is None else memory.temp_size_in_bytes
 
 
 def causal_flops(heads: Heads, length: int) -> float:

@@ -77,9 +77,13 @@ def measure(
       required: whether it is a failure that something is not implemented; otherwise a note says so.
       needed_bytes: of the arrays, where it is no failure that the device has no memory for them: a note says so.
     """
-    note = too_large(needed_bytes or 0)
-    if note is not None:
-        return Measurement(table, case, settings, note=f"{case} {note}")
+    memory = device_memory(default_device())
+    if memory is not None and (needed_bytes or 0) > MEMORY_SHARE * memory.limit:
+        available = f"{MEMORY_SHARE:.0%} of the {memory.limit / GIB:.1f} GiB that JAX may use here are"
+        note = (
+            f"{case} needs {(needed_bytes or 0) / GIB:.1f} GiB; {available} {MEMORY_SHARE * memory.limit / GIB:.1f} GiB"
+        )
+        return Measurement(table, case, settings, note=f"{note} (XLA_PYTHON_CLIENT_MEM_FRACTION sets them)")
     try:
         return Measurement(table, case, settings, *run())
     except NotImplementedError as error:
@@ -92,17 +96,6 @@ def measure(
 def first_line(error: Exception) -> str:
     """What an error says in its first line."""
     return str(error).partition("\n")[0]
-
-
-def too_large(needed: float) -> str | None:
-    """Why arrays of that many bytes are not tried here; None where they fit."""
-    memory = device_memory(default_device())
-    if memory is None or needed <= MEMORY_SHARE * memory.limit:
-        return None
-    return (
-        f"needs {needed / GIB:.1f} GiB; {MEMORY_SHARE:.0%} of the {memory.limit / GIB:.1f} GiB that JAX may use here are "
-        f"{MEMORY_SHARE * memory.limit / GIB:.1f} (XLA_PYTHON_CLIENT_MEM_FRACTION sets them)"
-    )
 
 
 def beside_dense(lines: Iterable[Measurement]) -> Iterator[Measurement]:
