@@ -108,7 +108,6 @@ class PolicyBench(BenchConfig):
     policies: tuple[str, ...] = ()
     implementation: Implementation | None = None
 
-    @property
     def rules(self) -> dict[str, RankingPolicy]:
         """The policies by their text.
 
@@ -126,7 +125,7 @@ class PolicyBench(BenchConfig):
         for density in (*self.densities, self.model_density):
             if not 0 < density <= 1:
                 raise ValueError(f"Densities must lie in (0, 1]; got {density}.")
-        _ = self.rules
+        self.rules()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,7 +139,9 @@ def _check_and_time(caches: Caches, density: float | None, implementation: Imple
         (k, v, lengths), (rows, blocks) = shared, operand
         return attend(q, k, v, blocks, lengths=lengths, cache_rows=rows)
 
-    outcome = check_result(jax.random.key(caches.config.seed), _as_prefill(q, k, v, blocks, lengths), result(), result())
+    outcome = check_result(
+        jax.random.key(caches.config.seed), _as_prefill(q, k, v, blocks, lengths), result(), result()
+    )
     share = 1.0 if density is None else caches.listed(density) / caches.num_blocks
     results = {"density": share, **outcome.results}
     if outcome.failure is not None:

@@ -44,7 +44,7 @@ def measure_layer(config: DecodeBench) -> Iterator[Measurement]:
     update = functools.cache(functools.partial(update_milliseconds, config.model, seed=config.seed))
     for batch, length in itertools.product(config.batches, config.lengths):
         level = threshold_for(density, -(-length // GATE.block_size))
-        rules = config.rules or {f"top {density:g}": TopK(density), f"threshold {level:.2g}": Threshold(level)}
+        rules = config.rules() or {f"top {density:g}": TopK(density), f"threshold {level:.2g}": Threshold(level)}
         policies = {"dense": Dense(), **rules}.items()
         yield from beside_dense(_line(config, batch, length, rule, policy, update) for rule, policy in policies)
 

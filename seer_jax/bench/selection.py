@@ -51,7 +51,7 @@ def measure_selection(
       attention: milliseconds of the attention kernel by length and density, to show beside.
     """
     model, density = config.model, config.model_density
-    rules = config.rules or {
+    rules = config.rules() or {
         f"threshold {THRESHOLD:g}": Threshold(THRESHOLD),
         f"mass {MASS:g}": CumulativeMass(MASS),
         f"top {density:g}": TopK(density),
