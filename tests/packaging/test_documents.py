@@ -17,9 +17,8 @@ import seer_jax
 from seer_jax.commands.main import COMMANDS, main
 from tests.packaging.checkout import PROJECT, ROOT, modules
 
-DOCUMENTS = sorted(
-    {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")}
-)
+FOUND = {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")}
+DOCUMENTS = sorted(path for path in FOUND if not path.relative_to(ROOT).parts[0].startswith("."))
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 PROGRAM = "seer-jax "
 
