@@ -94,7 +94,7 @@ def test_real_shapes(case: Case):
         ({"max_blocks": 0}, r"max_blocks must be at least 1 block; got 0"),
         ({"width": 0}, r"width must be at least 1 block; got 0"),
         ({"threshold": 1.5}, r"threshold must lie from 0 to 1, as softmax does; got 1.5"),
-        ({"threshold": -0.1}, r"must lie from 0 to 1; got -0.1"),
+        ({"threshold": -0.1}, r"must lie from 0 to 1, as softmax does; got -0.1"),
         ({"mass": 0}, r"mass must be above 0 and at most 1; got 0"),
         ({"mass": 1.01}, r"must lie above 0 and be 1 at most; got 1.01"),
         ({"mass": jnp.ones((3, 5))}, r"mass must broadcast to \[..., R, 1\] = \(2, 3, 1\); got \(3, 5\)"),
