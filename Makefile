@@ -8,27 +8,39 @@ EXTRA ?=
 ARGS ?=
 
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 ENVIRONMENT := .venv/.installed$(if $(EXTRA),-$(subst $(comma),-,$(EXTRA)))
 
-.PHONY: help demo test check format lock clean environment
+.PHONY: help demo test test-slow test-gpu check format lock clean environment
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo     make the environment and run the main job on the bundled model"
-	@echo "make test     make the environment and run the tests"
-	@echo "make check    lint, format and types"
-	@echo "make format   let ruff format the code and fix what it can"
-	@echo "make lock     resolve requirements.lock anew"
-	@echo "make clean    remove the environment and everything built"
+	@echo "make demo        make the environment and run the main job on the bundled model"
+	@echo "make test        make the environment and run the tests (8 minutes on 2 cores)"
+	@echo "make test-slow   run the tests that take longest (15 minutes on 2 cores)"
+	@echo "make test-gpu    run all tests on an NVIDIA GPU"
+	@echo "make check       lint, format and types"
+	@echo "make format      let ruff format the code and fix what it can"
+	@echo "make lock        resolve requirements.lock anew"
+	@echo "make clean       remove the environment and everything built"
 	@echo "On a machine with an NVIDIA GPU: make demo EXTRA=cuda13"
 
 demo: $(ENVIRONMENT)
 	$(BIN)/seer-jax demo $(ARGS)
 
 test: $(ENVIRONMENT)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal $(ARGS)
+
+# Then the suites that XLA's own backends inherit, compiled as users' programs are: elsewhere most optimizations are left out.
+test-slow: $(ENVIRONMENT)
+	$(PYTEST) -n 2 --dist worksteal -m slow $(ARGS)
+	SEER_JAX_TEST_OPTIMIZED=1 $(PYTEST) -n 2 --dist worksteal -m "" -k TestXla tests/pallas_kernels $(ARGS)
+
+# The GPU comes first; its host's CPU is there for the tests about arrays of several devices.
+test-gpu: .venv/.installed-cuda13
+	SEER_JAX_TEST_PLATFORM=cuda,cpu $(PYTEST) -m "" $(ARGS)
 
 check: $(ENVIRONMENT)
 	$(BIN)/ruff format --check

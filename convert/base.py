@@ -13,12 +13,11 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert.formats.sources import SafetensorsSource
-from seer_jax.convert.hf_config import config_to_hf
-from seer_jax.convert.rules import BASE_RULES, ROTARY_BUFFERS, TIED_HEAD
+from seer_jax.convert.rules import ROTARY_BUFFERS, TIED_HEAD, base_rules
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
-from seer_jax.models.families import config_from_hf
+from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import Location, read_config, resolve, write_config
 from seer_jax.models.layers import BaseParam
 
@@ -32,7 +31,7 @@ _INDEX = "model.safetensors.index.json"
 def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None) -> Transformer:
     """A base model from a Hugging Face folder or hub id, without gates.
 
-    Tensors go to their device piece by piece: the host never holds more than a few tens of MB beside the model.
+    Tensors go to their device piece by piece: the host never holds more than a few tens of MB besides the model.
 
     Args:
       location: a folder with `config.json` and safetensors (one file, or several with an index), a hub id, or "tiny-lm".
@@ -42,11 +41,11 @@ def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Shardi
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
-      ValueError: a model type or RoPE that is not supported, or a checkpoint that is incomplete, has tensors too many, or
-        tensors of wrong shape or dtype or with NaN.
+      ValueError: the model type or RoPE is not supported, or the checkpoint is incomplete, has further tensors, or tensors of a wrong
+        shape or dtype or with NaN.
     """
     if jnp.dtype(dtype) not in map(jnp.dtype, DType):
-        raise ValueError(f"Base weights are bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
+        raise ValueError(f"Base weights must be bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
     folder = resolve(location, BASE_PATTERNS)
     hf = read_config(folder)
     if hf.get("quantization_config"):
@@ -58,11 +57,13 @@ def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Shardi
     files = _weight_files(folder, hf)
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
     with SafetensorsSource(files) as source:
-        return load_parameters(abstract_model(config, dtype), BASE_RULES, source, ignored=ignored, sharding=sharding)
+        return load_parameters(
+            abstract_model(config, dtype), base_rules(config), source, ignored=ignored, sharding=sharding
+        )
 
 
 def abstract_model(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Transformer:
-    """A model of shapes and dtypes alone."""
+    """A model with shapes and dtypes in place of weights."""
     return nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
@@ -77,9 +78,10 @@ def save_base(
 
     Args:
       model: its weights are written in their own dtype.
-      folder: made if need be.
-      hf_config: the `config.json` to keep, for example of the model this one was trained from; None: one is made.
-      shard_bytes: weights of more bytes are split into files of at most this size, each of which the host holds at once.
+      folder: created if it does not exist.
+      hf_config: the `config.json` to write, for example of the model this one was trained from; None: one is made from the
+        configuration.
+      shard_bytes: larger weights are split into files of at most this size; the host holds one file at a time.
 
     Raises:
       ValueError: hf_config describes another model.
@@ -88,16 +90,16 @@ def save_base(
     hf = dict(config_to_hf(model.config) if hf_config is None else hf_config)
     expected, got = (_without_eos(config_from_hf(c)) for c in (config_to_hf(model.config), hf))
     if expected != got:
-        raise ValueError(f"hf_config must describe the model; expected what reads as {expected}, got {got}.")
+        raise ValueError(f"hf_config must describe the model, {expected}; got {got}. Leave it out, and one is made.")
     hf["torch_dtype"] = str(model.dtype)
     hf.pop("dtype", None)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_shards(folder, tensors_of(model, BaseParam, BASE_RULES), shard_bytes)
+    _write_shards(folder, tensors_of(model, BaseParam, base_rules(model.config)), shard_bytes)
     write_config(folder, hf)
 
 
 def _without_eos(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, eos_token_ids=())  # a matter of text, not of weights
+    return dataclasses.replace(config, eos_token_ids=())  # they concern text, not weights
 
 
 def _weight_files(folder: Path, hf: Mapping[str, Any]) -> list[Path]:
@@ -106,29 +108,31 @@ def _weight_files(folder: Path, hf: Mapping[str, Any]) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} must be JSON with a weight_map from tensors to files; {error!r}.") from error
+            raise ValueError(f"{index} must be JSON with a weight_map from tensors to files; got {error!r}.") from error
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
-            raise ValueError(f"{index}: a weight_map must name files of its own folder; got {names[:4]}.")
+            raise ValueError(f"{index}: weight_map must name files of its own folder; got {names[:4]}.")
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
-            raise FileNotFoundError(f"{folder} lacks the files {absent} that its index names. Download it again.")
+            raise FileNotFoundError(
+                f"{folder} must hold the files that its index names; {absent} are absent. Download it again."
+            )
         return [folder / name for name in names]
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if any(folder.glob("attn_gate_weights.*")):
         raise FileNotFoundError(
-            f"{folder} holds gates, not base weights. Load its base model, {hf.get('base_model', 'see its documentation')!r}, and "
-            "give this folder as gates."
+            f"{folder} must hold base weights; got gates. Load their base model, {hf.get('base_model', 'see its documentation')!r}, "
+            "and give this folder as gates."
         )
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
     raise FileNotFoundError(
-        f"{folder} needs {_WEIGHTS}, or {_INDEX} and the files it names; found {found}. Save other formats with "
+        f"{folder} must hold {_WEIGHTS}, or {_INDEX} and the files it names; got {found}. Save other formats with "
         "transformers' save_pretrained first."
     )
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> None:
-    """Writes one file where all fits, else numbered ones with an index. Old weights go when the new ones are complete."""
+    """Writes one file where all weights fit, otherwise numbered ones with an index; removes old weights once the new ones are complete."""
     shards: list[tuple[Path, list[str]]] = []
     total = 0
     for shard in _group(tensors, shard_bytes):

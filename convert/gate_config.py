@@ -29,8 +29,8 @@ def parse_prefill_pooling(name: str) -> tuple[tuple[Pool, ...], tuple[Pool, ...]
     sides = (_pools(match.groups()[:3]), _pools(match.groups()[3:])) if match else ((), ())
     if not all(sides):
         raise ValueError(
-            "The kind of a prefill gate is 'Q' + pools + '_K' + pools, pools being max, min, avg in this order and at least one "
-            f"of them, as in 'Qavg_Kmaxminavg'; got {name!r}."
+            "The type of a prefill gate must be 'Q' + pools + '_K' + pools, where pools are at least one of max, min, avg in this "
+            f"order, as in 'Qavg_Kmaxminavg'; got {name!r}."
         )
     return sides
 
@@ -45,7 +45,7 @@ def parse_key_pooling(name: str) -> tuple[Pool, ...]:
     kinds = _pools(match.groups()) if match else ()
     if not kinds:
         raise ValueError(
-            "The key pooling of a decode gate is 'K' + pools, pools being max, min, avg in this order and at least one of them, "
+            "The key pooling of a decode gate must be 'K' + pools, where pools are at least one of max, min, avg in this order, "
             f"as in 'Kmaxminavg'; got {name!r}."
         )
     return kinds
@@ -56,7 +56,7 @@ def _pools(groups: tuple[str | None, ...]) -> tuple[Pool, ...]:
 
 
 def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
-    """The gate that a parsed `config.json` describes. Absent keys mean what the release takes for them.
+    """The gate that a parsed `config.json` describes. Absent keys have the defaults of the release.
 
     Raises:
       ValueError: it describes no gate, both kinds, or one that is not supported.
@@ -64,7 +64,7 @@ def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
     prefill, decode = _PREFILL_KEY in hf, any(key in hf for key in _DECODE_KEYS)
     if prefill == decode:
         raise ValueError(
-            f"config.json of a gate has either {_PREFILL_KEY} (prefill) or {' and '.join(_DECODE_KEYS)} (decode); "
+            f"config.json of a gate must have either {_PREFILL_KEY} (prefill) or {' and '.join(_DECODE_KEYS)} (decode); "
             f"got {'both' if prefill else 'neither'}. Give the folder of one gate."
         )
     sizes = dict(block_size=int(_get(hf, "gate_block_size", 64)), gate_dim=int(_get(hf, "gate_hidden_size", 128)))
@@ -76,7 +76,7 @@ def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
     if reduction not in list(QueryReduction):
         raise ValueError(
             f"seerattn_q_head_pooling_type must be one of {', '.join(QueryReduction)}; got {reduction!r}. Gates that keep all "
-            "query heads were an experiment of the release and can't be run here."
+            "query heads, an experiment of the release, are not supported."
         )
     return DecodeGateConfig(
         query_reduction=QueryReduction(reduction),
@@ -114,7 +114,7 @@ def without_gate_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
-    """The sparsity policy that a checkpoint recommends: that of our own key where there is one, or else of the release's keys.
+    """The sparsity policy that a checkpoint recommends: from our own key where there is one, otherwise from the keys of the release.
 
     Returns:
       The policy; None where the checkpoint names none, or has the release's default values, which keep every block (threshold 0,

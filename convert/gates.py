@@ -24,7 +24,6 @@ from seer_jax.convert.gate_config import (
     policy_to_hf,
     without_gate_keys,
 )
-from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.rules import DECODE_GATE_RULES, PREFILL_GATE_RULES, Rule
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
@@ -32,7 +31,7 @@ from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import DType, ModelConfig
-from seer_jax.models.families import config_from_hf
+from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import Location, read_config, resolve_gate, write_config
 from seer_jax.models.layers import GateParam
 from seer_jax.selection.policies import Policy
@@ -68,7 +67,8 @@ def load_gates(
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
-      ValueError: the gate was made for another model, or its file or configuration is damaged or not supported.
+      ValueError: the gate was made for another model, its file or configuration is damaged or not supported, or the name stands for
+        two gates.
     """
     folder = resolve_gate(location, GATE_PATTERNS)
     hf = read_config(folder)
@@ -113,7 +113,7 @@ def save_gates(
 
     Args:
       gate: prefill or decode.
-      folder: made if need be.
+      folder: created if it does not exist.
       base_model: folder or hub id of the base model, for readers of the folder.
       hf_config: the base model's `config.json`; keys of a gate in it are replaced. None: one is made.
       format: `.pth` (which the release reads) or safetensors.
@@ -129,11 +129,11 @@ def save_gates(
     """
     folder = Path(folder)
     if jnp.dtype(dtype) not in map(jnp.dtype, DType):
-        raise ValueError(f"Gates are saved in float32 or bfloat16; got dtype={jnp.dtype(dtype)}.")
+        raise ValueError(f"Gates must be saved in float32 or bfloat16; got dtype={jnp.dtype(dtype)}.")
     other = next(f for f in GateFormat if f is not format)
     if (folder / other.file_name).exists():
         raise FileExistsError(
-            f"A folder holds one gate; {folder} already has {other.file_name}. Choose another folder, or remove that file first."
+            f"A folder must hold one gate; {folder} already has {other.file_name}. Choose another folder, or remove that file first."
         )
     hf = dict(config_to_hf(gate.model) if hf_config is None else hf_config)
     _check_same_model(folder, hf, config_from_hf(hf), gate.model)
@@ -155,7 +155,7 @@ def save_gates(
 
 
 def gate_rules(config: GateConfig) -> tuple[Rule, ...]:
-    """Names of a gate's tensors."""
+    """Rules for the tensors of a gate."""
     return PREFILL_GATE_RULES if isinstance(config, PrefillGateConfig) else DECODE_GATE_RULES
 
 
@@ -169,7 +169,9 @@ def _weight_file(folder: Path) -> Path:
         if (folder / format.file_name).is_file():
             return folder / format.file_name
     names = " or ".join(format.file_name for format in GateFormat)
-    raise FileNotFoundError(f"A gate folder needs {names}; {folder} has neither. Check that the download is complete.")
+    raise FileNotFoundError(
+        f"A gate folder must hold {names}; {folder} has neither. Check that the download is complete."
+    )
 
 
 def _check_same_model(folder: Path, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:
@@ -177,6 +179,6 @@ def _check_same_model(folder: Path, hf: Mapping[str, Any], found: ModelConfig, e
         theirs, ours = getattr(found, name), getattr(expected, name)
         if theirs != ours:
             raise ValueError(
-                f"{folder}: gates serve the base model they were trained on; expected {name}={ours}, got {theirs} (a gate for "
-                f"{hf.get('base_model', 'another model')!r}). Use the gate of this base model."
+                f"{folder}: a gate must be for this base model: {name} must be {ours}; got {theirs}, of a gate for "
+                f"{hf.get('base_model', 'another model')!r}. Use the gate of this base model."
             )

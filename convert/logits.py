@@ -1,4 +1,4 @@
-"""Ours against reference logits: is a converted model the model it should be?"""
+"""Comparison of a converted model's logits with a reference."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ from seer_jax.models.decoder import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a model that computes the same thing keeps within.
+    """Bounds on the deviation of a model that computes the same function.
 
     Attributes:
       relative_error: of the logits, ||ours - reference|| / ||reference||. float32 models reach 1e-5; bfloat16 ones about 1e-2.
@@ -25,20 +25,20 @@ class Bounds:
 
     def __post_init__(self) -> None:
         if not (self.relative_error > 0 and self.kl > 0):
-            raise ValueError(f"Bounds are positive; got relative_error={self.relative_error}, kl={self.kl}.")
+            raise ValueError(f"Bounds must be positive; got relative_error={self.relative_error}, kl={self.kl}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitsReport:
-    """How far logits are from a reference.
+    """Deviation of logits from a reference.
 
     Attributes:
-      positions: how many were compared.
-      max_abs_error: largest difference of any logit.
+      positions: number of positions compared.
+      max_abs_error: largest absolute difference of a logit.
       relative_error: ||ours - reference|| / ||reference||.
       kl_mean, kl_max: KL(reference || ours) over positions, nats.
       same_argmax: share of positions whose likeliest token is the same.
-      bounds: that `passed` holds it to.
+      bounds: of a pass.
     """
 
     positions: int
@@ -51,7 +51,7 @@ class LogitsReport:
 
     @property
     def passed(self) -> bool:
-        # Written so that NaN fails.
+        # In this form NaN fails.
         return self.relative_error <= self.bounds.relative_error and self.kl_max <= self.bounds.kl
 
     def __str__(self) -> str:
@@ -69,9 +69,9 @@ def compare_logits(ours: np.ndarray, reference: np.ndarray, bounds: Bounds = Bou
       ValueError: the shapes differ.
     """
     if ours.shape != reference.shape:
-        raise ValueError(f"Logits must have the shape of the reference; expected {reference.shape}, got {ours.shape}.")
+        raise ValueError(f"Logits must have the shape of the reference, {reference.shape}; got {ours.shape}.")
     a, b = (np.asarray(x, np.float64).reshape(-1, ours.shape[-1]) for x in (ours, reference))
-    with np.errstate(invalid="ignore"):  # NaN goes into the report
+    with np.errstate(invalid="ignore"):  # NaN is reported
         log_a, log_b = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (a, b))
     kl = np.sum(np.exp(log_b) * (log_b - log_a), axis=-1)
     return LogitsReport(
@@ -92,7 +92,7 @@ def verify_logits(model: Transformer, path: str | os.PathLike[str], bounds: Boun
       model: float32 for exact comparison.
       path: safetensors file with `input_ids` `[B, T]` (or `[T]`), `logits` `[B, N, V]` (or `[N, V]` for one row) and, where
         not all T positions are given, `positions` `[N]`.
-      bounds: what the report holds the model to.
+      bounds: of a pass.
 
     Raises:
       ValueError: the file lacks a tensor, or its shapes do not fit one another or the model.
@@ -100,11 +100,11 @@ def verify_logits(model: Transformer, path: str | os.PathLike[str], bounds: Boun
     ids, positions, logits = _reference(Path(path))
     if logits.shape[-1] != model.config.vocab_size:
         raise ValueError(
-            f"{path}: logits must be over the model's {model.config.vocab_size} tokens; got {logits.shape[-1]}. Is it the "
-            "reference of this model?"
+            f"{path}: logits must be over the model's {model.config.vocab_size} tokens; got {logits.shape[-1]}. Give the "
+            "reference of this model."
         )
     model.check(jnp.asarray(ids), None)
-    # TF32 products, the default on GPUs, would by themselves be 1e-3 off.
+    # TF32 products, the default on GPUs, have errors of 1e-3.
     with jax.default_matmul_precision("highest"):
         ours = _logits_at(model, jnp.asarray(ids), jnp.asarray(positions))
     return compare_logits(np.asarray(ours), logits, bounds)
@@ -121,14 +121,16 @@ def _reference(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from safetensors.numpy import load_file
 
     if not path.is_file():
-        raise FileNotFoundError(f"There is no reference file {str(path)!r}. Check the path.")
+        raise FileNotFoundError(f"The reference must be a file; {str(path)!r} is none. Check the path.")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: a reference is a safetensors file; {error}.") from error
+        raise ValueError(f"{path}: a reference must be a safetensors file; got {error}.") from error
     missing = [name for name in ("input_ids", "logits") if name not in tensors]
     if missing:
-        raise ValueError(f"{path}: a reference has input_ids, logits and maybe positions; missing {missing}.")
+        raise ValueError(
+            f"{path}: a reference must have input_ids and logits, and may have positions; missing {missing}."
+        )
     ids = np.atleast_2d(tensors["input_ids"]).astype(np.int32)
     logits = tensors["logits"] if tensors["logits"].ndim == 3 else tensors["logits"][None]
     positions = (tensors["positions"] if "positions" in tensors else np.arange(ids.shape[1])).astype(np.int32)

@@ -1,11 +1,17 @@
 """Which tensor of a checkpoint is which parameter: plain tables, used for reading and for writing.
 
-Parameters keep the layout of the checkpoint, so a rule is a pair of names. Where the name in the checkpoint has a `{layer}`,
-the parameter has a leading axis over layers.
+Parameters keep the layout of the checkpoint, so a rule is a pair of names. Where the name in the checkpoint has a `{layer}` or an
+`{expert}`, the parameter has a leading axis over them, in this order.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
+
+from seer_jax.models.config import ModelConfig
+from seer_jax.models.families import family_of
+
+AXES = ("layer", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +26,28 @@ class Rule:
     key: str
     path: str
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Leading axes of the parameter that its tensors are stacked along."""
+        return tuple(axis for axis in AXES if f"{{{axis}}}" in self.key)
+
+    def key_of(self, indices: tuple[int, ...]) -> str:
+        """Name of the tensor at indices along these axes."""
+        return self.key.format(**dict(zip(self.axes, indices, strict=True)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """The place of one checkpoint tensor: a whole parameter, or one layer of it."""
+    """The place of one checkpoint tensor: a whole parameter, or one layer of it, or one expert of one layer.
+
+    Attributes:
+      path: of the parameter.
+      indices: along its leading axes; () is the whole parameter.
+      shape: of the tensor.
+    """
 
     path: str
-    layer: int | None
+    indices: tuple[int, ...]
     shape: tuple[int, ...]
 
 
@@ -62,6 +83,13 @@ ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"mode
 TIED_HEAD = r"lm_head\.weight"
 
 
+def base_rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """The rules of a base model: those of its family, and the common ones for all other parameters."""
+    own = tuple(Rule(*names) for names in family_of(config.family).rules)
+    paths = {rule.path for rule in own}
+    return (*own, *(rule for rule in BASE_RULES if rule.path not in paths))
+
+
 def expected_slots(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
     """The tensors that a checkpoint of a model with such parameters has, in the order of the rules within each layer.
 
@@ -78,12 +106,10 @@ def expected_slots(rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]])
         raise ValueError(
             f"Each parameter needs a rule that names its tensor in the checkpoint; got none for {uncovered}."
         )
-    slots = {}
-    for rule in rules:
-        if "{layer}" not in rule.key:
-            slots[rule.key] = Slot(rule.path, None, shapes[rule.path])
-    layered = [rule for rule in rules if "{layer}" in rule.key]
-    for layer in range(max((shapes[rule.path][0] for rule in layered), default=0)):
-        for rule in layered:
-            slots[rule.key.format(layer=layer)] = Slot(rule.path, layer, shapes[rule.path][1:])
-    return slots
+    tensors = []
+    for order, rule in enumerate(rules):
+        shape, stacked = shapes[rule.path], len(rule.axes)
+        for indices in itertools.product(*map(range, shape[:stacked])):
+            tensors.append((indices[:1], order, rule.key_of(indices), Slot(rule.path, indices, shape[stacked:])))
+    tensors.sort(key=lambda tensor: tensor[:2])  # what has no layer comes first; stable: experts stay in order
+    return {key: slot for _, _, key, slot in tensors}

@@ -1,8 +1,7 @@
 """Checkpoint tensors into the parameters of a module, a few rows at a time.
 
-Each parameter is one array on its device from the start; pieces of at most `CHUNK_BYTES` are read, checked and written into
-it in place. So the host holds two pieces at most, however large the model is, and a sharded parameter is never whole in
-one place.
+Each parameter is one array on its device from the start; pieces of at most `CHUNK_BYTES` are read, checked and written into it in
+place. The host holds at most two pieces, however large the model is, and a sharded parameter is never whole in one place.
 """
 
 import functools
@@ -41,13 +40,13 @@ def load_parameters[M: nnx.Module](
       module: abstract, as `nnx.eval_shape` gives it; its shapes and dtypes are those of the result.
       rules: which tensor is which parameter.
       source: the checkpoint.
-      ignored: patterns (whole-name regular expressions) of tensors that may be there and are not read.
-      sharding: gives each parameter's sharding from its path ("layers.mlp.up_proj.weight") and its abstract array. None:
-        everything on the default device.
+      ignored: regular expressions for the whole names of tensors that may be there and are not read.
+      sharding: returns each parameter's sharding from its path ("layers.mlp.up_proj.weight") and its abstract array. None: the
+        default device.
 
     Raises:
-      ValueError: tensors are missing or left over, or one has the wrong shape, a dtype that is no float of 16 or 32 bits, or
-        numbers that are not finite.
+      ValueError: tensors are missing or left over, or one has the wrong shape, a dtype that is no float of 16 or 32 bits, or elements
+        that are not finite.
     """
     graph, state = nnx.split(module)
     parameters = _by_path(state)
@@ -55,7 +54,7 @@ def load_parameters[M: nnx.Module](
     _check(slots, source, ignored)
     by_path: dict[str, list[str]] = {path: [] for path in parameters}
     for key, slot in slots.items():
-        by_path[slot.path].append(key)  # in the order of layers
+        by_path[slot.path].append(key)  # in the order of layers, and of experts within a layer
     arrays = {
         path: _fill(spec, by_path[path], source, None if sharding is None else sharding(path, spec))
         for path, spec in parameters.items()
@@ -74,18 +73,18 @@ def tensors_of(module: nnx.Module, kind: type[nnx.Param], rules: Sequence[Rule])
     arrays = _by_path(nnx.state(module, kind))
     for key, slot in expected_slots(rules, {path: array.shape for path, array in arrays.items()}).items():
         array = arrays[slot.path]
-        yield key, array if slot.layer is None else array[slot.layer]
+        yield key, array[slot.indices] if slot.indices else array
 
 
 def _check(slots: Mapping[str, Slot], source: TensorSource, ignored: Iterable[str]) -> None:
-    """Every expected tensor is there, and every tensor there is expected, of the right shape and dtype."""
+    """Raises ValueError unless the tensors are those that are expected, of the right shape and dtype, and no others."""
     found = source.tensors
     redundant = re.compile("|".join(ignored) or "(?!)")
     missing = [key for key in slots if key not in found]
     left_over = [key for key in found if key not in slots and not redundant.fullmatch(key)]
     if missing or left_over:
         raise ValueError(
-            f"{source.place}: a checkpoint holds each tensor of its model once and nothing else; missing: {_listed(missing)}; "
+            f"{source.place}: a checkpoint must hold each tensor of its model once and no others; missing: {_listed(missing)}; "
             f"left over: {_listed(left_over)}. Check that config.json and weights belong together and that no file is absent."
         )
     wrong = [f"{k} {found[k].shape} instead of {s.shape}" for k, s in slots.items() if found[k].shape != s.shape]
@@ -107,36 +106,35 @@ def _listed(names: Sequence[str]) -> str:
 def _fill(
     spec: jax.ShapeDtypeStruct, keys: Sequence[str], source: TensorSource, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """One parameter, from one tensor or from one per layer."""
-    stacked = len(spec.shape) > len(source.tensors[keys[0]].shape)
+    """One parameter, from one tensor, or from one for each index along its leading axes."""
+    stacked = len(spec.shape) - len(source.tensors[keys[0]].shape)
+    names = np.array(keys, dtype=object).reshape(spec.shape[:stacked])
     if sharding is None:
-        return _fill_part(spec, keys, stacked, source, tuple(slice(0, n) for n in spec.shape), None)
+        return _fill_part(spec, names, source, tuple(slice(0, n) for n in spec.shape), None)
     parts = []
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         part = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), spec.shape, strict=True))
-        parts.append(_fill_part(spec, keys, stacked, source, part, jax.sharding.SingleDeviceSharding(device)))
+        parts.append(_fill_part(spec, names, source, part, jax.sharding.SingleDeviceSharding(device)))
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
 
 
 def _fill_part(
     spec: jax.ShapeDtypeStruct,
-    keys: Sequence[str],
-    stacked: bool,
+    names: np.ndarray,
     source: TensorSource,
     part: tuple[slice, ...],
     device: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """The part of a parameter that one device holds."""
+    """The part of a parameter that one device holds, from the tensors of these names, an array over its leading axes."""
     buffer = jnp.zeros([p.stop - p.start for p in part], spec.dtype, device=device)
-    rows, *columns = part[1:] if stacked else part
-    for layer, key in enumerate(keys[part[0]] if stacked else keys):
+    rows, *columns = part[names.ndim :]
+    for indices, key in np.ndenumerate(names[(*part[: names.ndim], ...)]):
         for start, stop in _chunks(source, key, rows):
             data = source.read(key, start, stop)[(slice(None), *columns)]
             place = np.zeros(buffer.ndim, np.int32)
-            place[int(stacked)] = start - rows.start
-            place[0] += layer
+            place[: names.ndim + 1] = *indices, start - rows.start
             buffer, finite = _write(buffer, data, place)
-            if not finite:  # also waits for the copy, so that pieces don't pile up on the host
+            if not finite:  # also waits for the copy, so that pieces don't accumulate on the host
                 raise ValueError(
                     f"{source.place}: weights must be finite in {spec.dtype}; {key!r} holds NaN or infinity. The checkpoint is "
                     "damaged, or its values do not fit this dtype."
@@ -155,7 +153,7 @@ def _chunks(source: TensorSource, key: str, rows: slice) -> Iterator[tuple[int, 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Writes rows into the buffer in place; returns it and whether they are finite."""
-    # Asked of the converted numbers, a GPU would look at those before conversion.
+    # Without `rounded`, XLA on a GPU tests the values before their conversion.
     finite = jnp.isfinite(rounded(rows.astype(jnp.float32), buffer.dtype)).all()
     rows = rows.astype(buffer.dtype)
     rows = rows.reshape((1,) * (buffer.ndim - rows.ndim) + rows.shape)

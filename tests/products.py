@@ -31,4 +31,5 @@ def _is_exact(equation: Any) -> bool:
     """An outer product has no sum: XLA multiplies its elements in float32."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     rounds = any(x.aval.dtype == jnp.float32 for x in equation.invars)
-    return not rounds or not contracted or equation.params["precision"] is not None
+    left_open = equation.params["precision"] in (None, (jax.lax.Precision.DEFAULT,) * 2)
+    return not (rounds and contracted and left_open)

@@ -1,6 +1,7 @@
 """Training: distillation of gates, and of all weights by the language-model loss."""
 
-from seer_jax.gates.configs import Gates
+from seer_jax.gates.configs import TrainedGates
+from seer_jax.train.api import distill, finetune
 from seer_jax.train.config import (
     DistillConfig,
     FinetuneConfig,
@@ -11,21 +12,20 @@ from seer_jax.train.config import (
 )
 from seer_jax.train.data.batches import DataConfig, load_dataset
 from seer_jax.train.data.packing import PackedDataset, Packing, pack
-from seer_jax.train.loop.loop import TrainResult
 from seer_jax.train.loop.progress import ConsoleProgress, StepReport
-from seer_jax.train.runs import distill, finetune
+from seer_jax.train.loop.run import TrainResult
 
 __all__ = [
     "ConsoleProgress",
     "DataConfig",
     "DistillConfig",
     "FinetuneConfig",
-    "Gates",
     "OptimizerConfig",
     "PackedDataset",
     "Packing",
     "StepReport",
     "TrainResult",
+    "TrainedGates",
     "distill",
     "finetune",
     "from_dict",

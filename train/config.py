@@ -1,4 +1,4 @@
-"""What a training run does: frozen dataclasses that check themselves, to and from YAML and JSON."""
+"""Settings of training runs: frozen dataclasses that check themselves, to and from YAML and JSON."""
 
 import dataclasses
 import enum
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_jax.checks import check_at_least
-from seer_jax.gates.configs import DecodeGateConfig, Gates, PrefillGateConfig
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.models.config import DType
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing
@@ -26,7 +26,7 @@ class OptimizerConfig:
       warmup_steps: optimizer steps, fewer than the run has.
       weight_decay: decoupled, >= 0.
       beta1, beta2, eps: of Adam.
-      clip_norm: the gradient's global norm is cut to this; None: never.
+      clip_norm: bound on the gradient's global norm; None: none.
     """
 
     learning_rate: float = 1e-3
@@ -41,31 +41,30 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.learning_rate > 0 or not 0 <= self.end_learning_rate <= self.learning_rate:
             raise ValueError(
-                "Learning rates satisfy 0 <= end_learning_rate <= learning_rate and learning_rate > 0; "
+                "Learning rates must satisfy 0 <= end_learning_rate <= learning_rate and learning_rate > 0; "
                 f"got {self.end_learning_rate} and {self.learning_rate}."
             )
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError(
-                f"warmup_steps and weight_decay are at least 0; got {self.warmup_steps} and {self.weight_decay}."
+                f"warmup_steps and weight_decay must be at least 0; got {self.warmup_steps} and {self.weight_decay}."
             )
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is positive, or None to never clip; got {self.clip_norm}.")
+            raise ValueError(f"clip_norm must be positive, or None for no clipping; got {self.clip_norm}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What distillation and fine-tuning have in common.
+    """Settings that distillation and fine-tuning share.
 
     Attributes:
       model: folder or hub id of the base model; tiny-lm is the bundled one.
-      output: folder for checkpoints, metrics and tokens; a run with the same folder and settings goes on where it
-        stopped.
-        None: nothing is written.
+      output: folder for checkpoints, metrics, tokens and trained gates; a run with the same folder and settings resumes where it
+        stopped. None: nothing is written.
       data: training text.
       sequence_length: T, tokens per row.
       batch_size: rows per optimizer step.
-      micro_batch_size: rows worked off at once, a divisor of batch_size; the gradients of a step's parts are
-        accumulated. More is faster, as far as memory allows.
+      micro_batch_size: rows processed at once, a divisor of batch_size; the gradients of a step's parts are accumulated. More is
+        faster, as far as memory allows.
       steps: optimizer steps.
       optimizer: see `OptimizerConfig`.
       precision: of the base model's arithmetic.
@@ -97,12 +96,13 @@ class TrainConfig:
         check_at_least(0, self, "seed")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                "micro_batch_size divides batch_size, so that a step's parts are equal; "
+                "micro_batch_size must divide batch_size, so that a step's parts are equal; "
                 f"got {self.micro_batch_size} and {self.batch_size}."
             )
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
-                f"The warmup ends before the run does; got {self.optimizer.warmup_steps} warmup steps of {self.steps}."
+                f"The warmup must end before the run; got {self.optimizer.warmup_steps} warmup steps of {self.steps}. Set "
+                "optimizer.warmup_steps."
             )
 
     @property
@@ -111,7 +111,7 @@ class TrainConfig:
         return 1
 
     def defining(self) -> dict[str, Any]:
-        """The settings that decide the numbers of a run: two runs that agree in them do the same."""
+        """The settings that determine the results of a run: runs that agree in them make the same steps."""
         free = ("output", "checkpoint_interval", "keep_checkpoints", "log_interval", "tensorboard")
         return {name: value for name, value in to_dict(self).items() if name not in free}
 
@@ -122,14 +122,14 @@ class DistillConfig(TrainConfig):
 
     Attributes:
       gates: which ones.
-      prefill: the prefill gate, where it is distilled and the model has none yet.
-      decode: the decode gate, likewise.
-      prefill_skip: share of each sequence's block rows, its first, that the prefill loss leaves out.
-      decode_skip: share of each sequence's tokens, its first, that the decode loss leaves out.
-      recall_density: share of the blocks in sight at which block recall is reported, see `loss.block_recall`.
+      prefill: configuration of the prefill gate, where it is distilled and the model has none yet.
+      decode: configuration of the decode gate, likewise.
+      prefill_skip: share of the block rows at the start of each sequence that the prefill loss leaves out.
+      decode_skip: share of the tokens at the start of each sequence that the decode loss leaves out.
+      recall_density: share of the visible blocks at which block recall is reported, see `loss.block_recall`.
     """
 
-    gates: Gates = Gates.PREFILL
+    gates: TrainedGates = TrainedGates.PREFILL
     prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
     decode: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)
     prefill_skip: float = 0.25
@@ -140,35 +140,35 @@ class DistillConfig(TrainConfig):
         super().__post_init__()
         for name in ("prefill_skip", "decode_skip"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a share in [0, 1) of each sequence; got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be a share in [0, 1) of each sequence; got {getattr(self, name)}.")
         if not 0 < self.recall_density <= 1:
-            raise ValueError(f"recall_density is a share in (0, 1]; got {self.recall_density}.")
-        if self.gates is Gates.BOTH and self.prefill.block_size != self.decode.block_size:
+            raise ValueError(f"recall_density must be a share in (0, 1]; got {self.recall_density}.")
+        if self.gates is TrainedGates.BOTH and self.prefill.block_size != self.decode.block_size:
             raise ValueError(
-                "Both gates learn from the same pass, so their block sizes agree; "
+                "Gates that are distilled in one pass must have one block size; "
                 f"got {self.prefill.block_size} and {self.decode.block_size}. Distil them one after the other instead."
             )
         if self.sequence_length % self.block_size or self.sequence_length < 2 * self.block_size:
             raise ValueError(
-                f"sequence_length is a multiple of the block size {self.block_size}, at least two of them; "
+                f"sequence_length must be a multiple of the block size {self.block_size} and at least two blocks; "
                 f"got {self.sequence_length}."
             )
 
     @property
     def block_size(self) -> int:
         """b of the gates."""
-        return self.decode.block_size if self.gates is Gates.DECODE else self.prefill.block_size
+        return self.decode.block_size if self.gates is TrainedGates.DECODE else self.prefill.block_size
 
     @classmethod
     def prefill_recipe(cls, **changes: Any) -> "DistillConfig":
-        """The authors' for prefill gates: 500 steps of 16 x 64k tokens (SeerAttention, arXiv 2410.13276)."""
+        """The authors' recipe for prefill gates: 500 steps of 16 x 64k tokens (SeerAttention, arXiv 2410.13276)."""
         return dataclasses.replace(cls(), **changes)
 
     @classmethod
     def decode_recipe(cls, **changes: Any) -> "DistillConfig":
-        """The authors' for decode gates: 800 steps of 16 x 32k packed tokens (SeerAttention-R, arXiv 2506.08889)."""
+        """The authors' recipe for decode gates: 800 steps of 16 x 32k packed tokens (SeerAttention-R, arXiv 2506.08889)."""
         recipe = cls(
-            gates=Gates.DECODE,
+            gates=TrainedGates.DECODE,
             data=DataConfig(packing=Packing.BEST_FIT),
             sequence_length=32768,
             steps=800,
@@ -191,7 +191,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict[C](kind: type[C], values: Mapping[str, Any]) -> C:
-    """A config from nested mappings, as `to_dict` or a YAML file gives them; what is left out keeps its default.
+    """A config from nested mappings, as `to_dict` or a YAML file gives them; settings that are left out keep their defaults.
 
     Raises:
       ValueError: a key is unknown or a value is of another type than its field.
@@ -209,12 +209,12 @@ def load_config[C](kind: type[C], path: str | Path) -> C:
 
         values = yaml.safe_load(path.read_text())
     else:
-        raise ValueError(f"A configuration file ends in .yaml, .yml or .json; got {path}.")
+        raise ValueError(f"The name of a configuration file must end in .yaml, .yml or .json; got {path}.")
     return from_dict(kind, values or {})
 
 
 def _parse(kind: Any, value: Any, place: str) -> Any:
-    """`value` as an instance of the type `kind`; the types are those that configs are made of."""
+    """`value` as an instance of the type `kind`, one of those that configs are made of."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -225,23 +225,23 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
         fields = typing.get_type_hints(kind)
         names = [f.name for f in dataclasses.fields(kind)]
         if unknown := [str(k) for k in value if k not in names]:
-            raise ValueError(f"{place} has no setting {', '.join(unknown)}; expected some of {', '.join(names)}.")
+            raise ValueError(f"Settings of {place} must be some of {', '.join(names)}; got {', '.join(unknown)}.")
         return kind(**{k: _parse(fields[k], v, f"{place}.{k}") for k, v in value.items()})
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_parse(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value))
     if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
         if value in list(kind):
             return kind(value)
-        raise ValueError(f"{place} is one of {', '.join(kind)}; got {value!r}.")
+        raise ValueError(f"{place} must be one of {', '.join(kind)}; got {value!r}.")
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         return _float(value, place)  # YAML reads 1e-3, without a dot, as text
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{place} is of type {getattr(kind, '__name__', kind)}; got {value!r}.")
+    raise ValueError(f"{place} must be of type {getattr(kind, '__name__', kind)}; got {value!r}.")
 
 
 def _float(value: int | str, place: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise ValueError(f"{place} is a number; got {value!r}.") from None
+        raise ValueError(f"{place} must be a number; got {value!r}.") from None

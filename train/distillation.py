@@ -1,4 +1,4 @@
-"""One pass through the frozen model that teaches its gates, layer by layer."""
+"""One pass through the frozen model that yields loss and gradient of its gates, layer by layer."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,13 +16,12 @@ from seer_jax.models.rope import apply_rope
 from seer_jax.train.data.batches import Batch
 from seer_jax.train.loss import block_recall, recall_of_rows, recall_stride, row_kl
 
-QUERIES_AT_ONCE = (
-    8192  # tokens whose decode targets and logits exist at once; fewer leave a large GPU idle between them
-)
+# Tokens whose decode targets and logits exist at once. Fewer leave a large GPU idle between chunks.
+QUERIES_AT_ONCE = 8192
 
 
 class RowWeights(NamedTuple):
-    """What each row counts in the loss; None for a gate that is not trained.
+    """Weights of the rows in the loss; None for a gate that is not trained.
 
     Fields:
       prefill: of block rows.
@@ -34,12 +33,12 @@ class RowWeights(NamedTuple):
 
 
 class GateReport(NamedTuple):
-    """What one kind of gate did in one pass, per layer.
+    """Result of one pass for one kind of gate, per layer.
 
     Fields:
       loss: weighted sum over rows of the mean over heads of the KL divergence, nats.
       recall, recall_weight: sums whose quotient is the block recall.
-      gradient: of the loss, shaped as the gate.
+      gradient: of the loss with respect to the gate, in the structure of the gate.
     """
 
     loss: Float32[Array, "L"]
@@ -60,16 +59,15 @@ def distillation_pass(
 ) -> PassReport:
     """Loss and gradient of the gates on one batch.
 
-    Each layer attends densely, and the same attention yields the targets of its gates; its losses and their gradients
-    are taken right there, inside the scan over layers. Nothing but the hidden states goes on to the next layer, and no
-    gradient does: the pass needs the memory of a single layer. Targets of a decode gate, one row per token, are made
-    and used for `QUERIES_AT_ONCE` tokens at a time.
+    Each layer attends densely, and the same attention yields the targets of its gates; losses and gradients are computed right there,
+    inside the scan over layers. Only hidden states pass on to the next layer, no gradients: the pass needs the memory of a single
+    layer. Targets of a decode gate, one row per token, are made and used for `QUERIES_AT_ONCE` tokens at a time.
 
     Args:
       model: with the gates to train.
-      batch: tokens and their sequences, each starting at a multiple of the gates' block size; where a decode gate
-        learns, T is such a multiple too.
-      weights: of the rows; a gate without weights is left alone.
+      batch: tokens and their sequences, each starting at a multiple of the gates' block size; where a decode gate is trained, T is such
+        a multiple too.
+      weights: of the rows; a gate without weights is not trained.
       recall_density: see `block_recall`.
 
     Source: SeerAttention, arXiv 2410.13276, sec. 3.2; SeerAttention-R, arXiv 2506.08889, sec. 3.2.
@@ -83,10 +81,10 @@ def distillation_pass(
             scored = layer.attend(layer.rotated(q, batch.positions), block_scores=True)
             output, block_scores = scored.output, scored.block_scores
         else:
-            lesson = (context.decode_gate, weights.decode, recall_density)
-            output, block_scores, decode = _teach_decode(layer, *lesson, block_scores=weights.prefill is not None)
+            arguments = layer, context.decode_gate, weights.decode, recall_density
+            output, block_scores, decode = _distil_decode(*arguments, block_scores=weights.prefill is not None)
         if weights.prefill is not None:
-            prefill = _teach_prefill(layer, context.prefill_gate, block_scores, weights.prefill, recall_density)
+            prefill = _distil_prefill(layer, context.prefill_gate, block_scores, weights.prefill, recall_density)
         return output, state, PassReport(prefill, decode)
 
     return model.scan(batch.tokens, attend)[2]
@@ -114,7 +112,7 @@ def packed_decode_keys(
     """Compressed keys of one layer for packed sequences; k before RoPE."""
     b = gate.config.block_size
     pooled = pool_blocks(k, gate.config.k_pooling, block_size=b, valid=segment_ids > 0)
-    # The prefill gate projects the same pooled keys: XLA would make one product of both, which it then cannot compile.
+    # The prefill gate projects the same pooled keys. XLA would merge both into one product, which it then fails to compile.
     return gate.compress(jax.lax.optimization_barrier(pooled), positions[:, ::b])
 
 
@@ -126,7 +124,7 @@ def packed_decode_logits(
     segment_ids: Int[Array, "B S"],
     start: int | Int[Array, ""] = 0,
 ) -> Float32[Array, "B K n Sb"]:
-    """Logits of one layer for queries in packed sequences, -inf outside the completed earlier blocks of a token's own one.
+    """Logits of one layer for queries in packed sequences, -inf outside the completed earlier blocks of a token's own sequence.
 
     Args:
       q: before RoPE.
@@ -136,7 +134,7 @@ def packed_decode_logits(
       start: place of the first query among them.
     """
     b, place = gate.config.block_size, start + jnp.arange(q.shape[1])
-    completed = jnp.broadcast_to(place // b, positions.shape)  # in the row; other sequences go below
+    completed = jnp.broadcast_to(place // b, positions.shape)  # in the row; blocks of other sequences are masked below
     logits = gate.logits(gate.queries(q, positions), keys, completed=completed)
     own = segment_ids[:, place]
     same = (own[:, :, None] == segment_ids[:, None, ::b]) & (own > 0)[:, :, None]
@@ -144,7 +142,7 @@ def packed_decode_logits(
 
 
 class _Layer(NamedTuple):
-    """Queries, keys and values of one layer before RoPE, rotated keys, and what they belong to."""
+    """Queries, keys and values of one layer before RoPE, rotated keys, and the batch that they belong to."""
 
     q: Float[Array, "B T H D"]
     k: Float[Array, "B T K D"]
@@ -171,17 +169,18 @@ def _block_size(model: Transformer, weights: RowWeights) -> int:
     sizes = [None if gate is None else gate.config.block_size for gate in gates]
     if not sizes or sizes[0] is None or sizes != sizes[:1] * len(sizes):
         raise ValueError(
-            "A pass teaches the gates that have weights: one at least, all attached to the model, of one block size; "
-            f"got block sizes {sizes} (None: no such gate)."
+            "A pass must have weights for at least one gate, and all gates with weights must be attached to the model and be of one "
+            f"block size; got block sizes {sizes} (None: no such gate). Attach the gate, or leave its weights out."
         )
     if weights.decode is not None and weights.decode.shape[1] % sizes[0]:
         raise ValueError(
-            f"A decode gate learns from rows of whole blocks of {sizes[0]} tokens; got {weights.decode.shape[1]} tokens."
+            f"Rows for a decode gate must be whole blocks of {sizes[0]} tokens; got {weights.decode.shape[1]} tokens. Pad them, with "
+            "segment id 0."
         )
     return sizes[0]
 
 
-def _teach_prefill(
+def _distil_prefill(
     layer: _Layer,
     gate: Any,
     target: Float32[Array, "B H Tb Tb"] | None,
@@ -200,13 +199,13 @@ def _teach_prefill(
     return GateReport(loss, recall, recall_weight, gradient)
 
 
-class _Taught(NamedTuple):
-    """What a chunk of queries taught the decode gate.
+class _Gradients(NamedTuple):
+    """What queries add to loss and gradient of the decode gate.
 
     Fields:
-      loss: its part of the loss.
-      gradient: of it, as if the compressed keys were constants.
-      key_gradient: of it, with respect to the compressed keys.
+      loss: their part of the loss.
+      gradient: with respect to the gate, the compressed keys held constant.
+      key_gradient: with respect to the compressed keys.
     """
 
     loss: Float32[Array, ""]
@@ -222,13 +221,13 @@ class _Sample(NamedTuple):
     weights: Float32[Array, "B m"]
 
 
-def _teach_decode(
+def _distil_decode(
     layer: _Layer, gate: Any, weights: Float32[Array, "B T"], recall_density: float, *, block_scores: bool
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B H Tb Tb"] | None, GateReport]:
-    """Attention of one layer, the targets of its prefill gate if they are asked for, and what its decode gate learned.
+    """Attention of one layer, the targets of its prefill gate if they are asked for, and loss and gradient of its decode gate.
 
-    The queries come in chunks. Each has its targets, its logits and their gradient with respect to the gate and to the
-    compressed keys; the gradient of all chunks passes through the making of those once, at the end.
+    The queries come in chunks, each with its targets, its logits and the gradient with respect to the gate and to the compressed keys.
+    The sum of the latter is propagated back to the gate once, at the end.
     """
     q, (_, segment_ids, positions) = layer.q, layer.batch
     (batch, tokens, heads, _), b = q.shape, layer.block_size
@@ -237,7 +236,7 @@ def _teach_decode(
     stride = recall_stride(tokens)
 
     def chunk(carry: tuple, i: Int[Array, ""]) -> tuple[tuple, _Sample]:
-        output, blocks, taught = carry
+        output, blocks, total = carry
         start, fresh = start_of(i)
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
         q_chunk, position, weight = cut(q), cut(positions), jnp.where(fresh[None], cut(weights), 0)
@@ -249,43 +248,44 @@ def _teach_decode(
             logits = packed_decode_logits(gate, q_chunk, keys, position, segment_ids, start)
             return (row_kl(target, logits).mean(1) * weight).sum(), logits[:, :, row_numbers]
 
-        def learn() -> tuple:
+        def attend_and_train() -> tuple:
             scored = attend(block_scores=block_scores, token_scores=True)
             target = scored.token_scores
             take = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
             (loss, logits), gradients = take(gate, keys, target)
-            return scored.output, scored.block_scores, _Taught(loss, *gradients), target[:, :, row_numbers], logits
+            return scored.output, scored.block_scores, _Gradients(loss, *gradients), target[:, :, row_numbers], logits
 
-        def pass_by() -> tuple:
+        def attend_alone() -> tuple:  # without the cost of targets: no query of the chunk is in the loss
             scored = attend(block_scores=block_scores)
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn)[2:])
-            return scored.output, scored.block_scores, *nothing
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(attend_and_train)[2:])
+            return scored.output, scored.block_scores, *zeros
 
-        out, new_blocks, new_taught, target, logits = jax.lax.cond((weight != 0).any(), learn, pass_by)
+        in_loss = (weight != 0).any()
+        out, new_blocks, added, target, logits = jax.lax.cond(in_loss, attend_and_train, attend_alone)
         output = jax.lax.dynamic_update_slice_in_dim(output, out, start, axis=1)
         if blocks is not None:
             blocks = jax.lax.dynamic_update_slice_in_dim(blocks, new_blocks, start // b, axis=2)
         sample = _Sample(target, logits, jnp.where(within[None], weight[:, row_numbers], 0))
-        return (output, blocks, jax.tree.map(jnp.add, taught, new_taught)), sample
+        return (output, blocks, jax.tree.map(jnp.add, total, added)), sample
 
     blocks = jnp.zeros((batch, heads, tokens // b, tokens // b)) if block_scores else None
-    nothing = _Taught(jnp.float32(0), *jax.tree.map(jnp.zeros_like, (gate, keys)))
-    carry, samples = jax.lax.scan(chunk, (jnp.zeros_like(q), blocks, nothing), jnp.arange(-(-tokens // size)))
-    output, blocks, taught = carry
-    gradient = jax.tree.map(jnp.add, taught.gradient, pull_back(taught.key_gradient)[0])
+    zeros = _Gradients(jnp.float32(0), *jax.tree.map(jnp.zeros_like, (gate, keys)))
+    carry, samples = jax.lax.scan(chunk, (jnp.zeros_like(q), blocks, zeros), jnp.arange(-(-tokens // size)))
+    output, blocks, total = carry
+    gradient = jax.tree.map(jnp.add, total.gradient, pull_back(total.key_gradient)[0])
     # [chunks, B, K, m, Sb] to [B, K, rows, Sb], and [chunks, B, m] to [B, rows].
     target, logits = (
         jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1]) for x in (samples.target, samples.logits)
     )
     row_weights = jnp.moveaxis(samples.weights, 0, 1).reshape(batch, -1)
     recall, recall_weight = recall_of_rows(target, logits, row_weights, recall_density)
-    return output, blocks, GateReport(taught.loss, recall, recall_weight, gradient)
+    return output, blocks, GateReport(total.loss, recall, recall_weight, gradient)
 
 
 def _chunks(tokens: int, batch: int, block_size: int) -> tuple[Any, int]:
     """Equal chunks of tokens: (i -> (first token of chunk i, which of its tokens no earlier chunk has), tokens in each).
 
-    The last one reaches back where the chunks would end beyond the last token.
+    The last chunk overlaps the one before where the chunks would otherwise end beyond the last token.
     """
     blocks, most = tokens // block_size, max(QUERIES_AT_ONCE // batch // block_size, 1)
     size = -(-blocks // -(-blocks // most)) * block_size

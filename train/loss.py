@@ -1,4 +1,4 @@
-"""Losses of the gates and of the language model, and how well a gate ranks blocks."""
+"""Losses of the gates and of the language model, and block recall."""
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,21 @@ LM_CHUNK = 512  # tokens whose logits are held at once
 def row_kl(target: Float[Array, "*b Sb"], logits: Float[Array, "*b Sb"]) -> Float32[Array, "*b"]:
     """KL(target || softmax(logits)) of each row: sum_j target_j (log target_j - log softmax(logits)_j).
 
-    The authors' release takes the mean of `target * (log target - log_softmax)` over all elements, columns included,
-    and multiplies by 10. Its number for the same rows is 10 / Sb of ours (Sb columns, masked ones counted): Adam
-    hardly notices.
+    The authors' release takes the mean of `target * (log target - log_softmax)` over all elements, columns included, and multiplies by
+    10. Its loss of the same rows is 10 / Sb times ours (Sb columns, masked ones counted), a scale that Adam nearly cancels.
 
     Args:
-      target: rows that sum to 1, or to 0 where there is nothing to learn: those have loss and gradient 0. A constant: no
-        gradient reaches it.
+      target: rows that sum to 1, or to 0, in which case loss and gradient are 0. A constant: it gets no gradient.
       logits: -inf where a block cannot be chosen; the target is 0 there.
 
     Returns:
-      float32, in nats. NaN where an input is NaN: it must not pass for a mask.
+      float32, in nats. NaN where an input is NaN, which is not treated as a mask.
     """
     return _row_kl(target, logits)[0]
 
 
 def _row_kl(target: jax.Array, logits: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The divergence, and of what its gradient is made: the arguments and the log of each row's sum, no array besides."""
+    """The divergence, and what its gradient needs: the arguments and each row's log-sum-exp, no further array."""
     masked = logits == -jnp.inf
     total = jax.nn.logsumexp(_finite(logits), axis=-1)
     log_probability = jnp.where(masked, 0.0, logits.astype(jnp.float32) - total[..., None])
@@ -47,15 +45,15 @@ row_kl.defvjp(_row_kl, _row_kl_gradient)
 
 
 def _finite(logits: jax.Array) -> jax.Array:
-    """A row of -inf alone has no softmax; one of very low numbers has."""
+    """Float32 logits with the lowest finite value in place of -inf: a row of -inf alone has no softmax."""
     return jnp.where(logits == -jnp.inf, jnp.finfo(jnp.float32).min, logits.astype(jnp.float32))
 
 
 def sequence_lengths(
     segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], block_size: int
 ) -> Int[Array, "B T"]:
-    """Length of the sequence that each token belongs to, tokens; meaningless at padding."""
-    segments = -(-segment_ids.shape[1] // block_size) + 1  # a sequence takes a block at least
+    """Length in tokens of the sequence that each token belongs to; undefined at padding."""
+    segments = -(-segment_ids.shape[1] // block_size) + 1  # a sequence takes at least one block
 
     def one(ids: jax.Array, position: jax.Array) -> jax.Array:
         return jax.ops.segment_max(position + 1, ids, num_segments=segments)[ids]
@@ -66,7 +64,7 @@ def sequence_lengths(
 def prefill_rows(
     segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], *, block_size: int, skip: float
 ) -> Bool[Array, "B Tb"]:
-    """Block rows that the prefill loss takes: all but the first floor(skip * blocks) of each sequence."""
+    """Block rows in the prefill loss: all but the first floor(skip * blocks) of each sequence."""
     lengths = sequence_lengths(segment_ids, positions, block_size)[:, ::block_size]
     blocks = -(-lengths // block_size)
     first = jnp.floor(skip * blocks).astype(jnp.int32)
@@ -76,8 +74,7 @@ def prefill_rows(
 def decode_rows(
     segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], *, block_size: int, skip: float
 ) -> Bool[Array, "B T"]:
-    """Tokens that the decode loss takes: all but the first floor(skip * length) of each sequence, once a block is
-    complete."""
+    """Tokens in the decode loss: all but the first floor(skip * length), and all but the first block, of each sequence."""
     lengths = sequence_lengths(segment_ids, positions, block_size)
     first = jnp.floor(skip * lengths).astype(jnp.int32)
     return (segment_ids > 0) & (positions >= jnp.maximum(first, block_size))
@@ -94,20 +91,20 @@ def block_recall(
     weights: Float[Array, "B R"],
     density: float,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """How much attention the gate's choice of blocks catches, against the best choice of as many.
+    """Attention that the gate's top blocks catch, relative to the best choice of equally many blocks.
 
-    A row with n blocks in sight keeps ceil(density * n). Its recall is the target on the gate's best blocks over the
-    target on the truly best; 1 is perfect. Long inputs are sampled, every (R / 128)-th row.
+    A row with n visible blocks keeps ceil(density * n). Its recall is the sum of the target over the gate's top blocks divided by the sum
+    over the blocks with the largest target; 1 is perfect. Long inputs are sampled, every (R / 128)-th row.
 
     Returns:
-      (sum of weight * recall over the rows, sum of their weights): divide to get the mean.
+      (sum of weight * recall over the rows, sum of their weights); their quotient is the mean.
     """
     stride = recall_stride(target.shape[2])
     return recall_of_rows(target[:, :, ::stride], logits[:, :, ::stride], weights[:, ::stride], density)
 
 
 def recall_stride(rows: int) -> int:
-    """Block recall looks at rows 0, n, 2 n, ... for this n."""
+    """Stride n of the rows 0, n, 2 n, ... that block recall looks at."""
     return max(1, rows // RECALL_ROWS)
 
 
@@ -117,7 +114,7 @@ def recall_of_rows(
     weights: Float[Array, "B R"],
     density: float,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """`block_recall` of every row that it is given."""
+    """`block_recall` without sampling."""
     seen = (logits > -jnp.inf).sum(-1, keepdims=True)
     kept = jnp.ceil(density * seen - 1e-3)  # 0.6 of 5 blocks is 3, however float32 rounds
     kept = jnp.arange(target.shape[-1])[None, None, None] < kept
@@ -142,7 +139,7 @@ def lm_loss(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> Float32[Array, ""]:
-    """Weighted sum of the cross-entropies, in nats; logits exist for a chunk of tokens at a time, forward and backward.
+    """Weighted sum of cross-entropies, in nats; logits exist for a chunk of tokens at a time, forward and backward.
 
     Args:
       hidden: after the final norm.

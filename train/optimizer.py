@@ -6,7 +6,7 @@ from seer_jax.train.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: from 0 in a line to its peak, then a half cosine down to its end at `steps`."""
+    """Learning rate by step: linear from 0 to its peak, then a half cosine down to `end_learning_rate` at `steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -17,7 +17,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Initialise it with the weights that train and no others: its state is twice their size."""
+    """AdamW with schedule and clipping. Initialise it with the trained weights alone: its state is twice their size."""
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.beta1,

@@ -1,4 +1,4 @@
-"""One optimizer step, compiled: what the tasks share, whatever they train."""
+"""One compiled optimizer step, the same for all tasks."""
 
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ Sums = dict[str, Float32[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class ModelParts:
-    """How to put a model together again from the weights that train and the rest; holds no weights itself.
+    """How to merge a model from the weights that train and the rest; holds no weights itself.
 
-    Only the former get gradients and optimizer state. Both parts pass through `jax.jit` as arguments: weights that a
-    compiled function closes over would become constants of the program.
+    Only the trained weights get gradients and optimizer state. Both parts pass through `jax.jit` as arguments: weights that a compiled
+    function closes over would become constants of the program.
     """
 
     graph: Any
@@ -37,13 +37,13 @@ class ModelParts:
     def split(
         cls, model: Transformer, trains: Callable[[tuple, nnx.Variable], bool]
     ) -> tuple["ModelParts", Weights, FrozenWeights]:
-        """Takes a model apart: (how to merge it, weights for which `trains(path, variable)` is true, all others)."""
+        """Splits a model into (how to merge it, weights for which `trains(path, variable)` is true, all others)."""
         graph, trained, frozen = nnx.split(model, trains, ...)
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained)
         return cls(graph, template), nnx.to_pure_dict(trained), frozen
 
     def merge(self, trained: Weights, frozen: FrozenWeights) -> Transformer:
-        """The model, its weights in the number formats that it had when it was taken apart."""
+        """The model, with its weights in the dtypes that it had when it was split."""
         state = jax.tree.map(lambda x: x, self.template)
         nnx.replace_by_pure_dict(state, trained)
         state = jax.tree.map(lambda weight, like: weight.astype(like.dtype), state, self.template)
@@ -60,7 +60,7 @@ class Task(Protocol):
         ...
 
     def weigh(self, batch: Batch) -> Any:
-        """What each row of the loss counts, over the whole batch; leaves `[B, ...]`."""
+        """Weights of the rows in the loss, over the whole batch; leaves `[B, ...]`."""
         ...
 
     def gradients(self, trained: Weights, frozen: FrozenWeights, batch: Batch, weights: Any) -> tuple[Weights, Sums]:
@@ -68,7 +68,7 @@ class Task(Protocol):
         ...
 
     def metrics(self, sums: Sums) -> dict[str, Float32[Array, ""]]:
-        """What to report, `loss` among it."""
+        """Metrics to report, `loss` among them."""
         ...
 
 
@@ -80,13 +80,13 @@ Step = Callable[
 def make_step(task: Task, optimizer: optax.GradientTransformation, schedule: optax.Schedule, parts: int) -> Step:
     """`step(trained, optimizer_state, frozen, batch, number) -> (trained, optimizer_state, metrics)`.
 
-    The first two arguments are given away: their memory holds the results.
+    The first two arguments are donated: their memory holds the results.
 
     Args:
       task: what to train.
       optimizer: see `make_optimizer`.
-      schedule: of the learning rate; for the metrics.
-      parts: equal parts that the batch is worked off in, one after the other.
+      schedule: learning rate by step, for the metrics.
+      parts: number of equal parts of the batch that are processed one after the other.
     """
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32
 
-from seer_jax.gates.configs import Gates
 from seer_jax.models.decoder import LayerContext, Transformer
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.models.layers import BaseParam
@@ -18,16 +17,10 @@ from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, lm_loss, lm_targets, prefill_rows, row_weights
 from seer_jax.train.step import FrozenWeights, ModelParts, Sums, Weights
 
-GATE_NAMES: dict[Gates, tuple[str, ...]] = {
-    Gates.PREFILL: ("prefill_gate",),
-    Gates.DECODE: ("decode_gate",),
-    Gates.BOTH: ("prefill_gate", "decode_gate"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """Gates learn the blocks that dense attention looks at; the base model does not change."""
+    """Trains gates to predict which blocks dense attention looks at; the base model does not change."""
 
     parts: ModelParts
     config: DistillConfig
@@ -36,15 +29,15 @@ class Distillation:
     @classmethod
     def start(cls, model: Transformer, config: DistillConfig) -> tuple["Distillation", Weights, FrozenWeights]:
         """The task, float32 weights of the gates (copies), and the rest of the model."""
-        names = GATE_NAMES[config.gates]
+        names = config.gates.attributes
         parts, trained, frozen = ModelParts.split(model, lambda path, _: path[0] in names)
         block_size = getattr(model, names[0]).config.block_size
         return cls(parts, config, block_size), _master_copy(trained), frozen
 
     def weigh(self, batch: Batch) -> RowWeights:
-        """The same weight for every row that the loss takes."""
+        """The same weight for every row in the loss."""
         ids, positions = batch.segment_ids, batch.positions
-        names, config = GATE_NAMES[self.config.gates], self.config
+        names, config = self.config.gates.attributes, self.config
         prefill = decode = None
         if "prefill_gate" in names:
             rows = prefill_rows(ids, positions, block_size=self.block_size, skip=config.prefill_skip)
@@ -70,7 +63,7 @@ class Distillation:
 
     def metrics(self, sums: Sums) -> dict[str, Float32[Array, ""]]:
         """Losses summed over layers, and block recall as the mean over layers, heads and rows."""
-        kinds = [name.removesuffix("_gate") for name in GATE_NAMES[self.config.gates]]
+        kinds = [name.removesuffix("_gate") for name in self.config.gates.attributes]
         metrics = {"loss": sum((sums[f"{kind}_loss"] for kind in kinds), start=jnp.float32(0))}
         for kind in kinds:
             metrics[f"{kind}_loss"] = sums[f"{kind}_loss"]
@@ -81,7 +74,7 @@ class Distillation:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelling:
-    """All base weights learn to predict the next token, with dense attention within each sequence."""
+    """Trains all base weights to predict the next token, with dense attention within each sequence."""
 
     parts: ModelParts
     packed: bool
@@ -104,7 +97,7 @@ class LanguageModelling:
     def gradients(
         self, trained: Weights, frozen: FrozenWeights, batch: Batch, weights: Float32[Array, "B T"]
     ) -> tuple[Weights, Sums]:
-        """Of the mean cross-entropy."""
+        """Gradients of the mean cross-entropy."""
         tokens, segment_ids = batch.tokens, batch.segment_ids
 
         def loss_of(trained: Weights) -> jax.Array:
@@ -128,7 +121,7 @@ class LanguageModelling:
 def _master_copy(weights: Weights) -> Weights:
     """Float32 copies.
 
-    Copies, since training gives its weights away at each step and the caller's model is to stay whole; float32, since
-    at a learning rate of 1e-5 a bfloat16 weight would not move at all.
+    Copies, because each step donates its weights and the caller's model must stay intact. Float32, because at a learning rate of 1e-5
+    the update of a bfloat16 weight rounds to zero.
     """
     return jax.tree.map(lambda w: jnp.array(w, jnp.float32, copy=True), weights)

@@ -1,4 +1,4 @@
-"""Where tensors are read from: safetensors files on disk, a few rows at a time, or arrays in memory."""
+"""Sources of tensors: safetensors files on disk, read a few rows at a time, or arrays in memory."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a stored tensor before it is read.
+    """Shape and dtype of a stored tensor, known before it is read.
 
     Attributes:
       shape: of the tensor.
@@ -42,13 +42,12 @@ class TensorInfo:
 
 
 @runtime_checkable
-@runtime_checkable
 class TensorSource(Protocol):
     """A set of named tensors that can be read by rows.
 
     Attributes:
-      place: for error messages, where they are.
-      tensors: what there is.
+      place: where they are, for error messages.
+      tensors: what is known of each, by name.
     """
 
     place: str
@@ -60,7 +59,7 @@ class TensorSource(Protocol):
 
 
 class ArraySource:
-    """Tensors that are in memory already."""
+    """Tensors in memory."""
 
     def __init__(self, place: str, arrays: Mapping[str, np.ndarray]):
         names = {dtype: name for name, dtype in DTYPES.items()}
@@ -83,8 +82,8 @@ class _Location:
 class SafetensorsSource:
     """The tensors of some safetensors files.
 
-    Rows are read with plain reads: mapped files, as the safetensors package has them, count as memory of the process
-    while they are open, and whole tensors would be copied once more. Use it as a context manager, or `close` it.
+    Rows are read with plain reads. Memory-mapped files, as in the safetensors package, count as memory of the process while they are
+    open, and whole tensors would be copied once more. Use it as a context manager, or `close` it.
 
     Raises:
       ValueError: a header is damaged, or two files hold a tensor of the same name.
@@ -98,7 +97,7 @@ class SafetensorsSource:
             for path in files:
                 self._add(tensors, path, opened.enter_context(io.FileIO(path)))
             self.tensors: Mapping[str, TensorInfo] = tensors
-            self._opened = opened.pop_all()  # a header that is refused closes them all
+            self._opened = opened.pop_all()  # an error before this line closes all files
 
     def __enter__(self) -> "SafetensorsSource":
         return self
@@ -115,7 +114,7 @@ class SafetensorsSource:
             if name == "__metadata__":
                 continue
             if name in tensors:
-                raise ValueError(f"Each tensor may be stored once; {name!r} is in {path} and in another file as well.")
+                raise ValueError(f"Each tensor must be stored once; {name!r} is in {path} and in another file as well.")
             info, begin = _entry(path, name, entry, size - start)
             tensors[name] = info
             self._locations[name] = _Location(file, start + begin)
@@ -128,21 +127,23 @@ class SafetensorsSource:
         out = np.empty(wanted, np.uint8)
         location.file.seek(location.offset + start * stride)
         done = 0
-        while done < wanted:  # a raw file may give less than asked for, and Linux never gives more than 2 GiB
+        while done < wanted:  # a raw read may return fewer bytes than asked for, and on Linux at most 2 GiB
             count = location.file.readinto(memoryview(out)[done:])
             if not count:
-                raise ValueError(f"{location.file.name}: the file ends within {name!r}. Download it again.")
+                raise ValueError(
+                    f"{location.file.name}: the file must hold all of {name!r}; it ends before. Download it again."
+                )
             done += count
         return out.view(dtype).reshape(stop - start, *row)
 
 
 def _header(path: Path, file: io.FileIO) -> tuple[dict, int, int]:
-    """Header, start of the data and size of the file."""
+    """(header, start of the data, size of the file)."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(
-            f"{path}: expected a safetensors file, whose first 8 bytes give the length of its header; got length {length} in a "
+            f"{path} must be a safetensors file, whose first 8 bytes give the length of its header; got length {length} in a "
             f"file of {size} bytes. Download it again (it may be cut off, or a git-lfs pointer)."
         )
     try:
@@ -155,7 +156,7 @@ def _header(path: Path, file: io.FileIO) -> tuple[dict, int, int]:
 
 
 def _entry(path: Path, name: str, entry: object, data_size: int) -> tuple[TensorInfo, int]:
-    """One tensor of a header and where its data begin, checked to lie within the file."""
+    """One tensor of a header and the offset of its data, checked to lie within the file."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
             type(n) is int and n >= 0 for n in (*shape, begin, end)

@@ -1,8 +1,7 @@
-"""The pickle inside a torch archive, read as data: a closed list of operations and names, and nothing is ever called.
+"""The pickle inside a torch archive, read as data: a closed list of operations and names; nothing is ever called.
 
-`pickle.Unpickler` runs whatever the file names. This reader has its own stack machine instead. It knows the operations that
-`torch.save` writes for a flat mapping of names to tensors, turns the few permitted global names into plain markers, and
-refuses everything else.
+`pickle.Unpickler` calls any function that the file names. This reader has its own stack machine instead. It knows the operations that
+`torch.save` writes for a flat mapping of names to tensors, maps the few permitted global names to plain markers, and refuses all others.
 """
 
 import collections
@@ -49,12 +48,12 @@ class _StorageType:
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A stretch of raw numbers in the archive.
+    """A contiguous buffer of elements in the archive.
 
     Attributes:
       key: decimal name of the archive member `data/<key>`.
-      dtype: of its numbers.
-      size: how many there are.
+      dtype: of its elements.
+      size: number of elements.
     """
 
     key: str
@@ -64,7 +63,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A strided view into a storage, all in numbers (not bytes); checked to lie within it."""
+    """A strided view into a storage, checked to lie within it; offset and strides count elements, not bytes."""
 
     storage: Storage
     offset: int
@@ -91,7 +90,7 @@ def _look_up(name: str) -> Any:
     _require(
         name in _GLOBALS,
         f"The pickle names {name.replace(' ', '.')[:120]!r}, which is not on the closed list of names for tensors. Nothing was run. "
-        "Expected a file that torch.save wrote from a flat dict of tensors.",
+        "The file must be one that torch.save wrote from a flat dict of tensors.",
     )
     return _GLOBALS[name]
 
@@ -131,15 +130,15 @@ def _tensor(args: tuple[Any, ...]) -> StoredTensor:
     storage, offset, shape, strides = args[:4]
     count = math.prod(shape)
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    _require(count > 0, f"A tensor must hold at least one number; got shape {shape}.")
+    _require(count > 0, f"A tensor must hold at least one element; got shape {shape}.")
     _require(
         last < storage.size,
-        f"A tensor must lie within its storage of {storage.size} numbers; shape {shape}, strides {strides} and offset {offset} "
+        f"A tensor must lie within its storage of {storage.size} elements; shape {shape}, strides {strides} and offset {offset} "
         "reach outside it.",
     )
     _require(
         count <= storage.size,
-        f"A tensor may not repeat numbers of its storage; shape {shape} has more than the {storage.size} stored.",
+        f"A tensor must not repeat elements of its storage; shape {shape} has more than the {storage.size} stored.",
     )
     return StoredTensor(storage, offset, shape, strides)
 
@@ -162,12 +161,12 @@ def _set_items(target: Any, items: list[Any]) -> None:
     _require(isinstance(target, dict) and len(items) % 2 == 0, "Items can only be set on a mapping, in pairs.")
     for key, value in zip(items[::2], items[1::2], strict=True):
         _require(type(key) is str, f"A name must be a string; got {type(key).__name__}.")
-        _require(key not in target, f"Each name may occur once; {key[:120]!r} comes twice.")
+        _require(key not in target, f"Each name must occur once; {key[:120]!r} occurs twice.")
         target[key] = value
 
 
 def _build(target: Any, state: Any) -> None:
-    # nn.Module.state_dict() hangs its version numbers on the OrderedDict as an attribute; there is nothing in them for us.
+    # nn.Module.state_dict() attaches version numbers to the OrderedDict; they are not needed.
     _require(
         isinstance(target, dict) and isinstance(state, dict) and set(state) <= {"_metadata"},
         "Object state can only be the _metadata of a state dict.",
@@ -183,7 +182,8 @@ class _Machine:
 
     def pop(self) -> Any:
         _require(
-            bool(self.stack) and self.stack[-1] is not _MARK, "The pickle takes more from its stack than it put there."
+            bool(self.stack) and self.stack[-1] is not _MARK,
+            "The pickle must not take more from its stack than it put there.",
         )
         return self.stack.pop()
 
@@ -196,7 +196,7 @@ class _Machine:
         items = []
         while self.stack and self.stack[-1] is not _MARK:
             items.append(self.stack.pop())
-        _require(bool(self.stack), "The pickle takes more from its stack than it put there.")
+        _require(bool(self.stack), "The pickle must not take more from its stack than it put there.")
         self.stack.pop()
         return items[::-1]
 
@@ -204,7 +204,7 @@ class _Machine:
         return tuple(self.pop() for _ in range(count))[::-1]
 
     def step(self, name: str, read: Callable[[], Any]) -> None:
-        """One operation; `read` gives its argument, so that arguments of refused ones are not even looked at."""
+        """Runs one operation; `read` returns its argument, so that arguments of refused operations are never parsed."""
         match name:
             case "PROTO" | "FRAME":
                 read()
@@ -228,7 +228,7 @@ class _Machine:
                 self.memo[len(self.memo)] = self.top()
             case "BINGET" | "LONG_BINGET":
                 number = read()
-                _require(number in self.memo, "The pickle recalls something that it never stored.")
+                _require(number in self.memo, "The pickle must store an object before it recalls it.")
                 self.stack.append(self.memo[number])
             case "GLOBAL":
                 self.stack.append(_look_up(read()))
@@ -251,16 +251,16 @@ class _Machine:
                 _build(self.top(), state)
             case _:
                 raise ValueError(
-                    f"The pickle uses the operation {name}, which a flat dict of tensors has no use for. Expected a file that "
+                    f"The pickle uses the operation {name}, which a flat dict of tensors does not need. The file must be one that "
                     "torch.save wrote from a dict of names to tensors."
                 )
 
 
 def read_pickle(data: bytes) -> dict[str, StoredTensor]:
-    """Names and places of the tensors in `data.pkl`.
+    """Names of the tensors in `data.pkl`, and where each lies.
 
     Raises:
-      ValueError: the pickle is cut off, or holds anything but a flat mapping of names to tensors.
+      ValueError: the pickle is cut off, or holds more than a flat mapping of names to tensors.
     """
     machine, stream = _Machine(), io.BytesIO(data)
     try:
@@ -273,11 +273,11 @@ def read_pickle(data: bytes) -> dict[str, StoredTensor]:
         raise ValueError("A string in the pickle is not UTF-8.") from error
     result = machine.pop()
     _require(not machine.stack, "The pickle leaves more than one object behind.")
-    _require(isinstance(result, dict), f"Expected a flat mapping of names to tensors; got {_kind(result)}.")
+    _require(isinstance(result, dict), f"The pickle must hold a flat mapping of names to tensors; got {_kind(result)}.")
     for name, value in result.items():
         _require(
             type(value) is StoredTensor,
-            f"Expected a flat mapping of names to tensors; got {_kind(value)} under {name[:120]!r}. Save the state dict alone.",
+            f"The pickle must hold a flat mapping of names to tensors; got {_kind(value)} under {name[:120]!r}. Save the state dict alone.",
         )
     return dict(result)
 
@@ -295,7 +295,7 @@ def _kind(value: Any) -> str:
 
 
 def write_pickle(tensors: Mapping[str, StoredTensor]) -> bytes:
-    """`data.pkl` of a dict of tensors, in pickle protocol 2 and in the operations that torch uses."""
+    """The bytes of `data.pkl` for a dict of tensors, in pickle protocol 2 with the operations that torch uses."""
     names = {dtype: name for name, dtype in STORAGES.items()}
     items = []
     for name, tensor in tensors.items():

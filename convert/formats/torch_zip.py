@@ -1,6 +1,6 @@
-"""Torch checkpoints (`.pth`) without torch: tensors in, tensors out, and no code of the file is ever run.
+"""Torch checkpoints (`.pth`) without torch, read and written; no code from a file is ever run.
 
-A checkpoint is a zip archive: `data.pkl` describes the tensors, `data/0`, `data/1` ... hold their numbers as they lie in memory.
+A checkpoint is a zip archive: `data.pkl` describes the tensors, `data/0`, `data/1` ... hold their elements as they lie in memory.
 """
 
 import math
@@ -19,7 +19,9 @@ from seer_jax.convert.formats.torch_pickle import STORAGES, Storage, StoredTenso
 MAX_BYTES = 16 * 2**30
 MAX_PICKLE_BYTES = 8 * 2**20
 MAX_MEMBERS = 100_000
-MAX_COMPRESSION = 20  # torch never compresses; weights that somebody zipped again shrink by a tenth, not by a thousand
+MAX_COMPRESSION = (
+    20  # torch never compresses; weights that were zipped again shrink by a tenth, a zip bomb by a thousand
+)
 
 _MEMBER = re.compile(r"[^/\\\0]+(/[^/\\\0]+)+")
 _ALIGNMENT = 64
@@ -30,14 +32,14 @@ def read_torch_zip(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) 
 
     Args:
       path: of the file.
-      max_bytes: the most that its contents may take in memory.
+      max_bytes: bound on the size of its contents in memory.
 
     Returns:
-      read-only arrays by name, in the order of the file. Parameters come as arrays; tensors that share a storage share memory.
+      Read-only arrays by name, in the order of the file. Parameters become arrays; tensors that share a storage share memory.
 
     Raises:
       ValueError: the file is not such an archive: another format, cut off, damaged, big-endian, larger than allowed, or with
-        contents other than tensors (which are named and never run).
+        contents other than tensors (which the error names; they are never run).
     """
     path = Path(path)
     _check_format(path)
@@ -56,7 +58,7 @@ def read_torch_zip(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) 
 def write_torch_zip(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes arrays as a file that `torch.load(path, weights_only=True)` reads as a dict of contiguous CPU tensors.
 
-    The same arrays give the same bytes. The file appears whole or not at all.
+    The same arrays give the same bytes. The file is written under another name and then renamed, so that it is never incomplete.
 
     Raises:
       ValueError: an array is empty, or of a dtype that torch has no storage for.
@@ -96,11 +98,11 @@ def _check_format(path: Path) -> None:
     kind = next(
         (text for head, text in kinds.items() if start.startswith(head) and (head or not start)), "another format"
     )
-    raise ValueError(f"{path}: expected the zip archive that torch.save writes; got {kind}.")
+    raise ValueError(f"{path}: a .pth file must be the zip archive that torch.save writes; got {kind}.")
 
 
 def _members(archive: zipfile.ZipFile, file_size: int, max_bytes: int) -> dict[str, zipfile.ZipInfo]:
-    """The members by their names below the one folder that they all lie in; all sizes checked before any is read."""
+    """The members by their names below their common folder; all sizes are checked before any member is read."""
     infos = archive.infolist()
     if not 0 < len(infos) <= MAX_MEMBERS:
         raise ValueError(f"The archive must have 1 to {MAX_MEMBERS} members; got {len(infos)}.")
@@ -112,7 +114,7 @@ def _members(archive: zipfile.ZipFile, file_size: int, max_bytes: int) -> dict[s
         if not _MEMBER.fullmatch(name) or ".." in parts or "." in parts or parts[0] != root:
             raise ValueError(f"Members must be plain paths in one common folder; got {name[:120]!r}.")
         if name[len(root) + 1 :] in members:
-            raise ValueError(f"Each member may occur once; {name[:120]!r} comes twice.")
+            raise ValueError(f"Each member must occur once; {name[:120]!r} occurs twice.")
         _check_member(info, file_size)
         members[name[len(root) + 1 :]] = info
     stored, unpacked = sum(i.compress_size for i in infos), sum(i.file_size for i in infos)
@@ -145,17 +147,17 @@ def _check_member(info: zipfile.ZipInfo, file_size: int) -> None:
         )
     if info.file_size > MAX_COMPRESSION * max(info.compress_size, 64):
         raise ValueError(
-            f"A member may unpack to at most {MAX_COMPRESSION} times its packed size; {info.filename!r} declares "
+            f"A member must unpack to at most {MAX_COMPRESSION} times its packed size; {info.filename!r} declares "
             f"{info.file_size} bytes from {info.compress_size}."
         )
 
 
 def _check_byte_order(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> None:
-    # Checkpoints from before torch 2.1 have no such member; they are little-endian on every machine that mattered.
+    # Checkpoints from before torch 2.1 have no such member; practically all of them are little-endian.
     order = _read(archive, members, "byteorder", limit=16) if "byteorder" in members else b"little"
     if order != b"little":
         raise ValueError(
-            f"The numbers must be little-endian; the archive says {order!r}. Save it on a little-endian machine."
+            f"The elements must be little-endian; the archive says {order!r}. Save it on a little-endian machine."
         )
 
 
@@ -180,33 +182,33 @@ def _arrays(
     for name, tensor in tensors.items():
         storage = tensor.storage
         if storage.key not in storages:
-            storages[storage.key] = storage, _numbers(archive, members, storage)
-        known, numbers = storages[storage.key]
+            storages[storage.key] = storage, _elements(archive, members, storage)
+        known, elements = storages[storage.key]
         if known != storage:
             raise ValueError(
                 f"A storage must have one dtype and size; storage {storage.key} is used as {known} and {storage}."
             )
         strides = [s * storage.dtype.itemsize for s in tensor.strides]
-        view = np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)
+        view = np.lib.stride_tricks.as_strided(elements[tensor.offset :], tensor.shape, strides, writeable=False)
         arrays[name] = view
     return arrays
 
 
-def _numbers(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], storage: Storage) -> np.ndarray:
+def _elements(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], storage: Storage) -> np.ndarray:
     member = f"data/{storage.key}"
     if member not in members:
         raise ValueError(f"The archive has no member {member!r}, which the pickle refers to.")
     expected = storage.size * storage.dtype.itemsize
     if members[member].file_size != expected:
         raise ValueError(
-            f"Storage {storage.key} must be {storage.size} numbers of {storage.dtype}, {expected} bytes; "
+            f"Storage {storage.key} must be {storage.size} elements of {storage.dtype}, {expected} bytes; "
             f"the archive holds {members[member].file_size}."
         )
     return np.frombuffer(_read(archive, members, member), storage.dtype)
 
 
 def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Adds a member whose bytes start at a multiple of 64, so that torch can map the file into memory."""
+    """Adds a member whose bytes start at a multiple of 64, so that torch can memory-map the file."""
     info = zipfile.ZipInfo(name)  # dated 1980-01-01, so that equal tensors give equal files
     assert archive.fp is not None
     header = archive.fp.tell() + 30 + len(name.encode()) + 4

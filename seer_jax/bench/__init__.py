@@ -1,9 +1,10 @@
 """`seer-jax bench`: how fast the operations and whole models are on this machine."""
 
-from seer_jax.bench.decode import DecodeBench, bench_decode, measure_decode
-from seer_jax.bench.ground_truth import GroundTruthBench, bench_ground_truth, measure_ground_truth
-from seer_jax.bench.prefill import PrefillBench, bench_prefill, measure_prefill
-from seer_jax.bench.training import TrainBench, bench_training, measure_training
+from seer_jax.bench.configs import DecodeBench, GroundTruthBench, PrefillBench, TrainBench
+from seer_jax.bench.decode import bench_decode, measure_decode
+from seer_jax.bench.ground_truth import bench_ground_truth, measure_ground_truth
+from seer_jax.bench.prefill import bench_prefill, measure_prefill
+from seer_jax.bench.training import bench_training, measure_training
 
 __all__ = [
     "DecodeBench",

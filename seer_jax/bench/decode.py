@@ -1,107 +1,113 @@
 """`seer-jax bench decode`: new tokens against a long cache, from the attention kernel to the whole model."""
 
-import dataclasses
-import enum
+import itertools
+import math
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-from pallas_kernels.backends import Implementation
-from pallas_kernels.bench import Measurement, memory_rate
-from pallas_kernels.sparse_decode.bench import Bench
-from seer_jax.bench.decode_layer import measure_layer
-from seer_jax.bench.decode_model import new_tokens
-from seer_jax.bench.models import CONFIGS, Shape, check_device, heads_of
-from seer_jax.bench.report import report
+import jax
+import jax.numpy as jnp
 
+from pallas_kernels.devices import default_device
+from seer_jax.bench.configs import DecodeBench
+from seer_jax.bench.decode_attention import DECODE_ATTENTION, measure_decode_attention
+from seer_jax.bench.decode_layer import DECODE_LAYER, measure_layer
+from seer_jax.bench.harness.clock import floor_results, memory_rate
+from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, run_program
+from seer_jax.bench.harness.plots import Panel
+from seer_jax.bench.harness.report import FLOOR, LISTED, MEMORY, MILLISECONDS, PROGRAM, SPEEDUP, Column, Table, report
+from seer_jax.bench.models import abstract_cache, random_cache, random_model, read_bytes
+from seer_jax.gates.configs import DecodeGateConfig
+from seer_jax.inference.memory import tree_bytes
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import TopK
 
-class Part(enum.StrEnum):
-    """What is measured."""
-
-    KERNEL = "kernel"
-    LAYER = "layer"
-    MODEL = "model"
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeBench:
-    """Measures decoding on this machine: the attention kernel, a layer's attention with its gate, and a whole model.
-
-    Each result of the kernel is held against float32 before it is timed. The command fails if one is wrong. What the device
-    has no memory for is left out with a note.
-
-    Attributes:
-      shape: heads of the attention and size of the model.
-      batches: numbers of sequences.
-      lengths: tokens of each sequence, the newest included.
-      densities: shares of the blocks on the kernel's lists.
-      model_density: share of the blocks that layer and model keep.
-      only: parts to measure.
-      tokens: new ones of each sequence that the model makes in one run.
-      implementation: of the attention kernel; None: the best one here. Layer and model always take the best one.
-      seed: of weights, caches and lists.
-      output: file for the measurements (JSON); None: none is written.
-      plot: file for a picture (PNG); None: none is drawn.
-    """
-
-    shape: Shape = Shape.LLAMA_3_1_8B
-    batches: tuple[int, ...] = (1, 8, 16)
-    lengths: tuple[int, ...] = (8192, 32768, 131072)
-    densities: tuple[float, ...] = (0.1,)
-    model_density: float = 0.1
-    only: tuple[Part, ...] = tuple(Part)
-    tokens: int = 16
-    implementation: Implementation | None = None
-    seed: int = 0
-    output: Path | None = None
-    plot: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 128:
-            raise ValueError(f"lengths are at least two blocks of 64 tokens; got {self.lengths}.")
-        if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"batches hold at least one sequence; got {self.batches}.")
-        for density in (*self.densities, self.model_density):
-            if not 0 < density <= 1:
-                raise ValueError(f"Densities lie in (0, 1]; got {density}.")
-        if not 1 <= self.tokens < min(self.lengths):
-            raise ValueError(
-                f"New tokens are part of the lengths, 1 to {min(self.lengths) - 1} of them; got tokens={self.tokens}."
-            )
-        if not self.only:
-            raise ValueError(f"only names parts to measure, some of {', '.join(Part)}; got none. Leave it out for all.")
-
-
-def measure_decode(config: DecodeBench) -> Iterator[Measurement]:
-    """The measurements, each as soon as it is there.
-
-    Raises:
-      ValueError: a shape that this device is too slow for, or an implementation that does not exist.
-    """
-    check_device(config.shape)
-    memory_rate()  # while there is memory for it
-    model, sizes = CONFIGS[config.shape], (config.batches, config.lengths)
-    if Part.KERNEL in config.only:
-        yield from Bench(config.implementation, config.seed).sweep(heads_of(model), *sizes, config.densities)
-    if Part.LAYER in config.only:
-        yield from measure_layer(model, *sizes, config.model_density, seed=config.seed)
-    if Part.MODEL in config.only:
-        yield from new_tokens(config.shape, *sizes, config.model_density, config.tokens, seed=config.seed)
+RATE = Column("tokens/s", "tokens_per_second", ".4g", "new tokens of all sequences")
+NEW_TOKENS = Table(
+    "decode model",
+    "Whole model, one new token of each sequence",
+    (LISTED, MILLISECONDS, RATE, *FLOOR, SPEEDUP, *PROGRAM, MEMORY),
+)
 
 
 def bench_decode(config: DecodeBench) -> list[Measurement]:
-    """Prints the tables, writes file and picture if they are asked for, and returns the measurements.
+    """Measures and reports, see `report`."""
+    return report(config, measure_decode(config), (DECODE_ATTENTION, DECODE_LAYER, NEW_TOKENS), PANELS)
+
+
+def measure_decode(config: DecodeBench) -> Iterator[Measurement]:
+    """Yields each measurement as soon as it is there.
 
     Raises:
-      ImportError: a picture is asked for and matplotlib is not installed.
-      ValueError: see `measure_decode`.
+      ValueError: a shape that the device is too slow for, or an implementation that does not exist.
     """
-    if config.plot is not None:
-        from seer_jax.bench.plots import check_matplotlib
+    config.check_device()
+    memory_rate(default_device())  # while there is memory for it
+    if "kernel" in config.only:
+        yield from measure_decode_attention(config)
+    if "layer" in config.only:
+        yield from measure_layer(config)
+    if "model" in config.only:
+        yield from new_tokens(config)
 
-        check_matplotlib()
-    console, measurements = report(measure_decode(config), config.output)
-    if config.plot is not None:
-        from seer_jax.bench.plots import plot_decode
 
-        console.print(f"Drawn: {plot_decode(config.plot, measurements)}", highlight=False, soft_wrap=True)
-    return measurements
+def new_tokens(config: DecodeBench) -> Iterator[Measurement]:
+    """For each batch and length, the smallest cache first: dense, and at the density. The last new token fills the cache."""
+    model = random_model(config.model, DecodeGateConfig(), seed=config.seed)
+
+    def line(batch: int, length: int, policy: Policy) -> Measurement:
+        # Without a policy that reads it there is no gate's part of the cache, as in `generate`.
+        shape = batch, length, model.dtype, DecodeGateConfig() if policy.needs_gate else None
+
+        def decode(carried: tuple, model: Transformer) -> tuple[tuple, tuple]:
+            def step(_: Any, carry: tuple) -> tuple:
+                tokens, cache, _, finite = carry
+                logits, cache, kept = model.decode(tokens, cache, sparsity=policy)
+                finite &= jnp.isfinite(logits).all()
+                return logits.argmax(-1).astype(tokens.dtype), cache, kept, finite
+
+            tokens, cache = carried
+            cache = cache.with_lengths(jnp.full(batch, length - config.tokens, jnp.int32))
+            start = tokens, cache, jnp.zeros((model.config.num_layers, batch)), jnp.array(True)
+            tokens, cache, kept, finite = jax.lax.fori_loop(0, config.tokens, step, start)
+            return (tokens, cache), (kept, finite)
+
+        def run() -> Outcome:
+            cache = random_cache(model.config, *shape, seed=config.seed)
+            program = run_program(decode, (jnp.arange(batch, dtype=jnp.int32), cache), model)
+            timing, (kept, finite) = program.timing.divided(config.tokens), program.outputs
+            read = weight_bytes(model) + read_bytes(model.config, *shape, float(kept.mean()))
+            results = dict(density=float(kept.mean()), tokens_per_second=batch / timing.milliseconds * 1e3)
+            results |= timing._asdict() | floor_results(timing.milliseconds, read) | program.results
+            return Outcome(results, program.note, None if bool(finite) else "logits not finite")
+
+        kept = policy.expected_density
+        settings = dict(model=config.shape.value, batch=batch, length=length, density=kept, dtype=str(model.dtype))
+        settings |= dict(tokens=config.tokens)
+        needed = tree_bytes((model, abstract_cache(model.config, *shape)))
+        case = f"{batch} x {length}, " + ("dense" if kept is None else f"{kept:g}")
+        return measure(NEW_TOKENS.name, case, settings, run, needed_bytes=needed)
+
+    policies, sizes = (Dense(), TopK(config.model_density)), itertools.product(config.batches, config.lengths)
+    yield from beside_dense(line(*size, policy) for size in sorted(sizes, key=math.prod) for policy in policies)
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of the base weights that a new token must read."""
+    return tree_bytes((model.layers, model.norm, model.head))
+
+
+def _rule(m: Measurement) -> str:
+    """How blocks are chosen, the same at every length."""
+    return f"{(m.settings.get('rule') or 'top').split()[0]} {m.settings['density']:.0%}"
+
+
+PANELS = [
+    Panel(title, table.name, colour=lambda m: f"batch {m.settings['batch']}", style=_rule)
+    for title, table in (
+        ("attention kernel", DECODE_ATTENTION),
+        ("one layer's attention", DECODE_LAYER),
+        ("whole model", NEW_TOKENS),
+    )
+]

@@ -1,116 +1,88 @@
 """`seer-jax bench prefill`: block-sparse prefill from the attention kernel to the whole model."""
 
-import dataclasses
-import enum
 from collections.abc import Iterator
-from pathlib import Path
 
-from pallas_kernels.backends import Implementation
-from pallas_kernels.bench import Measurement, variants
-from pallas_kernels.block_sparse_attention.bench import PACKAGE, Bench, odd_cases, sweep
-from seer_jax.bench.gate_masks import LENGTH as TRAINED_LENGTH
-from seer_jax.bench.gate_masks import trained_cases
-from seer_jax.bench.models import CONFIGS, Shape, check_device, first_token, heads_of
-from seer_jax.bench.report import report
-from seer_jax.bench.selection import measure_selection
+import jax
+from jaxtyping import Array, Int
 
-ODD_LENGTH = 32768
+from seer_jax.bench.configs import PrefillBench
+from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, not_finite, run_program
+from seer_jax.bench.harness.plots import Panel
+from seer_jax.bench.harness.report import DENSITY, MILLISECONDS, PROGRAM, SPEEDUP, Table, report
+from seer_jax.bench.models import random_model
+from seer_jax.bench.prefill_attention import ATTENTION, ODD_CASES, AttentionBench, aligned_cases, odd_cases, variants
+from seer_jax.bench.selection import SELECTION, measure_selection
+from seer_jax.gates.configs import PrefillGateConfig
+from seer_jax.models.cache import Cache
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import TopK
 
-
-class Part(enum.StrEnum):
-    """What is measured."""
-
-    ATTENTION = "attention"
-    CASES = "cases"
-    SELECTION = "selection"
-    MODEL = "model"
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillBench:
-    """Measures block-sparse prefill on this machine: the attention kernel, the choice of blocks, and a whole model.
-
-    Each result of the kernel is held against float32 before it is timed. The command fails if one is wrong.
-
-    Attributes:
-      shape: heads of the attention and size of the model.
-      lengths: prompt lengths, tokens.
-      densities: shares of the earlier blocks that random masks keep, for the attention.
-      model_density: share of the causal map that gate and model keep.
-      only: parts to measure.
-      implementation: of the attention kernel; None: the best one here. The model always takes the best one.
-      variants: measure every configuration that the implementation offers.
-      seed: of weights, inputs and masks.
-      output: file for the measurements (JSON); None: none is written.
-      plot: file for a picture (PNG); None: none is drawn.
-    """
-
-    shape: Shape = Shape.LLAMA_3_1_8B
-    lengths: tuple[int, ...] = (8192, 32768, 131072)
-    densities: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5, 1.0)
-    model_density: float = 0.1
-    only: tuple[Part, ...] = tuple(Part)
-    implementation: Implementation | None = None
-    variants: bool = False
-    seed: int = 0
-    output: Path | None = None
-    plot: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 64:
-            raise ValueError(f"lengths are at least one block of 64 tokens; got {self.lengths}.")
-        for density in (*self.densities, self.model_density):
-            if not 0 < density <= 1:
-                raise ValueError(f"Densities lie in (0, 1]; got {density}.")
-        if not self.densities and Part.ATTENTION in self.only:
-            raise ValueError("The attention is measured at given densities; got none.")
-        if self.plot is not None and Part.ATTENTION not in self.only:
-            raise ValueError(
-                "The picture shows the attention, which is not among the parts to measure; got no attention."
-            )
-        if self.variants and self.implementation is None:
-            raise ValueError("variants are those of a named implementation; got variants without implementation.")
-
-
-def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
-    """The measurements, each as soon as it is there.
-
-    Raises:
-      ValueError: a shape that this device is too slow for, or an implementation that does not exist.
-    """
-    check_device(config.shape)
-    model = CONFIGS[config.shape]
-    heads = heads_of(model)
-    if {Part.ATTENTION, Part.CASES} & set(config.only):
-        offered = variants(PACKAGE, config.implementation) if config.variants else {}
-        for choice in offered.items() or (None,):
-            bench = Bench(config.implementation, choice, config.seed)
-            if Part.ATTENTION in config.only:
-                yield from bench.sweep(sweep(heads, config.lengths, config.densities))
-            if Part.CASES in config.only:
-                longest = max(config.lengths)
-                yield from bench.pairs(odd_cases(heads, min(ODD_LENGTH, longest)))
-                yield from bench.pairs(trained_cases(heads, min(TRAINED_LENGTH, longest), config.model_density))
-    if Part.SELECTION in config.only:
-        yield from measure_selection(model, config.lengths, config.model_density, seed=config.seed)
-    if Part.MODEL in config.only:
-        yield from first_token(config.shape, config.lengths, (config.model_density,), seed=config.seed)
+FIRST_TOKEN = Table("model", "Whole model, time to first token", (DENSITY, MILLISECONDS, SPEEDUP, *PROGRAM))
 
 
 def bench_prefill(config: PrefillBench) -> list[Measurement]:
-    """Prints the tables, writes file and picture if they are asked for, and returns the measurements.
+    """Measures and reports, see `report`."""
+    return report(config, measure_prefill(config), (ATTENTION, ODD_CASES, SELECTION, FIRST_TOKEN), PANELS)
+
+
+def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
+    """Yields each measurement as soon as it is there.
 
     Raises:
-      ImportError: a picture is asked for and matplotlib is not installed.
-      ValueError: see `measure_prefill`.
+      ValueError: a shape that the device is too slow for, or an implementation that does not exist.
     """
-    if config.plot is not None:
-        from seer_jax.bench.plots import check_matplotlib
+    config.check_device()
+    attention: dict[tuple[int, float], float | None] = {}
+    offered = variants(config.implementation) if config.variants else {}
+    for variant in offered.items() or (None,):
+        bench = AttentionBench(config.implementation, variant, config.seed)
+        for case in aligned_cases(config) if "attention" in config.only else ():
+            yield (m := bench.measure(case))
+            # The first kind of lists stands beside the choice of blocks.
+            attention.setdefault((case.num_queries, case.density), m.results.get("milliseconds"))
+        for pair in odd_cases(config) if "cases" in config.only else ():
+            yield bench.pair(*pair)
+    if "selection" in config.only:
+        yield from measure_selection(config, attention)
+    if "model" in config.only:
+        yield from first_token(config)
 
-        check_matplotlib()
-    console, measurements = report(measure_prefill(config), config.output)
-    if config.plot is not None:
-        from seer_jax.bench.plots import plot_prefill
 
-        console.print(f"Drawn: {plot_prefill(config.plot, measurements)}", highlight=False, soft_wrap=True)
-    return measurements
+def first_token(config: PrefillBench) -> Iterator[Measurement]:
+    """Time from a prompt's tokens to the logits after it, dense and at a density, the shortest prompts first."""
+    model = random_model(config.model, PrefillGateConfig(), seed=config.seed)
+
+    def line(length: int, policy: Policy) -> Measurement:
+        tokens = jax.random.randint(jax.random.key(config.seed), (1, length), 0, model.config.vocab_size)
+
+        def prefill(cache: Cache, model: Transformer, tokens: Int[Array, "B T"]) -> tuple[Cache, tuple[Array, Array]]:
+            logits, cache, kept = model.prefill(tokens, None, cache, sparsity=policy)
+            return cache, (logits, kept)
+
+        def run() -> Outcome:
+            program = run_program(prefill, model.make_cache(1, length), model, tokens)
+            logits, kept = program.outputs
+            results = {**program.timing._asdict(), "density": float(kept.mean()), **program.results}
+            return Outcome(results, program.note, not_finite(logits=logits))
+
+        kept = policy.expected_density
+        settings = dict(model=config.shape.value, length=length, density=kept, dtype=str(model.dtype))
+        case = f"{length}, " + ("dense" if kept is None else f"{kept:g}")
+        return measure(FIRST_TOKEN.name, case, settings, run)
+
+    policies = Dense(), TopK(config.model_density)
+    yield from beside_dense(line(n, policy) for n in sorted(config.lengths) for policy in policies)
+
+
+def _lists(m: Measurement) -> str:
+    """The kind of lists that the attention read."""
+    s = m.settings
+    lists = "own lists" if s["lists"] == s["heads"] else "shared lists"
+    return f"{s['block_size']}x{s['block_size']}, {lists}" + (f", {s['config']}" if s["config"] else "")
+
+
+PANELS = (
+    Panel("attention kernel", ATTENTION.name, lambda m: f"{m.settings['num_queries']} tokens", _lists, x="density"),
+    Panel("attention kernel", ATTENTION.name, lambda m: f"{m.settings['density']:.0%}", _lists, x="num_queries"),
+)

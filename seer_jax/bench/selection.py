@@ -1,107 +1,131 @@
-"""The way from queries and keys to block lists, timed: the prefill gate, the choice of blocks, and both together."""
+"""The way from queries and keys to block lists, timed: the scores, the choice of blocks, and both together."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
-from unittest import mock
+import itertools
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
-from pallas_kernels import BlockIndices, select_blocks
-from pallas_kernels.bench import Measurement, guarded, time_calls
+from pallas_kernels import BlockIndices
+from seer_jax.bench.configs import PrefillBench
+from seer_jax.bench.harness.clock import time_calls
+from seer_jax.bench.harness.measurement import Measurement, Outcome, measure
+from seer_jax.bench.harness.report import DENSITY, Column, Table
 from seer_jax.gates.configs import PrefillGateConfig
 from seer_jax.gates.prefill import PrefillGate
-from seer_jax.models import attention
 from seer_jax.models.config import ModelConfig
-from seer_jax.selection.policies import Policy
-from seer_jax.selection.rules import CumulativeMass, Threshold, TopK
+from seer_jax.models.rope import rotate
+from seer_jax.selection.context import PrefillContext
+from seer_jax.selection.rules import CumulativeMass, RankingPolicy, Threshold, TopK
+from seer_jax.selection.scorers import LearnedGate
 
+SELECTION = Table(
+    "selection",
+    "Gate and choice of blocks, one layer",
+    (
+        DENSITY,
+        Column(
+            "gate\nms", "gate_milliseconds", ".4g", "pooling, projection and logits (of another scorer: its scores)"
+        ),
+        Column("choice\nms", "choice_milliseconds", ".4g", "from logits to lists"),
+        Column("both\nms", "milliseconds", ".4g", "from queries and keys to lists, as the model does it"),
+        Column("attention\nms", "attention_milliseconds", ".4g", "the kernel on random lists of that density"),
+    ),
+)
+GATE = PrefillGateConfig()
 THRESHOLD = 5e-4
 MASS = 0.9
 LOGITS_SPREAD = 3.0  # standard deviation, as a trained gate's: thresholds keep few blocks then
 
 
-def chosen_blocks(
-    policy: Policy, gate: PrefillGate, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], config: ModelConfig
-) -> BlockIndices:
-    """The lists that `prefill_attention` hands to its kernel, which is left out."""
-    lists: list[BlockIndices] = []
-
-    def note(q: Any, k: Any, v: Any, blocks: BlockIndices, **_: Any) -> Any:
-        lists.append(blocks)
-        return q
-
-    lengths = jnp.full(len(q), q.shape[1], jnp.int32)
-    with mock.patch.object(attention, "block_sparse_attention", note):
-        attention.prefill_attention(policy, gate, jnp.int32(0), q, k, k, lengths, config)
-    return lists[0]
-
-
 def measure_selection(
-    config: ModelConfig, lengths: Sequence[int], density: float, *, seed: int = 0
+    config: PrefillBench, attention: Mapping[tuple[int, float], float | None]
 ) -> Iterator[Measurement]:
-    """One measurement for each length and way to choose."""
-    one_layer = dataclasses.replace(config, num_layers=1)
-    stacked = PrefillGate(PrefillGateConfig(), one_layer, rngs=nnx.Rngs(seed))
+    """One measurement for each length and policy.
+
+    Args:
+      attention: milliseconds of the attention kernel by length and density, to show beside.
+    """
+    model, density = config.model, config.model_density
+    rules = config.rules() or {
+        f"threshold {THRESHOLD:g}": Threshold(THRESHOLD),
+        f"mass {MASS:g}": CumulativeMass(MASS),
+        f"top {density:g}": TopK(density),
+    }
+    stacked = PrefillGate(GATE, dataclasses.replace(model, num_layers=1), rngs=nnx.Rngs(config.seed))
     gate = jax.tree.map(lambda x: x[0], stacked)  # as the scan over layers hands it out
-    for length in lengths:
-        rules = {
-            f"threshold {THRESHOLD:g}": Threshold(THRESHOLD),
-            f"mass {MASS:g}": CumulativeMass(MASS),
-            f"top {density:g}": TopK(density),
-        }
-        for rule, policy in rules.items():
-            settings = dict(
-                length=length, rule=rule, density=density, block_size=gate.config.block_size, heads=config.num_heads
-            )
-            blank = Measurement("selection", f"{length}, {rule}", settings)
-            yield guarded(functools.partial(_measure, config, gate, policy, length, seed, blank), blank)
+    for length, (rule, policy) in itertools.product(config.lengths, rules.items()):
+        settings = dict(length=length, rule=rule, density=density, block_size=GATE.block_size, heads=model.num_heads)
+        run = functools.partial(_time, config, gate, policy, length, attention.get((length, density)))
+        yield measure(SELECTION.name, f"{length}, {rule}", settings, run)
 
 
-def _measure(
-    config: ModelConfig,
-    gate: PrefillGate,
-    policy: Threshold | CumulativeMass | TopK,
-    length: int,
-    seed: int,
-    blank: Measurement,
-) -> Measurement:
-    keys = jax.random.split(jax.random.key(seed))
-    q = jax.random.normal(keys[0], (1, length, config.num_heads, config.head_dim), jnp.bfloat16)
-    k = jax.random.normal(keys[1], (1, length, config.num_kv_heads, config.head_dim), jnp.bfloat16)
+def prefill_context(
+    config: ModelConfig, gate: PrefillGate | None, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"]
+) -> PrefillContext:
+    """What a policy may look at in the first layer of whole prompts without padding, whose values are the keys.
 
-    @jax.jit
-    def score(gate: PrefillGate, q: Array, k: Array) -> Array:
-        return gate.scores(q, k, jnp.arange(length)[None])
+    Under jit nothing is rotated for scorers that look at queries and keys before RoPE alone.
+    """
+    q_rotated, k_rotated = rotate(q, k, jnp.arange(q.shape[1])[None], config.rope)
+    return PrefillContext(
+        q=q,
+        k=k,
+        q_rotated=q_rotated,
+        k_rotated=k_rotated,
+        v=k,
+        lengths=jnp.full(len(q), q.shape[1], jnp.int32),
+        layer=jnp.int32(0),
+        block_size=GATE.block_size if gate is None else gate.config.block_size,
+        gate=gate,
+    )
 
-    @jax.jit
-    def choose(logits: Array) -> BlockIndices:
-        blocks = logits.shape[-1]
-        keep, visible = jnp.eye(blocks, dtype=bool), jnp.arange(1, blocks + 1)[:, None]
-        select = functools.partial(select_blocks, logits, block_size=gate.config.block_size, keep=keep, visible=visible)
-        match policy:
-            case Threshold():
-                return select(threshold=policy.threshold)
-            case CumulativeMass():
-                return select(mass=policy.mass)
-            case TopK():
-                return select(top_k=policy.blocks(blocks))
 
-    logits = score(gate, q, k)
-    needed = jnp.tril(jnp.ones((1, 1, *logits.shape[2:]), bool))
-    q = (q * (LOGITS_SPREAD / logits.std(where=needed))).astype(q.dtype)  # they grow with q
+@jax.jit
+def _gate_logits(
+    gate: PrefillGate, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"]
+) -> Float32[Array, "B H Tb Tb"]:
+    positions = jnp.arange(q.shape[1])[None]
+    return gate.logits(gate.queries(q, positions), gate.keys(k, positions))
+
+
+def _time(
+    config: PrefillBench, gate: PrefillGate, policy: RankingPolicy, length: int, attention: float | None
+) -> Outcome:
+    model, keys = config.model, jax.random.split(jax.random.key(config.seed))
+    q = jax.random.normal(keys[0], (1, length, model.num_heads, model.head_dim), jnp.bfloat16)
+    k = jax.random.normal(keys[1], (1, length, model.num_kv_heads, model.head_dim), jnp.bfloat16)
+    logits = _gate_logits(gate, q, k)
+    causal = jnp.tril(jnp.ones((1, 1, *logits.shape[2:]), bool))
+    q = (q * (LOGITS_SPREAD / logits.std(where=causal))).astype(q.dtype)  # the logits grow with q
     del logits
-    together = jax.jit(lambda gate, q, k: chosen_blocks(policy, gate, q, k, config))
+
+    @jax.jit
+    def score(gate: PrefillGate, q: Array, k: Array) -> Float32[Array, "B Hs Tb Tb"]:
+        return policy.scorer.prefill_scores(policy.prepare(prefill_context(model, gate, q, k)))
+
+    @jax.jit
+    def choose(scores: Array) -> BlockIndices:
+        zeros = (jnp.zeros(x.shape, x.dtype) for x in (q, k))  # a rule reads their shapes alone
+        return policy.select(scores, prefill_context(model, None, *zeros))
+
+    @jax.jit
+    def together(gate: PrefillGate, q: Array, k: Array) -> BlockIndices | None:
+        return policy.blocks(policy.prepare(prefill_context(model, gate, q, k)))
+
+    if isinstance(policy.scorer, LearnedGate):
+        score = _gate_logits  # the gate alone: no mask of padding
     blocks = together(gate, q, k)
-    results = {"density": float(blocks.density().mean())}
+    density = float(blocks.density().mean())
     del blocks
-    results |= {
+    results = {
+        "density": density,
         "gate_milliseconds": time_calls(score, gate, q, k).milliseconds,
         "choice_milliseconds": time_calls(choose, score(gate, q, k)).milliseconds,
         "milliseconds": time_calls(together, gate, q, k).milliseconds,
     }
-    return dataclasses.replace(blank, results=results)
+    return Outcome({**results, "attention_milliseconds": attention})

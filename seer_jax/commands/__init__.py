@@ -1,1 +1,1 @@
-"""The command line, a file per command. No library code imports it."""
+"""The command line, one file per command. Library code imports none of it."""

@@ -1,4 +1,4 @@
-"""`seer-jax generate`: continues a prompt; the text appears while it is made."""
+"""Continue a prompt, densely or sparsely, and print the text while it is generated."""
 
 import dataclasses
 import json
@@ -11,47 +11,50 @@ import jax
 import numpy as np
 
 from seer_jax import tiny_lm
-from seer_jax.commands.arguments import PolicyArgument
+from seer_jax.commands.arguments import ExitCode, parse, policy_help
 from seer_jax.inference.generate import Generated, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
+from seer_jax.inference.request import Request
 from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.selection.notation import write_policy
-from seer_jax.selection.policies import Dense
+from seer_jax.selection.policies import Policy
+
+DESCRIPTION = f"""Continues a prompt and prints the text while it is generated.
+
+{{policies}}
+
+Which policy runs for the prompt (prefill) and for new tokens (decode), and why, is printed on standard error. {tiny_lm.NAME} stands for
+the bundled model, and for its gates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Continues a prompt; the text appears while it is made.
-
-    A policy is written dense, threshold:P, mass:P, topk:DENSITY or budget:TOKENS, for example threshold:5e-4, mass:0.9, topk:0.1, budget:4096;
-    with :oracle, :window or :random behind it blocks are ranked by something else than the learned gate.
-    Two settings may follow by name: dense_layers=N, the first N layers keep every block; dense_last_rows=N (none of budget),
-    the last N block rows of the prompt keep every block, else 2. For example topk:0.1,dense_layers=2,dense_last_rows=0.
+    """Continues a prompt and prints the text while it is generated.
 
     Attributes:
       model: folder or hub id of the base model; tiny-lm is the bundled one.
-      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both of the bundled model.
-      prompt: the text to continue.
-      prompt_file: file that holds it. Without prompt and file it is read from standard input.
-      chat: take the prompt as a user's message, and write it as the model's chat template says.
-      system: system message before it; with chat alone.
-      prefill: blocks that the prompt's tokens attend to (a policy).
-      decode: blocks that each new token attends to (a policy).
-      max_new_tokens: generation ends there, or at the model's end-of-text token.
-      temperature: 0 takes the likeliest token, above 0 draws.
-      top_k: draw from this many best tokens; None: from all.
-      top_p: draw from the best tokens that hold this share of the probability; None: from all.
-      seed: seed of the draws.
-      dtype: arithmetic of the base model; None: bfloat16, on a CPU float32.
-      beyond_context: allow more tokens than the model was made for.
-      stats: report planned memory, speed and kept blocks on standard error.
-      kept: report the share of blocks that each layer kept, too.
-      plan: print the memory that this would take, by the compiled programs, and stop; weights are not loaded.
-      report: file for tokens, text, planned memory and the blocks kept by each layer at each step, as JSON.
+      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
+      prompt: text to continue.
+      prompt_file: file with the text to continue. Without prompt and file it is read from standard input.
+      chat: treat the prompt as a user's message and format it with the model's chat template.
+      system: system message before the prompt; with chat alone.
+      prefill: blocks that the prompt's tokens attend to (a policy). None: the policy that the prefill gate recommends, otherwise dense.
+      decode: blocks that each new token attends to (a policy). None: the policy that the decode gate recommends, otherwise dense.
+      max_new_tokens: largest number of new tokens; the model's end-of-text token ends the text earlier.
+      temperature: 0 takes the most likely token; above 0 tokens are sampled.
+      top_k: sample from the k most likely tokens; None: from all.
+      top_p: sample from the most likely tokens that hold this share of the probability; None: from all.
+      seed: seed of the sampling.
+      dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
+      beyond_context: allow more tokens than the model's context.
+      stats: report policies, planned memory, speed and kept blocks on standard error.
+      kept: also report the share of blocks that each layer kept.
+      plan: print the memory that the compiled programs would take, and stop; weights are not loaded.
+      report: file for tokens, text, policies, planned memory and the blocks kept by each layer at each step, as JSON.
     """
 
     model: str = tiny_lm.NAME
@@ -60,8 +63,8 @@ class GenerateConfig:
     prompt_file: Path | None = None
     chat: bool = False
     system: str | None = None
-    prefill: PolicyArgument = Dense()
-    decode: PolicyArgument = Dense()
+    prefill: Policy | None = None
+    decode: Policy | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_k: int | None = None
@@ -76,14 +79,16 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("The prompt comes from prompt or from prompt_file; got both.")
+            raise ValueError("The prompt must come from prompt or from prompt_file; got both. Leave one out.")
         if self.system is not None and not self.chat:
-            raise ValueError("A system message is part of a conversation; got system without chat.")
+            raise ValueError("system must come with chat, as a system message is part of a conversation. Add --chat.")
         if self.temperature < 0:
-            raise ValueError(f"temperature is 0 (the likeliest token) or above; got {self.temperature}.")
+            raise ValueError(
+                f"temperature must be 0 (the most likely token) or greater (sampling); got {self.temperature}."
+            )
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise ValueError(
-                "top_k and top_p say what is drawn from; got them with temperature 0, which draws nothing."
+                "top_k and top_p must come with a temperature above 0; got temperature 0, which takes the most likely token."
             )
 
     @property
@@ -92,47 +97,95 @@ class GenerateConfig:
         return Sample(self.temperature, self.top_k, self.top_p) if self.temperature > 0 else Greedy()
 
 
-def run_generate(config: GenerateConfig) -> Generated | None:
+def run(words: list[str]) -> int:
+    description = DESCRIPTION.format(policies=policy_help())
+    generate(parse(GenerateConfig, "generate", words, description=description))
+    return ExitCode.OK
+
+
+def generate(config: GenerateConfig) -> Generated | None:
     """Writes the continuation to standard output; with `plan` the memory plan, and returns None.
 
     Raises:
-      ValueError, OSError, MemoryError: see `from_pretrained`, `load_tokenizer` and `generate`.
+      ValueError, OSError, MemoryError: see `from_pretrained`, `load_tokenizer` and `seer_jax.generate`.
     """
     tokenizer = load_tokenizer(config.model)
     tokens = _prompt_tokens(config, tokenizer)
     if config.report is not None and not config.report.parent.is_dir():
-        raise FileNotFoundError(f"The report goes to a folder that is there; got {config.report}.")
+        raise FileNotFoundError(
+            f"The folder of the report must exist; got {config.report}. Make it, or choose another one."
+        )
     model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default(), abstract=config.plan)
+    job = Job.of(config, model, tokens)
+    if config.stats:
+        print("\n".join(f"{phase}: {policy}" for phase, policy in job.policies.items()), file=sys.stderr)
     if config.plan:
-        print(_plan(config, model, tokens))
+        print(job.plan())
         return None
     clock = _Clock()
-    plan = _plan(config, model, tokens) if config.stats or config.report is not None else None
+    plan = job.plan() if config.stats or config.report is not None else None
     if config.stats:
         print(plan, file=sys.stderr)
-    result = _write_stream(config, model, tokenizer, tokens, clock)
+    result = _write_stream(job, tokenizer, clock)
     if config.stats:
         kept = f"prefill {float(result.prefill_kept.mean()):.1%}, decode {float(result.decode_kept.mean()):.1%}"
         print(f"[{len(tokens)} prompt tokens; {clock}; blocks kept: {kept}]", file=sys.stderr)
     if config.kept:
         print(kept_table(result), file=sys.stderr)
     if config.report is not None and plan is not None:
-        report = _report(config, result, plan, len(tokens), tokenizer)
-        config.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        config.report.write_text(json.dumps(_report(job, result, plan, tokenizer), indent=1) + "\n", encoding="utf-8")
     return result
 
 
-def _plan(config: GenerateConfig, model: Transformer, tokens: list[int]) -> MemoryPlan:
-    return plan_memory(
-        model,
-        1,
-        len(tokens),
-        max_new_tokens=config.max_new_tokens,
-        prefill=config.prefill,
-        decode=config.decode,
-        sampling=config.sampling,
-        streamed=True,
-    )
+@dataclasses.dataclass(frozen=True)
+class ChosenPolicy:
+    """A policy, and why it is the one that runs."""
+
+    policy: Policy
+    reason: str
+
+    @classmethod
+    def of(cls, chosen: Policy | None, named: Policy | None, gate: Any) -> "ChosenPolicy":
+        """The policy `chosen` by `Request.of` where the user named one or None, for a phase with this gate or None."""
+        assert chosen is not None
+        if named is not None:
+            reason = "named"
+        elif gate is None:
+            reason = "no gate"
+        else:
+            reason = "the gate recommends nothing" if gate.recommended is None else "recommended by the gate"
+        return cls(chosen, reason)
+
+    def __str__(self) -> str:
+        return f"{write_policy(self.policy)} ({self.reason})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is generated: by which model, from which prompt, under which policies."""
+
+    config: GenerateConfig
+    model: Transformer
+    tokens: list[int]
+    policies: dict[str, ChosenPolicy]
+
+    @classmethod
+    def of(cls, config: GenerateConfig, model: Transformer, tokens: list[int]) -> "Job":
+        request = Request.of(model, max_new_tokens=config.max_new_tokens, prefill=config.prefill, decode=config.decode)
+        policies = {
+            "prefill": ChosenPolicy.of(request.prefill, config.prefill, model.prefill_gate),
+            "decode": ChosenPolicy.of(request.decode, config.decode, model.decode_gate),
+        }
+        return cls(config, model, tokens, policies)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of `stream` and `plan_memory`."""
+        policies = {phase: chosen.policy for phase, chosen in self.policies.items()}
+        return dict(max_new_tokens=self.config.max_new_tokens, sampling=self.config.sampling, **policies)
+
+    def plan(self) -> MemoryPlan:
+        return plan_memory(self.model, 1, len(self.tokens), streamed=True, **self.settings)
 
 
 def kept_table(result: Generated, row: int = 0) -> str:
@@ -152,18 +205,16 @@ def kept_table(result: Generated, row: int = 0) -> str:
 
 
 def _row_steps(result: Generated, row: int) -> np.ndarray:
-    """What a row's layers kept at the steps that it made, `[steps, L]`."""
+    """Share of blocks that a row's layers kept at its decoding steps, `[steps, L]`."""
     return np.asarray(result.decode_kept_steps)[: int(result.lengths[row]) - 1, :, row]
 
 
-def _report(
-    config: GenerateConfig, result: Generated, plan: MemoryPlan, prompt_tokens: int, tokenizer: Tokenizer
-) -> dict[str, Any]:
+def _report(job: Job, result: Generated, plan: MemoryPlan, tokenizer: Tokenizer) -> dict[str, Any]:
     (new,) = result.rows()
     return {
-        "prefill": write_policy(config.prefill),
-        "decode": write_policy(config.decode),
-        "prompt_tokens": prompt_tokens,
+        **{phase: write_policy(chosen.policy) for phase, chosen in job.policies.items()},
+        "policy_reasons": {phase: chosen.reason for phase, chosen in job.policies.items()},
+        "prompt_tokens": len(job.tokens),
         "tokens": new,
         "text": tokenizer.decode(new),
         "memory_bytes": dataclasses.asdict(plan) | {"total": plan.total},
@@ -188,13 +239,13 @@ def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     tokens = tokenizer.encode(text)
     if not tokens:
         raise ValueError(
-            "A prompt has at least one token; got an empty text. Give --prompt, --prompt-file or text on stdin."
+            "The prompt must have at least one token; got an empty text. Pass --prompt, --prompt-file or text on standard input."
         )
     return tokens
 
 
 class _Clock:
-    """When tokens came: the first and the second time include compilation."""
+    """Arrival times of tokens; those of the first and the second piece include compilation."""
 
     def __init__(self) -> None:
         self._marks = [(time.perf_counter(), 0)]
@@ -211,18 +262,13 @@ class _Clock:
         return text
 
 
-def _write_stream(
-    config: GenerateConfig, model: Transformer, tokenizer: Tokenizer, tokens: list[int], clock: _Clock
-) -> Generated:
+def _write_stream(job: Job, tokenizer: Tokenizer, clock: _Clock) -> Generated:
     pieces = stream(
-        model,
-        [tokens],
-        max_new_tokens=config.max_new_tokens,
-        prefill=config.prefill,
-        decode=config.decode,
-        sampling=config.sampling,
-        key=jax.random.key(config.seed),
-        beyond_context=config.beyond_context,
+        job.model,
+        [job.tokens],
+        key=jax.random.key(job.config.seed),
+        beyond_context=job.config.beyond_context,
+        **job.settings,
     )
     text = tokenizer.stream()
     while True:

@@ -1,29 +1,33 @@
-"""`seer-jax info`: versions, devices and implementations."""
+"""Print versions, devices, and the implementation that each operation uses."""
 
+import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import os
+import pkgutil
 import platform
+from collections.abc import Iterator
 
 import jax
 
+import pallas_kernels
 import seer_jax
 from pallas_kernels.backends import Operation
+from seer_jax.commands.arguments import PROGRAM, ExitCode
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "cuda13", "matplotlib": "plot", "tensorboardX": "train", "datasets": "data"}
-OPERATION_FOLDERS = (
-    "block_sparse_attention",
-    "block_ground_truth",
-    "sparse_decode",
-    "gate_selection",
-    "block_pooling",
-    "gate_scores",
-)
+
+
+def run(words: list[str]) -> int:
+    argparse.ArgumentParser(f"{PROGRAM} info", description=__doc__).parse_args(words)
+    print(describe())
+    return ExitCode.OK
 
 
 def describe() -> str:
-    """Versions, devices, and which implementation each operation uses on them."""
+    """Versions, devices, and the implementation that each operation uses on them."""
     lines = [
         f"seer-jax {seer_jax.__version__}, Python {platform.python_version()}, {platform.platform()}",
         "",
@@ -38,13 +42,16 @@ def describe() -> str:
     lines += ["", "Devices"]
     lines += [f"  {device.platform}:{device.id}  {device.device_kind}" for device in jax.devices()]
     lines += [f"  CPU cores         {os.cpu_count()}", "", "Operations"]
-    for operation in map(_operation, OPERATION_FOLDERS):
+    for operation in operations():
         used = operation.used_here()
         others = [name for name in operation.implementations if name != used]
         lines.append(f"  {operation.name:<28} {used} (also there: {', '.join(others)})")
     return "\n".join(lines)
 
 
-def _operation(folder: str) -> Operation:
-    api = importlib.import_module(f"pallas_kernels.{folder}.api")
-    return next(value for value in vars(api).values() if isinstance(value, Operation))
+def operations() -> Iterator[Operation]:
+    """Every operation: each folder of `pallas_kernels` that has a module `api` defines one there."""
+    for folder in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
+        if folder.ispkg and importlib.util.find_spec(f"{folder.name}.api") is not None:
+            api = importlib.import_module(f"{folder.name}.api")
+            yield from (value for value in vars(api).values() if isinstance(value, Operation))

@@ -1,4 +1,4 @@
-"""Progress of a job of several stages: a bar on a terminal, plain lines elsewhere, and what each stage took."""
+"""Progress of a job with several stages: a bar on a terminal, plain lines elsewhere, and the duration of each stage."""
 
 import contextlib
 import time
@@ -16,7 +16,7 @@ class Stages:
     """Runs stages one after the other.
 
     Attributes:
-      seconds: what each finished stage took, by its title.
+      seconds: duration of each finished stage, by its title.
     """
 
     def __init__(self, console: Console):
@@ -25,7 +25,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, title: str, steps: int = 1) -> Iterator[Advance]:
-        """Shows a stage while it runs; what is yielded is called after each of its steps, with a word on how it stands."""
+        """Shows a stage while it runs; the caller calls what it yields after each step, with a word on the progress."""
         started = time.monotonic()
         with self._bar(title, steps) if self.console.is_terminal else self._lines(title, steps) as advance:
             yield advance

@@ -1,4 +1,4 @@
-"""Ways to choose blocks, compared on the same rows: held-out text for perplexity, pass-key prompts for retrieval."""
+"""Comparison of scorers on the same rows: held-out text for perplexity, pass-key prompts for retrieval."""
 
 import concurrent.futures
 import dataclasses
@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
-from seer_jax.evaluate.passkey import PassKeyPrompt
+from seer_jax.evaluate.rows import EvalRows
 from seer_jax.evaluate.scoring import TokenScores, perplexity, read_prompts, score_decoded, score_prompts
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
+from seer_jax.selection.notation import write_policy
 from seer_jax.selection.policies import Dense, Policy
-from seer_jax.selection.scorers import SCORERS, Scorer
+from seer_jax.selection.rules import RankingPolicy, TopK
+from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
 
 
 class Phase(enum.StrEnum):
@@ -29,67 +30,51 @@ class Phase(enum.StrEnum):
     DECODE = "decode"
 
 
-class Method(enum.StrEnum):
-    """What ranks the blocks; the names are those of the command line."""
-
-    GATE = "gate"
-    WINDOW = "window"
-    RANDOM = "random"
-    ORACLE = "oracle"
-
-    @property
-    def scorer(self) -> Scorer:
-        """As policies take it."""
-        return SCORERS[self]()
-
-    @property
-    def title(self) -> str:
-        """As tables show it."""
-        return {"gate": "learned gate", "window": "sink+window", "random": "random", "oracle": "oracle"}[self]
-
-
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class SparsityLevel:
     """How many blocks are kept.
 
     Attributes:
-      name: as tables show it, for example "10%".
-      policy: of any scorer, which each method replaces by its own.
+      name: head of a table's column, for example "10%"; see `level_name`.
+      policy: of any scorer; each method of a comparison takes its place.
+      phases: phases that are measured at this level.
     """
 
     name: str
-    policy: Policy
+    policy: RankingPolicy
+    phases: tuple[Phase, ...] = tuple(Phase)
 
-    def of(self, method: Method) -> Policy:
-        """The policy with the method's ranking.
+    def policy_of(self, scorer: Scorer) -> RankingPolicy:
+        """The policy with another scorer.
 
-        The last rows of a prompt are as sparse as the others here: they hold the question, which would else read the whole
-        prompt densely and find any pass key.
+        Its `dense_last_rows` is 0: those rows hold the question, which would otherwise read the whole prompt densely and find any
+        pass key.
         """
-        changes: dict[str, Any] = {"scorer": method.scorer}
-        if hasattr(self.policy, "dense_last_rows"):
-            changes["dense_last_rows"] = 0
-        return dataclasses.replace(self.policy, **changes)
+        policy: Any = self.policy  # every rule is a dataclass
+        rows = dict(dense_last_rows=0) if hasattr(policy, "dense_last_rows") else {}
+        return dataclasses.replace(policy, scorer=scorer, **rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What one way to choose blocks came to.
+    """Result of one method at one level.
 
     Attributes:
-      phase, method, setting: which one; method None: dense, every block.
-      kept: measured share of the blocks in sight that were read, mean over rows and layers.
+      phase: what was sparse.
+      method: name of the scorer; None: dense attention.
+      level: name of the level; "dense" for dense attention.
+      kept: measured share of the visible blocks that attention read, mean over rows and layers.
       perplexity: on the text windows.
-      tokens: how many tokens of them were scored.
+      tokens: number of their tokens that were scored.
       passkey: share of the pass-key prompts whose answer greedy decoding gets exactly right.
       passkey_tokens: share of the answers' single tokens that are right (given the right ones before).
-      prompts: pass-key prompts.
-      seconds: what the measurement took, compilation included.
+      prompts: number of pass-key prompts.
+      seconds: duration of the measurement, compilation included.
     """
 
     phase: Phase
-    method: Method | None
-    setting: str
+    method: str | None
+    level: str
     kept: float
     perplexity: float
     tokens: int
@@ -100,72 +85,85 @@ class Score:
 
     @property
     def title(self) -> str:
-        """Of the method, as tables show it."""
-        return "dense" if self.method is None else self.method.title
+        """Title of the method in tables."""
+        return "dense" if self.method is None else SCORERS[self.method].title
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What is scored: windows of text and pass-key prompts, all of the same length.
+def all_methods() -> tuple[Scorer, ...]:
+    """Every registered scorer: the gate, the baselines, further ones, and last the oracle, their upper bound."""
+    first = (LearnedGate.name, SinkWindow.name, Random.name)
+    others = (name for name in SCORERS if name not in (*first, Oracle.name))
+    return tuple(SCORERS[name]() for name in (*first, *others, Oracle.name))
 
-    Attributes:
-      windows: for perplexity.
-      prompts: for retrieval.
-      decoded: tokens at the end of each row that the decode policies append one at a time, after dense attention over what
-        comes before; those but the first are scored. Covers the question and the answer of the prompts.
-    """
 
-    windows: Int[np.ndarray, "n T"]
-    prompts: Sequence[PassKeyPrompt]
-    decoded: int = 64
+def level_name(policy: Policy) -> str:
+    """Name of a policy's level: the density in per cent, or the policy as on a command line."""
+    if isinstance(policy, TopK) and not policy.dense_layers:
+        return f"{policy.density:.0%}"
+    return write_policy(policy)
 
-    def __post_init__(self) -> None:
-        if not 2 <= self.decoded < self.length:
-            raise ValueError(f"Decoded tokens are at least 2 and leave a prompt; got {self.decoded} of {self.length}.")
-        longest = max((p.answer_length for p in self.prompts), default=0)
-        if self.decoded <= longest:
-            raise ValueError(f"The decoded tokens cover the answers of {longest} tokens; got decoded={self.decoded}.")
 
-    @property
-    def length(self) -> int:
-        """T, tokens per row."""
-        return self.windows.shape[1]
-
-    @property
-    def tokens(self) -> Int[np.ndarray, "rows T"]:
-        """The windows, then the prompts."""
-        return np.concatenate([self.windows, *(p.tokens[None] for p in self.prompts)]).astype(np.int32)
+def recommended_levels(model: Transformer) -> list[SparsityLevel]:
+    """The policies that the model's gates recommend, each for the phase of its gate; dense ones are left out."""
+    policies = {phase: None if gate is None else gate.recommended for phase, gate in _gates(model).items()}
+    return [
+        SparsityLevel(write_policy(policy), policy, (phase,))
+        for phase, policy in policies.items()
+        if isinstance(policy, RankingPolicy)
+    ]
 
 
 def compare(
     model: Transformer,
-    rows: Rows,
-    settings: Sequence[Setting],
+    rows: EvalRows,
+    levels: Sequence[SparsityLevel],
     *,
-    methods: Sequence[Method] = tuple(Method),
+    methods: Sequence[Scorer] | None = None,
     phases: Sequence[Phase] = tuple(Phase),
     batch_size: int = 8,
     workers: int = 1,
 ) -> Iterator[Score]:
-    """Scores dense attention, then each method at each setting, phase by phase.
+    """Scores dense attention, then each method at each level, phase by phase.
 
-    Prefill: one pass over each row with the policy, as the recipe of the bundled model measures. Decode: all methods start from
-    the same cache, that of dense attention over all but the last tokens of the rows; those are then appended one at a time.
-    Dense decoding computes what dense prefill does, so its scores are those of the dense pass at the same tokens.
+    Prefill: one pass over each row with the policy. Decode: all methods start from the same cache, that of dense attention over
+    all but the last tokens of the rows; those are then appended one at a time. Dense decoding computes the same as dense
+    prefill, so its scores are those of the dense pass at the same tokens.
 
     Args:
-      model: with the gates that the methods need; `Method.GATE` is left out of a phase that the model has no gate for.
+      model: with the gates that the methods need; a method that needs a gate is left out of a phase for which the model has none.
       rows: what is scored.
-      settings: how many blocks are kept.
-      methods, phases: which ones.
-      batch_size: rows that are decoded at a time. Prompts go one by one: each fills the device.
-      workers: measurements at a time. Two keep the cores of a CPU busy while one of them compiles; numbers stay the same.
+      levels: how many blocks are kept.
+      methods: registered scorers that rank the blocks; None: `all_methods()`.
+      phases: what is sparse.
+      batch_size: rows that are decoded at a time. Prompts are read one by one, since each fills the device.
+      workers: measurements at a time. Two keep the cores of a CPU busy while one of them compiles; the results are the same.
 
     Yields:
-      Scores as they are ready, the dense one of each phase first.
+      Scores as soon as they are measured, the dense one of each phase first.
+
+    Raises:
+      ValueError: a method is not registered.
     """
+    methods = all_methods() if methods is None else methods
+    for method in methods:
+        if SCORERS.get(method.name) is not type(method):
+            raise ValueError(
+                f"Methods must be registered scorers ({', '.join(SCORERS)}); got {method!r}. "
+                "Register its class (seer_jax.selection.scorers.register)."
+            )
+    return _compare(model, rows, levels, methods, phases, batch_size, workers)
+
+
+def _compare(
+    model: Transformer,
+    rows: EvalRows,
+    levels: Sequence[SparsityLevel],
+    methods: Sequence[Scorer],
+    phases: Sequence[Phase],
+    batch_size: int,
+    workers: int,
+) -> Iterator[Score]:
     tokens, started = rows.tokens, time.monotonic()
-    gates = {Phase.PREFILL: model.prefill_gate, Phase.DECODE: model.decode_gate}
     if Phase.DECODE in phases:
         dense, prompts = _read(model, rows, batch_size)
     else:
@@ -177,17 +175,21 @@ def compare(
         else:
             measure = functools.partial(_score_decoded, model, prompts)
             yield _summary(rows, _last(dense, rows.decoded - 1), started, phase, None, "dense")
-        used = [method for method in methods if method is not Method.GATE or gates[phase] is not None]
+        used = [method for method in methods if not method.needs_gate or _gates(model)[phase] is not None]
 
-        def one(choice: tuple[Setting, Method], phase: Phase = phase, measure: Measure = measure) -> Score:
-            started, (setting, method) = time.monotonic(), choice
-            return _summary(rows, measure(setting.of(method)), started, phase, method, setting.name)
+        def one(pair: tuple[SparsityLevel, Scorer], phase: Phase = phase, measure: Measure = measure) -> Score:
+            started, (level, method) = time.monotonic(), pair
+            return _summary(rows, measure(level.policy_of(method)), started, phase, method.name, level.name)
 
-        yield from _mapped(one, itertools.product(settings, used), workers)
+        yield from _mapped(one, itertools.product([level for level in levels if phase in level.phases], used), workers)
+
+
+def _gates(model: Transformer) -> dict[Phase, Any]:
+    return {Phase.PREFILL: model.prefill_gate, Phase.DECODE: model.decode_gate}
 
 
 def _mapped[X, Y](function: Callable[[X], Y], items: Iterable[X], workers: int) -> Iterator[Y]:
-    """`map` with threads; what has not begun when the caller stops is dropped."""
+    """`map` in threads; items that have not started when the caller stops are dropped."""
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         yield from pool.map(function, items)
@@ -203,7 +205,7 @@ Measure = Callable[[Policy], TokenScores]
 _Prompts = list[tuple[Cache, np.ndarray]]  # caches of a batch of rows, and the tokens that come next
 
 
-def _read(model: Transformer, rows: Rows, batch_size: int) -> tuple[TokenScores, _Prompts]:
+def _read(model: Transformer, rows: EvalRows, batch_size: int) -> tuple[TokenScores, _Prompts]:
     """Dense attention: scores of the whole rows, and the caches of all but their last tokens."""
     first = rows.length - rows.decoded
     batches = [rows.tokens[i : i + batch_size] for i in range(0, len(rows.tokens), batch_size)]
@@ -225,7 +227,7 @@ def _last(scores: TokenScores, count: int) -> TokenScores:
 
 
 def _summary(
-    rows: Rows, scores: TokenScores, started: float, phase: Phase, method: Method | None, setting: str
+    rows: EvalRows, scores: TokenScores, started: float, phase: Phase, method: str | None, level: str
 ) -> Score:
     windows = len(rows.windows)
     nll, best = np.asarray(scores.nll), np.asarray(scores.best)
@@ -233,7 +235,7 @@ def _summary(
     return Score(
         phase=phase,
         method=method,
-        setting=setting,
+        level=level,
         kept=float(np.mean(scores.kept)),
         perplexity=perplexity(nll[:windows]),
         tokens=nll[:windows].size,

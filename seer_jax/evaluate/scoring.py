@@ -1,4 +1,4 @@
-"""How well a model foretells given tokens under a sparsity policy, in one pass over prompts or token by token."""
+"""Likelihood of given tokens under a sparsity policy, in one pass over prompts or token by token."""
 
 import dataclasses
 import functools
@@ -14,42 +14,23 @@ from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import LayerContext, Transformer
 from seer_jax.selection.policies import Dense, Policy
 
-HEAD_CHUNK = 256  # tokens whose logits are held at once
-
-
-def text_windows(text: Int[np.ndarray, "tokens"], length: int, count: int | None = None) -> Int[np.ndarray, "n length"]:
-    """Windows that follow one another from token 0 on; a last, shorter one is dropped.
-
-    Args:
-      text: tokens.
-      length: tokens per window; all but the first are scored.
-      count: how many, spread evenly over the text; None or more than there are: all.
-
-    Raises:
-      ValueError: the text fills no window.
-    """
-    windows = text[: len(text) // length * length].reshape(-1, length)
-    if not len(windows):
-        raise ValueError(f"A text fills at least one window: expected {length} tokens or more; got {len(text)}.")
-    if count is None or count >= len(windows):
-        return windows
-    return windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
+HEAD_CHUNK = 256  # tokens whose logits exist at once
 
 
 def perplexity(nll: Float[np.ndarray, "..."]) -> float:
-    """exp(mean negative log likelihood): among how many equally likely tokens the model seems to choose."""
+    """exp(mean negative log likelihood): how many equally likely tokens the model seems to choose from."""
     return math.exp(np.mean(nll, dtype=np.float64))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """What a model made of tokens that it was asked to foretell.
+    """A model's predictions of given tokens.
 
     Attributes:
       nll: -log p(token | the tokens before it), nats.
-      best: whether no token was likelier.
-      kept: share of the key blocks in sight that attention read, mean over layers (and steps, while decoding).
+      best: whether the token is the most likely one.
+      kept: share of the visible key blocks that attention read, mean over layers (and steps, while decoding).
     """
 
     nll: Float32[Array | np.ndarray, "B n"]
@@ -59,7 +40,7 @@ class TokenScores:
 
 @jax.jit
 def score_prompts(model: Transformer, tokens: Int[Array, "B T"], policy: Policy = Dense()) -> TokenScores:
-    """Scores tokens 1 .. T-1 of each row, all in one pass: the policy works on prompts.
+    """Scores tokens 1 .. T-1 of each row in one pass: the policy works on prompts.
 
     Args:
       tokens: rows of T tokens, no padding.
@@ -93,9 +74,9 @@ def _score_logits(logits: Float32[Array, "n V"], targets: Int[Array, "n"]) -> tu
 
 @functools.partial(jax.jit, static_argnames="keep")
 def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, keep: int) -> tuple[TokenScores, Cache]:
-    """Dense attention over prompts: scores of their tokens, and the cache as it was after the first `keep` of them.
+    """Dense attention over prompts: scores of their tokens, and the cache of the first `keep` tokens of each.
 
-    That cache is where every decode policy starts from; it has room for the rest. Rows are read one after the other, since each
+    Every decode policy starts from that cache; it has room for the remaining tokens. Rows are read one after the other, since each
     fills the device.
 
     Args:
@@ -114,7 +95,7 @@ def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, keep: int) ->
 
     def read(row: Int[Array, "T"]) -> tuple[tuple, Cache]:
         hidden, cache, share = model.scan(row[None], attend, model.make_cache(1, len(row)))
-        # What lies behind the first tokens is overwritten before it is read.
+        # Slots after the first tokens are overwritten before they are read.
         return (*_score(model, hidden[0, :-1], row[1:]), share.mean()), cache.with_lengths(kept)
 
     def join(x: Array) -> Array:  # [rows, L, 1, ...] or, of lengths, [rows, 1]
@@ -126,10 +107,10 @@ def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, keep: int) ->
 
 @jax.jit
 def score_decoded(model: Transformer, cache: Cache, tokens: Int[Array, "B n"], policy: Policy = Dense()) -> TokenScores:
-    """Appends tokens 0 .. steps-1 one at a time (given ones, whatever the model would have said) and scores tokens 1 .. steps.
+    """Appends given tokens 0 .. n-2 one at a time, whatever the model would have drawn, and scores tokens 1 .. n-1.
 
     Args:
-      cache: of what comes before the tokens; it is not changed.
+      cache: of the tokens before them; it is not changed.
       tokens: the continuation.
       policy: which key blocks each new token reads.
     """

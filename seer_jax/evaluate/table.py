@@ -1,4 +1,4 @@
-"""Scores as a table for people and as JSON for programs."""
+"""Scores as rows of text, as a printed table, and as JSON."""
 
 import dataclasses
 import json
@@ -10,87 +10,111 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from seer_jax.evaluate.comparison import Method, Score
+from seer_jax.evaluate.comparison import Score
+from seer_jax.selection.scorers import SCORERS, LearnedGate, Random, SinkWindow
 
-MEANING = {
-    "ppl": "perplexity: among how many equally likely tokens the model seems to choose at each step of held-out text; lower is better",
-    "keys": "pass keys: share of the long texts whose hidden five digits are found exactly; higher is better",
-    "read": "measured share of the key blocks in sight that attention read, mean over rows and layers",
-    "prefill": "the blocks are chosen for every row of a prompt, the question's rows too",
-    "decode": "the blocks are chosen for each appended token, after dense attention over the prompt",
-    "dense": "every block",
-    "learned gate": "the distilled gates",
-    "sink+window": "the first block and the latest ones",
-    "random": "blocks at random, besides those always kept",
-    "oracle": "the blocks with the largest true attention weights, which costs the dense attention it is to save",
+QUANTITIES = {
+    "ppl": "perplexity: how many equally likely tokens the model seems to choose from at each step of held-out text; lower is better",
+    "keys": "pass keys: share of the long prompts whose hidden five digits are found exactly; higher is better",
+    "read": "measured share of the visible key blocks that attention read, mean over rows and layers",
 }
+PHASES = {
+    "prefill": "blocks are chosen for every row of a prompt, the rows of its question included",
+    "decode": "blocks are chosen for each appended token, after dense attention over the prompt",
+}
+DENSE = "every block"
 
 
-def score_table(scores: Sequence[Score]) -> Table:
-    """One line per phase and method, one column per quantity and setting."""
-    settings = list(dict.fromkeys(s.setting for s in scores if s.method is not None))
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for name in ("ppl", "keys", "read"):
-        for setting in settings:
-            table.add_column(f"{name}\n{setting}", justify="right", no_wrap=True)
-    for phase in dict.fromkeys(s.phase for s in scores):
-        table.add_section()
-        table.add_row(f"[bold]{phase}[/bold]")
-        of_phase = {(s.method, s.setting): s for s in scores if s.phase is phase}
-        for method in dict.fromkeys(method for method, _ in of_phase):
-            row = [of_phase.get((method, "dense" if method is None else setting)) for setting in settings]
-            values = [
-                [_perplexity(s) for s in row],
-                [_share(s and s.passkey) for s in row],
-                [_share(s and s.kept) for s in row],
-            ]
-            table.add_row("dense" if method is None else method.title, *(v for group in values for v in group))
-    return table
+def table_rows(scores: Sequence[Score]) -> list[list[str]]:
+    """The scores as text: a head, then one row for each phase and method.
+
+    The columns are phase, method, and one for each quantity and level, headed for example "ppl 10%". Missing scores are "-".
+    """
+    levels = list(dict.fromkeys(s.level for s in scores if s.method is not None))
+    found = {(s.phase, s.method, s.level): s for s in scores}
+    rows = [["phase", "method", *(f"{quantity} {level}" for quantity in QUANTITIES for level in levels)]]
+    for phase, method in dict.fromkeys((s.phase, s.method) for s in scores):
+        of_levels = [found.get((phase, method, "dense" if method is None else level)) for level in levels]
+        title = next(s.title for s in scores if s.method == method)
+        rows.append([phase, title, *(_write(quantity, s) for quantity in QUANTITIES for s in of_levels)])
+    return rows
 
 
-def _perplexity(score: Score | None) -> str:
-    return "-" if score is None else f"{score.perplexity:.2f}"
+def _write(quantity: str, score: Score | None) -> str:
+    if score is None:
+        return "-"
+    if quantity == "ppl":
+        return f"{score.perplexity:.2f}"
+    share = score.passkey if quantity == "keys" else score.kept
+    return "-" if math.isnan(share) else f"{share:.0%}"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.0%}"
+def legend(scores: Sequence[Score]) -> dict[str, str]:
+    """Meaning of the words in the table of these scores."""
+    phases = {phase: meaning for phase, meaning in PHASES.items() if any(s.phase == phase for s in scores)}
+    methods = dict.fromkeys(s.method for s in scores)
+    titles = {"dense" if m is None else SCORERS[m].title: DENSE if m is None else SCORERS[m].meaning for m in methods}
+    return QUANTITIES | phases | titles
+
+
+def score_line(score: Score) -> str:
+    """One score as a line of text."""
+    method = score.title if score.method is None else f"{score.title}, {score.level}"
+    found = f", pass keys {score.passkey:.0%}" if score.prompts else ""
+    return (
+        f"{score.phase} {method}: perplexity {score.perplexity:.3f}{found}, blocks read {score.kept:.1%} "
+        f"({score.seconds:.1f} s)"
+    )
 
 
 def print_scores(console: Console, scores: Sequence[Score]) -> None:
-    """The table, and what each word in it means in one line."""
-    console.print(score_table(scores))
+    """Prints the table, and the meaning of each word in it."""
+    head, *rows = table_rows(scores)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for column in head[2:]:
+        table.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for phase in dict.fromkeys(row[0] for row in rows):
+        table.add_section()
+        table.add_row(f"[bold]{phase}[/bold]")
+        for _, *cells in (row for row in rows if row[0] == phase):
+            table.add_row(*cells)
+    console.print(table)
     console.print()
-    shown = {s.title for s in scores} | {s.phase.value for s in scores}
-    for word, meaning in MEANING.items():
-        if word in shown or word in ("ppl", "keys", "read"):
-            console.print(f"[bold]{word}[/bold]: {meaning}", highlight=False, soft_wrap=True)
+    for word, meaning in legend(scores).items():
+        console.print(f"[bold]{word}[/bold]: {meaning}", highlight=False, soft_wrap=True)
 
 
 def write_scores(path: Path, scores: Sequence[Score], **facts: Any) -> None:
-    """JSON: the facts, then `scores`, one object each; NaN becomes null."""
+    """Writes JSON: the facts, `legend`, and `scores` with one object each; NaN becomes null."""
     rows = [{k: _plain(v) for k, v in dataclasses.asdict(s).items()} for s in scores]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "scores": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**facts, "legend": legend(scores), "scores": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def beaten(scores: Sequence[Score], *, by: Method = Method.GATE) -> list[str]:
-    """Where a heuristic (sink+window, random) is as good as a method or better, one line each; empty is what we want."""
-    found = {(s.phase, s.method, s.setting): s for s in scores}
+def losses(
+    scores: Sequence[Score],
+    *,
+    method: str = LearnedGate.name,
+    baselines: Sequence[str] = (SinkWindow.name, Random.name),
+) -> list[str]:
+    """One line for each place where a baseline is as good as the method or better."""
+    found = {(s.phase, s.method, s.level): s for s in scores}
     lines = []
-    for (phase, method, setting), score in found.items():
-        ours = found.get((phase, by, setting))
-        if method in (Method.WINDOW, Method.RANDOM) and ours is not None:
-            if score.perplexity <= ours.perplexity:
-                lines.append(
-                    f"{phase} {setting}: {score.title} has perplexity {score.perplexity:.3f}, ours {ours.perplexity:.3f}"
-                )
-            if score.passkey >= ours.passkey:
-                lines.append(
-                    f"{phase} {setting}: {score.title} finds {score.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}"
-                )
+    for (phase, baseline, level), score in found.items():
+        ours = found.get((phase, method, level))
+        if baseline not in baselines or ours is None:
+            continue
+        if score.perplexity <= ours.perplexity:
+            lines.append(
+                f"{phase} {level}: {score.title} has perplexity {score.perplexity:.3f}, ours {ours.perplexity:.3f}"
+            )
+        if score.passkey >= ours.passkey:
+            lines.append(
+                f"{phase} {level}: {score.title} finds {score.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}"
+            )
     return lines

@@ -1,4 +1,4 @@
-"""What gates look like: frozen dataclasses that check themselves."""
+"""Configurations of gates: frozen dataclasses that check themselves."""
 
 import dataclasses
 import enum
@@ -23,7 +23,7 @@ class QueryReduction(enum.StrEnum):
 def _check_pooling(side: str, kinds: tuple[Pool, ...]) -> None:
     if not kinds or list(kinds) != [p for p in Pool if p in kinds]:
         raise ValueError(
-            f"{side} pooling is a non-empty subset of (max, min, avg), each once and in that order; got {kinds}."
+            f"{side} pooling must be a non-empty subset of (max, min, avg), each once and in that order; got {kinds}."
         )
 
 
@@ -78,22 +78,30 @@ class DecodeGateConfig:
         _check_gate_sizes(self.block_size, self.gate_dim)
         _check_pooling("Key", self.k_pooling)
         if self.start_layer < 0:
-            raise ValueError(f"start_layer counts the dense first layers, so it is at least 0; got {self.start_layer}.")
+            raise ValueError(
+                f"start_layer, the number of dense first layers, must be at least 0; got {self.start_layer}."
+            )
 
 
 GateConfig = PrefillGateConfig | DecodeGateConfig
 
 
-class Gates(enum.StrEnum):
+class TrainedGates(enum.StrEnum):
     """Which gates a run distils; both come from the same dense pass."""
 
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
 
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Attributes of the model that hold them."""
+        both = ("prefill_gate", "decode_gate")
+        return both if self is TrainedGates.BOTH else (f"{self}_gate",)
+
 
 def _check_gate_sizes(block_size: int, gate_dim: int) -> None:
     if block_size not in (16, 32, 64, 128):
-        raise ValueError(f"block_size is one of 16, 32, 64, 128 tokens; got {block_size}.")
+        raise ValueError(f"block_size must be one of 16, 32, 64, 128 tokens; got {block_size}.")
     if gate_dim < 2 or gate_dim % 2:
         raise ValueError(f"gate_dim must be even and positive, since RoPE rotates pairs of channels; got {gate_dim}.")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from pallas_kernels import pool_blocks, score_blocks
 from seer_jax.gates.configs import DecodeGateConfig, Pool, QueryReduction
 from seer_jax.gates.projections import initial_projection, project, project_few
-from seer_jax.gates.recommendation import Recommendation
+from seer_jax.gates.recommendation import Recommending
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.layers import GateParam, rms_norm
 from seer_jax.models.rope import apply_rope
@@ -18,7 +18,7 @@ from seer_jax.models.rope import apply_rope
 NORM_EPS = 1e-6
 
 
-class DecodeGate(Recommendation, nnx.Module):
+class DecodeGate(Recommending, nnx.Module):
     """score[k, t, j] = rope(norm(Wq q_t)) . rope(norm(Wk Pk(k)_j)) / sqrt(C) for j < floor(t / b) (SeerAttention-R, arXiv
     2506.08889, sec. 3).
 

@@ -14,13 +14,13 @@ from pallas_kernels import pool_blocks, score_blocks
 from pallas_kernels.precision import precise_einsum
 from seer_jax.gates.configs import PrefillGateConfig
 from seer_jax.gates.projections import initial_projection, project
-from seer_jax.gates.recommendation import Recommendation
+from seer_jax.gates.recommendation import Recommending
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.layers import GateParam
 from seer_jax.models.rope import apply_rope
 
 
-class PrefillGate(Recommendation, nnx.Module):
+class PrefillGate(Recommending, nnx.Module):
     """score[h, i, j] = rope(Pq(q)_i Wq) . rope(Pk(k)_j Wk) / sqrt(C) for j <= i (SeerAttention, arXiv 2410.13276, sec. 3.1).
 
     Both gates have one interface: `queries`, `keys` and `logits`, each of one layer (weights without their L axis). Keys can be kept and

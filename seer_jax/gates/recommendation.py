@@ -2,12 +2,13 @@
 
 import json
 
+from seer_jax.selection.interfaces import LayerGate
 from seer_jax.selection.notation import policy_from_json, policy_to_json
 from seer_jax.selection.policies import Policy
 
 
-class Recommendation:
-    """Gives a gate the attribute `recommended`.
+class Recommending(LayerGate):
+    """Base of the gates: gives them the attribute `recommended`.
 
     It is kept as text: a module's static parts must be comparable, and thresholds per layer and head are arrays.
     """

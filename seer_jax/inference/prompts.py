@@ -35,7 +35,9 @@ def pad_prompts(
     rows = [np.asarray(prompt) for prompt in prompts]
     for number, row in enumerate(rows):
         if not row.size:
-            raise ValueError(f"A prompt must have at least one token; prompt {number} is empty. Start it with a BOS token.")
+            raise ValueError(
+                f"A prompt must have at least one token; prompt {number} is empty. Start it with a BOS token."
+            )
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
             raise ValueError(f"A prompt must be a list of integers; prompt {number} is {row.dtype} {row.shape}.")
     lengths = np.array([len(row) for row in rows], np.int32)

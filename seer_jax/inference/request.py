@@ -2,17 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling
+from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
-
-if TYPE_CHECKING:
-    from seer_jax.models.decoder import Transformer
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
 
@@ -68,7 +66,7 @@ class Request:
             raise ValueError(f"sampling must be Greedy() or Sample(temperature, ...); got {self.sampling!r}.")
 
     @classmethod
-    def of(cls, model: "Transformer", **settings: Unpack[RequestSettings]) -> "Request":
+    def of(cls, model: Transformer, **settings: Unpack[RequestSettings]) -> "Request":
         """The request with the model's recommendations where no policy is named, checked against the model.
 
         Raises:
@@ -76,7 +74,7 @@ class Request:
         """
         return cls(**settings).for_model(model)  # pyright: ignore[reportCallIssue]
 
-    def for_model(self, model: "Transformer") -> "Request":
+    def for_model(self, model: Transformer) -> "Request":
         """See `of`."""
         prefill, decode = (
             policy or (None if gate is None else gate.recommended) or Dense()
@@ -93,7 +91,7 @@ class Request:
                 f"{self.sampling} draws at random, so a key must be given; got None. Pass key=jax.random.key(seed)."
             )
 
-    def end_tokens(self, model: "Transformer") -> Int[Array, "E"]:
+    def end_tokens(self, model: Transformer) -> Int[Array, "E"]:
         """Tokens that end a row.
 
         Raises:
@@ -105,7 +103,7 @@ class Request:
             raise ValueError(f"EOS tokens must lie in [0, {vocab_size}), the model's vocabulary; got {ids.tolist()}.")
         return jnp.asarray(ids, jnp.int32)
 
-    def capacity(self, model: "Transformer", width: int, longest: int) -> int:
+    def capacity(self, model: Transformer, width: int, longest: int) -> int:
         """S, rounded up to whole blocks.
 
         Args:

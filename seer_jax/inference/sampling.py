@@ -74,7 +74,9 @@ class Sample(Sampling):
 
     def sample(self, logits: Float[Array, "B V"], key: Keys | None = None) -> Int[Array, "B"]:
         if key is None:
-            raise ValueError(f"{self} draws at random, so a key must be given; got None. Pass key=jax.random.key(seed).")
+            raise ValueError(
+                f"{self} draws at random, so a key must be given; got None. Pass key=jax.random.key(seed)."
+            )
         draw = jax.vmap(jax.random.categorical)
         keys = row_keys(key, logits.shape[0])
         scaled = logits.astype(jnp.float32) / self.temperature

@@ -15,6 +15,7 @@ from pallas_kernels import BlockIndices, pool_blocks, sparse_decode_attention
 from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.models.config import ModelConfig
+from seer_jax.selection.interfaces import LayerCache
 
 _MERGE = {Pool.MAX: jnp.maximum, Pool.MIN: jnp.minimum, Pool.AVG: jnp.add}
 
@@ -216,7 +217,7 @@ class Cache:
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheView:
+class CacheView(LayerCache):
     """What one layer may read of a cache."""
 
     cache: Cache
@@ -224,31 +225,22 @@ class CacheView:
 
     @property
     def capacity(self) -> int:
-        """S."""
         return self.cache.capacity
 
     @property
     def num_kv_heads(self) -> int:
-        """K."""
         return self.cache.keys.shape[3]
 
     @property
     def lengths(self) -> Int[Array, "B"]:
-        """Tokens of each row, without those that are appended in this step."""
         return self.cache.lengths
 
     @property
     def keys(self) -> Float[Array, "B S K D"]:
-        """Keys after RoPE, a copy of the layer's part: for scorers that look at every key."""
         return self.cache.keys[self.layer]
 
     @property
     def gate_keys(self) -> Float[Array, "B Sb K C"]:
-        """The decode gate's compressed keys.
-
-        Raises:
-          ValueError: the cache keeps none.
-        """
         if self.cache.decode_gate is None:
             raise ValueError(
                 "Blocks can be ranked by the decode gate only with a cache that keeps its keys; got one without. "
@@ -261,12 +253,10 @@ class CacheView:
 
     @property
     def prefill_gate_keys(self) -> Float32[Array, "B Sb heads C"] | None:
-        """The prefill gate's compressed keys; None where they are not kept."""
         keys = self.cache.prefill_gate_keys
         return None if keys is None else keys[self.layer]
 
     def attend(self, q: Float[Array, "B H D"], blocks: BlockIndices | None) -> Float[Array, "B H D"]:
-        """Attention of the token that this step appended; q after RoPE, blocks None: every key."""
         # A slice of this layer would be a copy of its whole cache, which takes longer than reading it.
         keys, values = (x.reshape(-1, *x.shape[2:]) for x in self.cache.token_arrays)
         rows = self.layer * len(self.lengths) + jnp.arange(len(self.lengths))

@@ -1,4 +1,4 @@
-"""What a model looks like: frozen dataclasses that check themselves."""
+"""Configurations of models: frozen dataclasses that check themselves."""
 
 import dataclasses
 import enum
@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
+from pallas_kernels.devices import default_device
 from seer_jax.checks import check_positive
 
 
@@ -19,8 +18,8 @@ class DType(enum.StrEnum):
 
     @classmethod
     def default(cls) -> "DType":
-        """bfloat16, on a CPU float32."""
-        return cls.FLOAT32 if jax.default_backend() == "cpu" else cls.BFLOAT16
+        """bfloat16; float32 where the default device is a CPU."""
+        return cls.FLOAT32 if default_device().platform == "cpu" else cls.BFLOAT16
 
 
 class RopeKind(enum.StrEnum):
@@ -32,7 +31,7 @@ class RopeKind(enum.StrEnum):
     YARN = "yarn"
 
 
-# Without these a scaling means nothing; a default in their place would give a model that runs and is wrong.
+# Keys that a scaling must have; defaults in their place would give a model that runs and is wrong.
 _ROPE_NEEDS = {
     RopeKind.DEFAULT: (),
     RopeKind.LINEAR: ("factor",),
@@ -68,7 +67,7 @@ class RopeConfig:
     def __post_init__(self) -> None:
         check_positive(self, "theta", "original_max_position", "attention_factor")
         if self.factor < 1:
-            raise ValueError(f"A RoPE scaling factor is at least 1; got {self.factor}.")
+            raise ValueError(f"A RoPE scaling factor must be at least 1; got {self.factor}.")
         if self.kind is RopeKind.LLAMA3 and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 "llama3 RoPE scaling needs low_freq_factor < high_freq_factor; "
@@ -83,8 +82,7 @@ class RopeConfig:
         name = raw.get("rope_type") or raw.get("type") or "default"
         if name not in list(RopeKind):
             raise ValueError(
-                f"Unknown RoPE type {name!r}; expected one of {', '.join(RopeKind)}. A model that needs another one "
-                "can't be computed exactly, so it is refused."
+                f"The RoPE type must be one of {', '.join(RopeKind)}; got {name!r}. Models of other types can't be computed exactly."
             )
         kind = RopeKind(name)
         missing = [key for key in _ROPE_NEEDS[kind] if raw.get(key) is None]
@@ -110,6 +108,29 @@ class RopeConfig:
             **given,
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """Keys `rope_theta` and `rope_scaling` of a HF configuration, the older style, which all versions of transformers read."""
+        match self.kind:
+            case RopeKind.DEFAULT:
+                return {"rope_theta": self.theta, "rope_scaling": None}
+            case RopeKind.LINEAR:
+                own: dict[str, Any] = {}
+            case RopeKind.LLAMA3:
+                own = dict(
+                    original_max_position_embeddings=self.original_max_position,
+                    low_freq_factor=self.low_freq_factor,
+                    high_freq_factor=self.high_freq_factor,
+                )
+            case RopeKind.YARN:
+                own = dict(
+                    original_max_position_embeddings=self.original_max_position,
+                    beta_fast=self.beta_fast,
+                    beta_slow=self.beta_slow,
+                    truncate=self.truncate,
+                    attention_factor=self.attention_factor,
+                )
+        return {"rope_theta": self.theta, "rope_scaling": {"rope_type": self.kind.value, "factor": self.factor, **own}}
+
 
 def _yarn_attention_factor(raw: Mapping[str, Any], factor: float) -> float:
     """0.1 m ln(factor) + 1, or the ratio of two such terms where `mscale` and `mscale_all_dim` are given (YaRN, sec. 3.4)."""
@@ -126,7 +147,7 @@ def _yarn_attention_factor(raw: Mapping[str, Any], factor: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-shaped decoder; the families differ in these values alone.
+    """A Llama-shaped decoder; families differ in these values, and some in the module of their MLP.
 
     Attributes:
       family: Hugging Face `model_type`.

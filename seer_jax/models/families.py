@@ -1,4 +1,4 @@
-"""Which Hugging Face models can be read, and what differs between them."""
+"""Families of models: one map between the `config.json` of Hugging Face models and `ModelConfig`, in both directions."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,80 +11,199 @@ from seer_jax.models.layers import MLP
 
 HFConfig = Mapping[str, Any]
 
+# Keys of config.json that every family has, and the fields that they set.
+_COMMON_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
+}
+_DERIVED_FIELDS = ("family", "num_kv_heads", "head_dim", "rope", "eos_token_ids")  # without a key, others decide
+MISTRAL_WINDOW = 4096  # what transformers takes where a Mistral configuration has no sliding_window
 
-QWEN3_HEAD_DIM = 128  # what transformers takes where a Qwen3 configuration names none
+
+def check_full_attention(hf: HFConfig) -> None:
+    """Raises ValueError where a layer attends within a sliding window."""
+    kinds = hf.get("layer_types")
+    slides = any(k != "full_attention" for k in kinds) if kinds else bool(hf.get("use_sliding_window", False))
+    if slides:
+        raise ValueError(
+            "Every layer must attend to all earlier tokens: config.json must have use_sliding_window false and only full_attention "
+            f"layers; got use_sliding_window={hf.get('use_sliding_window')}, layer_types={kinds}. Use a checkpoint without "
+            "sliding-window layers."
+        )
 
 
-def _llama(hf: HFConfig) -> dict[str, bool]:
-    bias = bool(hf.get("attention_bias", False))
-    return dict(qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
-
-
-def _qwen2(hf: HFConfig) -> dict[str, bool]:
-    return dict(qkv_bias=True)  # the family has it always; no key of the configuration says so
-
-
-def _qwen3(hf: HFConfig) -> dict[str, bool]:
-    bias = bool(hf.get("attention_bias", False))
-    return dict(qk_norm=True, qkv_bias=bias, o_bias=bias)
+def _check_mistral(hf: HFConfig) -> None:
+    check_full_attention(hf)
+    window = hf.get("sliding_window", MISTRAL_WINDOW)
+    if window is not None:
+        default = "" if "sliding_window" in hf else ", the default where the key is absent"
+        raise ValueError(
+            f"A mistral model must attend without a window: sliding_window of config.json must be null; got {window}{default}. Use "
+            "a checkpoint without a window, such as Mistral 7B v0.2 or later."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What one Hugging Face model type has of its own.
+    """One Hugging Face model type.
+
+    A new family is one such entry, `register_family(Family(...))`: its models then load, run, decode, generate and distil.
 
     Attributes:
-      fields: values of `ModelConfig` from a parsed `config.json`, besides those that all families read alike.
-      mlp: feed-forward module of a layer.
+      model_type: as `config.json` names it.
+      architecture: class of transformers, as `config.json` names it.
+      keys: from keys of `config.json` to the field, or the fields, of the configuration that they set, besides the keys that all
+        families have. A key that is absent leaves the fields at their defaults; a field without one makes its key required.
+      constants: fields that have one value in the whole family, which no key says.
+      written: further keys that `config_to_hf` writes.
+      head_dim: where `config.json` names none; None: hidden_size / num_attention_heads.
+      check: raises ValueError for a `config.json` of a model that can't be computed exactly here.
+      config: class of the configuration, `ModelConfig` or one with further fields.
+      mlp: feed-forward module of a layer, made by `mlp(config, dtype=..., rngs=...)`; see `layers.MLP`.
+      rules: tensor names of the checkpoint with the paths of the parameters that hold them, such as
+        ("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight", "layers.mlp.up"), besides those of `convert.rules.BASE_RULES`.
     """
 
-    fields: Callable[[HFConfig], dict[str, Any]]
+    model_type: str
+    architecture: str
+    keys: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    written: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(use_sliding_window=False))
+    head_dim: int | None = None
+    check: Callable[[HFConfig], None] = check_full_attention
+    config: type[ModelConfig] = ModelConfig
     mlp: Callable[..., nnx.Module] = MLP
+    rules: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fields_of_keys(self) -> dict[str, tuple[str, ...]]:
+        """All keys, with the fields that each sets."""
+        keys = {**_COMMON_KEYS, **self.keys}
+        return {key: (fields,) if isinstance(fields, str) else fields for key, fields in keys.items()}
+
+    @property
+    def required_keys(self) -> list[str]:
+        """Keys without which there is no configuration."""
+        fields = dataclasses.fields(self.config)
+        needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING} - {*_DERIVED_FIELDS}
+        return [key for key, names in self.fields_of_keys.items() if needed.intersection(names)]
 
 
-FAMILIES: dict[str, Family] = {"llama": Family(_llama), "qwen2": Family(_qwen2), "qwen3": Family(_qwen3)}
+FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Makes a family known by its model type.
+
+    Raises:
+      ValueError: another family has the model type.
+    """
+    if FAMILIES.get(family.model_type, family) != family:
+        raise ValueError(
+            f"A family's model_type must be its own; got {family.model_type!r}, which exists. Choose another model_type."
+        )
+    FAMILIES[family.model_type] = family
+    return family
+
+
+register_family(
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        keys={"attention_bias": ("qkv_bias", "o_bias"), "mlp_bias": "mlp_bias"},
+    )
+)
+register_family(Family("qwen2", "Qwen2ForCausalLM", constants=dict(qkv_bias=True)))
+register_family(
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        keys={"attention_bias": ("qkv_bias", "o_bias")},
+        constants=dict(qk_norm=True),
+        head_dim=128,
+    )
+)
+register_family(
+    Family("mistral", "MistralForCausalLM", written=dict(sliding_window=None), check=_check_mistral),
+)
+
+
+def family_of(model_type: str | None) -> Family:
+    """The family of a model type.
+
+    Raises:
+      ValueError: it is not known.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"Unknown model_type {model_type!r}; expected one of {', '.join(FAMILIES)}. Other families need an entry, see "
+            "seer_jax.models.families.register_family."
+        )
+    return FAMILIES[model_type]
 
 
 def config_from_hf(hf: HFConfig) -> ModelConfig:
-    """ModelConfig of a parsed `config.json`, in the style of transformers 4 or 5.
+    """The configuration that a parsed `config.json` describes, in the style of transformers 4 or 5.
 
     Raises:
-      ValueError: the model type, the RoPE type, the activation or sliding-window layers are ones that can't be computed
-        exactly here, or a required key is missing.
+      ValueError: the model type, the RoPE type, the activation or a sliding window is one that can't be computed exactly here, or a
+        required key is missing.
     """
-    family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"Unknown model_type {family!r}; expected one of {', '.join(FAMILIES)}.")
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [key for key in required if key not in hf]
+    family = family_of(hf.get("model_type"))
+    missing = [key for key in family.required_keys if hf.get(key) is None]
     if missing:
-        raise ValueError(f"config.json of a {family} model needs {', '.join(missing)}; got keys {sorted(hf)}.")
+        raise ValueError(
+            f"config.json of a {family.model_type} model needs {', '.join(missing)}; got keys {sorted(hf)}."
+        )
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"The MLP activation must be 'silu'; got {hf['hidden_act']!r}.")
-    if _slides(hf):
-        raise ValueError(
-            "Sliding-window layers are not supported: expected use_sliding_window false and only full_attention layers."
-        )
-    heads = int(hf["num_attention_heads"])
+    family.check(hf)
+    values = {
+        name: hf[key] for key, names in family.fields_of_keys.items() if hf.get(key) is not None for name in names
+    }
+    values.setdefault("num_kv_heads", values["num_heads"])
+    values.setdefault("head_dim", family.head_dim or values["hidden_size"] // values["num_heads"])
     eos = hf.get("eos_token_id")
-    return ModelConfig(
-        family=family,
-        vocab_size=int(hf["vocab_size"]),
-        hidden_size=int(hf["hidden_size"]),
-        intermediate_size=int(hf["intermediate_size"]),
-        num_layers=int(hf["num_hidden_layers"]),
-        num_heads=heads,
-        num_kv_heads=int(hf.get("num_key_value_heads") or heads),
-        head_dim=int(hf.get("head_dim") or (QWEN3_HEAD_DIM if family == "qwen3" else int(hf["hidden_size"]) // heads)),
-        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+    return family.config(
+        family=family.model_type,
         rope=RopeConfig.from_hf(hf),
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        max_position_embeddings=int(hf.get("max_position_embeddings") or 8192),
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
-        **FAMILIES[family].fields(hf),
+        **values,
+        **family.constants,
     )
 
 
-def _slides(hf: HFConfig) -> bool:
-    kinds = hf.get("layer_types")
-    return any(k != "full_attention" for k in kinds) if kinds else bool(hf.get("use_sliding_window", False))
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` that transformers (4 and 5) and `config_from_hf` read as this model.
+
+    Raises:
+      ValueError: the family has no key, or not this value, for a field.
+    """
+    family = family_of(config.family)
+    eos = config.eos_token_ids
+    hf: dict[str, Any] = {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "hidden_act": "silu",
+        "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
+        **{key: getattr(config, names[-1]) for key, names in family.fields_of_keys.items()},
+        **config.rope.to_hf(),
+        **family.written,
+    }
+    again = config_from_hf(hf)
+    for field in dataclasses.fields(config):
+        ours, theirs = getattr(config, field.name), getattr(again, field.name)
+        if ours != theirs and field.name != "rope":  # RoPE without a scaling has no original context to come back
+            raise ValueError(
+                f"config.json of a {config.family} model can only mean {field.name}={theirs} here; got {ours}. Use a family that "
+                "has it."
+            )
+    return hf

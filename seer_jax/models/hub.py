@@ -22,8 +22,8 @@ def resolve(location: Location, patterns: Sequence[str], *, revision: str | None
 
     Raises:
       FileNotFoundError: neither a folder nor a hub id of that name exists (for this user).
-      PermissionError: the hub asks to accept a licence or to log in first.
-      ConnectionError: the hub is out of reach (or HF_HUB_OFFLINE is set) and the cache does not hold the model.
+      PermissionError: the model's terms must be accepted, or the user must log in, first.
+      ConnectionError: the hub can't be reached (or HF_HUB_OFFLINE is set) and the cache does not hold the model.
     """
     name, folder = os.fspath(location), Path(os.path.expanduser(location))
     if name == tiny_lm.NAME:
@@ -32,7 +32,7 @@ def resolve(location: Location, patterns: Sequence[str], *, revision: str | None
         return folder
     if folder.is_file():
         raise NotADirectoryError(
-            f"Expected the folder of a model, got the file {name!r}. Give the folder that holds it."
+            f"A model must be named by its folder; got the file {name!r}. Give the folder that holds it."
         )
     if not _is_hub_id(name):
         raise FileNotFoundError(
@@ -87,12 +87,12 @@ def _download(repo: str, patterns: Sequence[str], revision: str | None) -> str:
         return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
     except errors.GatedRepoError as error:
         raise PermissionError(
-            f"The hub gives {repo!r} only to users who accepted its terms. Accept them on https://huggingface.co/{repo}, then "
-            "log in (`hf auth login`, or HF_TOKEN)."
+            f"{repo!r} is open only to users who accepted its terms. Accept them on https://huggingface.co/{repo}, then log in "
+            "(`hf auth login`, or HF_TOKEN)."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"The hub has no revision {revision!r} of {repo!r}. Check the branch, tag or commit."
+            f"A revision must exist on the hub; {repo!r} has no {revision!r}. Check the branch, tag or commit."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
@@ -136,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"A model folder needs config.json; {folder} has none. Check that the download is complete."
+            f"A model folder must hold config.json; {folder} has none. Check that the download is complete."
         )
     return read_json(path)
 

@@ -32,8 +32,8 @@ def from_pretrained(
     """A model with its gates.
 
     Args:
-      base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5 or Qwen3 model, or "tiny-lm" for
-        the bundled one.
+      base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5, Qwen3 or Mistral model, or
+        "tiny-lm" for the bundled one.
       gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" stands for both gates of the bundled model.
         None: the model attends densely.
       dtype: of the base weights, bfloat16 or float32; gates are float32 always.
@@ -41,11 +41,11 @@ def from_pretrained(
       abstract: shapes in place of weights, for `plan_memory`: configurations are read, or downloaded, and nothing else.
 
     Returns:
-      The model. Its EOS tokens are those of generation_config.json where the folder has one, else those of config.json.
+      The model. Its EOS tokens are those of generation_config.json where the folder has one, otherwise those of config.json.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: base or gates are not there, or can't be downloaded.
-      ValueError: a model or gate that is not supported, damaged, or made for another model; two gates of one kind.
+      ValueError: a model or gate is not supported, damaged, or made for another model; or two gates are of one kind.
       NotImplementedError: a mesh of several devices.
     """
     from seer_jax.convert import load_base, load_gates
@@ -88,7 +88,7 @@ def _abstract_gate(folder: Path) -> "PrefillGate | DecodeGate":
 def _place_on(mesh: jax.sharding.Mesh) -> Any:
     if mesh.size != 1:
         raise NotImplementedError(
-            f"Models load onto a mesh of one device for now; got {mesh.size} devices. Leave mesh out, or pass "
+            f"A mesh must have one device for now; got {mesh.size} devices. Leave mesh out, or pass "
             "jax.sharding.Mesh(jax.devices()[:1], ('data',))."
         )
     place = jax.sharding.SingleDeviceSharding(mesh.devices.item())
@@ -96,7 +96,7 @@ def _place_on(mesh: jax.sharding.Mesh) -> Any:
 
 
 def _eos_tokens(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Instruction-tuned models end their turns with tokens that only generation_config.json lists."""
+    """EOS tokens; those with which instruction-tuned models end their turns are in generation_config.json alone."""
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return default
@@ -109,5 +109,5 @@ def _check_one_of_each(gates: Sequence["PrefillGate | DecodeGate"], folders: Seq
     if len(set(kinds)) < len(kinds):
         listed = ", ".join(f"{folder} ({kind})" for folder, kind in zip(folders, kinds, strict=True))
         raise ValueError(
-            f"A model carries at most one gate of each kind; got {listed}. Choose one prefill and one decode gate."
+            f"A model must have at most one gate of each kind; got {listed}. Choose one prefill and one decode gate."
         )

@@ -6,7 +6,7 @@ Sb = ceil(S/b).
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import BlockIndices, select_blocks
-
-if TYPE_CHECKING:
-    from seer_jax.gates.decode import DecodeGate
-    from seer_jax.gates.prefill import PrefillGate
-    from seer_jax.models.cache import CacheView
+from seer_jax.selection.interfaces import LayerCache, LayerGate
 
 PerHead = float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, "heads"]
 
@@ -49,7 +45,7 @@ class PrefillContext:
     layer: Int[Array, ""]
     block_size: int
     offset: int | Int[Array, ""] = 0
-    gate: "PrefillGate | None" = None
+    gate: LayerGate | None = None
     gate_keys: Float32[Array, "B Sb heads C"] | None = None
     prepared: Any = None
 
@@ -69,7 +65,7 @@ class PrefillContext:
         return -(-self.k.shape[1] // self.block_size)
 
     @property
-    def required_gate(self) -> "PrefillGate":
+    def required_gate(self) -> LayerGate:
         """The gate; raises ValueError where the model has none."""
         return _required(self.gate, "prefill")
 
@@ -133,6 +129,7 @@ class PrefillContext:
         """Scores and a rule's value of each head, in shapes that fit each other; lists that heads share are repeated for them."""
         if not jnp.ndim(value):
             return scores, value
+        value = jnp.asarray(value)
         return _spread(scores, value, axis=1), value[:, None, None]
 
     def of_mask(self, mask: Bool[Array, "B Hs Tb Sb"]) -> BlockIndices:
@@ -174,10 +171,10 @@ class DecodeContext:
 
     q: Float[Array, "B 1 H D"]
     q_rotated: Float[Array, "B 1 H D"]
-    cache: "CacheView"
+    cache: LayerCache
     layer: Int[Array, ""]
     block_size: int
-    gate: "DecodeGate | None" = None
+    gate: LayerGate | None = None
 
     @property
     def batch(self) -> int:
@@ -200,7 +197,7 @@ class DecodeContext:
         return self.cache.lengths
 
     @property
-    def required_gate(self) -> "DecodeGate":
+    def required_gate(self) -> LayerGate:
         """The gate; raises ValueError where the model has none."""
         return _required(self.gate, "decode")
 
@@ -233,7 +230,7 @@ class DecodeContext:
         self, scores: Float32[Array, "B K Sb"], value: PerHead
     ) -> tuple[Float32[Array, "B K Sb"], float | Float[Array | np.ndarray, "..."]]:
         """Scores and a rule's value of each key/value head, in shapes that fit each other."""
-        return scores, value[:, None] if jnp.ndim(value) else value
+        return scores, jnp.asarray(value)[:, None] if jnp.ndim(value) else value
 
     def of_mask(self, mask: Bool[Array, "B K Sb"]) -> BlockIndices:
         """Lists of a mask of the caller: nothing that is to come, and its own block for a token that would keep none."""
@@ -250,7 +247,7 @@ class DecodeContext:
 Context = PrefillContext | DecodeContext
 
 
-def _required(gate: Any, kind: str) -> Any:
+def _required(gate: LayerGate | None, kind: str) -> LayerGate:
     if gate is None:
         raise ValueError(
             f"Blocks can be ranked by a {kind} gate only where the model has one; got none. "

@@ -57,7 +57,8 @@ def _parse_rule(name: str, value: str, scorer: Scorer) -> RankingPolicy:
         raise ValueError("dense stands alone" if name == "dense" else f"no rule {name!r}")
     rule = RULES[name]
     whole = {field.name: field.type for field in dataclasses.fields(rule)}[rule.value] is int
-    return rule(**{rule.value: int(value) if whole else float(value)}, scorer=scorer)
+    fields: dict[str, Any] = {rule.value: int(value) if whole else float(value), "scorer": scorer}
+    return rule(**fields)
 
 
 def _parse_settings(policy: RankingPolicy, words: list[str]) -> dict[str, Any]:
@@ -95,9 +96,12 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
     """A policy as JSON holds it; the inverse of `policy_from_json`. Arrays become nested lists of their exact values.
 
     Raises:
-      ValueError: its scorer is not registered, so that no name leads back to it.
+      ValueError: the policy or its scorer has no name that leads back to its class.
     """
-    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}  # pyright: ignore[reportArgumentType]
+    kind = _KINDS_BY_TYPE.get(type(policy))
+    if kind is None:
+        raise ValueError(f"A policy must be one of {', '.join(_KINDS)} to be saved; got {policy!r}.")
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     scorer = fields.pop("scorer", None)
     values = {name: np.asarray(value).tolist() for name, value in fields.items()}
     if scorer is not None:
@@ -107,7 +111,7 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
                 "Register its class (seer_jax.selection.scorers.register)."
             )
         values["scorer"] = {"name": scorer.name, **dataclasses.asdict(scorer)}
-    return {"rule": _KINDS_BY_TYPE[type(policy)], **values}
+    return {"rule": kind, **values}
 
 
 def policy_from_json(values: Mapping[str, Any]) -> Policy:

@@ -6,7 +6,7 @@ change numbers (a threshold) are leaves; values that change shapes (a density, a
 
 import abc
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,7 @@ from jaxtyping import Array, Bool
 
 from pallas_kernels import BlockIndices
 from seer_jax.selection.context import Context, PrefillContext
-
-if TYPE_CHECKING:
-    from seer_jax.gates.decode import DecodeGate
-    from seer_jax.gates.prefill import PrefillGate
+from seer_jax.selection.interfaces import LayerGate
 
 DEFAULT_BLOCK_SIZE = 64  # of a model without gates
 
@@ -32,6 +29,8 @@ class Policy(abc.ABC):
       expected_density: share of the blocks that the lists will hold, where that is known beforehand: a hint for kernels.
       per_head: names of the fields that may hold a value for each layer and head.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # each policy is a dataclass
 
     is_dense: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
@@ -52,11 +51,11 @@ class Policy(abc.ABC):
     def expected_density(self) -> float | None:
         return None
 
-    def tokens_per_block(self, gate: "PrefillGate | DecodeGate | None") -> int:
+    def tokens_per_block(self, gate: LayerGate | None) -> int:
         """b: the gate's where there is one, so that all scorers are compared at the same size."""
         return gate.config.block_size if gate is not None else DEFAULT_BLOCK_SIZE
 
-    def dense_first_layers(self, gate: "PrefillGate | DecodeGate | None") -> int:
+    def dense_first_layers(self, gate: LayerGate | None) -> int:
         """How many of the first layers keep every block although the policy is sparse."""
         return getattr(gate.config, "start_layer", 0) if gate is not None else 0
 
@@ -64,7 +63,7 @@ class Policy(abc.ABC):
         """The context with what all chunks of query rows share."""
         return context
 
-    def check(self, num_layers: int, gate: "PrefillGate | DecodeGate | None") -> None:
+    def check(self, num_layers: int, gate: LayerGate | None) -> None:
         """Checks the policy against a model.
 
         Raises:
@@ -137,7 +136,7 @@ class Dense(Policy):
     def blocks(self, context: Context) -> None:
         return None
 
-    def dense_first_layers(self, gate: Any) -> int:
+    def dense_first_layers(self, gate: LayerGate | None) -> int:
         return 0  # one program for all layers
 
 
@@ -156,7 +155,7 @@ class Given(Policy):
     mask: Bool[Array | np.ndarray, "L B ..."]
     block_size: int = dataclasses.field(default=DEFAULT_BLOCK_SIZE, metadata=dict(static=True))
 
-    def tokens_per_block(self, gate: Any) -> int:
+    def tokens_per_block(self, gate: LayerGate | None) -> int:
         return self.block_size
 
     def blocks(self, context: Context) -> BlockIndices:

@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import BlockIndices
 from seer_jax.checks import check_at_least
 from seer_jax.selection.context import Context, DecodeContext, PrefillContext
+from seer_jax.selection.interfaces import LayerGate
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import LearnedGate, Scorer
 
@@ -56,7 +58,7 @@ class RankingPolicy(Policy):
         with jax.named_scope("prepare_keys"):
             return dataclasses.replace(context, prepared=self.scorer.prepare(context))
 
-    def dense_first_layers(self, gate: Any) -> int:
+    def dense_first_layers(self, gate: LayerGate | None) -> int:
         return max(super().dense_first_layers(gate), self.dense_layers)
 
 
@@ -220,6 +222,6 @@ def _check_values(policy: RankingPolicy, inside: Any, must: str) -> None:
             f"{type(policy).__name__}.{policy.value} must be a number or an array; got {value!r}. Wrap it in jnp.asarray."
         )
     known = isinstance(value, (int, float, np.ndarray, np.generic))
-    known |= isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    known |= isinstance(value, jax.Array) and not isinstance(value, Tracer)
     if known and not inside(np.asarray(value)).all():
         raise ValueError(f"{type(policy).__name__}.{policy.value} must {must}; got {value}.")

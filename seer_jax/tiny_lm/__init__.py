@@ -1,4 +1,4 @@
-"""tiny_lm: a small Qwen3 model as Hugging Face transformers wrote it, to demonstrate and test on. README.md is its model card."""
+"""tiny_lm: a small Qwen3 model as saved by Hugging Face transformers, for demonstrations and tests. README.md is its model card."""
 
 from pathlib import Path
 
@@ -6,10 +6,15 @@ NAME = "tiny-lm"  # stands for the model and for its gates wherever a model is n
 
 
 def path() -> Path:
-    """The folder of the model: a Hugging Face checkpoint, held-out text, words for pass keys and reference figures."""
+    """Folder of the model: a Hugging Face checkpoint, held-out text, words for pass keys and reference figures."""
     return Path(__file__).parent
 
 
 def gates() -> dict[str, Path]:
-    """Folders of its trained gates, "prefill" and "decode", for `from_pretrained`; gates.json beside them says how good they are."""
+    """Folders of its trained gates, "prefill" and "decode"; gates.json beside them records their training and quality."""
     return {kind: path() / "gates" / kind for kind in ("prefill", "decode")}
+
+
+def eval_text() -> str:
+    """Held-out text: Python source code that neither the model nor its gates were trained on."""
+    return (path() / "eval_text.txt").read_text(encoding="utf-8")

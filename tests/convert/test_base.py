@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 from seer_jax.convert import compare_logits, load_base, save_base
 from seer_jax.convert.base import abstract_model
 from seer_jax.convert.formats.sources import TensorInfo
-from seer_jax.convert.hf_config import config_to_hf
 from seer_jax.convert.rules import BASE_RULES, Rule, expected_slots
 from seer_jax.convert.stream import load_parameters
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.families import config_to_hf
 from tests.golden.data import RELEASE, release, transformers_case, transformers_names, write_base
 
 HERE = Path(__file__).parent
@@ -142,7 +142,7 @@ def test_a_saved_model_holds_no_gates(tmp_path: Path):
 def test_saving_under_the_configuration_of_another_model_is_refused(tmp_path: Path):
     model = load_base(write_base(tmp_path / "a", transformers_case(LLAMA)))
     with pytest.raises(
-        ValueError, match=r"hf_config must describe the model; expected .*family='llama'.* got .*family='qwen3'"
+        ValueError, match=r"hf_config must describe the model, .*family='llama'.*; got .*family='qwen3'"
     ):
         save_base(model, tmp_path / "b", hf_config=transformers_case(QWEN3).config)
 
@@ -319,13 +319,13 @@ WRONG_SHARDS = {
     "shard absent": (
         lambda f: first_shard(f).unlink(),
         FileNotFoundError,
-        r"lacks the files \['model-00001-of-\d+\.safetens",
+        r"must hold the files that its index names; \['model-00001-of-\d+\.safetens",
     ),
     "tensor absent": (drop_from_shard, ValueError, r"missing: model\.embed_tokens\.weight; left over: none"),
     "tensor twice": (
         store_twice,
         ValueError,
-        "may be stored once; 'model.embed_tokens.weight' is in .* another file as well",
+        "must be stored once; 'model.embed_tokens.weight' is in .* another file as well",
     ),
     "index not JSON": (lambda f: set_index(f, "{"), ValueError, "must be JSON with a weight_map"),
     "no weight_map": (lambda f: set_index(f, "{}"), ValueError, "must be JSON with a weight_map"),
@@ -359,7 +359,7 @@ def test_files_that_no_index_names_are_not_read(sharded: Path):
 
 def test_folders_without_safetensors_are_refused(folder: Path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    message = r"needs model\.safetensors, .* found \['pytorch_model\.bin'\]\. Save other formats with transformers'"
+    message = r"must hold model\.safetensors, .* got \['pytorch_model\.bin'\]\. Save other formats with transformers'"
     with pytest.raises(FileNotFoundError, match=message):
         load_base(folder)
 
@@ -367,12 +367,14 @@ def test_folders_without_safetensors_are_refused(folder: Path):
 def test_a_gate_folder_is_no_base_model(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(transformers_case(LLAMA).config | {"base_model": "some/base"}))
     (tmp_path / "attn_gate_weights.pth").touch()
-    with pytest.raises(FileNotFoundError, match=r"holds gates, not base weights\. Load its base model, 'some/base'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold base weights; got gates\. Load their base model, 'some/base'"
+    ):
         load_base(tmp_path)
 
 
 WRONG_CONFIGS = {
-    "absent": (None, FileNotFoundError, "A model folder needs config.json"),
+    "absent": (None, FileNotFoundError, "A model folder must hold config.json"),
     "not JSON": ("{", ValueError, "must hold JSON"),
     "a list": ("[]", ValueError, "must hold a JSON object; got a list"),
     "unknown family": (
@@ -402,7 +404,7 @@ def test_a_configuration_of_other_sizes_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, np.int8, "float64"])
 def test_other_dtypes_are_refused(dtype: Any, folder: Path):
-    with pytest.raises(ValueError, match=f"Base weights are bfloat16 or float32; got dtype={np.dtype(dtype)}"):
+    with pytest.raises(ValueError, match=f"Base weights must be bfloat16 or float32; got dtype={np.dtype(dtype)}"):
         load_base(folder, dtype=dtype)
 
 

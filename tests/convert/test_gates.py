@@ -157,7 +157,7 @@ def test_a_folder_is_written_over_but_not_in_another_format(tmp_path: Path):
     save_gates(second, tmp_path, base_model="x")
     assert_same(load_gates(tmp_path), second)
     with pytest.raises(
-        FileExistsError, match=r"holds one gate; .* already has attn_gate_weights\.safetensors\. Choose another"
+        FileExistsError, match=r"must hold one gate; .* already has attn_gate_weights\.safetensors\. Choose another"
     ):
         save_gates(second, tmp_path, base_model="x", format=GateFormat.TORCH)
 
@@ -187,8 +187,8 @@ def test_safetensors_are_read_where_both_formats_are(tmp_path: Path):
 def test_gates_of_another_model_are_refused(name: str, field: str, value: Any, tmp_path: Path):
     model = config_from_hf(release(name).config)
     found = getattr(model, field)
-    message = rf"expected {field}={value}, got {found} \(a gate for 'authors/base'\)\. Use the gate of this base model"
-    with pytest.raises(ValueError, match=f"trained on; {message}"):
+    message = rf"{field} must be {value}; got {found}, of a gate for 'authors/base'\. Use the gate of this base model"
+    with pytest.raises(ValueError, match=message):
         load_gates(write_gates(tmp_path, name), dataclasses.replace(model, **{field: value}))
 
 
@@ -200,13 +200,13 @@ def test_a_longer_context_is_no_other_model(tmp_path: Path):
 
 
 def test_saving_under_the_configuration_of_another_model_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="expected num_layers=3, got 2"):
+    with pytest.raises(ValueError, match="num_layers must be 3; got 2"):
         save_gates(make_gate(DECODE_CONFIGS[0]), tmp_path, base_model="x", hf_config=release(PREFILL).config)
     assert not (tmp_path / "config.json").exists()
 
 
 def test_other_dtypes_are_not_saved(tmp_path: Path):
-    with pytest.raises(ValueError, match="saved in float32 or bfloat16; got dtype=float16"):
+    with pytest.raises(ValueError, match="must be saved in float32 or bfloat16; got dtype=float16"):
         save_gates(make_gate(DECODE_CONFIGS[0]), tmp_path, base_model="x", dtype=jnp.float16)
 
 
@@ -268,13 +268,13 @@ def test_wrong_tensors_are_refused(case: str, format: GateFormat, tmp_path: Path
 def test_a_wrong_torch_file_is_refused(tmp_path: Path):
     folder = write_gates(tmp_path, PREFILL)
     (folder / "attn_gate_weights.pth").write_bytes(b"\x80\x02cposix\nsystem\n.")
-    with pytest.raises(ValueError, match=r"attn_gate_weights\.pth: expected the zip archive that torch\.save writes"):
+    with pytest.raises(ValueError, match=r"attn_gate_weights\.pth: .* must be the zip archive that torch\.save writes"):
         load_gates(folder)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path):
     (write_gates(tmp_path, PREFILL) / "attn_gate_weights.pth").unlink()
-    message = r"needs attn_gate_weights\.pth or attn_gate_weights\.safetensors; .* has neither"
+    message = r"must hold attn_gate_weights\.pth or attn_gate_weights\.safetensors; .* has neither"
     with pytest.raises(FileNotFoundError, match=message):
         load_gates(tmp_path)
 
@@ -326,10 +326,10 @@ def test_absent_keys_mean_what_the_release_takes_for_them():
 
 
 WRONG_GATES = {
-    "neither": ({}, "has either seerattn_gate_type .* got neither. Give the folder of one gate"),
+    "neither": ({}, "must have either seerattn_gate_type .* got neither. Give the folder of one gate"),
     "both": (
         {"seerattn_gate_type": "Qavg_Kavg", "seerattn_q_head_pooling_type": "Qproj"},
-        "has either seerattn_gate_type .* got both",
+        "must have either seerattn_gate_type .* got both",
     ),
     "all query heads": (
         {"seerattn_q_head_pooling_type": "Qorig"},
@@ -337,7 +337,7 @@ WRONG_GATES = {
     ),
     "block size": (
         {"seerattn_gate_type": "Qavg_Kavg", "seerattn_gate_block_size": 48},
-        "block_size is one of .* got 48",
+        "block_size must be one of .* got 48",
     ),
     "gate dim": (
         {"seerattn_gate_type": "Qavg_Kavg", "seerattn_gate_hidden_size": 63},

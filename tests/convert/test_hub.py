@@ -100,9 +100,13 @@ ERRORS = {
     "gated": (
         http(errors.GatedRepoError),
         PermissionError,
-        r"only to users who accepted its terms\. Accept them on https://huggingface\.co/owner/name, then log in",
+        r"open only to users who accepted its terms\. Accept them on https://huggingface\.co/owner/name, then log in",
     ),
-    "no such revision": (http(errors.RevisionNotFoundError), FileNotFoundError, "no revision 'v9' of 'owner/name'"),
+    "no such revision": (
+        http(errors.RevisionNotFoundError),
+        FileNotFoundError,
+        "'owner/name' has no 'v9'. Check the branch",
+    ),
     "no connection": (
         errors.LocalEntryNotFoundError("x"),
         ConnectionError,
@@ -144,7 +148,7 @@ def test_what_can_only_be_a_path_is_not_asked_for(name: str, hub: Hub):
 def test_a_file_is_no_folder(hub: Hub, tmp_path: Path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
-        NotADirectoryError, match=r"Expected the folder of a model, got the file .*Give the folder that holds it"
+        NotADirectoryError, match=r"must be named by its folder; got the file .*Give the folder that holds it"
     ):
         resolve(tmp_path / "model.safetensors", ["*"])
 

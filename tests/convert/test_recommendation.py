@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax import from_pretrained
+from seer_jax import from_pretrained, tiny_lm
 from seer_jax.convert import GateFormat, load_gates, recommended_policy, save_base, save_gates
 from seer_jax.convert.gate_config import policy_from_hf, policy_to_hf
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
@@ -188,6 +188,13 @@ def test_it_is_used_where_no_policy_is_named(model: Transformer, tmp_path: Path)
 # ---------------------------------------------------------------------------------------------------- the release's keys
 
 
+def test_the_bundled_gates_recommend_what_their_model_card_says():
+    assert {kind: load_gates(folder).recommended for kind, folder in tiny_lm.gates().items()} == {
+        "prefill": CumulativeMass(0.95),
+        "decode": CumulativeMass(0.9),
+    }
+
+
 def test_policies_of_the_release(tmp_path: Path):
     assert recommended_policy(write_gates(tmp_path / "a", PREFILL)) == Threshold(0.05)
     assert recommended_policy(write_gates(tmp_path / "b", DECODE)) == TokenBudget(256)
@@ -210,7 +217,7 @@ def test_defaults_of_the_release_recommend_nothing(keys: dict[str, Any]):
         (dict(sparsity_method="threshold"), "'threshold' needs a number as seerattn_threshold; got None"),
         (dict(sparsity_method="nz_ratio", nz_ratio="0.5"), "'nz_ratio' needs a number as seerattn_nz_ratio; got '0.5'"),
         (dict(sparsity_method="token_budget", token_budget=True), "needs a number as seerattn_token_budget; got True"),
-        (dict(sparsity_method="threshold", threshold=1.5), r"must lie in \[0, 1\), as softmax scores do; got 1.5"),
+        (dict(sparsity_method="threshold", threshold=1.5), r"Threshold.threshold must lie in \[0, 1\); got 1.5"),
     ],
 )
 def test_wrong_policies_of_the_release_are_refused(keys: dict[str, Any], message: str):

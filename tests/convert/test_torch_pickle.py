@@ -206,10 +206,10 @@ def test_malicious_pickles_are_refused_and_not_run(name: str, tmp_path: Path, mo
 
 
 BIG = 2**62
-WITHIN = "must lie within its storage of 24 numbers"
+WITHIN = "must lie within its storage of 24 elements"
 PID = r"A persistent id must be \('storage', storage type, key, location, size\); got"
 TENSOR = r"A tensor must be \(storage, offset, shape, strides, ...\)"
-CONTENT = "Expected a flat mapping of names to tensors; got {}"
+CONTENT = "must hold a flat mapping of names to tensors; got {}"
 WRONG_PICKLES = {
     "offset outside": (state(item(tensor(offset=1))), WITHIN),
     "offset far outside": (state(item(tensor(offset=2**47))), WITHIN),
@@ -218,9 +218,12 @@ WRONG_PICKLES = {
     "stride outside": (state(item(tensor(shape=(4, 6), strides=(7, 1)))), WITHIN),
     "stride negative": (state(item(tensor(offset=23, strides=(-1,)))), TENSOR),
     "overflow": (state(item(tensor(shape=(BIG, BIG, BIG), strides=(BIG, BIG, BIG)))), TENSOR),
-    "overflow of the product": (state(item(tensor(shape=(2**40, 2**40), strides=(0, 0)))), "may not repeat numbers"),
-    "repeated": (state(item(tensor(shape=(1000, 24), strides=(0, 1)))), "may not repeat numbers of its storage; shape"),
-    "empty": (state(item(tensor(shape=(0, 24), strides=(24, 1)))), r"hold at least one number; got shape \(0, 24\)"),
+    "overflow of the product": (state(item(tensor(shape=(2**40, 2**40), strides=(0, 0)))), "must not repeat elements"),
+    "repeated": (
+        state(item(tensor(shape=(1000, 24), strides=(0, 1)))),
+        "must not repeat elements of its storage; shape",
+    ),
+    "empty": (state(item(tensor(shape=(0, 24), strides=(24, 1)))), r"hold at least one element; got shape \(0, 24\)"),
     "axes and strides differ": (state(item(tensor(shape=(4, 6)))), TENSOR),
     "too many axes": (state(item(tensor(shape=(1,) * 33, strides=(1,) * 33))), TENSOR),
     "shape of booleans": (state(item(tensor()).replace(tup(number(24)), tup(b"\x88"))), TENSOR),
@@ -242,11 +245,11 @@ WRONG_PICKLES = {
     "size a boolean": (state(item(tensor(source=storage(size=b"\x88")))), PID),
     "size wrong": (
         state(item(tensor(source=storage(size=number(25))))),
-        "25 numbers of float32, 100 bytes; the archive holds 96",
+        "25 elements of float32, 100 bytes; the archive holds 96",
     ),
     "size wrong for the dtype": (
         state(item(tensor(source=storage(kind=b"ctorch\nHalfStorage\n")))),
-        "24 numbers of float16, 48 bytes; the archive holds 96",
+        "24 elements of float16, 48 bytes; the archive holds 96",
     ),
     "key a path": (
         state(item(tensor(source=storage(key=text("../../etc/passwd"))))),
@@ -289,11 +292,11 @@ WRONG_PICKLES = {
     "a float": (b"\x80\x02}" + text("w") + b"G" + bytes(8) + b"s.", "uses the operation BINFLOAT"),
     "a list": (
         b"\x80\x02](" + tensor() + b"e.",
-        "uses the operation EMPTY_LIST, which a flat dict of tensors has no use for",
+        "uses the operation EMPTY_LIST, which a flat dict of tensors does not need",
     ),
     "a tensor alone": (b"\x80\x02" + tensor() + b".", CONTENT.format("StoredTensor")),
     "a tuple": (b"\x80\x02" + tensor() + b"\x85.", CONTENT.format("tuple")),
-    "name twice": (state(item(tensor()), item(tensor())), "Each name may occur once; 'w' comes twice"),
+    "name twice": (state(item(tensor()), item(tensor())), "Each name must occur once; 'w' occurs twice"),
     "name a number": (state(number(1) + tensor()), "A name must be a string; got int"),
     "name a mapping": (state(b"}" + tensor()), "A name must be a string; got dict"),
     "items on a tuple": (b"\x80\x02)" + text("w") + tensor() + b"s.", "Items can only be set on a mapping, in pairs"),
@@ -304,13 +307,13 @@ WRONG_PICKLES = {
     "cut in a global": (GOOD[:30], "A global name must be two lines"),
     "no pickle": (b"\xfe\xff\x00", "uses the unknown operation b'.xfe'"),
     "string not UTF-8": (b"\x80\x02}X\x01\x00\x00\x00\xff.", "A string in the pickle is not UTF-8"),
-    "takes too much": (b"\x80\x02}ss.", "takes more from its stack than it put there"),
-    "ends on nothing": (b"\x80\x02.", "takes more from its stack than it put there"),
-    "ends on a mark": (b"\x80\x02}(.", "takes more from its stack than it put there"),
-    "no mark": (b"\x80\x02}u.", "takes more from its stack than it put there"),
-    "tuple of nothing": (b"\x80\x02\x87.", "takes more from its stack than it put there"),
-    "memo of nothing": (b"\x80\x02q\x00.", "takes more from its stack than it put there"),
-    "unknown memo": (b"\x80\x02h\x07.", "recalls something that it never stored"),
+    "takes too much": (b"\x80\x02}ss.", "must not take more from its stack than it put there"),
+    "ends on nothing": (b"\x80\x02.", "must not take more from its stack than it put there"),
+    "ends on a mark": (b"\x80\x02}(.", "must not take more from its stack than it put there"),
+    "no mark": (b"\x80\x02}u.", "must not take more from its stack than it put there"),
+    "tuple of nothing": (b"\x80\x02\x87.", "must not take more from its stack than it put there"),
+    "memo of nothing": (b"\x80\x02q\x00.", "must not take more from its stack than it put there"),
+    "unknown memo": (b"\x80\x02h\x07.", "must store an object before it recalls it"),
     "two objects": (b"\x80\x02}}.", "leaves more than one object behind"),
     "contains itself": (b"\x80\x02}q\x00" + text("w") + b"h\x00s.", CONTENT.format("a mapping under 'w'")),
     "global of numbers": (b"\x80\x04K\x01K\x02\x93.", "A global name must be two strings"),

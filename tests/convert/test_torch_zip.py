@@ -170,7 +170,7 @@ WRONG_ARCHIVES = {
     "empty step": (lambda p: raw_zip(p, *good_members(), ("m//x", b"")), PLAIN.format("'m//x'")),
     "folder entry": (lambda p: raw_zip(p, *good_members(), ("m/data/", b"")), PLAIN.format("'m/data/'")),
     "backslash": (lambda p: raw_zip(p, *good_members(), ("m/a\\b", b"")), PLAIN.format("'m/a.*b'")),
-    "member twice": (twice, "Each member may occur once; 'm/data/0' comes twice"),
+    "member twice": (twice, "Each member must occur once; 'm/data/0' occurs twice"),
     "no pickle": (lambda p: raw_zip(p, ("m/data/0", b"x")), "has no data.pkl, so it is not a torch checkpoint"),
     "no storage": (lambda p: raw_zip(p, ("m/data.pkl", GOOD)), "no member 'data/0', which the pickle refers to"),
     "big-endian": (
@@ -211,7 +211,7 @@ WRONG_ARCHIVES = {
         lambda p: patched(raw_zip(p, *good_members()), b"m/data/0", b"m/data/9", 1),
         DAMAGED,
     ),
-    "empty file": (lambda p: p.write_bytes(b""), "expected the zip archive that torch.save writes; got an empty file"),
+    "empty file": (lambda p: p.write_bytes(b""), "must be the zip archive that torch.save writes; got an empty file"),
     "empty archive": (lambda p: raw_zip(p), "got another format"),
     "text": (lambda p: p.write_text("hello " * 100), "got another format"),
     "git-lfs pointer": (

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp  # noqa: F401 - teaches numpy the dtype bfloat16
+import jax.numpy as jnp  # noqa: F401 - registers the dtype bfloat16 with numpy
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file

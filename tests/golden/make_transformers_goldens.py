@@ -51,6 +51,11 @@ CASES = {
         dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     ),
     "qwen3_biases_yarn": ("Qwen3", 1, dict(attention_bias=True, rope_parameters=YARN)),
+    "mistral": (
+        "Mistral",
+        2,
+        dict(head_dim=10, sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    ),
 }
 # Frequencies at real sizes, head dim 128: name: max_position_embeddings, RoPE parameters
 ROPES = {
@@ -65,7 +70,7 @@ POSITIONS = torch.arange(0, TOKENS, 3)
 
 def case(family: str, batch: int, changes: dict, seed: int) -> tuple[dict, dict]:
     generator = torch.Generator().manual_seed(seed)
-    sizes = {k: v for k, v in (SIZES | changes).items() if v is not None}
+    sizes = {k: v for k, v in (SIZES | changes).items() if v is not None or k not in SIZES}
     config = getattr(transformers, f"{family}Config")(**sizes)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()

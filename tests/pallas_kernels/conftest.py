@@ -18,8 +18,8 @@ for module in ("comparison", *(f"suite_{name}" for name in SUITES)):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly: None) -> None:
-    """Every module here compiles many small programs."""
+def quickly(compile_quickly: None, exact_products: None) -> None:
+    """Every module here compiles many small programs, and compares with plain attention in float32."""
 
 
 @pytest.fixture
@@ -29,7 +29,8 @@ def interpreted() -> Iterator[None]:
     default_device = jax.config.jax_default_device
     jax.config.update("jax_default_device", jax.devices()[0])
     try:
-        with assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
+        # On the first device: the interpreter's callbacks run there, and lose their order where the program runs on another.
+        with jax.default_device(jax.devices("cpu")[0]), assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
             yield
         races = interpret_pallas_call.get_races()
         assert races is None or not races.races_found

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from jax.typing import DTypeLike
 
-from seer_jax.inference import memory
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.inference import memory
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.models.decoder import Transformer
 
@@ -52,6 +52,11 @@ def _tiny_model(config: ModelConfig, gates: bool, block_size: int, seed: int, dt
             model.add_gate(PrefillGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 1))
             model.add_gate(DecodeGateConfig(block_size=block_size, gate_dim=config.head_dim), rngs=nnx.Rngs(seed + 2))
         return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def products(exact_products: None) -> None:
+    """Float32 base models are held to float32 bounds."""
 
 
 @pytest.fixture(autouse=True)

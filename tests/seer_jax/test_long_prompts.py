@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from seer_jax import plan_memory
+from seer_jax.inference.memory import tree_bytes
 from seer_jax.models import layers
 from seer_jax.models.cache import Cache
 from seer_jax.models.config import ModelConfig
-from seer_jax.inference.memory import tree_bytes
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import TokenBudget, TopK

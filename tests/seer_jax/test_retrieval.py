@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.convert import load_base
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense
 from seer_jax.selection.rules import Threshold, TokenBudget

@@ -1,4 +1,4 @@
-"""The bundled model: what we make of it against what transformers and its recipe made of it (reference.json)."""
+"""The bundled model: its logits and scores against those of transformers and of its recipe (reference.json)."""
 
 import hashlib
 import json
@@ -11,24 +11,24 @@ import pytest
 from seer_jax import tiny_lm
 from seer_jax.convert import load_base, verify_logits
 from seer_jax.evaluate import (
-    Method,
+    EvalRows,
     Phase,
-    Rows,
-    Setting,
+    SparsityLevel,
     compare,
+    load_words,
     passkey_prompts,
     perplexity,
     score_prompts,
     text_windows,
 )
-from seer_jax.models.decoder import Transformer
-from seer_jax.selection.rules import TopK
-from seer_jax.models.pretrained import from_pretrained
 from seer_jax.inference.text import Tokenizer
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.pretrained import from_pretrained
+from seer_jax.selection.rules import TopK
+from seer_jax.selection.scorers import LearnedGate, SinkWindow
 from seer_jax.tiny_lm.corpus import HELD_OUT, training_rows
 
 REFERENCE = json.loads((tiny_lm.path() / "reference.json").read_text())
-WORDS = json.loads((tiny_lm.path() / "words.json").read_text())
 PASSKEY_SHA256 = "1098e6cd6ee88740585e66c782a3b44c4728ce2212ae186622c21961725cd6a2"
 
 
@@ -44,9 +44,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def text(tokenizer: Tokenizer) -> np.ndarray:
-    return np.array(
-        tokenizer.encode((tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8"), special_tokens=False)
-    )
+    return np.array(tokenizer.encode(tiny_lm.eval_text(), special_tokens=False))
 
 
 def test_logits_are_those_of_transformers(model: Transformer):
@@ -58,12 +56,12 @@ def test_logits_are_those_of_transformers(model: Transformer):
 @pytest.mark.slow
 def test_the_bundled_gates_find_what_a_window_misses(text: np.ndarray, tokenizer: Tokenizer):
     """With a fifth of the blocks, against the first block and the latest ones: better text from prompts, and the pass key."""
-    model = from_pretrained(tiny_lm.path(), tuple(tiny_lm.gates().values()), dtype="float32")
-    prompts = passkey_prompts(tokenizer, text, WORDS["eval"], length=2048, count=1, vocab_size=4096)
-    rows, methods = Rows(text_windows(text, 2048, 1), prompts), (Method.GATE, Method.WINDOW)
-    scores = {(s.phase, s.method): s for s in compare(model, rows, [Setting("20%", TopK(0.2))], methods=methods)}
+    model = from_pretrained("tiny-lm", "tiny-lm", dtype="float32")
+    prompts = passkey_prompts(tokenizer, text, load_words("eval"), length=2048, count=1, vocab_size=4096)
+    rows, methods = EvalRows(text_windows(text, 2048, 1), prompts), (LearnedGate(), SinkWindow())
+    scores = {(s.phase, s.method): s for s in compare(model, rows, [SparsityLevel("20%", TopK(0.2))], methods=methods)}
     for phase in Phase:
-        gate, window = (scores[phase, method] for method in methods)
+        gate, window = (scores[phase, method.name] for method in methods)
         assert gate.kept <= 1.02 * window.kept < 0.3
         if phase is Phase.PREFILL:
             assert gate.perplexity < window.perplexity
@@ -92,7 +90,7 @@ def test_perplexity_to_four_digits(model: Transformer, text: np.ndarray, length:
 
 def test_pass_key_prompts_are_those_of_the_recipe(tokenizer: Tokenizer, text: np.ndarray):
     """The 50 prompts of 4096 tokens behind the first rows of reference.json, token by token."""
-    prompts = passkey_prompts(tokenizer, text, WORDS["eval"], length=4096, count=50, vocab_size=4096, seed=20253)
+    prompts = passkey_prompts(tokenizer, text, load_words("eval"), length=4096, count=50, vocab_size=4096, seed=20253)
     tokens = np.stack([prompt.tokens for prompt in prompts]).astype("<i4")
     assert hashlib.sha256(tokens.tobytes()).hexdigest() == PASSKEY_SHA256
 
@@ -102,7 +100,7 @@ def test_pass_keys_are_found(model: Transformer, tokenizer: Tokenizer, text: np.
     """As in reference.json, dense attention finds every key; the first prompts of each length."""
     for length, count in ((1024, 9), (2048, 4)):
         prompts = passkey_prompts(
-            tokenizer, text, WORDS["eval"], length=length, count=count, vocab_size=4096, seed=20254, distractors=4
+            tokenizer, text, load_words("eval"), length=length, count=count, vocab_size=4096, seed=20254, distractors=4
         )
         scores = score_prompts(model, jnp.asarray(np.stack([p.tokens for p in prompts]), jnp.int32))
         assert scores.best[:, -5:].all()
@@ -113,7 +111,7 @@ def test_training_text_keeps_away_from_the_evaluation(tokenizer: Tokenizer, text
     assert rows.shape == (6, 512)
     again = training_rows(tokenizer, 4096, length=512, count=6, keys=1, questions=2, seed=1)
     np.testing.assert_array_equal(rows, again)
-    assert not set(WORDS["train"]) & set(WORDS["eval"])
+    assert not set(load_words("train")) & set(load_words("eval"))
     assert "argparse.py" in HELD_OUT
     long_lines = {line for line in tokenizer.decode(text.tolist()).splitlines() if len(line) > 60}
     seen = {line for row in rows for line in tokenizer.decode(row.tolist()).splitlines()}

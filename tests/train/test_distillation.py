@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from seer_jax.gates.configs import Gates
+from seer_jax.gates.configs import TrainedGates
 from seer_jax.train import distillation
 from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data.batches import Batch
@@ -88,7 +88,7 @@ def test_one_gate_or_both_from_one_pass():
 @pytest.mark.parametrize(
     ("kinds", "sizes"), [(("decode",), (10,)), pytest.param(("prefill", "decode"), (2, 10, 24), marks=pytest.mark.slow)]
 )
-def test_chunks_of_queries_teach_what_the_whole_does(monkeypatch: pytest.MonkeyPatch, kinds: tuple, sizes: tuple):
+def test_chunks_of_queries_have_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch, kinds: tuple, sizes: tuple):
     """Two rows of 24 blocks, of which recall takes every third token: chunks of 1, 5 (the last one reaches back) and 12."""
     length = 24 * BLOCK
     documents = [row[:n] for row, n in zip(make_rows(4, length), (150, 80, 100, 300), strict=True)]
@@ -108,7 +108,7 @@ def test_chunks_of_queries_teach_what_the_whole_does(monkeypatch: pytest.MonkeyP
 
 
 def test_memory_for_decode_gates_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch):
-    task, trained, frozen = Distillation.start(make_model(gates=(DECODE,)), distill_config(gates=Gates.DECODE))
+    task, trained, frozen = Distillation.start(make_model(gates=(DECODE,)), distill_config(gates=TrainedGates.DECODE))
     length = 512 * BLOCK
     batch = Batch(*(jnp.zeros((1, length), jnp.int32) for _ in range(3)))
     scratch = []
@@ -128,7 +128,7 @@ def test_decode_gates_learn_from_whole_blocks():
         distillation_pass(model_with_gates(), batch, weigh(batch)._replace(prefill=None))
 
 
-def test_no_row_that_counts_teaches_nothing():
+def test_without_rows_in_the_loss_all_gradients_are_zero():
     batch = make_batch(make_rows(2))
     report = run(model_with_gates(), batch, jax.tree.map(jnp.zeros_like, weigh(batch)))
     assert all(not np.any(x) for x in jax.tree.leaves(report))
@@ -154,7 +154,7 @@ def test_gates_that_do_not_fit_are_refused(gates, weighted, sizes):
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
 
 
-def make_task(gates: Gates | None, layers: int = 2):
+def make_task(gates: TrainedGates | None, layers: int = 2):
     """(task, its weights, the rest, optimizer, schedule): distillation of gates, or fine-tuning."""
     optimizer = make_optimizer(OPTIMIZER, 10), make_schedule(OPTIMIZER, 10)
     model = make_model(layers=layers, gates=(PREFILL, DECODE))
@@ -163,7 +163,7 @@ def make_task(gates: Gates | None, layers: int = 2):
     return (*LanguageModelling.start(model, packed=True), *optimizer)
 
 
-@pytest.mark.parametrize("gates", [pytest.param(Gates.DECODE, marks=pytest.mark.slow), None])
+@pytest.mark.parametrize("gates", [pytest.param(TrainedGates.DECODE, marks=pytest.mark.slow), None])
 def test_accumulation_is_one_large_batch(gates):
     task, trained, frozen, optimizer, schedule = make_task(gates)
     documents = [row[:n] for row, n in zip(make_rows(6), (128, 90, 64, 128, 50, 40), strict=True)]
@@ -184,7 +184,11 @@ def test_accumulation_is_one_large_batch(gates):
 
 @pytest.mark.parametrize(
     ("gates", "names"),
-    [(Gates.PREFILL, {"prefill_gate"}), (Gates.DECODE, {"decode_gate"}), (Gates.BOTH, {"prefill_gate", "decode_gate"})],
+    [
+        (TrainedGates.PREFILL, {"prefill_gate"}),
+        (TrainedGates.DECODE, {"decode_gate"}),
+        (TrainedGates.BOTH, {"prefill_gate", "decode_gate"}),
+    ],
 )
 def test_only_the_chosen_gates_have_optimizer_state(gates, names):
     model = make_model(gates=(PREFILL, DECODE))
@@ -210,7 +214,7 @@ def test_finetuning_has_float32_masters_of_bfloat16_weights():
 
 def scratch_bytes(layers: int) -> int:
     """Memory that one compiled distillation step needs beside its arguments and results."""
-    task, trained, frozen, optimizer, schedule = make_task(Gates.PREFILL, layers)
+    task, trained, frozen, optimizer, schedule = make_task(TrainedGates.PREFILL, layers)
     state = optimizer.init(trained)
     batch = Batch(*(jnp.zeros((2, 4 * LENGTH), jnp.int32) for _ in range(3)))
     step = make_step(task, optimizer, schedule, 1)
@@ -219,7 +223,7 @@ def scratch_bytes(layers: int) -> int:
 
 def test_memory_is_that_of_one_layer():
     few, many = scratch_bytes(2), scratch_bytes(10)
-    gates = sum(x.nbytes for x in jax.tree.leaves(make_task(Gates.PREFILL, layers=8)[1]))
+    gates = sum(x.nbytes for x in jax.tree.leaves(make_task(TrainedGates.PREFILL, layers=8)[1]))
     assert gates < few / 20  # of two layers, activations and all
     assert many - few <= 2 * gates  # eight layers more: the gradients of their gates
 

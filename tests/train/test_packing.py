@@ -100,13 +100,13 @@ def test_rows_given_as_an_array():
 @pytest.mark.parametrize(
     ("lengths", "packing", "settings", "message"),
     [
-        ([50], Packing.BEST_FIT, {"row_length": 100}, r"positive multiple of 16 tokens; got 100"),
-        ([50], Packing.CONCATENATE, {"row_length": 0}, r"positive multiple of 16 tokens; got 0"),
+        ([50], Packing.BEST_FIT, {"row_length": 100}, r"positive multiple of 16 tokens, a block; got 100"),
+        ([50], Packing.CONCATENATE, {"row_length": 0}, r"positive multiple of 16 tokens, a block; got 0"),
         ([50], Packing.CONCATENATE, {"row_length": 64}, r"fill a row of 64 tokens; got 50 tokens"),
         ([0, 0], Packing.CONCATENATE, {"row_length": 64}, r"got only empty documents"),
-        ([10, 20], Packing.BEST_FIT, {"row_length": 64}, r"at least 32 tokens; got at most 20"),
+        ([10, 20], Packing.BEST_FIT, {"row_length": 64}, r"at least 32 tokens, min_length; got at most 20"),
         ([10], Packing.BEST_FIT, {"row_length": 64, "min_length": 65}, r"at most the row length 64; got 65"),
-        ([10], Packing.BEST_FIT, {"row_length": 64, "min_length": 0}, r"min_length is at least 1 .* got 0"),
+        ([10], Packing.BEST_FIT, {"row_length": 64, "min_length": 0}, r"min_length must be at least 1 .* got 0"),
     ],
 )
 def test_packing_errors(lengths, packing, settings, message):

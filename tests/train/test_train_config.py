@@ -8,7 +8,7 @@ import tyro
 
 from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.models.config import DType
-from seer_jax.train import DistillConfig, FinetuneConfig, Gates, OptimizerConfig, Packing
+from seer_jax.train import DistillConfig, FinetuneConfig, OptimizerConfig, Packing, TrainedGates
 from seer_jax.train.config import TrainConfig, from_dict, load_config, to_dict
 from seer_jax.train.data.batches import DataConfig
 
@@ -19,38 +19,53 @@ WRONG = [
         r"end_learning_rate <= .* got 0.01 and 0.001",
     ),
     (lambda: OptimizerConfig(end_learning_rate=-1e-9), r"0 <= end_learning_rate"),
-    (lambda: OptimizerConfig(warmup_steps=-1), r"at least 0; got -1 and 0.0"),
+    (lambda: OptimizerConfig(warmup_steps=-1), r"must be at least 0; got -1 and 0.0"),
     (lambda: OptimizerConfig(weight_decay=-0.1), r"at least 0; got 20 and -0.1"),
-    (lambda: OptimizerConfig(clip_norm=0.0), r"clip_norm is positive, or None .* got 0.0"),
+    (lambda: OptimizerConfig(clip_norm=0.0), r"clip_norm must be positive, or None .* got 0.0"),
     *(
-        (lambda name=name: dataclasses.replace(TrainConfig(), **{name: 0}), rf"^{name} is at least 1; got 0")
+        (
+            lambda name=name: dataclasses.replace(TrainConfig(), **{name: 0}),
+            rf"TrainConfig.{name} must be at least 1; got 0",
+        )
         for name in ("sequence_length", "batch_size", "micro_batch_size", "steps")
     ),
     *(
-        (lambda name=name: dataclasses.replace(TrainConfig(), **{name: 0}), rf"^{name} is at least 1; got 0")
+        (
+            lambda name=name: dataclasses.replace(TrainConfig(), **{name: 0}),
+            rf"TrainConfig.{name} must be at least 1; got 0",
+        )
         for name in ("checkpoint_interval", "keep_checkpoints", "log_interval")
     ),
-    (lambda: TrainConfig(batch_size=10, micro_batch_size=4), r"micro_batch_size divides batch_size.* got 4 and 10"),
-    (lambda: TrainConfig(steps=20), r"warmup ends before the run does; got 20 warmup steps of 20"),
-    (lambda: TrainConfig(seed=-1), r"seed is at least 0; got -1"),
-    (lambda: DistillConfig(prefill_skip=1.0), r"prefill_skip is a share in \[0, 1\) .* got 1.0"),
-    (lambda: DistillConfig(decode_skip=-0.1), r"decode_skip is a share in \[0, 1\) .* got -0.1"),
-    (lambda: DistillConfig(recall_density=0.0), r"recall_density is a share in \(0, 1\]; got 0.0"),
+    (lambda: TrainConfig(batch_size=10, micro_batch_size=4), r"micro_batch_size must divide batch_size.* got 4 and 10"),
+    (lambda: TrainConfig(steps=20), r"warmup must end before the run; got 20 warmup steps of 20"),
+    (lambda: TrainConfig(seed=-1), r"TrainConfig.seed must be at least 0; got -1"),
+    (lambda: DistillConfig(prefill_skip=1.0), r"prefill_skip must be a share in \[0, 1\) .* got 1.0"),
+    (lambda: DistillConfig(decode_skip=-0.1), r"decode_skip must be a share in \[0, 1\) .* got -0.1"),
+    (lambda: DistillConfig(recall_density=0.0), r"recall_density must be a share in \(0, 1\]; got 0.0"),
     (
-        lambda: DistillConfig(gates=Gates.BOTH, decode=DecodeGateConfig(block_size=32)),
-        r"their block sizes agree; got 64 and 32",
+        lambda: DistillConfig(gates=TrainedGates.BOTH, decode=DecodeGateConfig(block_size=32)),
+        r"must have one block size; got 64 and 32\. Distil them one after the other",
     ),
-    (lambda: DistillConfig(sequence_length=1000), r"multiple of the block size 64, at least two of them; got 1000"),
-    (lambda: DistillConfig(sequence_length=64), r"at least two of them; got 64"),
-    (lambda: from_dict(DistillConfig, {"stepz": 3}), r"DistillConfig has no setting stepz; expected some of model, "),
-    (lambda: from_dict(DistillConfig, {"data": {"path": 1}}), r"DistillConfig\.data has no setting path"),
-    (lambda: from_dict(DistillConfig, {"steps": "many"}), r"DistillConfig\.steps is of type int; got 'many'"),
-    (lambda: from_dict(DistillConfig, {"steps": True}), r"DistillConfig\.steps is of type int; got True"),
-    (lambda: from_dict(DistillConfig, {"gates": "none"}), r"\.gates is one of prefill, decode, both; got 'none'"),
-    (lambda: from_dict(DistillConfig, {"optimizer": {"eps": "tiny"}}), r"\.optimizer\.eps is a number; got 'tiny'"),
-    (lambda: from_dict(DistillConfig, {"optimizer": 1}), r"\.optimizer is of type OptimizerConfig; got 1"),
-    (lambda: from_dict(DistillConfig, {"data": {"paths": ["a", 1]}}), r"\.data\.paths\[1\] is of type str; got 1"),
-    (lambda: load_config(DistillConfig, "run.toml"), r"ends in \.yaml, \.yml or \.json; got run\.toml"),
+    (
+        lambda: DistillConfig(sequence_length=1000),
+        r"must be a multiple of the block size 64 and at least two blocks; got 1000",
+    ),
+    (lambda: DistillConfig(sequence_length=64), r"at least two blocks; got 64"),
+    (lambda: from_dict(DistillConfig, {"stepz": 3}), r"Settings of DistillConfig must be some of model, .*; got stepz"),
+    (
+        lambda: from_dict(DistillConfig, {"data": {"path": 1}}),
+        r"Settings of DistillConfig\.data must be some of paths, .*; got path",
+    ),
+    (lambda: from_dict(DistillConfig, {"steps": "many"}), r"DistillConfig\.steps must be of type int; got 'many'"),
+    (lambda: from_dict(DistillConfig, {"steps": True}), r"DistillConfig\.steps must be of type int; got True"),
+    (lambda: from_dict(DistillConfig, {"gates": "none"}), r"\.gates must be one of prefill, decode, both; got 'none'"),
+    (
+        lambda: from_dict(DistillConfig, {"optimizer": {"eps": "tiny"}}),
+        r"\.optimizer\.eps must be a number; got 'tiny'",
+    ),
+    (lambda: from_dict(DistillConfig, {"optimizer": 1}), r"\.optimizer must be of type OptimizerConfig; got 1"),
+    (lambda: from_dict(DistillConfig, {"data": {"paths": ["a", 1]}}), r"\.data\.paths\[1\] must be of type str; got 1"),
+    (lambda: load_config(DistillConfig, "run.toml"), r"must end in \.yaml, \.yml or \.json; got run\.toml"),
 ]
 
 
@@ -64,7 +79,7 @@ FULL = DistillConfig(
     model="org/name",
     output="runs/1",
     data=DataConfig(paths=("a", "b"), packing=Packing.BEST_FIT, max_tokens=5),
-    gates=Gates.DECODE,
+    gates=TrainedGates.DECODE,
     decode=DecodeGateConfig(k_pooling=(Pool.MAX, Pool.AVG), query_reduction=QueryReduction.AVG_PROJ),
     optimizer=OptimizerConfig(clip_norm=None, learning_rate=3e-4),
     precision=DType.FLOAT32,
@@ -87,7 +102,7 @@ def test_files(tmp_path, suffix):
     path.write_text(texts.get(suffix, texts["yaml"]))
     config = load_config(DistillConfig, path)
     expected = DistillConfig(
-        steps=60, gates=Gates.BOTH, optimizer=OptimizerConfig(learning_rate=1e-2), data=DataConfig(paths=("x",))
+        steps=60, gates=TrainedGates.BOTH, optimizer=OptimizerConfig(learning_rate=1e-2), data=DataConfig(paths=("x",))
     )
     assert config == expected
     (tmp_path / "empty.yaml").write_text("")
@@ -97,8 +112,10 @@ def test_files(tmp_path, suffix):
 def test_recipes_are_those_of_the_papers():
     prefill, decode = DistillConfig.prefill_recipe(model="m"), DistillConfig.decode_recipe(steps=900)
     assert prefill.steps * prefill.batch_size * prefill.sequence_length == 524_288_000
-    assert prefill.gates is Gates.PREFILL and prefill.model == "m" and prefill.data.packing is Packing.CONCATENATE
-    assert decode.gates is Gates.DECODE and decode.steps == 900 and decode.data.packing is Packing.BEST_FIT
+    assert (
+        prefill.gates is TrainedGates.PREFILL and prefill.model == "m" and prefill.data.packing is Packing.CONCATENATE
+    )
+    assert decode.gates is TrainedGates.DECODE and decode.steps == 900 and decode.data.packing is Packing.BEST_FIT
     assert (decode.sequence_length, decode.batch_size, decode.optimizer.end_learning_rate) == (32768, 16, 1e-5)
     for recipe in (prefill, decode):
         assert recipe.optimizer.learning_rate == 1e-3 and recipe.optimizer.weight_decay == 0
@@ -130,7 +147,7 @@ def test_command_line():
     assert tyro.cli(DistillConfig, args=arguments, config=(tyro.conf.EnumChoicesFromValues,)) == DistillConfig(
         model="org/name",
         data=DataConfig(paths=("a", "b")),
-        gates=Gates.BOTH,
+        gates=TrainedGates.BOTH,
         optimizer=OptimizerConfig(learning_rate=1e-4),
         prefill=PrefillGateConfig(gate_dim=64),
         decode=DecodeGateConfig(query_reduction=QueryReduction.AVG),

@@ -13,7 +13,7 @@ from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.models.decoder import LayerContext
 from seer_jax.models.rope import rotate
 from seer_jax.train.data.batches import Batch
-from seer_jax.train.data.packing import Row
+from seer_jax.train.data.packing import PackedRow
 from seer_jax.train.distillation import (
     RowWeights,
     distillation_pass,
@@ -61,7 +61,7 @@ class Case:
         ids, positions = self.batch.segment_ids, self.batch.positions
 
         def attend(context: LayerContext, state, q, k, v):
-            q_rotated, k_rotated = rotate(q, k, positions, self.model.config)
+            q_rotated, k_rotated = rotate(q, k, positions, self.model.config.rope)
             settings = {"block_size": BLOCK, "segment_ids": ids, "token_scores": True}
             scored = attention_with_block_scores(q_rotated, k_rotated, v, **settings)
             target = scored.block_scores if self.kind == "prefill" else scored.token_scores
@@ -77,7 +77,7 @@ def one_sequence(arrays):
 
 def packed_sequences(arrays):
     """300 and 500 tokens in one row, the second sequence at a block boundary."""
-    row = Row(*np.zeros((3, 1, 832), np.int32))
+    row = PackedRow(*np.zeros((3, 1, 832), np.int32))
     for segment, (first, start, length) in enumerate([(0, 0, 300), (300, 320, 500)], start=1):
         place = (0, slice(start, start + length))
         row.tokens[place] = arrays["io.train.input_ids"][0, first : first + length]

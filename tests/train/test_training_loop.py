@@ -20,9 +20,11 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
-from seer_jax.gates.configs import Gates
+from seer_jax.convert import load_gates
+from seer_jax.gates.configs import TrainedGates
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
+from seer_jax.selection.rules import CumulativeMass
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data.batches import DataConfig
@@ -104,12 +106,31 @@ def test_gates_learn_and_the_base_stays(undisturbed):
 
 def test_finished_run_has_nothing_left_to_do(undisturbed):
     folder, result = undisturbed
-    saved = []
-    config = dataclasses.replace(RUN, output=str(folder))
-    again = distill(config, model=make_model(), dataset=make_rows(), save=lambda *a: saved.append(a), progress=ignore)
-    assert again.step == RUN.steps and again.metrics == {}
+    (
+        folder / "decode_gate" / "attn_gate_weights.safetensors"
+    ).unlink()  # as if it had been killed before the gates were written
+    again = run_to(folder)
+    assert again.step == RUN.steps and again.metrics == {} and again.gates == result.gates
     np.testing.assert_array_equal(keys_of(again.model.decode_gate), keys_of(result.model.decode_gate))
-    assert saved == [(again.model, folder)]
+    np.testing.assert_array_equal(keys_of(load_gates(folder / "decode_gate")), keys_of(result.model.decode_gate))
+
+
+def test_trained_gates_are_written_and_no_others(undisturbed, tmp_path):
+    folder, result = undisturbed
+    assert result.gates == (folder / "decode_gate",)
+    saved = load_gates(folder / "decode_gate", result.model.config)
+    jax.tree.map(np.testing.assert_array_equal, saved, result.model.decode_gate)
+    model = make_model(gates=(PREFILL, DECODE))
+    assert model.decode_gate is not None
+    model.decode_gate.recommended = CumulativeMass(0.9)
+    short = {"steps": 1, "optimizer": OptimizerConfig(warmup_steps=0), "model": "some/base"}
+    for gates, names in ((TrainedGates.DECODE, ["decode_gate"]), (TrainedGates.BOTH, ["prefill_gate", "decode_gate"])):
+        config = distill_config(gates=gates, output=str(tmp_path / gates), **short)
+        result = distill(config, model=model, dataset=make_rows(), progress=ignore)
+        assert result.gates == tuple(tmp_path / gates / name for name in names)
+        assert {p.name for p in (tmp_path / gates).iterdir() if p.name.endswith("_gate")} == set(names)
+        assert load_gates(tmp_path / gates / "decode_gate").recommended == CumulativeMass(0.9)
+        assert json.loads((tmp_path / gates / "decode_gate" / "config.json").read_text())["base_model"] == "some/base"
 
 
 def kill_when(condition, folder: Path) -> bool:
@@ -187,7 +208,7 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, r
     else:
         done = len(lines(tmp_path))
         assert saved == [str(done)] and 4 <= done <= 7  # the steps under way are finished, and no more
-        assert f"Stopped after step {done}; the same command goes on" in capsys.readouterr().err
+        assert f"Stopped after step {done}; the same call resumes there" in capsys.readouterr().err
     if raised is SystemExit:
         assert stopped.value.code == 143
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
@@ -205,14 +226,17 @@ def test_without_output_nothing_is_written(tmp_path, monkeypatch, capsys):
 
 def other_runs():
     changed = functools.partial(dataclasses.replace, RUN)
-    yield {"config": changed(seed=1)}, r"another run\. config\.seed: expected 1, got 0"
-    yield {"config": changed(steps=99)}, r"config\.steps: expected 99, got 10"
-    yield {"config": changed(gates=Gates.PREFILL)}, r"config\.gates: expected 'prefill', got 'decode'; gates: "
-    yield {"model": make_model(layers=3)}, r"model\.num_layers: expected 3, got 2"
+    yield (
+        {"config": changed(seed=1)},
+        r"must be of a run with the same settings; differing: config\.seed is 1, there 0\. Restore",
+    )
+    yield {"config": changed(steps=99)}, r"config\.steps is 99, there 10"
+    yield {"config": changed(gates=TrainedGates.PREFILL)}, r"config\.gates is 'prefill', there 'decode'; gates is "
+    yield {"model": make_model(layers=3)}, r"model\.num_layers is 3, there 2"
     yield {"dataset": make_rows() + 0 * make_rows()[::-1]}, None
     yield (
         {"dataset": make_rows(rows=11)},
-        r"data\.digest: expected .*; data\.rows: expected 11, got 12\. Take the settings",
+        r"data\.digest is .*; data\.rows is 11, there 12\. Restore the settings",
     )
 
 
@@ -238,30 +262,32 @@ def test_settings_that_change_no_number_may_change(undisturbed, tmp_path):
 
 def test_nan_stops_before_a_checkpoint_is_lost(tmp_path):
     steep = OptimizerConfig(learning_rate=1e38, warmup_steps=3, clip_norm=None)
-    with pytest.raises(FloatingPointError, match=r"Step (\d+): .* is (nan|inf).*lower the learning rate") as error:
+    with pytest.raises(
+        FloatingPointError, match=r"must be finite; got .* = (nan|inf).* at step (\d+)\..*lower the learning rate"
+    ) as error:
         run_to(tmp_path, optimizer=steep, checkpoint_interval=1, keep_checkpoints=20)
-    failed = int(str(error.value).split(":")[0].removeprefix("Step "))
+    failed = int(str(error.value).split(" at step ")[1].split(".")[0])
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, failed))
     assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == failed - 1
 
 
 def test_nan_in_the_base_model():
     model = make_model()
-    model.layers.mlp.up_proj.weight[...] *= jnp.nan
-    with pytest.raises(FloatingPointError, match=r"Step 1: .*loss is nan.*Check the base model for NaN weights"):
+    model.layers.self_attn.o_proj.weight[...] *= jnp.nan
+    with pytest.raises(FloatingPointError, match=r"loss = nan.* at step 1\. Check the base model for NaN weights"):
         distill(RUN, model=model, dataset=make_rows(), progress=ignore)
 
 
 WRONG_INPUTS = [
-    ({"config": RUN, "model": None}, r"needs a base model: set `model`"),
-    ({"dataset": make_rows(length=64)}, r"have sequence_length=128 tokens .* got rows of 64"),
-    ({"dataset": make_rows() + 30}, r"Tokens lie in \[0, 32\), the model's vocabulary; got 30 .. 61"),
-    ({"dataset": make_rows() - 1}, r"Tokens lie in \[0, 32\), .* got -1"),
+    ({"config": RUN, "model": None}, r"needs a base model; got model=''\. Set `model`"),
+    ({"dataset": make_rows(length=64)}, r"must have sequence_length=128 tokens, .* got rows of 64"),
+    ({"dataset": make_rows() + 30}, r"Tokens must lie in \[0, 32\), the model's vocabulary; got 30 .. 61"),
+    ({"dataset": make_rows() - 1}, r"Tokens must lie in \[0, 32\), .* got -1"),
     ({"dataset": make_rows()[0]}, r"integers \[N, T\] .* got int64 \(128,\)"),
     ({"config": distill_config(sequence_length=16384)}, r"at most the model's context of 8192 tokens; got 16384"),
     (
         {"config": distill_config(), "model": make_model(gates=(dataclasses.replace(DECODE, block_size=32),))},
-        r"share one block size.*got block sizes \[16, 32\] and sequence_length=128",
+        r"must have one block size.*got block sizes \[16, 32\] and sequence_length=128",
     ),
 ]
 
@@ -298,7 +324,7 @@ def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch):
         def encode(self, documents):
             return [[ord(c) - 97 for c in d] for d in documents]
 
-    monkeypatch.setattr("seer_jax.train.data.ModelTokenizer", Letters)
+    monkeypatch.setattr("seer_jax.train.data.batches.ModelTokenizer", Letters)
     (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 50)
     data = DataConfig(paths=(str(tmp_path / "text.txt"),))
     config = dataclasses.replace(RUN, model="some/model", data=data, output=str(tmp_path / "out"))
@@ -308,7 +334,7 @@ def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch):
     assert distill(config, model=make_model(), progress=ignore).step == RUN.steps  # reads what the first run kept
 
 
-def test_finetuning_learns_by_heart(tmp_path):
+def test_finetuning_overfits(tmp_path):
     rows = np.random.default_rng(0).integers(0, 32, (4, LENGTH))
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
     config = finetune_config(steps=80, optimizer=optimizer, output=str(tmp_path), checkpoint_interval=40)
@@ -370,7 +396,7 @@ def test_default_progress_tells_of_data_and_resumption(undisturbed, capsys):
     config = dataclasses.replace(RUN, output=str(undisturbed[0]))
     distill(config, model=make_model(), dataset=make_rows())
     told = capsys.readouterr().out
-    assert "Training data: 12 documents, 1,536 tokens -> 12 rows" in told and "Going on after step 10." in told
+    assert "Training data: 12 documents, 1,536 tokens -> 12 rows" in told and "Resuming after step 10." in told
 
 
 REPORT = StepReport(5, 20, {"loss": 1.25, "prefill_recall": 0.5, "decode_recall": 0.75}, 12345.6, 3725.2)

@@ -79,15 +79,15 @@ def test_huggingface_dataset_on_disk(monkeypatch, tmp_path):
 
 
 BAD_SOURCES = [
-    ({}, ValueError, r"give `paths` .* or `dataset`"),
+    ({}, ValueError, r"got neither paths nor dataset\. Set `paths` .* or `dataset`"),
     ({"paths": ("{}/none.txt",)}, FileNotFoundError, r"must exist; got .*none.txt"),
-    ({"paths": ("{}/image.png",)}, ValueError, r"Unknown kind of file: .*got .*image.png"),
-    ({"paths": ("{}",), "include": ("*.png",)}, ValueError, r"Unknown kind of file"),
-    ({"paths": ("{}",), "include": ("*.rst",)}, ValueError, r"holds no file to read: .*got 7 other files"),
-    ({"paths": ("{}/c.jsonl",), "field": "body"}, ValueError, r"c.jsonl:1: .*field 'body' .*got \['text'\]"),
-    ({"paths": ("{}/d.parquet",), "field": "body"}, ValueError, r"d.parquet: .*'body' .*\['other', 'text'\]"),
-    ({"paths": ("{}/d.parquet",), "field": "other"}, ValueError, r"holds a text or a list of chat .*got int"),
-    ({"paths": ("{}/broken.jsonl",)}, ValueError, r"one JSON object; .*broken.jsonl:2:"),
+    ({"paths": ("{}/image.png",)}, ValueError, r"must end in \.txt, .*got .*image.png"),
+    ({"paths": ("{}",), "include": ("*.png",)}, ValueError, r"must end in \.txt"),
+    ({"paths": ("{}",), "include": ("*.rst",)}, ValueError, r"must hold a file to read, .*got 7 other files"),
+    ({"paths": ("{}/c.jsonl",), "field": "body"}, ValueError, r"c.jsonl:1: .*field 'body'; got \['text'\]"),
+    ({"paths": ("{}/d.parquet",), "field": "body"}, ValueError, r"d.parquet: .*'body'; got \['other', 'text'\]"),
+    ({"paths": ("{}/d.parquet",), "field": "other"}, ValueError, r"must hold a text or a list of chat .*got int"),
+    ({"paths": ("{}/broken.jsonl",)}, ValueError, r"must be a JSON object; .*broken.jsonl:2 is not"),
     ({"paths": ("{}/list.jsonl",)}, ValueError, r"list.jsonl:1: .*got list"),
 ]
 
@@ -108,9 +108,13 @@ def test_source_errors(folder, settings, error, message):
         (
             "pyarrow.parquet",
             {"paths": ("{}/d.parquet",)},
-            r"needs the package pyarrow: pip install 'seer-jax\[train\]'",
+            r"needs the package pyarrow; it is not installed\. Run pip install 'seer-jax\[train\]'",
         ),
-        ("datasets", {"dataset": "x"}, r"needs the package datasets: pip install 'seer-jax\[data\]'"),
+        (
+            "datasets",
+            {"dataset": "x"},
+            r"needs the package datasets; it is not installed\. Run pip install 'seer-jax\[data\]'",
+        ),
     ],
 )
 def test_missing_package(monkeypatch, folder, package, settings, message):
@@ -122,7 +126,7 @@ def test_missing_package(monkeypatch, folder, package, settings, message):
 
 
 def test_max_tokens_is_checked():
-    with pytest.raises(ValueError, match=r"max_tokens is positive.*got 0"):
+    with pytest.raises(ValueError, match=r"max_tokens must be positive.*got 0"):
         SourceConfig(max_tokens=0)
 
 
@@ -222,7 +226,7 @@ def test_load_dataset(model_folder, tmp_path):
     config = DataConfig(paths=(str(path),), packing=Packing.BEST_FIT)
     data = load_dataset(config, model=str(model_folder), vocab_size=8, row_length=64, block_size=16)
     assert len(data) == 2 and data[0].tokens[0] == 1
-    with pytest.raises(ValueError, match=r"Tokens lie in \[0, 4\), .* got 1 .. 5"):
+    with pytest.raises(ValueError, match=r"Tokens must lie in \[0, 4\), .* got 1 .. 5"):
         load_dataset(config, model=str(model_folder), vocab_size=4, row_length=64, block_size=16)
 
 

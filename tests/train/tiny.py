@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seer_jax.gates.configs import DecodeGateConfig, Gates, PrefillGateConfig
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.train.config import DistillConfig, FinetuneConfig, OptimizerConfig
@@ -59,7 +59,7 @@ def make_rows(rows: int = 12, length: int = LENGTH) -> np.ndarray:
 def distill_config(**changes) -> DistillConfig:
     """A short run."""
     config = DistillConfig(
-        gates=Gates.BOTH,
+        gates=TrainedGates.BOTH,
         prefill=PREFILL,
         decode=DECODE,
         sequence_length=LENGTH,

@@ -1,4 +1,4 @@
-"""Batches in a seeded order that can be taken up again at any point."""
+"""Batches in a seeded order that can be resumed at any point."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from seer_jax.train.data.packing import PackedDataset, Packing, Row, pack
+from seer_jax.train.data.packing import PackedDataset, PackedRow, Packing, pack
 from seer_jax.train.data.sources import SourceConfig
 from seer_jax.train.data.tokens import ModelTokenizer, Tokenizer, load_tokens
 
@@ -28,25 +28,25 @@ class DataConfig(SourceConfig):
 
 
 class Batch(NamedTuple):
-    """Rows of tokens with their sequences on the device, see `packing.Row`."""
+    """Packed rows on the device, see `packing.PackedRow`."""
 
     tokens: Int[Array, "*b T"]
     segment_ids: Int[Array, "*b T"]
     positions: Int[Array, "*b T"]
 
     @classmethod
-    def of(cls, rows: Row) -> "Batch":
-        """From the host."""
+    def of(cls, rows: PackedRow) -> "Batch":
+        """The batch of rows on the host."""
         return cls(*(jnp.asarray(x, jnp.int32) for x in rows))
 
 
 @dataclasses.dataclass(frozen=True)
 class DataPosition:
-    """Where in the data a run is: everything that a resumed run needs to draw the same batches.
+    """Place of a run in its data, from which a resumed run draws the same batches.
 
     Attributes:
-      epoch: passes over the data that are complete.
-      index: rows drawn in this one.
+      epoch: number of complete passes over the data.
+      index: number of rows drawn in the current pass.
     """
 
     epoch: int = 0
@@ -67,8 +67,8 @@ def load_dataset(
 
     Args:
       config: what to read.
-      model: folder or hub id that the tokenizer is taken from, unless `tokenizer` is given.
-      vocab_size: of the model; other tokens are refused.
+      model: folder or hub id of the model whose tokenizer is used, unless `tokenizer` is given.
+      vocab_size: of the model; tokens outside are refused.
       row_length: T.
       block_size: sequences start at its multiples.
       cache: folder for the tokens, see `load_tokens`.
@@ -80,28 +80,28 @@ def load_dataset(
 
 def batches(
     dataset: PackedDataset, batch_size: int, *, seed: int, start: DataPosition = DataPosition()
-) -> Iterator[tuple[Row, DataPosition]]:
+) -> Iterator[tuple[PackedRow, DataPosition]]:
     """Endless batches of stacked rows and, with each, the position after it.
 
-    Every epoch has an order of its own, given by seed and epoch alone; a batch may span the end of one.
+    Each epoch has its own order, determined by seed and epoch alone; a batch may span two epochs.
 
     Args:
       dataset: the rows.
       batch_size: rows per batch.
       seed: of the order.
-      start: where to begin.
+      start: first position.
     """
     epoch, index = start.epoch, start.index
     order = _order(len(dataset), seed, epoch)
     while True:
-        rows: list[Row] = []
+        rows: list[PackedRow] = []
         while len(rows) < batch_size:
             if index == len(dataset):
                 epoch, index = epoch + 1, 0
                 order = _order(len(dataset), seed, epoch)
             rows.append(dataset[int(order[index])])
             index += 1
-        yield Row(*(np.stack(column) for column in zip(*rows, strict=True))), DataPosition(epoch, index)
+        yield PackedRow(*(np.stack(column) for column in zip(*rows, strict=True))), DataPosition(epoch, index)
 
 
 def _order(rows: int, seed: int, epoch: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Fills rows of equal length with documents, block-aligned, so that no block holds tokens of two sequences."""
+"""Packs documents into rows of equal length, block-aligned, so that no block holds tokens of two sequences."""
 
 import bisect
 import dataclasses
@@ -14,17 +14,17 @@ from seer_jax.train.data.tokens import TokenStore
 class Packing(enum.StrEnum):
     """How documents fill rows.
 
-    CONCATENATE: one document after the other, cut into rows; each row is one sequence, whatever documents it touches.
-      The prefill recipe of SeerAttention.
-    BEST_FIT: whole documents, longest first, each into the fullest row that still has room; attention never crosses
-      from one to the next. The decode recipe of SeerAttention-R.
+    CONCATENATE: one document after the other, cut into rows; each row is one sequence, also where it spans documents. The prefill recipe
+      of SeerAttention.
+    BEST_FIT: whole documents, longest first, each into the fullest row that still has room; attention stays within a document. The decode
+      recipe of SeerAttention-R.
     """
 
     CONCATENATE = "concatenate"
     BEST_FIT = "best_fit"
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """One row of T tokens, or several stacked `[B, T]`.
 
     Fields:
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PackingReport:
-    """What became of the documents; `dropped_tokens` counts those of dropped documents and cut ends."""
+    """Counts of packing; `dropped_tokens` are those of dropped documents and cut ends."""
 
     documents: int
     tokens: int
@@ -61,7 +61,7 @@ class PackingReport:
 
 @dataclasses.dataclass(frozen=True)
 class PackedDataset:
-    """Rows of tokens, made when asked for.
+    """Rows of tokens, assembled on access.
 
     Attributes:
       tokens: of all documents, as in `TokenStore`.
@@ -69,8 +69,8 @@ class PackedDataset:
       starts, lengths: of each span in `tokens`; a span is one sequence of a row.
       row_length: T.
       block_size: sequences start at its multiples.
-      report: what packing did.
-      digest: of the tokens; with the settings it identifies the rows.
+      report: counts of packing.
+      digest: hash of the tokens; with the settings it identifies the rows.
     """
 
     tokens: Int[np.ndarray, "tokens"]
@@ -84,10 +84,12 @@ class PackedDataset:
 
     @classmethod
     def from_rows(cls, tokens: np.ndarray) -> "PackedDataset":
-        """Rows that are full already: integers [N, T], each row one sequence."""
+        """The dataset of full rows: integers [N, T], each row one sequence."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
-            raise ValueError(f"Rows of tokens are integers [N, T] with N, T >= 1; got {tokens.dtype} {tokens.shape}.")
+            raise ValueError(
+                f"Rows of tokens must be integers [N, T] with N, T >= 1; got {tokens.dtype} {tokens.shape}."
+            )
         rows, length = tokens.shape
         store = TokenStore.from_documents(list(tokens))
         report = PackingReport(rows, tokens.size, rows, rows, 0, 0, 0)
@@ -97,10 +99,10 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self.row_ends)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedRow:
         if not 0 <= index < len(self):
-            raise IndexError(f"Rows are numbered 0 to {len(self) - 1}; got {index}.")
-        row = Row(*(np.zeros(self.row_length, np.int32) for _ in Row._fields))
+            raise IndexError(f"The index of a row must lie in [0, {len(self) - 1}]; got {index}.")
+        row = PackedRow(*(np.zeros(self.row_length, np.int32) for _ in PackedRow._fields))
         first, last, offset = (int(self.row_ends[index - 1]) if index else 0), int(self.row_ends[index]), 0
         for segment, span in enumerate(range(first, last), start=1):
             start, length = int(self.starts[span]), int(self.lengths[span])
@@ -122,16 +124,18 @@ def pack(
       packing: how.
       row_length: T, a multiple of `block_size`.
       block_size: b; every sequence starts at a multiple of it.
-      min_length: BEST_FIT drops shorter sequences, tokens; None: two blocks, since the gates learn nothing from fewer.
+      min_length: BEST_FIT drops shorter sequences, tokens; None: two blocks, since shorter ones add nothing to the losses of gates.
 
     Raises:
-      ValueError: the row length is no multiple of the block size, or not one row can be filled.
+      ValueError: the row length is no multiple of the block size, or no row can be filled.
     """
     if row_length < 1 or row_length % block_size:
-        raise ValueError(f"Rows are whole blocks: a positive multiple of {block_size} tokens; got {row_length}.")
+        raise ValueError(
+            f"The row length must be a positive multiple of {block_size} tokens, a block; got {row_length}."
+        )
     min_length = min(2 * block_size, row_length) if min_length is None else min_length
     if not 1 <= min_length <= row_length:
-        raise ValueError(f"min_length is at least 1 and at most the row length {row_length}; got {min_length}.")
+        raise ValueError(f"min_length must be at least 1 and at most the row length {row_length}; got {min_length}.")
     if not len(store.tokens):
         raise ValueError(
             "Training needs tokens; got only empty documents, or none. Check the paths and the field name."
@@ -145,7 +149,7 @@ def _concatenate(store: TokenStore, row_length: int, block_size: int) -> PackedD
     total, rows = len(store.tokens), len(store.tokens) // row_length
     if not rows:
         raise ValueError(
-            f"Concatenated documents must fill a row of {row_length} tokens; got {total} tokens in all. "
+            f"Concatenated documents must fill a row of {row_length} tokens; got {total} tokens. "
             "Give more text or a smaller sequence length."
         )
     first_row = (store.ends - store.lengths) // row_length
@@ -161,7 +165,7 @@ def _best_fit(store: TokenStore, row_length: int, block_size: int, min_length: i
     keep = lengths >= min_length
     if not keep.any():
         raise ValueError(
-            f"No document is long enough: expected at least {min_length} tokens; got at most {lengths.max()}. "
+            f"A document must have at least {min_length} tokens, min_length; got at most {lengths.max()}. "
             "Lower min_length, or concatenate documents instead (Packing.CONCATENATE)."
         )
     dropped, starts, lengths = int(lengths[~keep].sum()), starts[keep], lengths[keep]

@@ -1,4 +1,4 @@
-"""Documents from files, folders and Hugging Face datasets, one after the other in an order that does not change."""
+"""Documents from files, folders and Hugging Face datasets, in a fixed order."""
 
 import dataclasses
 import fnmatch
@@ -11,7 +11,7 @@ from typing import Any
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 
-# A text, or the messages of a chat, which the tokenizer's chat template turns into one.
+# A text, or the messages of a chat, which the tokenizer's chat template renders.
 Document = str | list[dict[str, str]]
 
 
@@ -27,7 +27,7 @@ class SourceConfig:
       split: split of that dataset.
       field: column of JSONL, parquet and datasets that holds the text, or the list of messages of a chat.
       include: globs on paths relative to a folder; empty: every file of a known kind.
-      exclude: globs on paths relative to a folder, stronger than `include`.
+      exclude: globs on paths relative to a folder, which override `include`.
       max_tokens: stop reading after the document that reaches this many tokens; None: read everything.
     """
 
@@ -42,7 +42,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens is positive, or None to read everything; got {self.max_tokens}.")
+            raise ValueError(f"max_tokens must be positive, or None to read everything; got {self.max_tokens}.")
 
 
 def read_documents(config: SourceConfig) -> Iterator[Document]:
@@ -55,7 +55,7 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
     """
     if not config.paths and config.dataset is None:
         raise ValueError(
-            "Training needs text: give `paths` (files or folders) or `dataset` (a Hugging Face dataset); got neither."
+            "Training needs text; got neither paths nor dataset. Set `paths` (files or folders) or `dataset` (a Hugging Face dataset)."
         )
     for path in list_files(config):
         yield from _read_file(path, config.field)
@@ -69,7 +69,7 @@ def list_files(config: SourceConfig) -> list[Path]:
     for name in config.paths:
         path = Path(name).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"Training text must exist; got {name!r}, which does not.")
+            raise FileNotFoundError(f"Training text must exist; got {name!r}, which does not. Check `paths`.")
         if path.is_file():
             files.append(_known(path))
             continue
@@ -77,7 +77,7 @@ def list_files(config: SourceConfig) -> list[Path]:
         chosen = [_known(path / p) for p in inside if _wanted(p, config)]
         if not chosen:
             raise ValueError(
-                f"The folder {name!r} holds no file to read: expected names ending in "
+                f"The folder {name!r} must hold a file to read, with a name that ends in "
                 f"{', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)} (include={config.include}, exclude={config.exclude}); "
                 f"got {len(inside)} other files."
             )
@@ -96,7 +96,7 @@ def _wanted(path: str, config: SourceConfig) -> bool:
 def _known(path: Path) -> Path:
     if path.suffix not in TEXT_SUFFIXES + TABLE_SUFFIXES:
         raise ValueError(
-            f"Unknown kind of file: expected a name ending in {', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}; got {path}. "
+            f"The name of a text file must end in {', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)}; got {path}. "
             "Rename plain text to .txt."
         )
     return path
@@ -108,7 +108,7 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
     elif path.suffix == ".parquet":
         rows = _parquet_rows(path, field)
     else:
-        # A few odd bytes should not stop a run over many files.
+        # Invalid bytes in one file must not stop a run over many.
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.strip():
             yield text
@@ -125,7 +125,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path}:{number}", json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"Each line of a JSONL file is one JSON object; {path}:{number}: {error}.") from error
+                raise ValueError(
+                    f"Each line of a JSONL file must be a JSON object; {path}:{number} is not ({error})."
+                ) from error
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
@@ -133,7 +135,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if field not in names:
-            yield str(path), dict.fromkeys(names)  # refused by `_document`, which names the columns that are there
+            yield str(path), dict.fromkeys(names)  # refused by `_document`, which lists the columns
         else:
             yield from ((str(path), row) for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
 
@@ -154,12 +156,12 @@ def _read_dataset(config: SourceConfig) -> Iterator[Document]:
 def _document(row: Any, field: str, place: str) -> Iterator[Document]:
     if not isinstance(row, Mapping) or field not in row:
         got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"{place}: each row has the field {field!r} (set `field` to another name); got {got}.")
+        raise ValueError(f"{place}: each row must have the field {field!r}; got {got}. Set `field` to another name.")
     value = row[field]
     is_chat = isinstance(value, list) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value)
     if not (isinstance(value, str) or is_chat):
         raise ValueError(
-            f"{place}: the field {field!r} holds a text or a list of chat messages with `role` and `content`; "
+            f"{place}: the field {field!r} must hold a text or a list of chat messages with `role` and `content`; "
             f"got {type(value).__name__}."
         )
     if value.strip() if isinstance(value, str) else value:
@@ -171,4 +173,6 @@ def _import(name: str, purpose: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
-        raise ImportError(f"Reading {purpose} needs the package {package}: pip install '{extra}'.") from error
+        raise ImportError(
+            f"Reading {purpose} needs the package {package}; it is not installed. Run pip install '{extra}'."
+        ) from error

@@ -1,4 +1,4 @@
-"""Documents as tokens: the tokenizer, and a store on disk that a run reads back when it is resumed."""
+"""Documents as tokens: the tokenizer, and a store on disk that a resumed run reads back."""
 
 import dataclasses
 import hashlib
@@ -21,27 +21,26 @@ DOCUMENTS_PER_BATCH = 256  # enough to keep the tokenizer's threads busy
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What turns documents into tokens."""
+    """Turns documents into tokens."""
 
     fingerprint: str
 
     def encode(self, documents: Sequence[Document]) -> Sequence[Sequence[int]]:
-        """Tokens of each document, with whatever begins and ends one."""
+        """Tokens of each document, with the special tokens at its start and end."""
         ...
 
 
 class ModelTokenizer:
     """The tokenizer of a model, for training text.
 
-    Texts get the special tokens that the tokenizer adds by itself (Llama: BOS in front; Qwen: none); chats are
-    rendered by its chat template, which writes them itself. The end-of-text token follows each document unless it is
-    there already.
+    Texts get the special tokens that the tokenizer adds by itself (Llama: BOS in front; Qwen: none); chats are rendered by its chat
+    template, which includes them. The end-of-text token is appended to each document that does not end in it.
     """
 
     def __init__(self, model: str):
         """
         Args:
-          model: folder or hub id.
+          model: its folder or hub id.
         """
         from seer_jax.models.pretrained import load_tokenizer
 
@@ -55,7 +54,7 @@ class ModelTokenizer:
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
         """Tokens of each document."""
-        with ThreadPoolExecutor() as threads:  # the tokenizer runs outside of Python's lock
+        with ThreadPoolExecutor() as threads:  # the tokenizer releases Python's lock
             return list(threads.map(self._encode, documents))
 
     def _encode(self, document: Document) -> list[int]:
@@ -68,12 +67,12 @@ class ModelTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-    """Tokens of many documents, one after the other.
+    """Tokens of many documents, concatenated.
 
     Attributes:
-      tokens: of all documents, int32; from disk it is a memory map.
+      tokens: of all documents, int32; a memory map where they are on disk.
       ends: one past the last token of each document, ascending.
-      digest: hash of both, by which a resumed run knows its data.
+      digest: hash of both, by which a resumed run recognises its data.
     """
 
     tokens: Int[np.ndarray, "tokens"]
@@ -82,7 +81,7 @@ class TokenStore:
 
     @classmethod
     def from_documents(cls, documents: Iterable[Sequence[int] | np.ndarray]) -> "TokenStore":
-        """From documents that are tokens already; empty ones are left out."""
+        """The store of tokenized documents; empty ones are left out."""
         arrays = [np.asarray(d, np.int32) for d in documents if len(d)]
         tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
         ends = np.cumsum([len(a) for a in arrays], dtype=np.int64)
@@ -94,7 +93,7 @@ class TokenStore:
         return np.diff(self.ends, prepend=0)
 
     def check_vocabulary(self, vocab_size: int) -> "TokenStore":
-        """Refuses tokens that the model does not know."""
+        """Raises ValueError where a token is outside the model's vocabulary."""
         if len(self.tokens):
             check_tokens(self.tokens, vocab_size)
         return self
@@ -105,21 +104,21 @@ def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"Tokens lie in [0, {vocab_size}), the model's vocabulary; got {low} .. {high}. "
+            f"Tokens must lie in [0, {vocab_size}), the model's vocabulary; got {low} .. {high}. "
             "Use the tokenizer that belongs to the model."
         )
 
 
 def load_tokens(config: SourceConfig, tokenizer: Tokenizer, cache: Path | None = None) -> TokenStore:
-    """Reads and tokenizes the sources, or reads back what an earlier run with the same settings kept in `cache`.
+    """Reads and tokenizes the sources, or reads back the tokens that an earlier run with the same settings kept in `cache`.
 
-    A resumed run must see the very same tokens, so what is in the cache stands even if the files have changed since;
-    delete the folder to read them anew.
+    A resumed run must see the same tokens, so cached ones are used even if the files have changed since; delete the folder to read the
+    files again.
 
     Args:
       config: the sources.
       tokenizer: of the model.
-      cache: a folder; None keeps the tokens in memory alone.
+      cache: a folder; None: tokens are kept in memory only.
     """
     fingerprint = json.dumps([dataclasses.asdict(config), tokenizer.fingerprint], sort_keys=True)
     if cache is not None and (stored := _read_store(cache, fingerprint)):
@@ -144,7 +143,7 @@ def _encoded(documents: Iterator[Document], tokenizer: Tokenizer, max_tokens: in
 
 
 def _write_store(folder: Path, fingerprint: str, documents: Iterator[np.ndarray]) -> None:
-    """Tokens first and the description last, each renamed into place: a store that was cut off is not read."""
+    """Writes the tokens first and the description last, each renamed into place, so that an incomplete store is not read."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "store.json").unlink(missing_ok=True)
     lengths = []

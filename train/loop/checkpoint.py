@@ -1,4 +1,4 @@
-"""Checkpoints of a run: trained weights, optimizer, step and place in the data, by Orbax."""
+"""Checkpoints of a run by Orbax: trained weights, optimizer, step and position in the data."""
 
 import dataclasses
 from pathlib import Path
@@ -12,14 +12,14 @@ from seer_jax.train.step import Weights
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """All that a run needs to go on.
+    """State from which a run resumes.
 
     Attributes:
-      step: optimizer steps done.
-      trained: the weights that train.
+      step: number of optimizer steps done.
+      trained: the trained weights.
       optimizer: state of the optimizer.
       position: in the data, after the last batch.
-      tokens: trained on so far.
+      tokens: number of tokens trained on so far.
     """
 
     step: int
@@ -30,19 +30,19 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints in one folder. One that was cut off while it was written does not count and is removed."""
+    """The checkpoints in one folder. An incomplete one, of a run that was killed while writing, is ignored and removed."""
 
     def __init__(self, folder: Path, *, keep: int, settings: dict[str, Any]):
         """
         Args:
-          folder: made if it is not there.
-          keep: how many to keep; older ones are deleted.
-          settings: of the run, JSON; a run with other settings is refused these checkpoints.
+          folder: created if it does not exist.
+          keep: number of checkpoints to keep; older ones are deleted.
+          settings: of the run, JSON; checkpoints of a run with other settings are refused.
         """
         import orbax.checkpoint as ocp  # takes seconds to import
 
-        self.folder, self.settings = folder.absolute(), settings  # Orbax takes absolute paths alone
-        # Written while training waits: gates are small, and a checkpoint is complete before the run goes on.
+        self.folder, self.settings = folder.absolute(), settings  # Orbax accepts absolute paths only
+        # Written synchronously: gates are small, and each checkpoint is complete before the next step.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
@@ -94,15 +94,15 @@ class Checkpoints:
 
     def _check(self, theirs: dict[str, Any]) -> None:
         if differing := _differences(self.settings, theirs):
-            listed = "; ".join(f"{name}: expected {ours!r}, got {got!r}" for name, ours, got in differing)
+            listed = "; ".join(f"{name} is {ours!r}, there {got!r}" for name, ours, got in differing)
             raise ValueError(
-                f"The checkpoints in {self.folder} are of another run. {listed}. "
-                "Take the settings back, or give another output folder."
+                f"The checkpoints in {self.folder} must be of a run with the same settings; differing: {listed}. "
+                "Restore the settings, or give another output folder."
             )
 
 
 def _differences(ours: Any, theirs: Any, place: str = "") -> list[tuple[str, Any, Any]]:
-    """Leaves in which two JSON values differ: (place, ours, theirs)."""
+    """Leaves in which two JSON values differ, as (place, ours, theirs)."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         names = list(dict.fromkeys([*ours, *theirs]))
         found = [_differences(ours.get(n), theirs.get(n), f"{place}.{n}".lstrip(".")) for n in names]

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per step and line, and TensorBoard files."""
+"""Metrics of a run: a file with one JSON object per step, and TensorBoard files."""
 
 import importlib.util
 import json
@@ -10,15 +10,15 @@ from typing import Any
 class MetricsLog:
     """metrics.jsonl, one line per step, and TensorBoard files beside it.
 
-    A run that goes on from step n continues the file after the line of step n: later lines, of steps that a
-    checkpoint did not survive, and a line that was cut off are taken out.
+    A run that resumes from step n continues the file after the line of step n: the lines of later steps, which are made again, and an
+    incomplete line are removed.
     """
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool):
         """
         Args:
           folder: of the run.
-          step: that the run goes on from; 0 at its start.
+          step: from which the run resumes; 0 at its start.
           tensorboard: whether to write TensorBoard files, if tensorboardX is installed.
         """
         self.path = folder / "metrics.jsonl"
@@ -31,7 +31,7 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Adds the line of a step; it reaches the file at once."""
+        """Appends the line of a step and flushes the file."""
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -46,10 +46,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that are whole."""
+    """The complete lines of a metrics.jsonl."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end was cut off
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # text behind the last newline is an incomplete line
     return [json.loads(line) for line in lines]
 
 

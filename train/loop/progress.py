@@ -1,4 +1,4 @@
-"""Shows how a run is getting on: a bar on a terminal, plain lines elsewhere."""
+"""Display of a run's progress: a bar on a terminal, plain lines elsewhere."""
 
 import dataclasses
 from typing import Any
@@ -13,9 +13,9 @@ class StepReport:
 
     Attributes:
       step: its number, from 1.
-      steps: of the run.
-      metrics: loss and whatever else the task reports.
-      tokens_per_second: over the last steps.
+      steps: number of steps in the run.
+      metrics: loss and further metrics of the task.
+      tokens_per_second: mean over the last steps.
       seconds_left: at that speed.
     """
 
@@ -41,13 +41,13 @@ class StepReport:
 
 
 class ConsoleProgress:
-    """Call it with each `StepReport`."""
+    """Shows each `StepReport` that it is called with."""
 
     def __init__(self, *, interval: int, console: Console | None = None):
         """
         Args:
           interval: steps from one plain line to the next.
-          console: where to show it; standard output if None.
+          console: where to show it; None: standard output.
         """
         self._console, self._interval = console or Console(), interval
         self._bar: Progress | None = None

@@ -25,13 +25,13 @@ from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.models.config import DType
 from seer_jax.convert import save_gates
 from seer_jax.models.hub import read_config
-from seer_jax.evaluate import Method, Setting, block_maps, compare
-from seer_jax.commands.eval import EvalConfig, make_rows, score_line
+from seer_jax.evaluate import EvalRows, SparsityLevel, all_methods, block_maps, compare, level_name, make_rows, score_line
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import CumulativeMass, TokenBudget, TopK
+from seer_jax.selection.scorers import LearnedGate, Scorer
 from seer_jax.tiny_lm.corpus import training_rows
-from seer_jax.train import DistillConfig, Gates, OptimizerConfig, distill
+from seer_jax.train import DistillConfig, TrainedGates, OptimizerConfig, distill
 
 LENGTH = 8192
 SEEDS, ROWS = 4, 224  # of each seed: the same files in another order, other pass keys
@@ -40,6 +40,7 @@ LEARNING_RATE = 2e-3
 DENSITIES = (0.05, 0.1, 0.2)
 BUDGETS, MASSES = (512, 1024, 2048, 4096), (0.9, 0.95, 0.99, 0.999)
 TEXTS, NEW_TOKENS = 12, 64  # that are decoded
+RECOMMENDED = {"prefill": CumulativeMass(0.95), "decode": CumulativeMass(0.9)}
 
 
 def train(to: Path, library: Path | None) -> dict:
@@ -49,7 +50,7 @@ def train(to: Path, library: Path | None) -> dict:
     text = np.concatenate([training_rows(tokenizer, base.config.vocab_size, seed=i, **settings) for i in range(SEEDS)])
     prefill, decode = _configs(base)
     config = DistillConfig(
-        gates=Gates.BOTH,
+        gates=TrainedGates.BOTH,
         prefill=prefill,
         decode=decode,
         sequence_length=LENGTH,
@@ -65,22 +66,22 @@ def train(to: Path, library: Path | None) -> dict:
     seconds = time.perf_counter() - start
     for kind, gate in (("prefill", model.prefill_gate), ("decode", model.decode_gate)):
         hf_config = read_config(tiny_lm.path())
-        save_gates(gate, to / kind, base_model=tiny_lm.NAME, hf_config=hf_config, policy=TopK(0.1), dtype=jnp.bfloat16)
+        save_gates(gate, to / kind, base_model=tiny_lm.NAME, hf_config=hf_config, policy=RECOMMENDED[kind], dtype=jnp.bfloat16)
     return {"device": jax.devices()[0].device_kind, "seconds": seconds, "tokens": STEPS * BATCH * LENGTH, **{k: float(v) for k, v in reports[-1].metrics.items()}}
 
 
-def measure(model: Transformer, methods: tuple[Method, ...]) -> dict:
-    tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
-    text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
-    rows = make_rows(EvalConfig(length=LENGTH, windows=4, passkeys=9), tokenizer, text, model.config.vocab_size)
+def measure(model: Transformer, methods: tuple[Scorer, ...]) -> dict:
+    rows = evaluation_rows(model, windows=4)
     layers = {}
     for density in DENSITIES:
-        maps = [jax.device_get(block_maps(model, window, density=density)) for window in rows.windows]
+        policy = TopK(density, dense_last_rows=0)
+        maps = [jax.device_get(block_maps(model, window, policy)) for window in rows.windows]
         kept, best = zip(*(_held(m.true, m.kept) for m in maps))
         layers[f"{density:g}"] = {name: [round(float(x), 4) for x in np.mean(shares, 0)] for name, shares in (("kept", kept), ("best", best))}
         print(density, layers[f"{density:g}"], flush=True)
     scores = []
-    for score in compare(model, rows, [Setting(f"{d:.0%}", TopK(d)) for d in DENSITIES], methods=methods, batch_size=13):
+    levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, DENSITIES)]
+    for score in compare(model, rows, levels, methods=methods, batch_size=13):
         print(score_line(score), flush=True)
         scores.append(dataclasses.asdict(score))
     return {"device": jax.devices()[0].device_kind, "share_of_block_scores_by_layer": layers, "scores": scores}
@@ -92,9 +93,7 @@ def greedy(model: Transformer) -> dict:
     Per policy: share of the blocks kept; pass keys found; greedy texts equal to dense ones, and their tokens before the first difference;
     and with the tokens of the text given, how often the likeliest next token is dense attention's and the text's, and the perplexity.
     """
-    tokenizer = seer_jax.load_tokenizer(tiny_lm.path())
-    text = (tiny_lm.path() / "eval_text.txt").read_text(encoding="utf-8")
-    rows = make_rows(EvalConfig(length=LENGTH, windows=TEXTS, passkeys=9), tokenizer, text, model.config.vocab_size)
+    tokenizer, rows = seer_jax.load_tokenizer(tiny_lm.path()), evaluation_rows(model, windows=TEXTS)
     prompts = [*rows.windows[:, :-NEW_TOKENS], *(prompt.tokens[: -prompt.answer_length] for prompt in rows.prompts)]
     tokens, lengths = seer_jax.pad_prompts(prompts)
     prefill = jax.jit(lambda model, tokens, lengths: model.prefill(tokens, lengths, model.make_cache(1, LENGTH + NEW_TOKENS)))
@@ -117,7 +116,7 @@ def greedy(model: Transformer) -> dict:
         best, logs, _ = (np.stack(x) for x in zip(*(decode(model, start, jnp.asarray(text), policy) for start, text in given)))
         answers = zip(said[TEXTS:], rows.prompts, strict=True)
         found = [tokenizer.decode(tokens[: len(p.answer)]).strip().startswith(p.answer) for tokens, p in answers]
-        nll = -np.take_along_axis(logs, targets[..., None], axis=-1)[:, 1:]  # the prompt's own logits, dense, foretell the first
+        nll = -np.take_along_axis(logs, targets[..., None], axis=-1)[:, 1:]  # the prompt's own logits, dense, predict the first
         return {
             "said": said[:TEXTS],
             "best": best[:, 1:],
@@ -136,6 +135,11 @@ def greedy(model: Transformer) -> dict:
         report[write_policy(policy)] = one
         print(write_policy(policy), one, flush=True)
     return {"device": jax.devices()[0].device_kind, "texts": TEXTS, "new_tokens": NEW_TOKENS, "policies": report}
+
+
+def evaluation_rows(model: Transformer, windows: int) -> EvalRows:
+    tokenizer, vocab_size = seer_jax.load_tokenizer(tiny_lm.path()), model.config.vocab_size
+    return make_rows(tokenizer, tiny_lm.eval_text(), vocab_size=vocab_size, length=LENGTH, windows=windows, passkeys=9)
 
 
 def untrained() -> Transformer:
@@ -176,9 +180,9 @@ if __name__ == "__main__":
         report["training"] = train(arguments.to, arguments.library)
         path.write_text(json.dumps(report, indent=1))
     if arguments.only in (None, "measure"):
-        report["untrained"] = measure(untrained(), (Method.GATE,))
+        report["untrained"] = measure(untrained(), (LearnedGate(),))
         path.write_text(json.dumps(report, indent=1))
-        report["trained"] = measure(trained(), tuple(Method))
+        report["trained"] = measure(trained(), all_methods())
         path.write_text(json.dumps(report, indent=1))
     if arguments.only in (None, "greedy"):
         report["greedy"] = greedy(trained())

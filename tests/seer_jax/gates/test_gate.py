@@ -168,7 +168,9 @@ def test_prefill_gate_is_its_definition(config: PrefillGateConfig):
     assert_close(logits, expected[2], where=np.tril(np.ones((blocks, blocks), bool)))
 
 
-SWITCHES = [dict(use_qk_norm=norm, use_rope=rope) for norm in (False, True) for rope in (False, True)]
+SWITCHES: list[dict[str, Any]] = [
+    dict(use_qk_norm=norm, use_rope=rope) for norm in (False, True) for rope in (False, True)
+]
 DECODE = [
     *(DecodeGateConfig(BLOCK, DIM, reduction, **switches) for reduction in QueryReduction for switches in SWITCHES),
     *(DecodeGateConfig(BLOCK, 12, reduction) for reduction in QueryReduction if reduction is not QueryReduction.AVG),
@@ -333,7 +335,7 @@ def test_a_recommendation_stays_with_its_gate(config: GateConfig, policy: Policy
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: PrefillGateConfig(block_size=48), "block_size is one of 16, 32, 64, 128 tokens; got 48"),
+        (lambda: PrefillGateConfig(block_size=48), "block_size must be one of 16, 32, 64, 128 tokens; got 48"),
         (lambda: DecodeGateConfig(gate_dim=7), "gate_dim must be even and positive, .*; got 7"),
         (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling .*; got \(\)"),
         (lambda: DecodeGateConfig(k_pooling=(Pool.AVG, Pool.MAX)), r"Key pooling .*in that order; got"),

@@ -153,7 +153,9 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(function: Any, monk
         (needed.total - needed.scratch - 1, 0, r"decode gate 0.0\d\d\)"),
     ):
         set_limit(monkeypatch, limit, others)
-        with pytest.raises(MemoryError, match=rf"must fit in device memory: needs .* GiB \(weights 0.*{text}.*fewer rows"):
+        with pytest.raises(
+            MemoryError, match=rf"must fit in device memory: needs .* GiB \(weights 0.*{text}.*fewer rows"
+        ):
             function()
     assert not started
 

@@ -1,0 +1,82 @@
+"""Settings of every test, made before JAX or a package under test is imported; and the examples in docstrings as tests."""
+
+import doctest
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# The CPU unless a GPU is asked for: make test-gpu.
+os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
+# Warpgroups of an interpreted kernel that wait for each other each take one of XLA's threads, of which two cores would have too few.
+os.environ.setdefault("PJRT_NPROC", "4")
+# Two CPU devices, as a host with two GPUs has them.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# No test may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from tests.packaging.checkout import PACKAGES, RECIPE, ROOT
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Not the first device, so that code which takes the first one, whatever its arguments say, meets arrays of another.
+jax.config.update("jax_default_device", jax.devices()[-1])
+
+# Shapes and types of the public signatures are checked at every call, in tests alone.
+if importlib.util.find_spec("beartype"):
+    import tests.typechecker  # noqa: F401 - bound before the hook asks for it by name
+
+    jaxtyping.install_import_hook(["pallas_kernels", "seer_jax"], "tests.typechecker.check")
+
+# Tracing and compiling make the first example slow, whatever it is; the same examples come at every run.
+hypothesis.settings.register_profile("seer_jax", deadline=None, derandomize=True, database=None, max_examples=30)
+hypothesis.settings.load_profile("seer_jax")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that are for another device."""
+    other, reason = ("cpu", "for a CPU") if jax.default_backend() == "gpu" else ("gpu", "for an NVIDIA GPU")
+    skip = pytest.mark.skip(reason=f"{reason} (SEER_JAX_TEST_PLATFORM)")
+    for item in items:
+        if item.get_closest_marker(other):
+            item.add_marker(skip)
+
+
+class Examples(pytest.Module):
+    """The examples in the docstrings of one module, imported by the name that it installs as."""
+
+    def collect(self) -> Iterator[pytest.DoctestItem]:
+        folder, *names = self.path.relative_to(ROOT).with_suffix("").parts
+        module = importlib.import_module(".".join([PACKAGES[folder], *names]).removesuffix(".__init__"))
+        runner = doctest.DebugRunner(verbose=False)
+        for test in doctest.DocTestFinder(exclude_empty=True).find(module):
+            if test.examples:
+                settings: dict[str, Any] = dict(parent=self, name=test.name, runner=runner, dtest=test)
+                yield pytest.DoctestItem.from_parent(**settings)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Examples | None:
+    """Looks for examples in the files that have any; importing all others would take longer than the examples."""
+    path = file_path.relative_to(ROOT)
+    if (
+        path.suffix != ".py"
+        or path.parts[0] not in PACKAGES
+        or RECIPE in path.parents
+        or ">>>" not in file_path.read_text()
+    ):
+        return None
+    return Examples.from_parent(parent, path=file_path)
+
+
+@pytest.fixture(autouse=True)
+def names_of_examples(doctest_namespace: dict[str, object]) -> None:
+    """What an example need not import."""
+    doctest_namespace.update(jax=jax, jnp=jnp, np=np)

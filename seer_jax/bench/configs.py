@@ -1,0 +1,227 @@
+"""What each `seer-jax bench` takes."""
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Literal, get_args
+
+from pallas_kernels.backends import Implementation
+from pallas_kernels.cases import Heads
+from pallas_kernels.devices import default_device
+from seer_jax.gates.configs import TrainedGates
+from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
+from seer_jax.selection.notation import parse_policy
+from seer_jax.selection.rules import RankingPolicy
+
+BLOCK = 64  # tokens
+
+
+class ModelShape(enum.StrEnum):
+    """Shapes of models to measure; tiny is for trying the command on a CPU."""
+
+    LLAMA_3_1_8B = "llama-3.1-8b"
+    TINY = "tiny"
+
+
+PrefillPart = Literal["attention", "cases", "selection", "model"]
+DecodePart = Literal["kernel", "layer", "model"]
+Scores = Literal["blocks", "tokens", "both", "neither"]
+
+MODELS = {
+    ModelShape.LLAMA_3_1_8B: ModelConfig(
+        family="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope=RopeConfig(theta=5e5, kind=RopeKind.LLAMA3, factor=8.0, original_max_position=8192),
+        max_position_embeddings=131072,
+    ),
+    ModelShape.TINY: ModelConfig(
+        family="llama",
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """Settings of every bench.
+
+    Attributes:
+      shape: heads of the attention and size of the model.
+      lengths: tokens of each sequence.
+      seed: of weights, inputs and lists.
+      output: file for the measurements (JSON); None: none is written.
+      plot: file for a plot (PNG); None: none is drawn.
+    """
+
+    shape: ModelShape = ModelShape.LLAMA_3_1_8B
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    seed: int = 0
+    output: Path | None = None
+    plot: Path | None = None
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model of this shape."""
+        return MODELS[self.shape]
+
+    @property
+    def heads(self) -> Heads:
+        """H, K and D of its attention."""
+        return Heads(self.model.num_heads, self.model.num_kv_heads, self.model.head_dim)
+
+    def check_device(self) -> None:
+        """Raises ValueError for a shape that a CPU is too slow for."""
+        if self.shape is not ModelShape.TINY and default_device().platform == "cpu":
+            raise ValueError(f"The shape {self.shape.value} must run on a GPU; got a CPU. Measure --shape tiny.")
+
+    def _check_lengths(self, blocks: int, *, whole: bool = False) -> None:
+        if not self.lengths or any(n < blocks * BLOCK or (whole and n % BLOCK) for n in self.lengths):
+            least = f"at least {blocks * BLOCK} tokens{f', whole blocks of {BLOCK}' if whole else ''}"
+            raise ValueError(f"lengths must be {least}; got {self.lengths}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyBench(BenchConfig):
+    """Settings of benches that measure policies.
+
+    Attributes:
+      densities: shares of the blocks on the lists of the attention kernel.
+      model_density: share of the blocks that gate, layer and model keep.
+      policies: what chooses blocks in prefill's selection and decode's layer, such as topk:0.1:window; none: some of a gate.
+      implementation: of the attention kernel; None: the best one here. Layer and model always take the best one.
+    """
+
+    densities: tuple[float, ...] = (0.1,)
+    model_density: float = 0.1
+    policies: tuple[str, ...] = ()
+    implementation: Implementation | None = None
+
+    def rules(self) -> dict[str, RankingPolicy]:
+        """The policies by their text.
+
+        Raises:
+          ValueError: one is no policy, or ranks no blocks.
+        """
+        rules = {}
+        for text in self.policies:
+            rules[text] = parse_policy(text)
+            if not isinstance(rules[text], RankingPolicy):
+                raise ValueError(f"policies must rank blocks, as topk:0.1 does; got {text}.")
+        return rules
+
+    def _check_policies(self) -> None:
+        for density in (*self.densities, self.model_density):
+            if not 0 < density <= 1:
+                raise ValueError(f"Densities must lie in (0, 1]; got {density}.")
+        self.rules()
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillBench(PolicyBench):
+    """Measures block-sparse prefill on this machine: the attention kernel, the choice of blocks, and a whole model.
+
+    Each result of the kernel is held against float32 before it is timed. The command fails if one is wrong.
+
+    Attributes:
+      only: parts to measure.
+      variants: measure every configuration that the implementation offers.
+    """
+
+    densities: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5, 1.0)
+    only: tuple[PrefillPart, ...] = get_args(PrefillPart)
+    variants: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_lengths(1)
+        self._check_policies()
+        if not self.densities and "attention" in self.only:
+            raise ValueError("densities must name some where the attention is measured; got none.")
+        if self.plot is not None and "attention" not in self.only:
+            raise ValueError("A plot must have the attention among the parts to measure; got no attention.")
+        if self.variants and self.implementation is None:
+            raise ValueError("variants must be those of a named implementation; got variants without implementation.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeBench(PolicyBench):
+    """Measures decoding on this machine: the attention kernel, a layer's attention with its gate, and a whole model.
+
+    Each result of the kernel is held against float32 before it is timed. The command fails if one is wrong. What the device
+    has no memory for is left out with a note. The newest token counts among the tokens of a sequence.
+
+    Attributes:
+      batches: numbers of sequences.
+      only: parts to measure.
+      tokens: new ones of each sequence that the model makes in one run.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 16)
+    only: tuple[DecodePart, ...] = get_args(DecodePart)
+    tokens: int = 16
+
+    def __post_init__(self) -> None:
+        self._check_lengths(2)
+        self._check_policies()
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError(f"batches must hold at least one sequence; got {self.batches}.")
+        if not 1 <= self.tokens < min(self.lengths):
+            raise ValueError(f"tokens must be 1 to {min(self.lengths) - 1}, part of the lengths; got {self.tokens}.")
+        if not self.only:
+            raise ValueError(
+                f"only must name some of {', '.join(get_args(DecodePart))}; got none. Leave it out for all."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundTruthBench(BenchConfig):
+    """Measures dense attention with block scores, which the training of gates runs in each layer, beside dense attention alone.
+
+    Each result is held against float32 before it is timed. The command fails if one is wrong.
+
+    Attributes:
+      wanted: scores to ask for: blocks (targets of a prefill gate), tokens (of a decode gate), both, or neither.
+      chunk: queries that are taken at a time where token scores are asked for.
+      implementation: of the operation; None: the best one here.
+    """
+
+    lengths: tuple[int, ...] = (8192, 32768, 65536, 131072)
+    wanted: tuple[Scores, ...] = get_args(Scores)
+    chunk: int = 8192
+    implementation: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        self._check_lengths(1)
+        if self.chunk < BLOCK or self.chunk % BLOCK:
+            raise ValueError(f"chunk must be a multiple of the {BLOCK} tokens of a block; got {self.chunk}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBench(BenchConfig):
+    """Measures a step of distillation on this machine, beside a dense forward of the same tokens.
+
+    Attributes:
+      gates: which gates a step trains.
+      batch_size: rows per step, worked off one at a time.
+    """
+
+    lengths: tuple[int, ...] = (65536, 131072)
+    gates: tuple[TrainedGates, ...] = tuple(TrainedGates)
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        self._check_lengths(2, whole=True)
+        if not self.gates or self.batch_size < 1:
+            got = f"gates {self.gates} and batch_size={self.batch_size}"
+            raise ValueError(f"A step must train some gates on at least one row; got {got}.")

@@ -1,0 +1,1 @@
+"""What all measurements share: the clock, the check of results, the written record."""

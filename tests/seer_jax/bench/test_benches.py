@@ -1,0 +1,472 @@
+"""`seer-jax bench`: runs at tiny sizes, the work that is counted, what makes it fail, and what it refuses."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_kernels import block_sparse_attention, cases, sparse_decode_attention
+from pallas_kernels.block_sparse_attention import xla
+from pallas_kernels.block_sparse_attention.cases import Case
+from pallas_kernels.cases import Heads, large_random_array
+from pallas_kernels.devices import default_device
+from seer_jax.bench import DecodeBench, PrefillBench, TrainBench, measure_decode, measure_prefill
+from seer_jax.bench import decode_attention as decode_bench
+from seer_jax.bench import prefill_attention as attention_bench
+from seer_jax.bench.configs import MODELS, ModelShape
+from seer_jax.bench.decode import weight_bytes
+from seer_jax.bench.decode_layer import DTYPE, GATE, repeated_layers, threshold_for
+from seer_jax.bench.harness import measurement
+from seer_jax.bench.harness.clock import memory_rate
+from seer_jax.bench.harness.sampled_check import AttentionCall
+from seer_jax.bench.models import abstract_cache, random_model, read_bytes
+from seer_jax.bench.prefill_attention import AttentionBench, aligned_cases, listed_flops, listed_share, odd_cases
+from seer_jax.bench.selection import prefill_context
+from seer_jax.bench.training import forward_flop
+from seer_jax.commands.main import main
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.prefill import PrefillGate
+from seer_jax.inference.memory import DeviceMemory, tree_bytes
+from seer_jax.models.attention import prefill_attention
+from seer_jax.selection.context import DecodeContext, PrefillContext
+from seer_jax.selection.policies import Policy
+from seer_jax.selection.rules import Threshold, TopK
+from seer_jax.selection.scorers import SCORERS, Scorer, register
+from tests.pallas_kernels.comparison import listed_blocks
+from tests.seer_jax.conftest import LLAMA, tiny_model
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+Timed = list[Callable[..., Any]]
+TINY, GPU = MODELS[ModelShape.TINY], MODELS[ModelShape.LLAMA_3_1_8B]
+HEADS = Heads(4, 2, 64)
+RAGGED = Case("ragged", HEADS, 128, batch=2, density=0.5, lengths=(128, 70))
+PREFILL = ["bench", "prefill", "--shape", "tiny", "--lengths", "128", "--densities", "0.3"]
+DECODE = ["bench", "decode", "--shape", "tiny", "--lengths", "256", "--batches", "2"]
+# Compiling ahead of time puts descriptions in the place of arrays, and shapes and dtypes stand for a cache.
+shapes_stand_for_arrays = pytest.mark.usefixtures("unchecked")
+
+
+def run(words: list[str], folder: Path) -> dict[tuple[str, str], dict]:
+    """Runs a command that must succeed, with a file and a plot; returns the measurements by table and case."""
+    output, plot = folder / "bench.json", folder / "bench.png"
+    assert main([*words, "--output", str(output), "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    lines = json.loads(output.read_text())["measurements"]
+    assert not any(m["failure"] for m in lines)
+    return {(m["table"], m["case"]): m for m in lines}
+
+
+@shapes_stand_for_arrays
+def test_prefill(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """All parts but the odd cases."""
+    words = [*PREFILL, "--model-density", "0.3", "--only", "attention", "selection", "model", "--implementation", "xla"]
+    found = run(words, tmp_path)
+    text = capsys.readouterr().out
+    for title in ("Attention kernel", "Gate and choice of blocks, one layer", "Whole model, time to first token"):
+        assert f"\n{title}" in text
+    assert "128, 64x64, own, 0.3" in text and "times faster: dense attention's" in text and "odd cases" not in text
+    tables = [table for table, _ in found]
+    assert [tables.count(name) for name in ("attention", "selection", "model")] == [3, 3, 2]
+    dense, sparse = (found["model", f"128, {kind}"] for kind in ("dense", "0.3"))
+    assert dense["settings"]["density"] is None and dense["results"]["density"] == 1 >= sparse["results"]["density"]
+    for m in found.values():
+        results = m["results"]
+        assert results["attention_milliseconds"] == 2 if m["table"] == "selection" else results["speedup"] == 1
+        assert m["table"] != "attention" or results["error"] < 5e-3
+        assert m["table"] != "model" or (results["compile_seconds"] > 0 and results["planned_gib"] > 0)
+
+
+@shapes_stand_for_arrays
+@pytest.mark.slow
+def test_decode(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    found = run([*DECODE, "--densities", "0.5", "--tokens", "4"], tmp_path)
+    text = capsys.readouterr().out
+    for title in ("Attention kernel, new tokens", "Attention of one layer with gate", "Whole model, one new token"):
+        assert f"\n{title}" in text
+    assert "2 x 256, top 0.1" in text and "times floor: ms over floor ms" in text
+    lines = {(table, case.removeprefix("2 x 256, ").split()[0]): m for (table, case), m in found.items()}
+    assert list(lines) == [
+        *(("decode kernel", rule) for rule in ("0.5", "dense")),
+        *(("decode layer", rule) for rule in ("dense", "top", "threshold")),
+        *(("decode model", rule) for rule in ("dense", "0.1")),
+    ]
+    results = {key: m["results"] for key, m in lines.items()}
+    half, whole = results["decode kernel", "0.5"], results["decode kernel", "dense"]
+    assert half["density"] == 0.5 and whole["density"] == 1 and max(half["error"], whole["error"]) < 5e-3
+    # 2 rows, keys and values of 2 heads of 64 bfloat16 elements; a program of two layers' calls is said to take 2 ms.
+    floor = 2 * 2 * 256 * 2 * 64 * 2 / memory_rate(default_device()) * 1e3
+    assert whole["floor_milliseconds"] == pytest.approx(floor) and half["floor_milliseconds"] == pytest.approx(
+        floor / 2
+    )
+    assert half["milliseconds"] == 1 and half["times_floor"] == pytest.approx(2 / floor) and half["speedup"] == 1
+    assert results["decode layer", "dense"]["density"] == 1 > results["decode layer", "threshold"]["density"]
+    assert results["decode layer", "top"]["density"] == 0.5 == results["decode model", "0.1"]["density"]
+    share = 2 / TINY.num_layers  # of the gate's update, which is said to take 2 ms too
+    for rule in ("dense", "top", "threshold"):
+        layers, added = lines["decode layer", rule]["settings"]["layers"], 0 if rule == "dense" else share
+        assert results["decode layer", rule]["milliseconds"] == 2 / layers + added
+    for rule in ("dense", "0.1"):
+        m = results["decode model", rule]
+        assert m["milliseconds"] == 2 / 4 and m["tokens_per_second"] == 2 / (2e-3 / 4)
+        assert m["compile_seconds"] > 0 and m["planned_gib"] > 0
+
+
+@shapes_stand_for_arrays
+@pytest.mark.slow
+def test_ground_truth(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["bench", "ground-truth", "--shape", "tiny", "--lengths", "150", "--chunk", "64"]
+    lines = {case: m for (_, case), m in run(words, tmp_path).items()}
+    text = capsys.readouterr().out
+    assert "\nDense attention with block scores" in text and "150, neither" in text and "times dense: ms over" in text
+    assert list(lines) == [f"150, {name}" for name in ("blocks", "tokens", "both", "neither")]
+    assert [m["settings"]["chunk"] for m in lines.values()] == [150, 64, 64, 150]
+    for case, m in lines.items():
+        results = m["results"]
+        assert results["times_dense"] == 1 and results["extra_gib"] > 0 and results["error"] < 5e-3
+        assert case == "150, neither" or results["scores_error"] < 1e-5
+
+
+@shapes_stand_for_arrays
+def test_training(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["bench", "train", "--shape", "tiny", "--lengths", "256", "--batch-size", "2", "--gates", "prefill", "both"]
+    lines = {case: m["results"] for (_, case), m in run(words, tmp_path).items()}
+    text = capsys.readouterr().out
+    assert "\nDistillation, one step" in text and "256, both" in text and "of forward: the step's ms" in text
+    assert list(lines) == ["256, prefill", "256, both"] and lines["256, both"]["decode_recall"] > 0
+    for results in lines.values():
+        assert results["of_forward"] == 2 / 4  # a step of two rows is said to take 2 ms, and so is each row's forward
+        assert results["tflops"] == pytest.approx(2 * forward_flop(TINY, 256) / 2e-3 / 1e12)
+        assert results["recipe_hours"] == pytest.approx(500 * 16 * 65536 / (2 * 256) * 2e-3 / 3600)
+        assert results["compile_seconds"] > 0 and results["planned_gib"] > 0 and results["prefill_loss"] > 0
+
+
+@pytest.fixture
+def latest_blocks() -> Iterator[str]:
+    """The name of a scorer that no other file knows."""
+
+    @register
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Latest(Scorer):
+        """The latest blocks."""
+
+        name = "latest"
+        title = "latest"
+        meaning = "the latest blocks"
+
+        def prefill_scores(self, context: PrefillContext) -> Any:
+            order = jnp.arange(context.num_key_blocks, dtype=jnp.float32)
+            return jnp.broadcast_to(order, (context.batch, 1, context.num_rows, context.num_key_blocks))
+
+        def decode_scores(self, context: DecodeContext) -> Any:
+            return jnp.broadcast_to(jnp.arange(context.num_key_blocks, dtype=jnp.float32), context.shape)
+
+    yield Latest.name
+    del SCORERS[Latest.name]
+
+
+@shapes_stand_for_arrays
+@pytest.mark.parametrize(
+    ("words", "part", "kept"),
+    [
+        (["bench", "prefill", "--shape", "tiny", "--lengths", "512", "--only", "selection"], "selection", 15 / 36),
+        (
+            ["bench", "decode", "--shape", "tiny", "--lengths", "512", "--batches", "2", "--only", "layer"],
+            "decode layer",
+            2 / 8,
+        ),
+    ],
+)
+def test_a_scorer_of_ones_own_is_timed(
+    words: list[str], part: str, kept: float, latest_blocks: str, two_milliseconds: Timed, tmp_path: Path
+):
+    output = tmp_path / "bench.json"
+    assert main([*words, "--policies", f"budget:128:{latest_blocks}", "--output", str(output)]) == 0
+    m = json.loads(output.read_text())["measurements"][-1]
+    assert m["table"] == part and m["settings"]["rule"] == f"budget:128:{latest_blocks}"
+    assert m["results"]["density"] == pytest.approx(kept) and m["results"]["milliseconds"] > 0
+
+
+@pytest.mark.parametrize("policy", [Threshold(0.2), TopK(0.3)], ids=str)
+def test_lists_that_are_timed_are_those_of_the_model(policy: Policy):
+    gate = tiny_model().prefill_gate
+    assert isinstance(gate, PrefillGate)
+    gate = jax.tree.map(lambda x: x[0], gate)
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((1, 150, heads, LLAMA.head_dim)), jnp.float32) for heads in (4, 2))
+    context = prefill_context(LLAMA, gate, q, k)
+    blocks = policy.blocks(policy.prepare(context))
+    assert blocks is not None
+    blocks.check(10)
+    _, kept = prefill_attention(policy, context)
+    np.testing.assert_allclose(blocks.density().mean(), kept[0], rtol=1e-6)
+    assert kept[0] < 1
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "operation", "message"),
+    [
+        ([*PREFILL, "--only", "attention"], attention_bench, block_sparse_attention, "attention, 128, 64x64, own, 0.3"),
+        ([*DECODE, "--only", "kernel", "--densities", "0.5"], decode_bench, sparse_decode_attention, "decode kernel, 2 x 256, 0.5"),
+    ],
+)  # fmt: skip
+def test_a_wrong_kernel_makes_the_command_fail(
+    command: list[str],
+    module: Any,
+    operation: Callable[..., Any],
+    message: str,
+    two_milliseconds: Timed,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    def wrong(*arguments: Any, return_lse: bool = False, **settings: Any) -> Any:
+        out, lse = operation(*arguments, **settings, return_lse=True)
+        return (out, lse + 0.01) if return_lse else out
+
+    monkeypatch.setattr(module, operation.__name__, wrong)
+    attention_bench.compiled.cache_clear()
+    assert main([*command, "--output", str(tmp_path / "bench.json")]) == 1
+    attention_bench.compiled.cache_clear()
+    captured = capsys.readouterr()
+    assert f"seer-jax bench: {message}: lse errs by 1.00e-02" in captured.err
+    assert f"{message.partition(', ')[2]} WRONG" in captured.out
+    lines = json.loads((tmp_path / "bench.json").read_text())["measurements"]
+    assert lines and not any("milliseconds" in m["results"] for m in lines)
+
+
+def test_an_implementation_asked_for_by_name_must_be_able(capsys: pytest.CaptureFixture[str]):
+    if jax.default_backend() == "cpu":
+        words = [*PREFILL, "--only", "attention", "--implementation", "mosaic_gpu"]
+        assert main(words) == 1
+        assert "seer-jax bench: attention, 128, 64x64, own, 0.3: needs a GPU" in capsys.readouterr().err
+        assert main([*words, "--variants"]) == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_times_dense_attention_once_per_shape(two_milliseconds: Timed):
+    config = PrefillBench(ModelShape.TINY, (64,), densities=(0.5, 1.0))
+    bench = AttentionBench("xla")
+    lines = [bench.measure(case) for case in aligned_cases(config)]
+    assert len(lines) == 6 and len(two_milliseconds) == 6 + 1
+    assert {m.results["density"] for m in lines if m.settings["density"] == 1} == {1.0}
+    first = lines[0]
+    assert first.case == "64, 64x64, own, 0.5" and first.failure is None and first.results["speedup"] == 1
+    assert first.results["effective_tflops"] == pytest.approx(4 * 64 * 64 * 64 * 4 / 2e-3 / 1e12)
+    assert first.settings["implementation"] == "xla" and first.settings["config"] is None
+
+
+@pytest.mark.slow
+def test_odd_cases_stand_beside_aligned_ones(two_milliseconds: Timed):
+    unaligned, ragged, *_, chunk, _ = odd_cases(PrefillBench(ModelShape.TINY, (256,)))
+    pairs, bench = [unaligned, ragged, chunk], AttentionBench()
+    lines = [bench.pair(*pair) for pair in pairs]
+    assert [m.case for m in lines] == [odd.name for odd, _ in pairs]
+    for m in lines:
+        assert m.failure is None
+        ours, aligned = m.results["effective_tflops"], m.results["aligned_tflops"]
+        assert ours and aligned and m.results["share_of_aligned"] == ours / aligned
+    assert lines[-1].results["speedup"] is None and "no query offset" in (lines[-1].note or "")
+
+
+@pytest.mark.parametrize("heads", [4, 68])
+@pytest.mark.slow
+def test_masks_of_a_trained_gate(heads: int, two_milliseconds: Timed):
+    """Of the gate's last heads, repeated where it has fewer; each row keeps its own block among its best."""
+    config = PrefillBench(ModelShape.TINY, (1024,), model_density=0.6)
+    trained, random = odd_cases(config)[-1]
+    trained, random = (dataclasses.replace(case, heads=Heads(heads, 2, 64)) for case in (trained, random))
+    lists, others = (case.arguments(jax.random.key(0))["blocks"] for case in (trained, random))
+    mask, b = np.asarray(lists.to_mask(16)), lists.block_size
+    assert b == others.block_size == 64 and mask.shape == (1, heads, 16, 16) == others.to_mask(16).shape
+    assert mask.diagonal(axis1=2, axis2=3).all() and not np.triu(mask, 1).any()
+    assert len({m.tobytes() for m in mask[0]}) > heads / 4
+    if heads > 64:
+        np.testing.assert_array_equal(mask[0, :4], mask[0, 64:])
+    else:
+        line = AttentionBench("xla").pair(trained, random)
+        assert line.failure is None and line.results["share_of_aligned"] is not None
+
+
+def test_every_variant_of_an_implementation(two_milliseconds: Timed, monkeypatch: pytest.MonkeyPatch):
+    assert attention_bench.variants("xla") == attention_bench.variants(None) == {}
+    plain, seen = xla.block_sparse_attention, []
+
+    def with_config(*arguments: Any, config: str, **numbers: Any) -> Any:
+        seen.append(config)
+        return plain(*arguments, **numbers)
+
+    monkeypatch.setattr(xla, "CONFIGS", {"wide": "w", "deep": "d"}, raising=False)
+    monkeypatch.setattr(xla, "block_sparse_attention", with_config)
+    for choice in attention_bench.variants("xla").items():
+        line = AttentionBench("xla", choice).measure(RAGGED)
+        assert line.failure is None and line.settings["config"] == choice[0]
+    assert seen == ["w", "d"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("own", HEADS, 200, density=0.5),
+        Case("shared", HEADS, 200, density=0.5, lists=2),
+        Case("large", HEADS, 300, density=0.5, lists=1, block_size=128),
+        RAGGED,
+        Case("chunk", HEADS, 64, 256, density=0.5, query_offset=192),
+    ],
+    ids=lambda case: case.name,
+)
+def test_flops_are_those_of_listed_blocks(case: Case):
+    """4 b^2 D for each pair of a query head and a block on its list; rows beyond a sequence count nothing."""
+    arguments = case.arguments(jax.random.key(0))
+    arguments.setdefault("lengths", jnp.full(case.batch, arguments["k"].shape[1], jnp.int32))
+    call = AttentionCall(**arguments)
+    blocks, b = call.blocks, case.block_size
+    listed = listed_blocks(blocks, -(-call.k.shape[1] // b))
+    count = 0
+    for i, h in np.ndindex(len(call.q), call.q.shape[2]):
+        rows = -(-max(0, int(call.lengths[i]) - int(call.query_offset)) // b)
+        count += listed[i, h * listed.shape[1] // call.q.shape[2], :rows].sum()
+    assert listed_flops(call) == 4 * b**2 * HEADS.head_dim * count
+    first = int(call.query_offset) // b
+    in_sight = (
+        sum(first + row + 1 for row in range(blocks.counts.shape[-1])) * blocks.counts.size // blocks.counts.shape[-1]
+    )
+    assert listed_share(call) == pytest.approx(listed.sum() / in_sight)
+
+
+@shapes_stand_for_arrays
+def test_what_the_device_has_no_memory_for_is_a_note(two_milliseconds: Timed, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(measurement, "device_memory", lambda device: DeviceMemory(2**16, 0))
+    lines = list(measure_decode(DecodeBench(ModelShape.TINY, (128,), batches=(3,))))
+    assert len(lines) == 2 + 3 + 2 and not any(m.results or m.failure for m in lines)
+    assert all(m.note and "3 x 128, " in m.note and "90% of the 0.0 GiB" in m.note for m in lines)
+
+
+@shapes_stand_for_arrays
+def test_bytes_that_a_new_token_reads():
+    keys_and_values = 2 * 8 * 131072 * 8 * 128 * 2
+    caches = decode_bench.Caches(DecodeBench(), 8, 131072)
+    assert caches.read_bytes(None) == keys_and_values and caches.read_bytes(0.1) == keys_and_values * 204 / 2048
+    layer = dataclasses.replace(GPU, num_layers=1)
+    assert read_bytes(layer, 8, 131072, DTYPE, None, 1.0) == keys_and_values
+    gate = (8 * 4 * 128 * 128 + 8 * 3 * 128 * 128 + 2 * 128) * 4 + 8 * 2048 * 8 * 128 * 2
+    assert read_bytes(layer, 8, 131072, DTYPE, GATE, 0.1) == pytest.approx(keys_and_values / 10 + gate)
+    assert read_bytes(GPU, 8, 131072, DTYPE, GATE, 1.0) == 32 * (keys_and_values + gate)
+    model = nnx.eval_shape(lambda: random_model(GPU, DecodeGateConfig()))
+    assert weight_bytes(model) == pytest.approx(15.0e9, rel=1e-3)
+
+
+@pytest.mark.cpu
+@shapes_stand_for_arrays
+def test_a_layer_that_is_timed_never_copies_its_cache():
+    config = dataclasses.replace(TINY, num_layers=3)
+    cache = abstract_cache(config, 2, 8192, DTYPE, GATE)
+    gate = nnx.eval_shape(lambda: DecodeGate(GATE, config, rngs=nnx.Rngs(0)))
+    q = jax.ShapeDtypeStruct((2, 1, config.num_heads, config.head_dim), DTYPE)
+    jax.config.update("jax_disable_most_optimizations", False)
+    memory: Any = repeated_layers(config, TopK(0.1), 2).lower(cache, q, gate).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= tree_bytes(cache) > 20 * memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("num_blocks", [128, 2048])
+def test_a_threshold_keeps_about_what_is_asked_for(num_blocks: int):
+    logits = 3.0 * np.random.default_rng(1).standard_normal((64, num_blocks))
+    scores = np.asarray(jax.nn.softmax(logits, axis=-1))
+    assert (scores > threshold_for(0.1, num_blocks)).mean() == pytest.approx(0.1, rel=0.1)
+
+
+def test_flop_of_a_forward():
+    model = nnx.eval_shape(lambda: random_model(TINY))
+    matrices = [x.size for x in jax.tree.leaves(model.layers) if x.ndim == 3]
+    attention = TINY.num_layers * 4 * TINY.num_heads * TINY.head_dim * sum(range(1, 101))
+    assert forward_flop(TINY, 100) == 2 * 100 * sum(matrices) + attention
+    assert forward_flop(GPU, 65536) == pytest.approx(2.04e15, rel=1e-2)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (PrefillBench, dict(lengths=()), r"at least 64 tokens; got \(\)"),
+        (PrefillBench, dict(lengths=(8192, 32)), r"got \(8192, 32\)"),
+        (PrefillBench, dict(densities=(0.1, 1.5)), r"\(0, 1\]; got 1.5"),
+        (PrefillBench, dict(model_density=0.0), "got 0.0"),
+        (PrefillBench, dict(densities=()), "where the attention is measured; got none"),
+        (PrefillBench, dict(policies=("dense",)), "must rank blocks, as topk:0.1 does; got dense"),
+        (PrefillBench, dict(plot=Path("x.png"), only=("model",)), "got no attention"),
+        (PrefillBench, dict(variants=True), "variants without implementation"),
+        (DecodeBench, dict(lengths=(256, 64)), r"at least 128 tokens; got \(256, 64\)"),
+        (DecodeBench, dict(batches=()), r"one sequence; got \(\)"),
+        (DecodeBench, dict(batches=(1, 0)), r"one sequence; got \(1, 0\)"),
+        (DecodeBench, dict(densities=(0.0,)), "got 0.0"),
+        (DecodeBench, dict(model_density=2.0), "got 2.0"),
+        (DecodeBench, dict(lengths=(128,), tokens=128), "must be 1 to 127, part of the lengths; got 128"),
+        (DecodeBench, dict(only=()), "some of kernel, layer, model; got none"),
+        (TrainBench, dict(lengths=(256, 100)), r"at least 128 tokens, whole blocks of 64; got \(256, 100\)"),
+        (TrainBench, dict(lengths=(64,)), r"whole blocks of 64; got \(64,\)"),
+        (TrainBench, dict(gates=()), r"some gates on at least one row; got gates \(\)"),
+        (TrainBench, dict(batch_size=0), "batch_size=0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(kind: Any, settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("lines", [measure_prefill(PrefillBench()), measure_decode(DecodeBench())])
+def test_a_cpu_is_not_asked_for_gpu_sizes(lines: Iterator[Any]):
+    with pytest.raises(ValueError, match=r"llama-3\.1-8b must run on a GPU; got a CPU\. Measure --shape tiny"):
+        next(lines)
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]):
+    for words, code, text in (
+        (["bench", "prefill", "--help"], 0, "usage: seer-jax bench prefill"),
+        (["bench", "--help"], 0, "{prefill,decode,ground-truth,train}"),
+        (["bench", "train", "--help"], 0, "usage: seer-jax bench train"),
+        (["bench", "ground-truth", "--help"], 0, "usage: seer-jax bench ground-truth"),
+        (["bench", "decode", "--help"], 0, "usage: seer-jax bench decode"),
+        (["bench", "decode", "--lengths", "3"], 2, "at least 128 tokens"),
+        (["bench", "decode", "--policies", "topk:0.1:nothing"], 2, "no scorer 'nothing'"),
+        (["bench", "cooking"], 2, "invalid choice: 'cooking'"),
+        (["bench"], 2, "required: what"),
+        (["bench", "prefill", "--lengths", "3"], 2, "at least 64 tokens"),
+        (["bench", "ground-truth", "--lengths", "3"], 2, "at least 64 tokens"),
+        (["bench", "ground-truth", "--chunk", "100"], 2, "a multiple of the 64 tokens"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        captured = capsys.readouterr()
+        assert end.value.code == code and text in " ".join((captured.out + captured.err).replace("│", " ").split())
+
+
+def test_random_models_have_weights_of_the_right_size(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cases, "ELEMENTS_AT_ONCE", 2**15)  # several chunks each
+    config = dataclasses.replace(TINY, vocab_size=1003)  # rows that are no multiple of a chunk
+    model = random_model(config, PrefillGateConfig(), seed=3)
+    assert model.dtype == jnp.bfloat16 and model.prefill_gate is not None
+    np.testing.assert_array_equal(model.layers.input_layernorm[...], 1)
+    mlp: Any = model.layers.mlp
+    for weight in (model.embed_tokens, mlp.down_proj.weight, model.layers.self_attn.q_proj.weight):
+        value = np.asarray(weight[...], np.float32)
+        assert abs(value.std() * value.shape[-1] ** 0.5 - 1) < 0.05 and abs(value.mean()) < 0.01
+        assert len(np.unique(value.reshape(-1, value.shape[-1])[:, :8], axis=0)) == value.size // value.shape[-1]
+    expected: Any = nnx.eval_shape(lambda: type(model)(config, rngs=nnx.Rngs(0)))
+    assert mlp.up_proj.weight.shape == expected.layers.mlp.up_proj.weight.shape
+
+
+def test_a_large_array_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cases, "ELEMENTS_AT_ONCE", 1000)
+    key = jax.random.key(0, impl="rbg")
+    array = np.asarray(large_random_array(key, (7, 30, 16), "bfloat16", 2.0), np.float32)
+    assert abs(array.std() / 2 - 1) < 0.05 and abs(array.mean()) < 0.1
+    assert len(np.unique(array.reshape(-1, 16), axis=0)) == 7 * 30

@@ -1,0 +1,63 @@
+"""The demo, on the bundled model at a size of seconds: every stage runs and every file is there."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from seer_jax.commands.demo import DemoConfig, demo
+from seer_jax.convert import load_gates
+from seer_jax.evaluate import Phase, all_methods
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    out = io.StringIO()
+    config = DemoConfig(
+        output=tmp_path, densities=(0.5,), length=512, steps=2, windows=1, passkeys=1, decoded=16, new_tokens=4
+    )
+    scores = demo(config, console=Console(file=out, width=120))
+    assert {(s.phase, s.method) for s in scores} == {
+        (p, m) for p in Phase for m in (None, *(method.name for method in all_methods()))
+    }
+    assert all(s.perplexity > 1 and 0 <= s.passkey <= 1 and 0 < s.kept <= 1 for s in scores)
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert len(written["scores"]) == len(scores)
+    assert written["config"]["steps"] == 2
+    assert (tmp_path / "block_maps.png").read_bytes().startswith(b"\x89PNG")
+    assert load_gates(tmp_path / "prefill_gate").config.block_size == config.tokens_per_block
+    assert load_gates(tmp_path / "decode_gate").config.block_size == config.tokens_per_block
+    for words in ("learned gate", "sink+window", "oracle", "perplexity: how many", "continued greedily", "Took"):
+        assert words in out.getvalue()
+
+
+@pytest.mark.slow
+def test_the_bundled_gates_need_no_training(tmp_path: Path):
+    out = io.StringIO()
+    config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.2,), windows=1, passkeys=1)
+    scores = demo(config, console=Console(file=out, width=120))
+    of = {(s.phase, s.method): s for s in scores}
+    assert of[Phase.DECODE, "gate"].passkey == 1 > of[Phase.DECODE, "window"].passkey
+    assert "Distilling" not in out.getvalue() and "--gates tiny-lm" in out.getvalue()
+    assert not (tmp_path / "prefill_gate").exists()
+
+
+BAD = [
+    (dict(bundled_gates=True, block_size=32), "must be 64 with the bundled gates; got 32. Leave it out"),
+    (dict(bundled_gates=True, length=2080), "multiple of block_size = 64.*got 2080"),
+    (dict(densities=()), r"at least one share.*got \(\)"),
+    (dict(densities=(0.0,)), r"\(0, 1\]; got \(0.0,\)"),
+    (dict(length=100), "length must be a multiple of block_size = 32.*got 100"),
+    (dict(windows=0), "windows must be at least 1; got 0"),
+    (dict(steps=1), "steps must be at least 2; got 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_settings_are_refused(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        DemoConfig(**change)

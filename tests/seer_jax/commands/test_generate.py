@@ -1,0 +1,161 @@
+"""`seer-jax generate`: what it writes where, which policies run and why, plans and reports."""
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seer_jax import Generated, Transformer, from_pretrained, load_tokenizer, plan_memory, stream
+from seer_jax.commands import main as cli
+from seer_jax.commands.generate import GenerateConfig, Job, kept_table
+from seer_jax.inference import memory
+from seer_jax.inference.sampling import Sample
+from seer_jax.selection.policies import Dense
+from seer_jax.selection.rules import TokenBudget, TopK
+from seer_jax.selection.scorers import SinkWindow
+
+PROMPT = "def main():\n    # three birds: 🦜🦜🦜\n" * 4
+
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+def streamed(model: Transformer, tokens: list[int], **arguments: Any) -> Generated:
+    """What `generate` returns, by the programs that the command runs."""
+    pieces = stream(model, [tokens], **arguments)
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.cpu  # on a GPU two programs of the same model may differ in their last bits, and so in their choice of tokens
+@pytest.mark.usefixtures("unchecked")  # the memory plan is made of shapes, which stand for arrays
+def test_generate_writes_what_generate_returns(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    base, gates = str(saved / "base"), [str(saved / "prefill"), str(saved / "decode")]
+    tokenizer = load_tokenizer(base)
+    model = from_pretrained(base, gates, dtype=jnp.float32)
+    arguments: dict[str, Any] = dict(max_new_tokens=20, prefill=TopK(0.4), decode=TokenBudget(32))
+    common = ["generate", "--model", base, "--gates", *gates, "--max-new-tokens", "20"]
+    named = ["--prefill", "topk:0.4", "--decode", "budget:32"]
+
+    expected = streamed(model, tokenizer.encode(PROMPT), **arguments)
+    assert cli.main([*common, "--prompt", PROMPT]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == tokenizer.decode(expected.rows()[0]) + "\n"
+    assert f"{len(tokenizer.encode(PROMPT))} prompt tokens; 20 new in " in captured.err
+    assert f"prefill {float(expected.prefill_kept.mean()):.1%}" in captured.err
+    plan = plan_memory(model, 1, len(tokenizer.encode(PROMPT)), streamed=True, **arguments)
+    policies = "prefill: topk:0.4 (recommended by the gate)\ndecode: budget:32 (recommended by the gate)\n"
+    assert captured.err.startswith(f"{policies}{plan}\n[") and captured.err.count("\n") == 9
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert cli.main([*common, *named, "--no-stats"]) == 0
+    assert capsys.readouterr() == (captured.out, "")
+
+    path = tmp_path / "report.json"
+    assert cli.main([*common, *named, "--prompt", PROMPT, "--no-stats", "--kept", "--report", str(path)]) == 0
+    again = capsys.readouterr()
+    assert again == (captured.out, kept_table(expected) + "\n")
+    report = json.loads(path.read_text())
+    assert report["tokens"] == expected.rows()[0] and report["text"] + "\n" == captured.out
+    assert (report["prefill"], report["decode"]) == ("topk:0.4", "budget:32")
+    assert report["policy_reasons"] == dict(prefill="named", decode="named")
+    assert report["memory_bytes"] == dataclasses.asdict(plan) | dict(total=plan.total)
+    for name in ("prefill_kept", "decode_kept"):
+        np.testing.assert_array_equal(np.float32(report[name]), getattr(expected, name)[:, 0])
+    np.testing.assert_array_equal(np.float32(report["decode_kept_steps"]), expected.decode_kept_steps[:, :, 0])
+
+    chat = tokenizer.encode(f"system: short\nuser: {PROMPT}\n")
+    sampling = Sample(0.7, 50, 0.9)
+    dense: dict[str, Any] = dict(prefill=Dense(), decode=Dense())
+    drawn = streamed(model, chat, max_new_tokens=20, sampling=sampling, key=jax.random.key(3), **dense)
+    options = ["--prefill", "dense", "--decode", "dense"]
+    options += ["--chat", "--system", "short", "--temperature", "0.7", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]
+    assert cli.main([*common, "--prompt", PROMPT, *options]) == 0
+    assert capsys.readouterr().out == tokenizer.decode(drawn.rows()[0]) + "\n"
+
+
+def test_the_table_of_kept_blocks_is_of_the_steps_that_were_made():
+    steps = np.zeros((3, 2, 2), np.float32)
+    steps[:, :, 0] = [[0.5, 1], [0.25, 1], [0.75, 1]]
+    steps[0, :, 1] = [0.5, 0.25]
+    kept = jnp.asarray([[0.1, 0.2], [0.3, 0.4]])
+    result = Generated(jnp.zeros((2, 4), jnp.int32), jnp.asarray([4, 2]), kept, jnp.asarray(steps))
+    expected = ["layer prefill decode min .. max", "0 10.0% 50.0% 25.0% .. 75.0%", "1 30.0% 100.0% 100.0% .. 100.0%"]
+    assert [" ".join(line.split()) for line in kept_table(result).splitlines()] == expected
+    expected = ["layer prefill decode min .. max", "0 20.0% 50.0% 50.0% .. 50.0%", "1 40.0% 25.0% 25.0% .. 25.0%"]
+    assert [" ".join(line.split()) for line in kept_table(result, row=1).splitlines()] == expected
+    none = dataclasses.replace(result, lengths=jnp.asarray([1, 1]), decode_kept_steps=jnp.zeros((3, 2, 2)))
+    assert kept_table(none).splitlines()[1].split() == ["0", "10.0%", "-"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_plan_needs_no_weights(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Nor does it run anything: its table is all that is printed, and the same as with weights."""
+    folders = [shutil.copytree(saved / name, tmp_path / name) for name in ("base", "prefill", "decode")]
+    for path in (path for folder in folders for path in folder.glob("*.safetensors")):
+        path.unlink()
+    words = ["generate", "--model", str(folders[0]), "--gates", *map(str, folders[1:]), "--prompt", PROMPT, "--plan"]
+    assert cli.main([*words, "--max-new-tokens", "20", "--dtype", "float32"]) == 0
+    model = from_pretrained(saved / "base", [saved / "prefill", saved / "decode"], dtype=jnp.float32)
+    length = len(load_tokenizer(saved / "base").encode(PROMPT))
+    plan = plan_memory(model, 1, length, max_new_tokens=20, decode=TokenBudget(32), streamed=True)
+    assert capsys.readouterr() == (
+        f"{plan}\n",
+        "prefill: topk:0.4 (recommended by the gate)\ndecode: budget:32 (recommended by the gate)\n",
+    )
+
+
+POLICIES = [
+    ([], {}, "dense (no gate)", "dense (no gate)"),
+    (["decode"], {}, "dense (no gate)", "budget:32 (recommended by the gate)"),
+    (["prefill", "decode"], {}, "topk:0.4 (recommended by the gate)", "budget:32 (recommended by the gate)"),
+    (["decode"], dict(decode=Dense()), "dense (no gate)", "dense (named)"),
+    (["prefill"], dict(prefill=TopK(0.5)), "topk:0.5 (named)", "dense (no gate)"),
+    ([], dict(decode=TokenBudget(64, SinkWindow())), "dense (no gate)", "budget:64:window (named)"),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("gates", "options", "prefill", "decode"), POLICIES)
+def test_the_policies_that_run_and_why(saved: Path, gates: list[str], options: dict, prefill: str, decode: str):
+    model = from_pretrained(saved / "base", [saved / gate for gate in gates], abstract=True)
+    job = Job.of(GenerateConfig(**options), model, [1])
+    assert {phase: str(policy) for phase, policy in job.policies.items()} == dict(prefill=prefill, decode=decode)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_gates_that_recommend_nothing_run_densely(saved: Path):
+    model = from_pretrained(saved / "base", saved / "prefill", abstract=True)
+    assert model.prefill_gate is not None
+    model.prefill_gate.recommended = None
+    assert str(Job.of(GenerateConfig(), model, [1]).policies["prefill"]) == "dense (the gate recommends nothing)"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_the_device_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "device_memory", lambda device: memory.DeviceMemory(2**20, 0))
+    words = ["generate", "--prompt", "import", "--max-new-tokens", "2", "--no-stats"]
+    assert cli.main(words) == 1
+    assert re.fullmatch(r"seer-jax generate: The generation must fit .*fewer rows.*\n", capsys.readouterr().err)
+    assert cli.main([*words, "--plan"]) == 0
+    assert re.search(r"\navailable +0.001 GiB\nmissing +0.0\d\d GiB\n$", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_bundled_model_has_a_name(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["generate", "--prompt", "import numpy as", "--max-new-tokens", "2", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.startswith(" np")

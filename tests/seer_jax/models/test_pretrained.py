@@ -1,0 +1,116 @@
+"""Models by name: base, gates, EOS tokens, devices."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seer_jax import from_pretrained, load_tokenizer, tiny_lm
+from seer_jax.convert import load_base, save_base, save_gates
+from seer_jax.train.data.tokens import ModelTokenizer
+from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
+
+TINY_LM = tiny_lm.path()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, prefill/, decode/ and another model's gate."""
+    root, model, other = tmp_path_factory.mktemp("saved"), tiny_model(), tiny_model(QWEN3)
+    save_base(model, root / "base")
+    for kind, gate in (("prefill", model.prefill_gate), ("decode", model.decode_gate), ("other", other.prefill_gate)):
+        assert gate is not None
+        save_gates(gate, root / kind, base_model="base")
+    return root
+
+
+def test_a_model_comes_back_with_its_gates(saved: Path):
+    expected = tiny_model()
+    for places in ([saved / "prefill", saved / "decode"], (str(saved / "decode"), str(saved / "prefill"))):
+        model = from_pretrained(saved / "base", places, dtype=jnp.float32)
+        assert jax.tree.structure(model) == jax.tree.structure(expected)
+        for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_gates_are_optional_and_the_base_is_bfloat16(saved: Path):
+    model = from_pretrained(str(saved / "base"))
+    assert model.prefill_gate is None and model.decode_gate is None
+    assert model.dtype == jnp.bfloat16
+    model = from_pretrained(saved / "base", saved / "decode")
+    assert model.prefill_gate is None and model.decode_gate is not None
+    assert model.decode_gate.linear_k.dtype == jnp.float32
+
+
+def test_a_model_of_shapes_has_everything_but_weights(saved: Path, tmp_path: Path):
+    for name in ("base", "prefill", "decode"):
+        (tmp_path / name).mkdir()
+        shutil.copy(saved / name / "config.json", tmp_path / name)
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[7, 9])))
+    shapes = from_pretrained(tmp_path / "base", [tmp_path / "prefill", tmp_path / "decode"], abstract=True)
+    assert shapes.config.eos_token_ids == (7, 9)
+    model = from_pretrained(saved / "base", [saved / "prefill", saved / "decode"])
+    for ours, theirs in zip(jax.tree.leaves(shapes), jax.tree.leaves(model), strict=True):
+        assert isinstance(ours, jax.ShapeDtypeStruct)
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    with pytest.raises(ValueError, match=r"one gate of each kind; got .*prefill \(PrefillGate\)"):
+        from_pretrained(saved / "base", [saved / "prefill", saved / "prefill"], abstract=True)
+    with pytest.raises(ValueError, match="num_kv_heads must be 2; got 4"):
+        from_pretrained(saved / "base", saved / "other", abstract=True)
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [(None, (5,)), ({}, (5,)), (dict(eos_token_id=7), (7,)), (dict(eos_token_id=[7, 9]), (7, 9))],
+)
+def test_the_generation_config_names_the_eos_tokens(saved: Path, tmp_path: Path, generation, expected: tuple[int, ...]):
+    folder = shutil.copytree(saved / "base", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text()) | dict(eos_token_id=5)
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert from_pretrained(folder).config.eos_token_ids == expected
+
+
+def test_a_mesh_of_one_device_takes_the_model(saved: Path):
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    model = from_pretrained(saved / "base", saved / "prefill", mesh=mesh)
+    assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(model))
+
+
+def test_the_tokenizer_is_found_beside_the_model():
+    assert load_tokenizer(str(TINY_LM)).decode(load_tokenizer(TINY_LM).encode("def")) == "def"
+
+
+def test_the_bundled_model_has_a_name(tmp_path: Path):
+    model = from_pretrained("tiny-lm", gates="tiny-lm")
+    assert model.config == load_base("tiny-lm").config
+    expected = from_pretrained(TINY_LM, [TINY_LM / "gates" / "prefill", TINY_LM / "gates" / "decode"])
+    assert jax.tree.structure(model) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, model, expected)
+    shapes = from_pretrained("tiny-lm", gates=("tiny-lm",), abstract=True)
+    assert jax.tree.structure(shapes) == jax.tree.structure(model)
+    assert load_tokenizer("tiny-lm").encode("def") == load_tokenizer(TINY_LM).encode("def")
+    assert ModelTokenizer("tiny-lm").fingerprint == ModelTokenizer(str(TINY_LM)).fingerprint
+
+
+def test_what_does_not_fit_is_refused(saved: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"one gate of each kind; got .*prefill \(PrefillGate\), .*\(PrefillGate\)"):
+        from_pretrained(saved / "base", [saved / "prefill", saved / "prefill"])
+    with pytest.raises(ValueError, match=f"family must be {LLAMA.family}; got {QWEN3.family}"):
+        from_pretrained(saved / "base", saved / "other")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        from_pretrained(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        load_tokenizer(tmp_path / "absent")
+    mesh = jax.sharding.Mesh(jax.devices()[:1] * 2, ("data",))
+    with pytest.raises(NotImplementedError, match="must have one device for now; got 2 devices"):
+        from_pretrained(saved / "base", mesh=mesh)
+    folder = shutil.copytree(saved / "base", tmp_path / "base")
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config.json must hold a JSON object"):
+        from_pretrained(folder)
