@@ -25,14 +25,21 @@ def quickly(compile_quickly: None) -> None:
 @pytest.fixture
 def interpreted() -> Iterator[None]:
     """Runs Mosaic GPU kernels in JAX's interpreter, and fails where it sees a race."""
-    # The interpreter loses its barriers on any device but the first.
-    first_device = jax.default_device(jax.devices()[0])
+    # The interpreter's threads must compute on the device of the kernel. They see settings for all threads, not contexts.
+    default_device = jax.config.jax_default_device
+    jax.config.update("jax_default_device", jax.devices()[0])
     try:
+<<<<<<< HEAD
         with first_device, assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
+=======
+        # On the first device: the interpreter's callbacks run there, and lose their order where the program runs on another.
+        with jax.default_device(jax.devices("cpu")[0]), assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
+>>>>>>> kernels
             yield
         races = interpret_pallas_call.get_races()
         assert races is None or not races.races_found
     finally:
+        jax.config.update("jax_default_device", default_device)
         interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 

@@ -96,7 +96,7 @@ def test_real_shapes(case: Case):
         ({"threshold": 1.5}, r"threshold must lie from 0 to 1, as softmax does; got 1.5"),
         ({"threshold": -0.1}, r"must lie from 0 to 1, as softmax does; got -0.1"),
         ({"mass": 0}, r"mass must be above 0 and at most 1; got 0"),
-        ({"mass": 1.01}, r"must lie above 0 and be 1 at most; got 1.01"),
+        ({"mass": 1.01}, r"mass must be above 0 and at most 1; got 1.01"),
         ({"mass": jnp.ones((3, 5))}, r"mass must broadcast to \[..., R, 1\] = \(2, 3, 1\); got \(3, 5\)"),
         ({"top_k": jnp.ones((3, 1))}, r"top_k must hold integers; got float32"),
         ({"max_blocks": jnp.ones((4, 1), int)}, r"max_blocks must broadcast to .* = \(2, 3, 1\); got \(4, 1\)"),
