@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import devices
 from pallas_kernels.devices import assume_hopper
 
-SUITES = ("block_sparse", "ground_truth", "decode", "selection", "pooling", "gate_scores", "stacked_linear")
-for module in ("comparison", *(f"suite_{name}" for name in SUITES)):
-    pytest.register_assert_rewrite(f"tests.pallas_kernels.{module}")
+for path in (Path(__file__).parent / "suites").glob("*.py"):
+    pytest.register_assert_rewrite(f"tests.pallas_kernels.suites.{path.stem}")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,12 +29,7 @@ def interpreted() -> Iterator[None]:
     default_device = jax.config.jax_default_device
     jax.config.update("jax_default_device", jax.devices()[0])
     try:
-<<<<<<< HEAD
-        with first_device, assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
-=======
-        # On the first device: the interpreter's callbacks run there, and lose their order where the program runs on another.
-        with jax.default_device(jax.devices("cpu")[0]), assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
->>>>>>> kernels
+        with assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
             yield
         races = interpret_pallas_call.get_races()
         assert races is None or not races.races_found

@@ -10,8 +10,8 @@ import pytest
 from pallas_kernels import select_blocks
 from pallas_kernels.devices import assume_hopper
 from pallas_kernels.gate_selection.cases import REAL, Case
-from tests.pallas_kernels import suite_selection as suite
-from tests.pallas_kernels.comparison import assert_lowers_for_cuda, shapes
+from tests.pallas_kernels.suites import selection as suite
+from tests.pallas_kernels.suites.comparison import assert_lowers_for_cuda, shapes
 
 
 class TestReference(suite.Definition):

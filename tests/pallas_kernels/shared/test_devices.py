@@ -22,7 +22,7 @@ from pallas_kernels.precision import precise_einsum
 from pallas_kernels.sparse_decode import cases as decode
 from pallas_kernels.sparse_rows import Tiling
 from pallas_kernels.stacked_linear import cases as linear
-from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, shapes
+from tests.pallas_kernels.suites.comparison import KEY, assert_bitwise_equal, shapes
 
 CPUS = jax.devices("cpu")
 HEADS = Heads(2, 2, 64)
