@@ -25,14 +25,17 @@ def quickly(compile_quickly: None, exact_products: None) -> None:
 @pytest.fixture
 def interpreted() -> Iterator[None]:
     """Runs Mosaic GPU kernels in JAX's interpreter, and fails where it sees a race."""
+    # On the first device, and for all threads: the interpreter's callbacks run there, and hang where the program runs on another one.
+    default = jax.config.jax_default_device
+    jax.config.update("jax_default_device", jax.devices("cpu")[0])
     try:
-        # On the first device: the interpreter's callbacks run there, and lose their order where the program runs on another.
-        with jax.default_device(jax.devices("cpu")[0]), assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
+        with assume_hopper(plgpu.InterpretGPUParams(detect_races=True)):
             yield
         races = interpret_pallas_call.get_races()
         assert races is None or not races.races_found
     finally:
         interpret_pallas_call.reset_gpu_interpret_mode_state()
+        jax.config.update("jax_default_device", default)
 
 
 @pytest.fixture
