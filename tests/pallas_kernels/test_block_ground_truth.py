@@ -12,8 +12,8 @@ from pallas_kernels import attention_with_block_scores
 from pallas_kernels.block_ground_truth.cases import REAL, Case
 from pallas_kernels.cases import Heads
 from pallas_kernels.devices import assume_hopper
-from tests.pallas_kernels import suite_ground_truth as suite
-from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda, memory, shapes
+from tests.pallas_kernels.suites import ground_truth as suite
+from tests.pallas_kernels.suites.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda, memory, shapes
 
 
 class TestReference(suite.Definition):

@@ -9,8 +9,8 @@ import pytest
 from pallas_kernels import pool_blocks
 from pallas_kernels.block_pooling.cases import REAL, Case
 from pallas_kernels.devices import assume_hopper
-from tests.pallas_kernels import suite_pooling as suite
-from tests.pallas_kernels.comparison import assert_bitwise_equal, assert_lowers_for_cuda
+from tests.pallas_kernels.suites import pooling as suite
+from tests.pallas_kernels.suites.comparison import assert_bitwise_equal, assert_lowers_for_cuda
 
 
 class TestReference(suite.Definition):

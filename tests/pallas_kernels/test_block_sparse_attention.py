@@ -16,8 +16,8 @@ from pallas_kernels.block_sparse_attention.cases import REAL, Case
 from pallas_kernels.cases import Heads
 from pallas_kernels.devices import assume_hopper
 from pallas_kernels.sparse_rows import Tiling
-from tests.pallas_kernels import suite_block_sparse as suite
-from tests.pallas_kernels.comparison import (
+from tests.pallas_kernels.suites import block_sparse as suite
+from tests.pallas_kernels.suites.comparison import (
     KEY,
     assert_bitwise_equal,
     assert_lowers_for_cuda,

@@ -9,8 +9,8 @@ import pytest
 from pallas_kernels import score_blocks
 from pallas_kernels.devices import assume_hopper
 from pallas_kernels.gate_scores.cases import REAL, Case
-from tests.pallas_kernels import suite_gate_scores as suite
-from tests.pallas_kernels.comparison import assert_lowers_for_cuda
+from tests.pallas_kernels.suites import gate_scores as suite
+from tests.pallas_kernels.suites.comparison import assert_lowers_for_cuda
 
 
 class TestReference(suite.Definition):

@@ -10,8 +10,8 @@ import pytest
 from pallas_kernels import select_blocks
 from pallas_kernels.devices import assume_hopper
 from pallas_kernels.gate_selection.cases import REAL, Case
-from tests.pallas_kernels import suite_selection as suite
-from tests.pallas_kernels.comparison import assert_lowers_for_cuda, shapes
+from tests.pallas_kernels.suites import selection as suite
+from tests.pallas_kernels.suites.comparison import assert_lowers_for_cuda, shapes
 
 
 class TestReference(suite.Definition):
@@ -94,9 +94,9 @@ def test_real_shapes(case: Case):
         ({"max_blocks": 0}, r"max_blocks must be at least 1 block; got 0"),
         ({"width": 0}, r"width must be at least 1 block; got 0"),
         ({"threshold": 1.5}, r"threshold must lie from 0 to 1, as softmax does; got 1.5"),
-        ({"threshold": -0.1}, r"must lie from 0 to 1; got -0.1"),
+        ({"threshold": -0.1}, r"must lie from 0 to 1, as softmax does; got -0.1"),
         ({"mass": 0}, r"mass must be above 0 and at most 1; got 0"),
-        ({"mass": 1.01}, r"must lie above 0 and be 1 at most; got 1.01"),
+        ({"mass": 1.01}, r"mass must be above 0 and at most 1; got 1.01"),
         ({"mass": jnp.ones((3, 5))}, r"mass must broadcast to \[..., R, 1\] = \(2, 3, 1\); got \(3, 5\)"),
         ({"top_k": jnp.ones((3, 1))}, r"top_k must hold integers; got float32"),
         ({"max_blocks": jnp.ones((4, 1), int)}, r"max_blocks must broadcast to .* = \(2, 3, 1\); got \(4, 1\)"),

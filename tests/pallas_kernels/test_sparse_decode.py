@@ -13,8 +13,8 @@ from pallas_kernels.cases import Heads
 from pallas_kernels.devices import assume_hopper
 from pallas_kernels.sparse_decode import mosaic_gpu
 from pallas_kernels.sparse_decode.cases import HALF, REAL, Case
-from tests.pallas_kernels import suite_decode as suite
-from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda, memory, shapes
+from tests.pallas_kernels.suites import decode as suite
+from tests.pallas_kernels.suites.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda, memory, shapes
 
 
 class TestReference(suite.Definition):

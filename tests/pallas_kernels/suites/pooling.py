@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import pool_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_pooling.cases import KEYS, TINY, Case
-from tests.pallas_kernels.comparison import KEY, array, assert_within_rounding
+from tests.pallas_kernels.suites.comparison import KEY, array, assert_within_rounding
 
 _compiled = jax.jit(pool_blocks, static_argnames=("kinds", "block_size", "implementation"))
 

@@ -15,7 +15,7 @@ from pallas_kernels import BlockIndices, block_sparse_attention
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_sparse_attention.cases import HALF, TINY, Case
 from pallas_kernels.cases import Heads, random_arrays
-from tests.pallas_kernels.comparison import (
+from tests.pallas_kernels.suites.comparison import (
     KEY,
     assert_as_good_as,
     assert_bitwise_equal,

@@ -13,7 +13,7 @@ from pallas_kernels import BlockIndices, sparse_decode_attention
 from pallas_kernels.backends import Implementation
 from pallas_kernels.cases import Heads
 from pallas_kernels.sparse_decode.cases import HALF, TINY, Case
-from tests.pallas_kernels.comparison import (
+from tests.pallas_kernels.suites.comparison import (
     KEY,
     assert_as_good_as,
     assert_bitwise_equal,

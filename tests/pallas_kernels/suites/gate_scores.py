@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import score_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.gate_scores.cases import TINY, Case
-from tests.pallas_kernels.comparison import KEY, array
+from tests.pallas_kernels.suites.comparison import KEY, array
 
 _compiled = jax.jit(score_blocks, static_argnames=("scale", "causal", "implementation"))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import BlockIndices
-from tests.pallas_kernels.comparison import listed_blocks, with_fillers
+from tests.pallas_kernels.suites.comparison import listed_blocks, with_fillers
 
 SHAPE = (2, 3, 7)
 MASKS = arrays.arrays(np.bool_, SHAPE)

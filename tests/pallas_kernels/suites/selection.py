@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import BlockIndices, select_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.gate_selection.cases import TINY, Case
-from tests.pallas_kernels.comparison import KEY, assert_same_lists, listed_blocks
+from tests.pallas_kernels.suites.comparison import KEY, assert_same_lists, listed_blocks
 
 SHAPE = (2, 3, 6)  # one shape for all drawn examples, so that they compile once for each rule
 

@@ -14,7 +14,7 @@ from pallas_kernels import attention_with_block_scores
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_ground_truth.cases import HALF, TINY, Case
 from pallas_kernels.cases import Heads
-from tests.pallas_kernels.comparison import (
+from tests.pallas_kernels.suites.comparison import (
     KEY,
     assert_as_good_as,
     assert_bitwise_equal,

@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import stacked_linear
 from pallas_kernels.backends import Implementation
 from pallas_kernels.stacked_linear.cases import TINY, Case
-from tests.pallas_kernels.comparison import KEY, array, assert_as_good_as, assert_bitwise_equal
+from tests.pallas_kernels.suites.comparison import KEY, array, assert_as_good_as, assert_bitwise_equal
 
 
 @functools.cache
