@@ -18,8 +18,8 @@ for path in (Path(__file__).parent / "suites").glob("*.py"):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly: None) -> None:
-    """Every module here compiles many small programs."""
+def quickly(compile_quickly: None, exact_products: None) -> None:
+    """Every module here compiles many small programs, and compares with plain attention in float32."""
 
 
 @pytest.fixture
