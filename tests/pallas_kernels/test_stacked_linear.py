@@ -1,4 +1,4 @@
-"""`stacked_linear`: its implementations, and what it says to wrong calls."""
+"""`stacked_linear`: its implementations, and errors for invalid arguments."""
 
 import dataclasses
 from typing import Any
@@ -9,8 +9,8 @@ import pytest
 from pallas_kernels import stacked_linear
 from pallas_kernels.devices import assume_hopper
 from pallas_kernels.stacked_linear.cases import REAL, Case
-from tests.pallas_kernels import suite_stacked_linear as suite
-from tests.pallas_kernels.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda
+from tests.pallas_kernels.suites import stacked_linear as suite
+from tests.pallas_kernels.suites.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda
 
 
 class TestReference(suite.Definition):

@@ -40,7 +40,7 @@ from seer_jax.selection.context import DecodeContext, PrefillContext
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import Threshold, TopK
 from seer_jax.selection.scorers import SCORERS, Scorer, register
-from tests.pallas_kernels.comparison import listed_blocks
+from tests.pallas_kernels.suites.comparison import listed_blocks
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
