@@ -196,8 +196,8 @@ class Conformance(Definition):
         arguments = named("ragged").arguments(KEY)
         static = {name: arguments.pop(name) for name in ("block_size", "block_scores", "token_scores")}
         specs = dict.fromkeys("qkv", P(None, None, "model"))
-        out_specs = AttentionWithScores(specs["q"], specs["q"], P(None, "model"), P(None, "model"))
-        compare_with_sharded(functools.partial(self.run, **static), arguments, specs, out_specs)
+        out_specs: list[Any] = [specs["q"], specs["q"], P(None, "model"), P(None, "model")]
+        compare_with_sharded(functools.partial(self.run, **static), arguments, specs, AttentionWithScores(*out_specs))
 
     def test_maps_and_scans(self):
         """Under vmap over a batch of calls and inside a scan, the results are those of single calls."""
