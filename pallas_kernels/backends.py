@@ -42,6 +42,10 @@ class Backend:
     name: str
     needs: GpuRequirement | None = None
 
+    def runs_on(self, device: Any) -> bool:
+        """Whether the backend runs on a device."""
+        return self.needs is None or devices.hopper_is_assumed() or self.needs.why_not(device) is None
+
     def is_decided_when_lowered(self, arguments: Any) -> bool:
         """Whether the device of these arguments is known only at lowering, and may be one that the backend needs.
 
@@ -95,14 +99,15 @@ class Operation:
           Unsupported: the named backend, or every preferred one, does not take these arguments. If the reason is the platform of
             a jitted program, lowering raises it.
         """
-        if implementation is not None:
-            return self._run(self._named(implementation), None, args, kwargs)
         reasons = []
-        for backend in self.preferred:
-            try:
-                return self._run(backend, self.preferred[-1], args, kwargs)
-            except Unsupported as error:
-                reasons.append(f"{backend.name}: {error}")
+        with jax.named_scope(self.name):
+            if implementation is not None:
+                return self._run(self._named(implementation), None, args, kwargs)
+            for backend in self.preferred:
+                try:
+                    return self._run(backend, self.preferred[-1], args, kwargs)
+                except Unsupported as error:
+                    reasons.append(f"{backend.name}: {error}")
         raise Unsupported(f"{self.name}: no backend takes these arguments. " + "; ".join(reasons))
 
     @property
@@ -112,13 +117,8 @@ class Operation:
 
     def used_here(self) -> str:
         """Name of the backend that `implementation=None` tries first on the default device."""
-        for backend in self.preferred[:-1]:
-            try:
-                backend.is_decided_when_lowered(())
-                return backend.name
-            except Unsupported:
-                continue
-        return self.preferred[-1].name
+        device = devices.device_of(())
+        return next(backend.name for backend in self.preferred if backend.runs_on(device))
 
     def function(self, backend: Backend, name: str | None = None) -> Callable[..., Any]:
         """A function of a backend's module, by default the operation itself."""
@@ -139,8 +139,8 @@ class Operation:
         dynamic = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         static = tuple(None if d else leaf for d, leaf in zip(dynamic, leaves, strict=True))
         call = _Call(self, backend, otherwise, open_device, structure, static, tuple(dynamic))
-        run = _run if self.gradients is None else _run_differentiably
-        return run(call, *itertools.compress(leaves, dynamic))
+        execute = _execute if self.gradients is None else _execute_differentiably
+        return execute(call, *itertools.compress(leaves, dynamic))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Call:
         return jax.tree.unflatten(structure, _refuse_p.bind(avals=avals, requirement=self.backend.needs))
 
 
-def _run(call: _Call, *arrays: jax.Array) -> Any:
+def _execute(call: _Call, *arrays: jax.Array) -> Any:
     return _choose_when_lowered(call, *arrays) if call.open_device else call.run(call.backend, *arrays)
 
 
@@ -193,12 +193,12 @@ def _choose_when_lowered(call: _Call, *arrays: jax.Array) -> Any:
 
 # The rule is outside the choice. Inside, JAX would differentiate both branches, and each would carry zeros for the other's residuals.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_differentiably(call: _Call, *arrays: jax.Array) -> Any:
-    return _run(call, *arrays)
+def _execute_differentiably(call: _Call, *arrays: jax.Array) -> Any:
+    return _execute(call, *arrays)
 
 
 def _forward_rule(call: _Call, *arrays: jax.Array) -> tuple[Any, tuple]:
-    results = _run(call, *arrays)
+    results = _execute(call, *arrays)
     return results, (arrays, results if call.operation.gradients_use_results else None)
 
 
@@ -211,7 +211,7 @@ def _backward_rule(call: _Call, residuals: tuple, cotangents: Any) -> tuple:
     return *gradients, *(None,) * (len(arrays) - len(gradients))
 
 
-_run_differentiably.defvjp(_forward_rule, _backward_rule)
+_execute_differentiably.defvjp(_forward_rule, _backward_rule)
 
 # Has no operands, and therefore needs no rules for gradients and vmap.
 _refuse_p = Primitive("refuse_platform")

@@ -351,7 +351,8 @@ def _consume(
         span = work.span(call, refs, consumer)
         plgpu.barrier_wait(q_ready)
         q = q_tile if call.interpreted else q_tile[...]
-        state = _attend(call, span, q, in_cta * span.tiles, rings, slot)
+        with jax.named_scope("attention"):
+            state = _attend(call, span, q, in_cta * span.tiles, rings, slot)
         out, lse = state.finish(span.exist())
         q_tile[...] = out.astype(q_tile.dtype)
         plgpu.commit_smem()
@@ -379,12 +380,14 @@ def _consume(
             @pl.when(there)
             def _():
                 target = outputs.token_scores.at[work.sequence, work.kv_head]
-                _token_scores(call, span, weight, slot, target, start, in_cta, refs.scalars[1])
+                with jax.named_scope("token_scores"):
+                    _token_scores(call, span, weight, slot, target, start, in_cta, refs.scalars[1])
 
         if outputs.block_scores is not None:
             target = outputs.block_scores.at[work.sequence, head]
             row = lax.div(start, i32(QUERIES))
-            _block_scores(call, span, slot, vectors, scratch.rows.at[consumer], target, row, refs.scalars[1])
+            with jax.named_scope("block_scores"):
+                _block_scores(call, span, slot, vectors, scratch.rows.at[consumer], target, row, refs.scalars[1])
 
     if call.heads_per_cta == 1:
         attend(i32(0))

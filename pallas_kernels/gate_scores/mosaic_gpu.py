@@ -97,7 +97,8 @@ def _score(
 ) -> Float32[Array, "B H T Sb"]:
     (batch, rows, heads, dim), (_, blocks, kv_heads, _) = queries.shape, keys.shape
     call = _Call(rows, heads, blocks, kv_heads, dim, causal, interpret is not None)
-    (queries_parts, query_factor), (keys_parts, key_factor) = _split(queries), _split(keys)
+    with jax.named_scope("split"):
+        (queries_parts, query_factor), (keys_parts, key_factor) = _split(queries), _split(keys)
     factor = scale * query_factor * jnp.repeat(key_factor, heads // kv_heads, axis=1)
     scores = plgpu.kernel(
         functools.partial(_kernel, call),

@@ -193,7 +193,8 @@ def _kernel(call: _Call, logits_ref, value_ref, *others) -> None:
 
     def select(columns: int) -> None:
         tile = _Tile(dataclasses.replace(call, columns=columns), logits_ref.at[index, rows], keep_ref, visible)
-        choice = _RULES[call.rule](tile, plgpu.load(value_ref.at[index, rows], layout=ROW_VECTOR, optimized=False))
+        with jax.named_scope("cutoff"):
+            choice = _RULES[call.rule](tile, plgpu.load(value_ref.at[index, rows], layout=ROW_VECTOR, optimized=False))
         length = full(0)
         for first, size in tile.call.groups:
             chosen, numbers = choice.columns(tile, first, size), tile.call.numbers(first, size)

@@ -57,7 +57,8 @@ def _select(
     else:
         chosen = allowed
     chosen = chosen if counts_keep else chosen | keep
-    return BlockIndices.from_mask(chosen, block_size=block_size, max_blocks=width)
+    with jax.named_scope("lists"):
+        return BlockIndices.from_mask(chosen, block_size=block_size, max_blocks=width)
 
 
 def _softmax(logits: Float32[Array, "*lists R Sb"]) -> Float32[Array, "*lists R Sb"]:

@@ -127,10 +127,12 @@ def _attend(
     q_rows = q.reshape(call.batch, call.kv_heads, call.group, call.head_dim)
     q_rows = jnp.pad(q_rows, ((0, 0), (0, 0), (0, call.rows - call.group), (0, 0)))
     lists = () if blocks is None else (blocks.counts, blocks.indices)
-    out, lse = _split_kernel(call, q.dtype)(q_rows, k, v, bounds, *lists)
+    with jax.named_scope("split"):
+        out, lse = _split_kernel(call, q.dtype)(q_rows, k, v, bounds, *lists)
     if call.parts == 1:
         return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
-    out, lse = _merge_kernel(call, q.dtype)(out, lse)
+    with jax.named_scope("merge"):
+        out, lse = _merge_kernel(call, q.dtype)(out, lse)
     return out, lse[..., 0]
 
 

@@ -118,7 +118,7 @@ def _cudnn_error(kind: _Kind) -> str | None:
     with ThreadPoolExecutor(1) as thread:
         try:
             thread.submit(_compile, function, q, k, k, lengths).result()
-        except Exception as error:  # whatever fails in an installation, the warning tells of it
+        except Exception as error:  # a broken installation may raise anything; the warning quotes it
             text = str(error).strip().split("\n")[0][:200].rstrip(".")
             return f"{type(error).__name__}: {text}."
     return None

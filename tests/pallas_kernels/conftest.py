@@ -1,4 +1,4 @@
-"""Lets pytest explain the assertions of the suites, which are no test modules themselves."""
+"""Fixtures of the kernels' tests; registers the suites, which are no test modules, for pytest's explanations of assertions."""
 
 import types
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # the one place that tells of races
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # JAX's only interface to the races found
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import devices
 from pallas_kernels.devices import assume_hopper
 
-for path in (Path(__file__).parent / "suites").glob("*.py"):
-    pytest.register_assert_rewrite(f"tests.pallas_kernels.suites.{path.stem}")
+for module in Path(__file__).parent.glob("suites/*.py"):
+    pytest.register_assert_rewrite(f"tests.pallas_kernels.suites.{module.stem}")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,8 +24,8 @@ def quickly(compile_quickly: None, exact_products: None) -> None:
 
 @pytest.fixture
 def interpreted() -> Iterator[None]:
-    """Runs Mosaic GPU kernels in JAX's interpreter, and fails where it sees a race."""
-    # The interpreter's threads must compute on the device of the kernel. They see settings for all threads, not contexts.
+    """Runs Mosaic GPU kernels in JAX's interpreter, and fails if it detects a race."""
+    # The interpreter's threads must compute on the kernel's device. They see JAX's global settings, not the contexts of this thread.
     default_device = jax.config.jax_default_device
     jax.config.update("jax_default_device", jax.devices()[0])
     try:
@@ -40,7 +40,7 @@ def interpreted() -> Iterator[None]:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Hopper GPU that this process seems to have beside its CPU."""
+    """Makes this process seem to have a Hopper GPU besides its CPUs."""
     gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200", core_count=132)
     monkeypatch.setattr(devices, "local_gpus", lambda: (gpu,))
     jax.clear_caches()  # of programs that were traced without it

@@ -1,4 +1,4 @@
-"""`score_blocks`: its implementations, and what it says to wrong calls."""
+"""`score_blocks`: its implementations, and errors for invalid arguments."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ class TestMosaicGpu(suite.Conformance):
 @pytest.mark.cpu
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicGpuInterpreted(suite.Conformance):
-    """All but the borders of scores that are no whole tiles."""
+    """Except the stores at the edge of scores that are not whole tiles."""
 
     implementation = "mosaic_gpu"
 
@@ -59,13 +59,6 @@ def test_the_kernel_is_chosen_for_many_scores(rows: int, dim: int, chosen: bool)
 def test_mosaic_gpu_refuses(shape: tuple[int, ...], message: str):
     x = jnp.ones(shape)
     with assume_hopper(), pytest.raises(NotImplementedError, match=message):
-        score_blocks(x, x, implementation="mosaic_gpu")
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="about machines without a Hopper GPU")
-def test_mosaic_gpu_needs_a_hopper_gpu():
-    x = jnp.ones((1, 64, 2, 64))
-    with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 9.0 .*; got cpu"):
         score_blocks(x, x, implementation="mosaic_gpu")
 
 

@@ -1,4 +1,4 @@
-"""`sparse_decode_attention`: its implementations, the memory they take, and what it says to wrong calls."""
+"""`sparse_decode_attention`: its implementations, their memory, and errors for invalid arguments."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from pallas_kernels.cases import Heads
 from pallas_kernels.devices import assume_hopper
 from pallas_kernels.sparse_decode import mosaic_gpu
 from pallas_kernels.sparse_decode.cases import HALF, REAL, Case
-from tests.pallas_kernels.suites import decode as suite
+from tests.pallas_kernels.suites import sparse_decode as suite
 from tests.pallas_kernels.suites.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda, memory, shapes
 
 
@@ -33,7 +33,7 @@ class TestMosaicGpu(suite.HalfPrecision):
 @pytest.mark.cpu
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicGpuInterpreted(suite.HalfPrecision):
-    """Without a GPU, and with a look-out for races between copies and reads."""
+    """Without a GPU, and with detection of races between copies and reads."""
 
     implementation = "mosaic_gpu"
 

@@ -1,4 +1,4 @@
-"""`stacked_linear`: its implementations, and what it says to wrong calls."""
+"""`stacked_linear`: its implementations, and errors for invalid arguments."""
 
 import dataclasses
 from typing import Any

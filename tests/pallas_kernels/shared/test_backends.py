@@ -1,4 +1,4 @@
-"""How an operation picks its implementation: by name, by what the arguments are, and by the device they are on."""
+"""The choice of an operation's implementation: by name, by its arguments, and by their device."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from pallas_kernels.devices import HOPPER, assume_hopper
 
 FAST, STEADY = Backend("fast"), Backend("steady")
 OPERATION = Operation("add", "made_up", preferred=(FAST, STEADY))
-# `fast` needs a Hopper GPU; what each backend returns tells which one ran.
+# `fast` needs a Hopper GPU. Results tell which backend ran.
 FOR_HOPPER = Operation("add", "made_up", preferred=(Backend("fast", HOPPER), STEADY), gradients="add_gradients")
 
 
@@ -98,7 +98,7 @@ class TestOnAMachineWithoutGpus:
 
 @pytest.mark.cpu
 class TestOnACpuBesideAHopperGpu:
-    """Arrays are on the CPU: whatever is done to the operation, its backend for any device runs."""
+    """Arrays are on a CPU, so that the backend for all devices runs, under every transformation."""
 
     @pytest.mark.parametrize("committed", [True, False])
     def test_eager_calls(self, hopper: Any, committed: bool):
@@ -127,7 +127,7 @@ class TestOnACpuBesideAHopperGpu:
 
     @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
     def test_gradients_come_from_the_rule(self, hopper: Any, transform: Callable):
-        """In the program for both platforms."""
+        """Those of the backend for GPUs and of the one for all devices."""
         gradient = transform(jax.value_and_grad(lambda a: FOR_HOPPER(None, a, 1.0)))
         assert tuple(map(float, gradient(jnp.ones(())))) == (2, 7)
 
@@ -148,7 +148,7 @@ class TestOnACpuBesideAHopperGpu:
             traced.lower()
         assert "1.000000e+03" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
-    def test_what_the_backend_for_gpus_cannot_do_is_left_to_the_next(self, hopper: Any):
+    def test_arguments_that_the_backend_for_gpus_refuses_go_to_the_next(self, hopper: Any):
         assert jax.jit(lambda b: FOR_HOPPER(None, -1, b))(jnp.ones(())) == 0
         with pytest.raises(Unsupported, match=r"a must not be negative; got -1"):
             jax.jit(lambda b: FOR_HOPPER("fast", -1, b))(jnp.ones(()))
@@ -156,7 +156,7 @@ class TestOnACpuBesideAHopperGpu:
 
 @pytest.mark.cpu
 class TestOnAHopperGpu:
-    def test_programs_for_each_platform_hold_its_backend_alone(self, hopper: Any):
+    def test_a_program_for_a_platform_contains_its_backend_alone(self, hopper: Any):
         traced = jax.jit(jax.vmap(lambda a: FOR_HOPPER(None, a, 1.0))).trace(jnp.ones(3))
         for platform, is_fast in (("cpu", False), ("cuda", True)):
             assert ("1.000000e+03" in traced.lower(lowering_platforms=(platform,)).as_text()) == is_fast
@@ -172,7 +172,7 @@ class TestOnAHopperGpu:
         monkeypatch.setattr(devices, "device_of", lambda tree: hopper)
         assert FOR_HOPPER.used_here() == "fast"
 
-    def test_an_older_gpu_is_none(self, hopper: Any, monkeypatch: pytest.MonkeyPatch):
+    def test_an_older_gpu_is_not_used(self, hopper: Any, monkeypatch: pytest.MonkeyPatch):
         hopper.compute_capability, hopper.device_kind = "8.0", "NVIDIA A100"
         monkeypatch.setattr(devices, "device_of", lambda tree: hopper)
         assert jax.jit(lambda a: FOR_HOPPER(None, a, 1.0))(jnp.ones(())) == 2
@@ -186,7 +186,7 @@ def test_the_operations_prefer_their_kernels():
 
 
 def test_the_second_call_of_a_program_compiles_nothing():
-    """In a fresh interpreter: what the first call imports must not change what JAX tells programs apart by."""
+    """In a new process: imports during the first call must not change the keys of JAX's caches."""
     code = """
 import jax, jax.numpy as jnp
 from pallas_kernels import score_blocks

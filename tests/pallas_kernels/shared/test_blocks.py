@@ -60,7 +60,7 @@ def test_a_narrow_list_that_loses_blocks_is_refused():
 @pytest.mark.parametrize(
     ("queries", "keys", "offset"), [(100, 100, 0), (64, 128, 64), (40, 100, 55), (40, 64, 50), (17, 99, -3)]
 )
-def test_all_causal_lists_every_block_in_sight(queries: int, keys: int, offset: int):
+def test_all_causal_lists_every_visible_block(queries: int, keys: int, offset: int):
     blocks = BlockIndices.all_causal(queries, keys, block_size=16, query_offset=offset, batch=2, lists=3).check(
         -(-keys // 16)
     )
@@ -156,12 +156,12 @@ def test_all_causal_refuses_other_block_sizes():
         (lists([3, 2], [[0, 2, 1], [0, 1, 0]]), r"must ascend without repeats; got \[0, 2, 1\] at row \(0,\)"),
     ],
 )
-def test_check_looks_into_the_lists(blocks: BlockIndices, message: str):
+def test_check_refuses_invalid_lists(blocks: BlockIndices, message: str):
     with pytest.raises(ValueError, match=message):
         blocks.check(5)
-    jax.jit(lambda x: x.check(5))(blocks)  # nothing to look into
+    jax.jit(lambda x: x.check(5))(blocks)  # nothing is checked under jit
 
 
-def test_check_passes_good_lists_on():
+def test_check_returns_valid_lists():
     blocks = lists([[0, 3]], [[[-7, 4, 99], [0, 1, 4]]])
     assert blocks.check(5) is blocks

@@ -1,4 +1,4 @@
-"""Where computations run: devices of arrays, and what programs for a CPU and for a GPU contain when one process has both."""
+"""Devices of arrays, and programs for CPUs and GPUs in a process that has both."""
 
 import functools
 from collections.abc import Callable
@@ -91,7 +91,14 @@ def test_an_operation_lowers_to_its_kernel_on_gpus_alone(hopper: Any, name: str)
     for platform, is_kernel in (("cpu", False), ("cuda", True)):
         text = lowered(lambda x: call(**x), arguments, platform=platform)
         assert ("mosaic_gpu" in text) == is_kernel
-        assert not is_kernel or "stablehlo.while" not in text  # XLA's implementations have loops, or none of their own
+        assert not is_kernel or "stablehlo.while" not in text  # XLA's attention has loops
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", CALLS)
+def test_a_kernel_by_name_needs_a_hopper_gpu(name: str):
+    with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 9.0 \(H100, H200\); got cpu"):
+        getattr(pallas_kernels, name)(**CALLS[name].arguments(KEY), implementation="mosaic_gpu")
 
 
 @pytest.mark.cpu

@@ -1,4 +1,4 @@
-"""What the XLA implementations share, where a CPU cannot show by its numbers that it is right."""
+"""Precision of products in the XLA implementations, which results on a CPU do not show."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from pallas_kernels.online_softmax import dot
 def test_products_have_the_precision_of_their_inputs_and_sum_in_float32(
     dtype: str, precision: jax.lax.Precision | None
 ):
-    """Accelerators multiply float32 in fewer bits unless they are told not to."""
+    """Accelerators multiply float32 in lower precision unless asked."""
     x = jnp.ones((4, 4), dtype)
     with jax.default_matmul_precision(None):
         jaxpr = jax.make_jaxpr(lambda x: dot("qd,sd->qs", x, x))(x)

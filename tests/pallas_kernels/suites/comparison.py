@@ -1,14 +1,17 @@
-"""How results are compared, and the definitions once more, in plain loops over numpy arrays."""
+"""Comparisons of results, and masks and attention weights computed independently in NumPy."""
 
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import BlockIndices
+from pallas_kernels import BlockIndices, devices
 from pallas_kernels.devices import assume_hopper
 
 # Compiles several times faster than the default generator.
@@ -17,13 +20,13 @@ FLOAT32 = float(np.finfo(np.float32).eps)
 
 
 def array(x: Any) -> np.ndarray:
-    """As a numpy array of float64 (or of its own kind, if no float), so that comparing adds no error of its own."""
+    """As a NumPy array, floats as float64, so that comparisons add no errors."""
     x = np.asarray(x)
     return x if x.dtype.kind in "biu" else x.astype(np.float64)
 
 
 def assert_within_rounding(got: Any, truth: Any, *, ulps: float = 16) -> None:
-    """Float32 arrays may differ by a few roundings of their largest entry; infinities must agree, NaN is wrong."""
+    """Float32 arrays may differ by a few roundings of their largest element; infinities must agree, NaN fails."""
     got, truth = array(got), array(truth)
     assert got.shape == truth.shape
     assert not np.isnan(got).any()
@@ -34,9 +37,9 @@ def assert_within_rounding(got: Any, truth: Any, *, ulps: float = 16) -> None:
 
 
 def assert_as_good_as(plain: Any, got: Any, truth: Any) -> None:
-    """`got` may err from the float32 truth at most twice as much as `plain`, which has got's precision, plus a rounding floor.
+    """Errors of `got` are at most twice those of `plain`, which has the same precision, plus a rounding floor.
 
-    Held for the largest error and for the root of the mean square.
+    Errors are relative to the float32 truth, both the maximum and the root mean square.
     """
     assert got.dtype == plain.dtype
     got, plain, truth = array(got), array(plain), array(truth)
@@ -52,7 +55,7 @@ def assert_bitwise_equal(a: Any, b: Any) -> None:
 
 
 def assert_same_lists(a: BlockIndices, b: BlockIndices) -> None:
-    """Whatever the fillers are."""
+    """Fillers may differ."""
     assert (a.block_size, a.indices.shape) == (b.block_size, b.indices.shape)
     np.testing.assert_array_equal(a.counts, b.counts)
     listed = np.arange(a.width) < np.asarray(a.counts)[..., None]
@@ -61,7 +64,7 @@ def assert_same_lists(a: BlockIndices, b: BlockIndices) -> None:
 
 def with_fillers(blocks: BlockIndices, filler: int) -> BlockIndices:
     """The same lists with another filler."""
-    return BlockIndices(blocks.counts, jax.numpy.where(blocks.valid, blocks.indices, filler), blocks.block_size)
+    return BlockIndices(blocks.counts, jnp.where(blocks.valid, blocks.indices, filler), blocks.block_size)
 
 
 def listed_blocks(blocks: BlockIndices, num_key_blocks: int) -> np.ndarray:
@@ -99,18 +102,18 @@ def prefill_mask(arguments: dict[str, Any]) -> np.ndarray:
 def _attention(q: Any, k: Any, v: Any, mask: Any) -> jax.Array:
     if q.dtype != "float16" or (jax.default_backend() == "gpu" and q.shape[1] > 1):
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    # Not on a CPU, and of a single query not on a GPU; the same in float32, with weights and output rounded as there.
+    # JAX has no float16 attention on CPUs, nor for a single query on GPUs: float32, with weights and output rounded alike.
     q, k, v = (x.astype("float32") for x in (q, k, v))
-    k, v = (jax.numpy.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jax.numpy.where(mask, jax.numpy.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5, -1e30)
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype("float16").astype("float32")
-    return jax.numpy.einsum("bhts,bshd->bthd", weights, v).astype("float16")
+    return jnp.einsum("bhts,bshd->bthd", weights, v).astype("float16")
 
 
 def masked_attention(q: Any, k: Any, v: Any, mask: np.ndarray) -> jax.Array:
-    """JAX's own attention of q [B, T, H, D] under a mask [B, H, T, S], 0 for queries that see nothing."""
+    """JAX's attention of q [B, T, H, D] under a mask [B, H, T, S], 0 for queries that see no key."""
     out = _attention(q, k, v, mask=mask)
-    return jax.numpy.where(mask.any(-1).transpose(0, 2, 1)[..., None], out, 0)
+    return jnp.where(mask.any(-1).transpose(0, 2, 1)[..., None], out, 0)
 
 
 def softmax_weights(q: Any, k: Any, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +128,7 @@ def softmax_weights(q: Any, k: Any, mask: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def shapes(case: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of a case without their numbers: shapes of the arrays, and what is static."""
+    """The arguments of a case: shapes of its arrays, and its static arguments."""
     static = {}
 
     def arrays(key: jax.Array) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def shapes(case: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def assert_lowers_for_cuda(operation: Callable[..., Any], case: Any, **settings: Any) -> None:
-    """A case passes the whole of Mosaic's own lowering: layouts, shared memory, limits of the copy engine."""
+    """A case passes Mosaic's lowering: layouts, shared memory, limits of TMA."""
     arguments, static = shapes(case)
     call = functools.partial(operation, **static, **settings, implementation="mosaic_gpu")
     with assume_hopper():
@@ -147,11 +150,38 @@ def assert_lowers_for_cuda(operation: Callable[..., Any], case: Any, **settings:
     assert "mosaic_gpu" in lowered.as_text()
 
 
+def compare_with_sharded(
+    run: Callable[..., Any], arguments: dict[str, Any], specs: dict[str, P], out_specs: Any
+) -> None:
+    """Under `jax.shard_map`, with heads spread over two devices, results are those of one device.
+
+    Args:
+      run: the operation; takes `arguments`.
+      arguments: all of them arrays.
+      specs: how arguments are sharded over the mesh axis "model"; replicated if left out.
+      out_specs: how results are sharded.
+    """
+    # The interpreter runs kernels on the first device alone.
+    count = 1 if devices.interpreter() is not None else min(2, len(jax.devices()))
+    mesh = jax.make_mesh((count,), ("model",), axis_types=(AxisType.Auto,))
+    # check_vma: kernels do not declare the mesh axes over which their results vary.
+    sharded = jax.shard_map(
+        lambda x: run(**x),
+        mesh=mesh,
+        in_specs=({name: specs.get(name, P()) for name in arguments},),
+        out_specs=out_specs,
+        check_vma=False,
+    )
+    got, alone = jax.jit(sharded)(arguments), run(**arguments)
+    assert all(len(x.devices()) == count for x in jax.tree.leaves(got))
+    assert_bitwise_equal(got, alone)
+
+
 def slow_but(cases: Iterable[Any], *quick: str) -> list[Any]:
-    """Cases for `parametrize`, all but those of these names marked slow: the interpreter takes seconds for each."""
+    """Cases for `parametrize`, all but the named ones marked slow: the interpreter takes seconds for each."""
     return [case if case.name in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def memory(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the compiled function needs in memory, in bytes; `arguments` are shapes."""
+    """Memory that the compiled function needs; `arguments` are shapes."""
     return jax.jit(function).lower(*arguments).compile().memory_analysis()

@@ -1,4 +1,4 @@
-"""What every implementation of `score_blocks` must do."""
+"""Conformance suite of `score_blocks`."""
 
 from typing import Any, ClassVar
 
@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import score_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.gate_scores.cases import TINY, Case
-from tests.pallas_kernels.suites.comparison import KEY, array
+from tests.pallas_kernels.suites.comparison import KEY, array, compare_with_sharded
 
 _compiled = jax.jit(score_blocks, static_argnames=("scale", "causal", "implementation"))
 
 
 def scores_by_hand(queries: Any, keys: Any, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [B, H, T, Sb] in float64, and the products of the norms they come from."""
+    """Scores [B, H, T, Sb] in float64, and the products of their vectors' norms."""
     queries, keys = array(queries), array(keys)
     keys = keys.repeat(queries.shape[2] // keys.shape[2], axis=2)
     norms = (np.linalg.norm(x, axis=-1) for x in (queries, keys))
@@ -47,7 +48,7 @@ class Definition:
         assert_accurate(self.run(**arguments), **arguments)
 
     def test_chunks_of_rows(self):
-        """Scanned over, so that the offset is traced; it is no multiple of a tile."""
+        """In a scan, so that the offset is traced; it is not a multiple of a tile."""
         arguments = Case("chunks", 2, 1, 64, 140, 140).arguments(KEY)
         queries, keys = arguments["queries"], arguments["keys"]
 
@@ -58,8 +59,8 @@ class Definition:
         got = jax.jit(lambda: jax.lax.map(chunk, jnp.arange(2)))()
         assert_accurate(jnp.concatenate(list(got), axis=2), queries, keys, causal=True)
 
-    def test_heads_of_any_size(self):
-        """Each head has its own; one is zero throughout."""
+    def test_heads_of_any_magnitude(self):
+        """Each head has its own magnitude; one is zero throughout."""
         arguments = Case("heads", 4, 2, 64, 70, 70).arguments(KEY)
         factors = jnp.asarray([1.0, 1e-20, 0.0, 1e15])[None, None, :, None]
         arguments["queries"] *= factors
@@ -67,7 +68,7 @@ class Definition:
 
 
 class Conformance(Definition):
-    """What a backend must do besides: give the definition's gradients, and map."""
+    """Properties that backends have beyond those of the definition: its gradients, and transformations."""
 
     @pytest.mark.parametrize("offset", [0, 25])
     def test_gradients(self, offset: int):
@@ -83,6 +84,12 @@ class Conformance(Definition):
         gradients = [loss(name)(arguments["queries"], arguments["keys"]) for name in (self.implementation, "reference")]
         for got, truth in zip(*gradients, strict=True):
             np.testing.assert_allclose(got, truth, rtol=0, atol=4e-6 * float(jnp.abs(truth).max()))
+
+    def test_runs_under_shard_map(self):
+        """Each device has heads of its own."""
+        arguments = Case("sharded", 4, 2, 64, 64, 64).arguments(KEY)
+        arrays = {name: arguments[name] for name in ("queries", "keys")}
+        compare_with_sharded(self.run, arrays, dict.fromkeys(arrays, P(None, None, "model")), P(None, "model"))
 
     def test_maps(self):
         arguments = Case("mapped", 2, 2, 64, 64, 64, batch=3).arguments(KEY)

@@ -1,4 +1,4 @@
-"""What every implementation of `stacked_linear` must do."""
+"""Conformance suite of `stacked_linear`."""
 
 import functools
 from collections.abc import Callable
@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import stacked_linear
 from pallas_kernels.backends import Implementation
 from pallas_kernels.stacked_linear.cases import TINY, Case
-from tests.pallas_kernels.suites.comparison import KEY, array, assert_as_good_as, assert_bitwise_equal
+from tests.pallas_kernels.suites.comparison import (
+    KEY,
+    array,
+    assert_as_good_as,
+    assert_bitwise_equal,
+    compare_with_sharded,
+)
 
 
 @functools.cache
@@ -45,8 +52,14 @@ class Definition:
         poisoned = [jnp.where(others, jnp.nan, w) for w in arguments["weights"]]
         assert_bitwise_equal(clean, self.run(**arguments | {"weights": poisoned}))
 
+    def test_runs_under_shard_map(self):
+        """Each device has outputs of its own."""
+        arguments = Case("sharded", 128, (128, 256), rows=2).arguments(KEY)
+        specs = {"weights": P(None, "model")}
+        compare_with_sharded(self.run, arguments, specs, P(None, "model"))
+
     def test_scans_over_layers(self):
-        """Inside the loop of a decoder; vectors do not see each other."""
+        """As in a decoder's loop; results of a vector do not depend on the others."""
         arguments = Case("scanned", 128, (128,), rows=2, layers=3).arguments(KEY)
         weights = arguments["weights"]
 

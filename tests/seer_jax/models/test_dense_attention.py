@@ -108,7 +108,7 @@ def test_arguments_that_cudnn_does_not_take_are_not_tried(probes: list[Any]):
 
 @pytest.mark.cpu
 def test_each_kind_of_call_is_tried_once(probes: list[Any]):
-    """On small arrays, whatever the size of the call."""
+    """On small arrays, for calls of any size."""
     for tokens in (40, 80):
         for lengths in (None, jnp.array([3, 4])):
             jax.jit(functools.partial(dense_attention, lengths=lengths))(*arrays(tokens=tokens))

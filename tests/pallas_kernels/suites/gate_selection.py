@@ -1,4 +1,4 @@
-"""What every implementation of `select_blocks` must do."""
+"""Conformance suite of `select_blocks`."""
 
 from typing import Any, ClassVar
 
@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import BlockIndices, select_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.gate_selection.cases import TINY, Case
-from tests.pallas_kernels.suites.comparison import KEY, assert_same_lists, listed_blocks
+from tests.pallas_kernels.suites.comparison import KEY, assert_same_lists, compare_with_sharded, listed_blocks
 
-SHAPE = (2, 3, 6)  # one shape for all drawn examples, so that they compile once for each rule
+SHAPE = (2, 3, 6)  # one shape for all drawn examples, so that each rule compiles once
 
 _STATIC = ("block_size", "top_k", "max_blocks", "width", "implementation")
 _compiled = jax.jit(select_blocks, static_argnames=_STATIC)
@@ -33,7 +34,7 @@ def chosen_by_hand(
     keep: np.ndarray | None = None,
     visible: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The rules of `select_blocks`, row by row: a mask. No row may choose more than `width` blocks."""
+    """Mask by the rules of `select_blocks`, row by row. No row may choose more than `width` blocks."""
     chosen = np.zeros(logits.shape, bool)
     keep = np.broadcast_to(False if keep is None else keep, logits.shape)
     visible = np.broadcast_to(logits.shape[-1] if visible is None else visible, (*logits.shape[:-1], 1))
@@ -95,7 +96,7 @@ class Definition:
         ],
     )
     def test_follows_the_rule_on_drawn_rows(self, rule: dict[str, Any]):
-        """Ties, rows with nothing to choose, more kept blocks than the cap."""
+        """With ties, rows without candidates, and more kept blocks than the cap."""
 
         @hypothesis.given(
             logits=arrays.arrays(np.float32, SHAPE, elements=st.sampled_from([-np.inf, -2.0, -0.5, 0.0, 0.25, 3.0])),
@@ -121,7 +122,7 @@ class Definition:
             ({"threshold": 0.3, "width": 3}, 3),
         ],
     )
-    def test_lists_are_as_wide_as_the_rule_needs(self, arguments: dict[str, Any], width: int):
+    def test_the_rule_decides_the_width(self, arguments: dict[str, Any], width: int):
         assert self.run(np.zeros(SHAPE, np.float32), block_size=64, **arguments).width == width
 
     @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ class Definition:
             ("max_blocks", np.asarray([7, 5, 1, 2])),
         ],
     )
-    def test_each_head_may_have_its_own_number_and_all_share_kept_blocks(self, rule: str, values: np.ndarray):
+    def test_numbers_per_head_and_kept_blocks_of_all_heads(self, rule: str, values: np.ndarray):
         logits = np.asarray(jax.random.normal(KEY, (2, 4, 5, 6)))
         arguments = {rule: values[:, None, None], "keep": np.eye(5, 6, dtype=bool)}
         got = _compiled_for_arrays(logits, **arguments, block_size=64, implementation=self.implementation)
@@ -142,7 +143,7 @@ class Definition:
 
     @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 33), (7, 100)])
     def test_any_number_of_rows_and_blocks(self, rows: int, columns: int):
-        """For each row its own number, and kept blocks that some of the leading axes share."""
+        """With a number per row, and kept blocks that some of the leading axes share."""
         logits = np.asarray(jax.random.normal(KEY, (2, 3, rows, columns)))
         top_k = 1 + np.arange(rows)[:, None] % columns
         keep = np.asarray(jax.random.bernoulli(KEY, 0.1, (2, 1, rows, columns)))
@@ -158,8 +159,8 @@ class Definition:
         ],
         ids=lambda rule: str(*rule),
     )
-    def test_what_is_not_visible_has_no_influence(self, rule: dict[str, Any]):
-        """Rows that see nothing, a few blocks, all; beyond, logits and kept blocks of any kind."""
+    def test_invisible_blocks_have_no_influence(self, rule: dict[str, Any]):
+        """Rows that see no blocks, some, all; any logits and kept blocks among the others."""
         visible = np.asarray([0, 1, 63, 64, 65, 128, 129, 200, 257, 300], np.int32)[:, None]
         logits = np.asarray(jax.random.normal(KEY, (2, 10, 300)))
         keep = np.asarray(jax.random.bernoulli(KEY, 0.02, (10, 300)))
@@ -170,8 +171,8 @@ class Definition:
             np.testing.assert_array_equal(listed_blocks(got, 300), chosen_by_hand(**arguments, **rule))
 
     @pytest.mark.parametrize("rule", [{"top_k": 3}, {"max_blocks": 3}, {"mass": 0.8}])
-    def test_ranks_logits_of_any_size(self, rule: dict[str, Any]):
-        """Neighbouring floats, zeros of both signs, the largest and the smallest there are."""
+    def test_ranks_logits_of_any_magnitude(self, rule: dict[str, Any]):
+        """Adjacent floats, zeros of both signs, the largest and smallest floats."""
         huge, tiny = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
         rows = [
             [1.0, np.nextafter(np.float32(1), 2), np.nextafter(np.float32(1), 0), 0.0, -1.0, 2.0],
@@ -189,7 +190,7 @@ class Definition:
         got = self.run(np.zeros((2, 6), np.float32), block_size=64, width=4)
         np.testing.assert_array_equal(listed_blocks(got, 6), [[True] * 4 + [False] * 2] * 2)
 
-    def test_a_logit_that_is_not_a_number_is_never_chosen(self):
+    def test_nan_is_never_chosen(self):
         logits = np.asarray([[np.nan, 1.0, np.nan, 0.5]], np.float32)
         for rule in ({}, {"threshold": 0.0}, {"mass": 1.0}, {"top_k": 3}, {"max_blocks": 3}):
             got = self.run(logits, **rule, block_size=64)
@@ -197,12 +198,23 @@ class Definition:
 
 
 class Conformance(Definition):
-    """What a backend must do besides: give the definition's lists, however it is called."""
+    """Properties that backends have beyond those of the definition: its lists, under transformations as well."""
 
     @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-    def test_gives_the_lists_of_the_definition(self, case: Case):
+    def test_lists_equal_those_of_the_definition(self, case: Case):
         arguments = case.arguments(KEY)
         assert_same_lists(self.run(**arguments), _compiled(**arguments, implementation="reference"))
+
+    def test_runs_under_shard_map(self):
+        """Each device has rows of its own heads; what is kept and visible is the same for all."""
+        arguments = TINY[0].arguments(KEY)
+        arrays = {name: arguments[name] for name in ("logits", "keep", "visible")}
+
+        def run(**arrays: Any) -> jax.Array:
+            """As a mask, since fillers may differ."""
+            return self.run(**arrays, threshold=TINY[0].threshold, block_size=64).to_mask(TINY[0].shape[-1])
+
+        compare_with_sharded(run, arrays, {"logits": P(None, "model")}, P(None, "model"))
 
     def test_maps(self):
         logits = jax.random.normal(KEY, (3, 2, 7))

@@ -1,4 +1,4 @@
-"""What every implementation of `block_sparse_attention` must do."""
+"""Conformance suite of `block_sparse_attention`."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import BlockIndices, block_sparse_attention
@@ -20,6 +19,7 @@ from tests.pallas_kernels.suites.comparison import (
     assert_as_good_as,
     assert_bitwise_equal,
     assert_within_rounding,
+    compare_with_sharded,
     masked_attention,
     prefill_mask,
     slow_but,
@@ -39,7 +39,7 @@ def compiled(implementation: Implementation) -> Callable[..., tuple[jax.Array, j
 
 
 def compare_with_plain_attention(arguments: dict[str, Any], run: Callable[[], tuple[jax.Array, jax.Array]]) -> None:
-    """Errors against float32 are at most twice those of plain attention in the same precision; two runs are equal."""
+    """Errors are at most twice those of plain attention in the same precision; two runs are bitwise equal."""
     out, lse = run()
     exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
     truth, true_lse = compiled("reference")(**exact)
@@ -50,7 +50,7 @@ def compare_with_plain_attention(arguments: dict[str, Any], run: Callable[[], tu
 
 
 def compare_with_poisoned(arguments: dict[str, Any], run: Callable[..., tuple[jax.Array, jax.Array]]) -> None:
-    """A block that no list holds is NaN, and fillers name it, or no block at all: nothing may change."""
+    """Results do not change if a block on no list is NaN, and fillers are its number or not a block number."""
     blocks = arguments["blocks"]
     unlisted = 1
     listed = blocks.to_mask(blocks.width).at[..., unlisted].set(False)
@@ -64,25 +64,17 @@ def compare_with_poisoned(arguments: dict[str, Any], run: Callable[..., tuple[ja
         assert_bitwise_equal(clean, poisoned)
 
 
-def compare_with_sharded(arguments: dict[str, Any], run: Callable[..., tuple[jax.Array, jax.Array]]) -> None:
-    """Inside `jax.shard_map`, each device with key/value heads of its own, the results are those of a plain call."""
-    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
-    heads = {
-        "q": P(None, None, "model"),
-        "k": P(None, None, "model"),
-        "v": P(None, None, "model"),
-        "blocks": P(None, "model"),
-    }
-    specs = ({name: heads.get(name, P()) for name in arguments},)
-    # check_vma: kernels do not say which axes their results vary over.
-    sharded = jax.shard_map(
-        lambda x: run(**x), mesh=mesh, in_specs=specs, out_specs=P(None, None, "model"), check_vma=False
-    )
-    assert_bitwise_equal(jax.jit(sharded)(arguments), run(**arguments))
+# Each device has key/value heads of its own, the query heads that read them, and their lists.
+HEADS = {
+    "q": P(None, None, "model"),
+    "k": P(None, None, "model"),
+    "v": P(None, None, "model"),
+    "blocks": P(None, "model"),
+}
 
 
 def compare_gradients(case: Case, implementation: Implementation) -> None:
-    """Errors of gradients against float32 are at most twice those of plain attention in the same precision."""
+    """Errors of gradients are at most twice those of plain attention in the same precision."""
     arguments = case.arguments(KEY)
     qkv = {name: arguments[name] for name in ("q", "k", "v")}
     mask = prefill_mask(arguments)
@@ -141,7 +133,7 @@ class Definition:
         for at_once, chunk in zip(self.run(**whole), self.run(**last), strict=True):
             assert_within_rounding(chunk, at_once[:, 64:])
 
-    def test_a_query_that_sees_nothing_gets_zero(self):
+    def test_queries_that_see_no_key_have_output_zero(self):
         """Empty lists, queries beyond the sequence, lists of blocks that lie ahead, an empty sequence."""
         arguments = Case("empty", Heads(4, 2, 64), 64, batch=3, block_size=16, dtype="float32").arguments(KEY)
         counts = jnp.full((3, 4, 4), 1).at[0, :, 1].set(0)
@@ -156,7 +148,7 @@ class Definition:
 
 
 class Conformance(Definition):
-    """What a backend must do besides: agree with the definition, in every dtype, however it is called."""
+    """Properties that backends have beyond those of the definition: every dtype, gradients, and transformations."""
 
     @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
     def test_errs_no_more_than_plain_attention(self, case: Case):
@@ -167,7 +159,7 @@ class Conformance(Definition):
         compare_with_poisoned(named("one-list").arguments(KEY), self.run)
 
     def test_runs_under_shard_map(self):
-        compare_with_sharded(named("own-lists").arguments(KEY), self.run)
+        compare_with_sharded(self.run, named("own-lists").arguments(KEY), HEADS, P(None, None, "model"))
 
     def test_maps_and_scans(self):
         """Under vmap over a batch of calls and inside a scan, the results are those of single calls."""
@@ -207,7 +199,7 @@ QUICK = slow_but(HALF, "half-own", "half-ragged")
 
 
 class HalfPrecision:
-    """What a backend for GPUs must do, which takes bfloat16 and float16, and blocks of 64 and 128 tokens."""
+    """Properties of backends for GPUs, which take bfloat16 and float16, and blocks of 64 and 128 tokens."""
 
     implementation: ClassVar[Implementation]
 
@@ -221,7 +213,7 @@ class HalfPrecision:
 
     @pytest.mark.parametrize("case", slow_but([HALF[0], HALF[4]], "half-own"), ids=lambda case: case.name)
     def test_expecting_density_changes_no_result(self, case: Case):
-        """But may pick another kernel."""
+        """Although it may choose another kernel."""
         arguments = case.arguments(KEY)
         compare_with_plain_attention(arguments, lambda: self.run(**arguments, density=1.0))
 
@@ -232,7 +224,7 @@ class HalfPrecision:
     @pytest.mark.parametrize(
         ("lists", "density"), [(2, None), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((2, 1.0), (1, None)))]
     )
-    def test_a_query_that_sees_nothing_gets_zero(self, lists: int, density: float | None):
+    def test_queries_that_see_no_key_have_output_zero(self, lists: int, density: float | None):
         """Empty lists, queries beyond the sequence, lists of blocks that lie ahead, an empty sequence."""
         arguments = Case("empty", Heads(2, 1, 64), 256, batch=3, lists=lists).arguments(KEY)
         counts = jnp.full((3, lists, 4), 1).at[0, :, 1].set(0)
@@ -254,7 +246,9 @@ class HalfPrecision:
         np.testing.assert_allclose(np.asarray(out, np.float32), truth, rtol=2**-7, atol=2**-7)
 
     def test_runs_under_shard_map(self):
-        compare_with_sharded(Case("small", Heads(2, 2, 64), 128).arguments(KEY), self.run)
+        compare_with_sharded(
+            self.run, Case("small", Heads(2, 2, 64), 128).arguments(KEY), HEADS, P(None, None, "model")
+        )
 
     def test_maps(self):
         """Under vmap over a batch of calls the results are those of single calls."""

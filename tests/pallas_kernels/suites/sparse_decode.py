@@ -1,4 +1,4 @@
-"""What every implementation of `sparse_decode_attention` must do."""
+"""Conformance suite of `sparse_decode_attention`."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import BlockIndices, sparse_decode_attention
 from pallas_kernels.backends import Implementation
@@ -18,6 +19,7 @@ from tests.pallas_kernels.suites.comparison import (
     assert_as_good_as,
     assert_bitwise_equal,
     assert_within_rounding,
+    compare_with_sharded,
     listed_tokens,
     masked_attention,
     slow_but,
@@ -39,7 +41,7 @@ def compiled(implementation: Implementation) -> Run:
 
 
 def decode_mask(arguments: dict[str, Any]) -> np.ndarray:
-    """[B, H, 1, S]: which keys each head sees."""
+    """Mask [B, H, 1, S] of the keys that each head sees."""
     (_, num_keys, kv_heads, _), (batch, heads, _) = arguments["k"].shape, arguments["q"].shape
     inside = np.arange(num_keys) < np.asarray(arguments["lengths"])[:, None]
     mask = np.broadcast_to(inside[:, None], (batch, heads, num_keys))
@@ -49,7 +51,7 @@ def decode_mask(arguments: dict[str, Any]) -> np.ndarray:
 
 
 def compare_with_plain_attention(arguments: dict[str, Any], run: Run) -> None:
-    """As exact as attention under the mask of the lists, and the same at every call."""
+    """Errors are at most twice those of plain attention under the lists' mask; two runs are bitwise equal."""
     out, lse = run(**arguments)
     exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
     truth, true_lse = compiled("reference")(**exact)
@@ -74,7 +76,7 @@ def compare_with_poisoned(arguments: dict[str, Any], run: Run) -> None:
 
 
 def compare_with_own_rows(arguments: dict[str, Any], run: Run) -> None:
-    """As one layer reads the caches of all layers, in any order."""
+    """As a layer reads its rows of the caches of all layers, in any order."""
     alone = run(**arguments)
     batch = len(arguments["q"])
     rows = jnp.arange(batch)[::-1] + 1
@@ -85,7 +87,7 @@ def compare_with_own_rows(arguments: dict[str, Any], run: Run) -> None:
 
 
 def compare_with_nothing(run: Run, *, heads: Heads, dtype: str) -> None:
-    """An empty list, a sequence of length 0, a list that lies beyond the sequence."""
+    """With an empty list, a sequence of length 0, and a list beyond the sequence."""
     arguments = Case("empty", heads, 48, batch=3, block_size=16, dtype=dtype).arguments(KEY)
     counts = jnp.asarray([[0, 1], [1, 1], [1, 1]], jnp.int32)
     indices = jnp.asarray([[0, 0], [0, 0], [2, 1]], jnp.int32)[..., None]
@@ -116,7 +118,7 @@ class Definition:
 
     @pytest.mark.parametrize("listed", [True, False])
     def test_all_blocks_are_dense_attention(self, listed: bool):
-        """On lists of all of them, and without lists."""
+        """With lists of all blocks, and without lists."""
         arguments = Case("dense", Heads(4, 2, 64), 150, batch=2, density=1.0, dtype="float32").arguments(KEY)
         lengths = arguments["lengths"] = jnp.asarray([150, 31])
         if not listed:
@@ -130,12 +132,12 @@ class Definition:
     def test_reads_its_own_rows_of_a_larger_cache(self):
         compare_with_own_rows(named("ragged").arguments(KEY), self.run)
 
-    def test_a_head_that_sees_nothing_gets_zero(self):
+    def test_heads_that_see_no_key_have_output_zero(self):
         compare_with_nothing(self.run, heads=Heads(4, 2, 64), dtype="float32")
 
 
 class Conformance(Definition):
-    """What a backend must do besides: agree with the definition, in every dtype, however it is called."""
+    """Properties that backends have beyond those of the definition: every dtype, and transformations."""
 
     @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
     def test_errs_no_more_than_plain_attention(self, case: Case):
@@ -144,8 +146,14 @@ class Conformance(Definition):
     def test_fillers_and_unlisted_blocks_are_not_read(self):
         compare_with_poisoned(named("no-groups").arguments(KEY), self.run)
 
+    def test_runs_under_shard_map(self):
+        """Each device has key/value heads of its own, the query heads that read them, and their lists."""
+        keys = P(None, None, "model")
+        specs = {"q": P(None, "model"), "k": keys, "v": keys, "blocks": P(None, "model")}
+        compare_with_sharded(self.run, named("ragged").arguments(KEY), specs, P(None, "model"))
+
     def test_scans_over_a_growing_sequence(self):
-        """Inside the loop of a decoder, each step gives what it gives alone."""
+        """Each step of a decoder's loop equals a single call."""
         arguments = Case("growing", Heads(4, 2, 64), 64, density=1.0, block_size=16, dtype="float32").arguments(KEY)
         lengths = jnp.asarray([[15], [16], [17], [64]])
         scanned = _scan(self.implementation, arguments, lengths)
@@ -158,7 +166,7 @@ QUICK = slow_but(HALF, "half-group-of-12", "half-ragged")
 
 
 class HalfPrecision:
-    """What a backend for GPUs must do, which takes bfloat16 and float16, and caches of a multiple of 8 tokens."""
+    """Properties of backends for GPUs, which take bfloat16 and float16, and caches of a multiple of 8 tokens."""
 
     implementation: ClassVar[Implementation]
 
@@ -182,7 +190,7 @@ class HalfPrecision:
     def test_reads_its_own_rows_of_a_larger_cache(self):
         compare_with_own_rows(HALF[3].arguments(KEY), self.run)
 
-    def test_a_head_that_sees_nothing_gets_zero(self):
+    def test_heads_that_see_no_key_have_output_zero(self):
         compare_with_nothing(self.run, heads=Heads(4, 2, 64), dtype="bfloat16")
 
     @pytest.mark.parametrize("scale", [-0.3, 0.0])

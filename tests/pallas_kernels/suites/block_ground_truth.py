@@ -1,4 +1,4 @@
-"""What every implementation of `attention_with_block_scores` must do."""
+"""Conformance suite of `attention_with_block_scores`."""
 
 import functools
 import itertools
@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import attention_with_block_scores
+from pallas_kernels import AttentionWithScores, attention_with_block_scores
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_ground_truth.cases import HALF, TINY, Case
 from pallas_kernels.cases import Heads
@@ -19,6 +20,7 @@ from tests.pallas_kernels.suites.comparison import (
     assert_as_good_as,
     assert_bitwise_equal,
     assert_within_rounding,
+    compare_with_sharded,
     masked_attention,
     slow_but,
     softmax_weights,
@@ -35,7 +37,7 @@ def named(name: str) -> Case:
 
 
 def visible(case: Case, arguments: dict[str, Any]) -> np.ndarray:
-    """[B, H, T, S]: which keys each query sees."""
+    """Mask [B, H, T, S] of the keys that each query sees."""
     lengths = np.asarray(case.lengths or (case.length,) * case.batch)
     ids = np.asarray(arguments.get("segment_ids", np.arange(case.length) < lengths[:, None]))
     same = (ids[:, :, None] == ids[:, None, :]) & (ids > 0)[:, :, None]
@@ -44,7 +46,7 @@ def visible(case: Case, arguments: dict[str, Any]) -> np.ndarray:
 
 
 def scores_by_hand(weights: np.ndarray, b: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both scores, one entry at a time, from attention weights [B, H, T, T]."""
+    """Both kinds of scores from attention weights [B, H, T, T], block by block."""
     batch, heads, length, _ = weights.shape
     num_blocks = -(-length // b)
     blocks = [slice(i * b, (i + 1) * b) for i in range(num_blocks)]
@@ -62,7 +64,7 @@ def scores_by_hand(weights: np.ndarray, b: int, kv_heads: int) -> tuple[np.ndarr
 
 
 def assert_chunks_are_the_whole(run: Callable[..., Any], case: Case, chunks: tuple[int, ...]) -> None:
-    """The same in float32's last digits, and in those of the output's dtype; a chunk begins at each of the positions `chunks`."""
+    """Results of chunks that start at the positions `chunks` equal those of the whole up to rounding."""
     arguments = case.arguments(KEY)
     whole, parts = run(**arguments), []
     for begin, end in itertools.pairwise((*chunks, case.length)):
@@ -78,7 +80,7 @@ def assert_chunks_are_the_whole(run: Callable[..., Any], case: Case, chunks: tup
 
 
 def compare_with_plain_attention(case: Case, run: Callable[..., Any]) -> None:
-    """The output may err twice as much as plain attention; all else is float32. Two runs are equal bit by bit."""
+    """Errors of the output are at most twice those of plain attention; the rest is float32. Two runs are bitwise equal."""
     arguments = case.arguments(KEY)
     got = run(**arguments)
     exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
@@ -94,7 +96,7 @@ def compare_with_plain_attention(case: Case, run: Callable[..., Any]) -> None:
 
 
 def compare_where_the_maximum_comes_late(case: Case, run: Callable[..., Any]) -> None:
-    """A key that dwarfs the earlier ones: weights relative to a maximum that was not final would be wrong."""
+    """With a key that dominates the earlier ones, so that weights relative to a maximum that is not final would be wrong."""
     arguments = case.arguments(KEY)
     arguments["k"] = arguments["k"].at[:, 300].mul(8)
     exact = arguments | {name: arguments[name].astype("float32") for name in ("q", "k", "v")}
@@ -110,7 +112,7 @@ class Definition:
     implementation: ClassVar[Implementation]
 
     def run(self, **arguments: Any) -> Any:
-        """An AttentionWithScores with what the arguments ask for."""
+        """Results as AttentionWithScores."""
         return _compiled(**arguments, implementation=self.implementation)
 
     @pytest.mark.parametrize("case", [named("two-tiles"), named("ragged"), named("packed")], ids=lambda case: case.name)
@@ -159,8 +161,8 @@ class Definition:
         )
         assert_chunks_are_the_whole(self.run, case, (0, 64, 320))
 
-    def test_keys_after_the_queries_change_nothing(self):
-        """Neither what they are nor that they are there; their columns are 0."""
+    def test_keys_after_the_queries_have_no_influence(self):
+        """Neither their values nor their number; their columns are 0."""
         arguments = Case("more", Heads(2, 1, 64), 200, block_size=32, token_scores=True, dtype="float32").arguments(KEY)
         got, alone = (
             self.run(**arguments | {n: arguments[n][:, :size] for n in names})
@@ -172,14 +174,14 @@ class Definition:
         assert_within_rounding(got.block_scores[..., :2], alone.block_scores)
         assert_within_rounding(got.token_scores[..., :2], alone.token_scores)
 
-    def test_scores_are_made_when_asked_for(self):
+    def test_scores_are_computed_on_request(self):
         arguments = named("token-scores").arguments(KEY) | {"token_scores": False}
         got = self.run(**arguments)
         assert got.block_scores is None and got.token_scores is None
 
 
 class Conformance(Definition):
-    """What a backend must do besides: agree with the definition, in every dtype, however it is called."""
+    """Properties that backends have beyond those of the definition: every dtype, and transformations."""
 
     @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
     def test_errs_no_more_than_plain_attention(self, case: Case):
@@ -188,6 +190,14 @@ class Conformance(Definition):
     def test_scores_stay_exact_where_the_maximum_comes_late(self):
         case = Case("late", Heads(2, 1, 64), 512, token_scores=True, dtype="float32")
         compare_where_the_maximum_comes_late(case, self.run)
+
+    def test_runs_under_shard_map(self):
+        """Each device has key/value heads of its own, and the query heads that read them."""
+        arguments = named("ragged").arguments(KEY)
+        static = {name: arguments.pop(name) for name in ("block_size", "block_scores", "token_scores")}
+        specs = dict.fromkeys("qkv", P(None, None, "model"))
+        out_specs: list[Any] = [specs["q"], specs["q"], P(None, "model"), P(None, "model")]
+        compare_with_sharded(functools.partial(self.run, **static), arguments, specs, AttentionWithScores(*out_specs))
 
     def test_maps_and_scans(self):
         """Under vmap over a batch of calls and inside a scan, the results are those of single calls."""
@@ -204,8 +214,8 @@ class Conformance(Definition):
                 assert_within_rounding(x[i], z)
                 assert_within_rounding(y[i], z)
 
-    def test_is_a_constant_to_what_is_trained(self):
-        """Gradients of something else pass by it, also inside a scan with rematerialisation."""
+    def test_is_a_constant_for_gradients(self):
+        """Gradients of other parameters ignore it, also in a scan with rematerialization."""
         arguments = Case("small", Heads(4, 2, 64), 40, block_size=16, dtype="float32").arguments(KEY)
 
         def loss(parameter):
@@ -224,7 +234,7 @@ QUICK = slow_but(HALF, "half-ragged")
 
 
 class HalfPrecision:
-    """What a backend for GPUs must do, which takes bfloat16 and float16, and blocks of 64 and 128 tokens."""
+    """Properties of backends for GPUs, which take bfloat16 and float16, and blocks of 64 and 128 tokens."""
 
     implementation: ClassVar[Implementation]
 
@@ -244,7 +254,7 @@ class HalfPrecision:
         assert_chunks_are_the_whole(self.run, case, (0, 64, 320))
 
     def test_keys_after_the_queries_are_not_seen(self):
-        """Nor any that are not there: what the copy engine finds beyond the keys has no influence."""
+        """Nor is memory beyond the keys, which TMA may read."""
         arguments = Case("more", Heads(2, 1, 64), 200, token_scores=True).arguments(KEY)
         arguments["q"] = arguments["q"][:, :72]
         poisoned = {name: arguments[name].at[:, 128:].set(jnp.nan) for name in ("k", "v")}

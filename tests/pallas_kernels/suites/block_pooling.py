@@ -1,22 +1,24 @@
-"""What every implementation of `pool_blocks` must do."""
+"""Conformance suite of `pool_blocks`."""
 
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import pool_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_pooling.cases import KEYS, TINY, Case
-from tests.pallas_kernels.suites.comparison import KEY, array, assert_within_rounding
+from tests.pallas_kernels.suites.comparison import KEY, array, assert_within_rounding, compare_with_sharded
 
 _compiled = jax.jit(pool_blocks, static_argnames=("kinds", "block_size", "implementation"))
 
 
 def pooled_by_hand(x: Any, kinds: tuple[str, ...], *, block_size: int, valid: Any = None) -> np.ndarray:
-    """The rule of `pool_blocks`, block by block."""
+    """Pooled vectors by the rule of `pool_blocks`, block by block."""
     x = array(x)
     batch, tokens, heads, dim = x.shape
     valid = np.broadcast_to(True if valid is None else np.asarray(valid), (batch, tokens))
@@ -47,8 +49,8 @@ class Definition:
         assert got.dtype == jnp.float32
         assert_within_rounding(got, pooled_by_hand(**arguments))
 
-    def test_tokens_that_are_not_valid_have_no_influence(self):
-        """Whatever they hold, and wherever they are; all sequences may share what is valid."""
+    def test_invalid_tokens_have_no_influence(self):
+        """Any values at any positions, with `valid` shared by all sequences."""
         x = jax.random.normal(KEY, (2, 80, 4, 64))
         valid = jax.random.bernoulli(KEY, 0.5, (1, 80)).at[0, 16:32].set(True).at[0, 32:48].set(False)
         hidden = jnp.where(valid[..., None, None], x, jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 1e9])[:, None])
@@ -57,7 +59,7 @@ class Definition:
 
 
 class Conformance(Definition):
-    """What a backend must do besides: give the definition's gradients, and map."""
+    """Properties that backends have beyond those of the definition: its gradients, and transformations."""
 
     def test_gradients(self):
         arguments = Case("ragged", 4, 64, 70, KEYS, batch=2, lengths=(70, 40), block_size=32).arguments(KEY)
@@ -68,6 +70,12 @@ class Conformance(Definition):
 
         got, truth = (jax.jit(jax.grad(loss(name)))(x) for name in (self.implementation, "reference"))
         assert_within_rounding(got, truth)
+
+    def test_runs_under_shard_map(self):
+        """Each device has heads of its own."""
+        run = functools.partial(self.run, kinds=KEYS, block_size=16)
+        heads = P(None, None, "model")
+        compare_with_sharded(run, {"x": jax.random.normal(KEY, (2, 40, 8, 64))}, {"x": heads}, heads)
 
     def test_maps(self):
         x = jax.random.normal(KEY, (3, 1, 32, 4, 64))
