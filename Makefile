@@ -23,6 +23,7 @@ help:
 	@echo "make test-gpu    run all tests on an NVIDIA GPU"
 	@echo "make check       lint, format and types"
 	@echo "make format      let ruff format the code and fix what it can"
+	@echo "make environment make the environment alone"
 	@echo "make lock        resolve requirements.lock anew"
 	@echo "make clean       remove the environment and everything built"
 	@echo "On a machine with an NVIDIA GPU: make demo EXTRA=cuda13"

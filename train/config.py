@@ -146,7 +146,7 @@ class DistillConfig(TrainConfig):
         if self.gates is TrainedGates.BOTH and self.prefill.block_size != self.decode.block_size:
             raise ValueError(
                 "Gates that are distilled in one pass must have one block size; "
-                f"got {self.prefill.block_size} and {self.decode.block_size}. Distil them one after the other instead."
+                f"got {self.prefill.block_size} and {self.decode.block_size}. Set both (prefill.block_size and decode.block_size), or distil them one after the other."
             )
         if self.sequence_length % self.block_size or self.sequence_length < 2 * self.block_size:
             raise ValueError(

@@ -23,14 +23,19 @@ PHASES = {
     "decode": "blocks are chosen for each appended token, after dense attention over the prompt",
 }
 DENSE = "every block"
+WIDE_LEVELS = 3  # more columns than these make do not fit a terminal of 80 characters
 
 
 def table_rows(scores: Sequence[Score]) -> list[list[str]]:
-    """The scores as text: a head, then one row for each phase and method.
+    """The scores as text: a head, then the rows. Missing scores are "-".
 
-    The columns are phase, method, and one for each quantity and level, headed for example "ppl 10%". Missing scores are "-".
+    For one to three levels there is a row for each phase and method, and a column for each quantity and level, headed for example
+    "ppl 10%". Otherwise there is a row for each phase, method and level, and a column for each quantity.
     """
     levels = list(dict.fromkeys(s.level for s in scores if s.method is not None))
+    if not 1 <= len(levels) <= WIDE_LEVELS:
+        head = ["phase", "method", "level", *QUANTITIES]
+        return [head, *([s.phase, s.title, s.level, *(_write(quantity, s) for quantity in QUANTITIES)] for s in scores)]
     found = {(s.phase, s.method, s.level): s for s in scores}
     rows = [["phase", "method", *(f"{quantity} {level}" for quantity in QUANTITIES for level in levels)]]
     for phase, method in dict.fromkeys((s.phase, s.method) for s in scores):
@@ -73,7 +78,7 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     table.add_column("", no_wrap=True)
     for column in head[2:]:
-        table.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        table.add_column(column.replace(" ", "\n", 1), justify="left" if column == "level" else "right", no_wrap=True)
     for phase in dict.fromkeys(row[0] for row in rows):
         table.add_section()
         table.add_row(f"[bold]{phase}[/bold]")

@@ -11,16 +11,18 @@ from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import RULES, RankingPolicy
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Scorer
 
-# Fields of policies that are written by name, where they differ from their default.
-SETTINGS = ("dense_layers", "dense_last_rows")
-
 
 def policy_syntax() -> str:
-    """How a policy is written, with the scorers that exist."""
-    return (
-        "dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS"
-        f"[:{'|'.join(SCORERS)}][,dense_layers=N][,dense_last_rows=N]"
-    )
+    """How a policy is written, with the rules and scorers that exist."""
+    rules = "|".join(f"{name}:{rule.metavar}" for name, rule in RULES.items())
+    settings = dict.fromkeys(name for rule in RULES.values() for name in _settings(rule))
+    return f"dense|{rules}[:{'|'.join(SCORERS)}]" + "".join(f"[,{name}=N]" for name in settings)
+
+
+def _settings(rule: type[RankingPolicy]) -> list[str]:
+    """Fields of a rule that are written by name, where they differ from their default."""
+    names = [field.name for field in reversed(dataclasses.fields(rule))]
+    return [name for name in names if name not in (rule.value, "scorer")]
 
 
 def parse_policy(text: str) -> Policy:
@@ -66,7 +68,7 @@ def _parse_settings(policy: RankingPolicy, words: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
-        if name not in SETTINGS or not hasattr(policy, name):
+        if name not in _settings(type(policy)):
             raise ValueError(f"no setting {name!r} of {type(policy).__name__}")
         if name in settings:
             raise ValueError(f"{name} twice")
@@ -84,8 +86,8 @@ def write_policy(policy: Policy) -> str:
         return type(policy).__name__.lower()
     suffix = "" if isinstance(policy.scorer, LearnedGate) else f":{policy.scorer.name}"
     defaults = {field.name: field.default for field in dataclasses.fields(policy)}
-    for name in SETTINGS:
-        if name in defaults and getattr(policy, name) != defaults[name]:
+    for name in _settings(type(policy)):
+        if getattr(policy, name) != defaults[name]:
             suffix += f",{name}={getattr(policy, name)}"
     value = getattr(policy, policy.value)
     written = f"[{' x '.join(map(str, jnp.shape(value)))}]" if jnp.ndim(value) else value

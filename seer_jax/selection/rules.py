@@ -27,6 +27,7 @@ class RankingPolicy(Policy):
     Attributes:
       name: as a command line writes it.
       value: name of the field that says how much is kept.
+      metavar: what stands for its value in help texts.
       scorer: what ranks the blocks.
       dense_layers: the first layers, which keep every block in either phase; fewer than the model has. While decoding it is
         the larger of this and the gate's own `start_layer`.
@@ -34,6 +35,7 @@ class RankingPolicy(Policy):
 
     name: ClassVar[str]
     value: ClassVar[str]
+    metavar: ClassVar[str]
     scorer: Scorer
     dense_layers: int
 
@@ -78,6 +80,7 @@ class Threshold(RankingPolicy):
 
     name = "threshold"
     value = "threshold"
+    metavar = "P"
     per_head = ("threshold",)
 
     threshold: float | Float[Array | np.ndarray, "..."]
@@ -108,6 +111,7 @@ class CumulativeMass(RankingPolicy):
 
     name = "mass"
     value = "mass"
+    metavar = "P"
     per_head = ("mass",)
 
     mass: float | Float[Array | np.ndarray, "..."]
@@ -141,6 +145,7 @@ class TopK(RankingPolicy):
 
     name = "topk"
     value = "density"
+    metavar = "DENSITY"
 
     density: float = dataclasses.field(metadata=dict(static=True))
     scorer: Scorer = LearnedGate()
@@ -186,6 +191,7 @@ class TokenBudget(RankingPolicy):
 
     name = "budget"
     value = "tokens"
+    metavar = "TOKENS"
 
     tokens: int = dataclasses.field(metadata=dict(static=True))
     scorer: Scorer = LearnedGate()
