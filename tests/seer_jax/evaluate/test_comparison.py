@@ -133,6 +133,19 @@ def test_the_table_as_data():
     ]
 
 
+@pytest.mark.parametrize("levels", [0, 4, 9])
+def test_many_levels_have_a_row_each_and_fit_a_terminal(levels: int):
+    gate = [score(Phase.PREFILL, "gate", f"threshold:[{i} x 8]", 6.0 + i, 0.5) for i in range(levels)]
+    scores = [score(Phase.PREFILL, None, "dense", 5.0, 1.0), *gate]
+    head, dense, *rows = table_rows(scores)
+    assert head == ["phase", "method", "level", "ppl", "keys", "read"]
+    assert dense == ["prefill", "dense", "dense", "5.00", "100%", "25%"]
+    assert [row[2:4] for row in rows] == [[s.level, f"{s.perplexity:.2f}"] for s in gate]
+    out = io.StringIO()
+    print_scores(Console(file=out, width=80), scores)
+    assert "…" not in out.getvalue() and all(f"{s.perplexity:.2f}" in out.getvalue() for s in scores)
+
+
 def test_the_printed_table_explains_its_words():
     out = io.StringIO()
     print_scores(Console(file=out, width=120), SCORES)
