@@ -103,7 +103,7 @@ def test_a_circle_is_found(tmp_path: Path, sources: dict[str, str], expected: li
 
 
 def test_folders_stay_small():
-    """Whoever opens one sees it whole."""
+    """A reader sees a folder whole."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     files = [Path(line) for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
     if not files:
