@@ -29,7 +29,7 @@ def prefill_attention(policy: Policy, context: PrefillContext) -> tuple[Float[Ar
     Returns:
       (output, share of the causal blocks that was kept in each row of the batch).
     """
-    if policy.is_dense:
+    if policy.is_dense and context.is_whole:
         out = dense_attention(context.q_rotated, context.k_rotated, context.v, lengths=context.lengths)
         return out, jnp.ones(context.batch)
     context = policy.prepare(context)
@@ -41,9 +41,10 @@ def prefill_attention(policy: Policy, context: PrefillContext) -> tuple[Float[Ar
 def kept_share(kept: Int[Array, "B Tb"], visible: Int[Array, "B Tb"]) -> Float32[Array, "B"]:
     """Blocks kept over blocks visible, each counted by block row and summed over lists.
 
-    The sums are float32: at 512k tokens and 64 heads a prompt has 2^31 blocks, too many for int32.
+    The sums are float32: at 512k tokens and 64 heads a prompt has 2^31 blocks, too many for int32. 0 for a sequence that ends before
+    these rows.
     """
-    return kept.astype(jnp.float32).sum(-1) / visible.astype(jnp.float32).sum(-1)
+    return kept.astype(jnp.float32).sum(-1) / jnp.maximum(visible.astype(jnp.float32).sum(-1), 1)
 
 
 class _Attended(NamedTuple):
@@ -55,15 +56,8 @@ class _Attended(NamedTuple):
 
 
 def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
-    blocks = policy.blocks(context)
-    if blocks is None:
-        blocks = BlockIndices.all_causal(
-            context.q.shape[1],
-            context.k.shape[1],
-            block_size=context.block_size,
-            query_offset=context.offset,
-            batch=context.batch,
-        )
+    lists, visible = policy.blocks(context), context.visible[:, 0, :, 0]
+    blocks = _every_block(context) if lists is None else lists
     with jax.named_scope("sparse_attention"):
         out = block_sparse_attention(
             context.q_rotated,
@@ -75,7 +69,20 @@ def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
             density=policy.expected_density,
         )
     assert isinstance(out, jax.Array)  # without return_lse
-    return _Attended(out, blocks.counts.sum(1), blocks.counts.shape[1] * context.visible[:, 0, :, 0])
+    if lists is None:
+        return _Attended(out, visible, visible)
+    return _Attended(out, lists.counts.sum(1), lists.counts.shape[1] * visible)
+
+
+def _every_block(context: PrefillContext) -> BlockIndices:
+    """Lists that keep every visible block."""
+    return BlockIndices.all_causal(
+        context.q.shape[1],
+        context.k.shape[1],
+        block_size=context.block_size,
+        query_offset=context.offset,
+        batch=context.batch,
+    )
 
 
 def _attend_in_chunks(policy: Policy, context: PrefillContext) -> _Attended:

@@ -126,7 +126,11 @@ class Cache:
         return jax.tree.leaves((self.decode_gate, self.prefill_gate_keys))
 
     def with_lengths(self, lengths: Int[Array, "B"]) -> "Cache":
-        """The same contents with other lengths; what lies behind them is not read, and is overwritten by later tokens."""
+        """The same contents with other lengths; what lies behind them is not read, and is overwritten by later tokens.
+
+        Where the cache keeps compressed keys, the lengths must be whole blocks of the decode gate, or those that it has: the pools of an
+        unfinished block hold all of its tokens.
+        """
         return dataclasses.replace(self, lengths=lengths)
 
     def view(self, layer: Int[Array, ""]) -> "CacheView":

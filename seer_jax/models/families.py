@@ -166,8 +166,12 @@ def config_from_hf(hf: HFConfig) -> ModelConfig:
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"The MLP activation must be 'silu'; got {hf['hidden_act']!r}.")
     family.check(hf)
+    kinds = {field.name: field.type for field in dataclasses.fields(family.config)}
     values = {
-        name: hf[key] for key, names in family.fields_of_keys.items() if hf.get(key) is not None for name in names
+        name: _converted(key, hf[key], kinds[name])
+        for key, names in family.fields_of_keys.items()
+        if hf.get(key) is not None
+        for name in names
     }
     values.setdefault("num_kv_heads", values["num_heads"])
     values.setdefault("head_dim", family.head_dim or values["hidden_size"] // values["num_heads"])
@@ -179,6 +183,16 @@ def config_from_hf(hf: HFConfig) -> ModelConfig:
         **values,
         **family.constants,
     )
+
+
+def _converted(key: str, value: Any, kind: Any) -> Any:
+    """A value of config.json as the field's type, if that is int, float or bool."""
+    if kind not in (int, float, bool):
+        return value
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key} of config.json must be of type {kind.__name__}; got {value!r}.") from error
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def resolve_gates(locations: Location | Sequence[Location] | None, patterns: Seq
         locations = [locations]
     bundled = list(tiny_lm.gates().values())
     return [
-        folder for place in locations for folder in (bundled if place == tiny_lm.NAME else [resolve(place, patterns)])
+        folder
+        for place in locations
+        for folder in (bundled if os.fspath(place) == tiny_lm.NAME else [resolve(place, patterns)])
     ]
 
 

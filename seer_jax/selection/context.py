@@ -65,6 +65,11 @@ class PrefillContext:
         return -(-self.k.shape[1] // self.block_size)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the queries are those of all keys."""
+        return isinstance(self.offset, int) and self.offset == 0 and self.q.shape[1] == self.k.shape[1]
+
+    @property
     def required_gate(self) -> LayerGate:
         """The gate; raises ValueError where the model has none."""
         return _required(self.gate, "prefill")
@@ -134,7 +139,7 @@ class PrefillContext:
 
     def of_mask(self, mask: Bool[Array, "B Hs Tb Sb"]) -> BlockIndices:
         """Lists of a mask of the caller: causal, and with their own block for rows that would keep none."""
-        _check_mask(mask, self.num_key_blocks)
+        _check_mask(mask, 4, (self.num_key_blocks, self.num_key_blocks), "[B, Hs, Tb, Sb]")
         mask = jax.lax.dynamic_slice_in_dim(mask, self.first_row, self.num_rows, axis=2)
         mask &= self._column < self.visible
         mask |= self.own & ~mask.any(-1, keepdims=True)
@@ -234,7 +239,7 @@ class DecodeContext:
 
     def of_mask(self, mask: Bool[Array, "B K Sb"]) -> BlockIndices:
         """Lists of a mask of the caller: nothing that is to come, and its own block for a token that would keep none."""
-        _check_mask(mask, self.num_key_blocks)
+        _check_mask(mask, 3, (self.num_key_blocks,), "[B, K, Sb]")
         mask &= self._column <= self.current
         mask |= (self._column == self.current) & ~mask.any(-1, keepdims=True)
         return select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=self.block_size, keep=mask)
@@ -256,10 +261,10 @@ def _required(gate: LayerGate | None, kind: str) -> LayerGate:
     return gate
 
 
-def _check_mask(mask: Array, num_key_blocks: int) -> None:
-    if mask.shape[-1] != num_key_blocks:
+def _check_mask(mask: Array, ndim: int, blocks: tuple[int, ...], letters: str) -> None:
+    if mask.ndim != ndim or mask.shape[-len(blocks) :] != blocks:
         raise ValueError(
-            f"A given mask must have a column for each of the {num_key_blocks} key blocks; got shape {mask.shape} of a layer."
+            f"Given.mask must be {letters} in each layer and end with {', '.join(map(str, blocks))} blocks; got shape {mask.shape}."
         )
 
 

@@ -131,6 +131,8 @@ def policy_from_json(values: Mapping[str, Any]) -> Policy:
         raise ValueError(
             f"A saved {kind.__name__} must have the fields {', '.join(sorted(known))}; got {', '.join(unknown)}."
         )
+    if empty := [name for name, value in given.items() if value is None]:
+        raise ValueError(f"A saved {kind.__name__} must have a value for {', '.join(empty)}; got null.")
     if "scorer" in given:
         scorer = dict(given["scorer"])
         name = scorer.pop("name", None)

@@ -74,6 +74,8 @@ class Policy(abc.ABC):
                 f"{self} ranks blocks by a learned gate, but the model has none of this kind; "
                 "load one (from_pretrained(..., gates=...)), train one, or use Dense()."
             )
+        if empty := [name for name in self.per_head if getattr(self, name) is None]:
+            raise ValueError(f"{type(self).__name__}.{empty[0]} must be a number or an array; got None.")
         dense_layers = getattr(self, "dense_layers", 0)
         if dense_layers >= num_layers:
             raise ValueError(

@@ -56,7 +56,7 @@ def register[S: type[Scorer]](kind: S) -> S:
       ValueError: another scorer has the name.
     """
     known = SCORERS.get(kind.name)
-    if known is not None and known.__qualname__ != kind.__qualname__:
+    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ValueError(
             f"A scorer's name must be its own; got {kind.name!r}, which is {known.__qualname__}. Choose another name."
         )

@@ -16,9 +16,9 @@ from seer_jax.models import attention
 from seer_jax.models.attention import prefill_attention
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.selection.context import Context, PrefillContext
-from seer_jax.selection.policies import Given, Policy
+from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, RankingPolicy, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import SCORERS, LearnedGate
+from seer_jax.selection.scorers import SCORERS, LearnedGate, SinkWindow
 from tests.products import rounded_products
 from tests.seer_jax.conftest import tiny_model
 from tests.seer_jax.selection.contexts import (
@@ -295,3 +295,23 @@ def test_a_row_is_scored_as_if_it_were_alone(name: str):
         scores = scores_of(context)
         changed = dataclasses.replace(context, q=context.q.at[1:].set(7), q_rotated=context.q_rotated.at[1:].set(7))
         np.testing.assert_array_equal(scores_of(changed)[0], scores[0])
+
+
+@pytest.mark.parametrize("rows", [5, 7])
+@pytest.mark.parametrize("at_once", [2, 512])
+def test_a_given_mask_has_a_row_for_each_block_row(rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("seer_jax.models.attention.ROWS_AT_ONCE", at_once)
+    model, tokens = tiny_model(), jnp.zeros((1, 96), jnp.int32)
+    with pytest.raises(ValueError, match=r"\[B, Hs, Tb, Sb\] in each layer and end with 6, 6 blocks; got shape"):
+        model.hidden_states(tokens, sparsity=Given(jnp.ones((2, 1, 1, rows, 6), bool), block_size=16))
+
+
+@pytest.mark.parametrize("policy", [Dense(), TopK(0.5, SinkWindow()), Threshold(0.0, SinkWindow())], ids=str)
+def test_late_queries_attend_as_in_the_whole_prompt(policy: Policy):
+    """Queries from a later block row on: the same output, and a share of 0 for a sequence that ended before them."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 96, n, 16)) for i, n in enumerate((4, 2, 2)))
+    arrays = dict(k=k, k_rotated=k, v=v, lengths=jnp.asarray([96, 20]), layer=jnp.int32(0), block_size=16)
+    whole, _ = prefill_attention(policy, PrefillContext(q=q, q_rotated=q, **arrays))
+    late, kept = prefill_attention(policy, PrefillContext(q=q[:, 48:], q_rotated=q[:, 48:], offset=48, **arrays))
+    np.testing.assert_allclose(late[0], whole[0, 48:], atol=1e-6)
+    assert kept[1] == 0 and np.isfinite(kept).all()
