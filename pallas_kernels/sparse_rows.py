@@ -108,7 +108,7 @@ def attend_sparse_rows_gradients(
     d_out, d_lse = cotangents
     seen = lse > -jnp.inf
     # d scores = weights * (d_weights - inner): the derivative of softmax, with lse as a second output.
-    inner = jnp.where(seen, jnp.einsum("rmd,rmd->rm", d_out, out, preferred_element_type=jnp.float32) - d_lse, 0)
+    inner = jnp.where(seen, dot("rmd,rmd->rm", d_out, out) - d_lse, 0)
     return _with_chunk_size(_gradient_chunks, tiling, q, k, v, rows, d_out, finite(lse), inner)
 
 

@@ -80,7 +80,7 @@ def _every_block(context: PrefillContext) -> BlockIndices:
         context.q.shape[1],
         context.k.shape[1],
         block_size=context.block_size,
-        query_offset=context.offset,
+        query_offset=jnp.broadcast_to(jnp.asarray(context.offset), (context.batch,)),
         batch=context.batch,
     )
 

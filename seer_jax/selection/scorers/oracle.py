@@ -42,7 +42,8 @@ def _block_maxima(
 ) -> Float32[Array, "B K Sb"]:
     """Log of the largest attention probability within each block, over the group's query heads."""
     grouped = q.reshape(q.shape[0], keys.shape[2], -1, q.shape[-1]).astype(jnp.float32)
-    logits = jnp.einsum("bkgd,bskd->bkgs", grouped, keys.astype(jnp.float32)) * q.shape[-1] ** -0.5
+    # In float32 on accelerators too, which multiply in lower precision unless asked.
+    logits = jnp.einsum("bkgd,bskd->bkgs", grouped, keys.astype(jnp.float32), precision="highest") * q.shape[-1] ** -0.5
     visible = jnp.arange(keys.shape[1])[None, None, None] <= position[:, None, None, None]
     logits = jax.nn.log_softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
     pad = -keys.shape[1] % block_size

@@ -183,7 +183,7 @@ def test_a_mask_of_another_model_is_refused():
     for mask in (jnp.ones((2, 1, 1, 5, 5), bool), jnp.ones((LAYERS, 1, 1), bool), jnp.ones((LAYERS, 1, 2, 5))):
         with pytest.raises(ValueError, match=rf"Given.mask must be bool .* with L = {LAYERS}; got {mask.dtype} "):
             Given(mask, BLOCK).stacked(LAYERS, HEADS)
-    with pytest.raises(ValueError, match=r"a column for each of the 5 key blocks; got shape \(1, 1, 4, 4\) of a layer"):
+    with pytest.raises(ValueError, match=r"end with 5, 5 blocks; got shape \(1, 1, 4, 4\) of a layer"):
         Given(jnp.ones((LAYERS, 1, 1, 4, 4), bool), BLOCK).of_layer(jnp.int32(0)).blocks(prefill_context(TOKENS, (70,)))
 
 
@@ -310,7 +310,9 @@ def test_a_given_mask_has_a_row_for_each_block_row(rows: int, at_once: int, monk
 def test_late_queries_attend_as_in_the_whole_prompt(policy: Policy):
     """Queries from a later block row on: the same output, and a share of 0 for a sequence that ended before them."""
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 96, n, 16)) for i, n in enumerate((4, 2, 2)))
-    arrays = dict(k=k, k_rotated=k, v=v, lengths=jnp.asarray([96, 20]), layer=jnp.int32(0), block_size=16)
+    arrays: dict[str, Any] = dict(
+        k=k, k_rotated=k, v=v, lengths=jnp.asarray([96, 20]), layer=jnp.int32(0), block_size=16
+    )
     whole, _ = prefill_attention(policy, PrefillContext(q=q, q_rotated=q, **arrays))
     late, kept = prefill_attention(policy, PrefillContext(q=q[:, 48:], q_rotated=q[:, 48:], offset=48, **arrays))
     np.testing.assert_allclose(late[0], whole[0, 48:], atol=1e-6)
