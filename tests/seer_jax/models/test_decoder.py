@@ -445,19 +445,6 @@ def test_rematerialised_layers_have_the_same_gradients():
     assert all(relative(a, b) < 1e-5 for a, b in zip(anew, kept, strict=True))
 
 
-def test_a_chunked_dense_pass_equals_one_piece():
-    """Longer than a chunk of queries and a span of chunks, at a length that divides neither."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, 2611, h, 8)), jnp.float32) for h in (2, 1, 1))
-    ids = jnp.asarray(np.repeat([1, 2, 3], [700, 1500, 411])[None], jnp.int32)
-    for segments in (None, ids):
-        mask = jnp.tril(jnp.ones((1, 1, 2611, 2611), bool))
-        if segments is not None:
-            mask &= (segments[:, :, None] == segments[:, None, :])[:, None]
-        expected = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        assert relative(dense_attention(q, k, v, segment_ids=segments), expected) < 1e-6
-
-
 BAD_INPUT = [
     (dict(tokens=np.zeros(3, np.int32)), r"tokens must be integers \[B, T\].*got int32 \(3,\)"),
     (dict(tokens=np.zeros((1, 3), np.float32)), r"tokens must be integers.*got float32"),
