@@ -144,17 +144,21 @@ def test_versions_agree():
 
 
 # Those of the folders' READMEs take models from the hub.
-WITH_PYTHON = [name for name in NAMES if "```python" in text_of(name) and name.startswith(("README", "docs/"))]
+def examples(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", text_of(name), re.MULTILINE | re.DOTALL)
+
+
+WITH_PYTHON = [name for name in NAMES if examples(name) and name.startswith(("README", "docs/"))]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "README.md" else pytest.mark.slow) for name in WITH_PYTHON]
+    ("name", "count"),
+    [("README.md", 1), *(pytest.param(name, len(examples(name)), marks=pytest.mark.slow) for name in WITH_PYTHON)],
 )
-def test_python_examples_run(name: str, tmp_path: Path):
-    """One after the other, as a reader would type them; README's leave no file behind."""
-    examples = re.findall(r"^```python\n(.*?)^```$", text_of(name), re.MULTILINE | re.DOTALL)
+def test_python_examples_run(name: str, count: int, tmp_path: Path):
+    """One after the other, as a reader would type them; README's leave no file behind. Its second one trains."""
     quickly = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-c", "\n".join(examples)]
+    command = [sys.executable, "-c", "\n".join(examples(name)[:count])]
     done = subprocess.run(command, cwd=tmp_path, env=quickly, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert name != "README.md" or not list(tmp_path.iterdir()), "the examples leave files behind"
