@@ -183,7 +183,7 @@ def test_a_mask_of_another_model_is_refused():
     for mask in (jnp.ones((2, 1, 1, 5, 5), bool), jnp.ones((LAYERS, 1, 1), bool), jnp.ones((LAYERS, 1, 2, 5))):
         with pytest.raises(ValueError, match=rf"Given.mask must be bool .* with L = {LAYERS}; got {mask.dtype} "):
             Given(mask, BLOCK).stacked(LAYERS, HEADS)
-    with pytest.raises(ValueError, match=r"end with 5, 5 blocks; got shape \(1, 1, 4, 4\) of a layer"):
+    with pytest.raises(ValueError, match=r"end with 5, 5 blocks; got shape \(1, 1, 4, 4\)"):
         Given(jnp.ones((LAYERS, 1, 1, 4, 4), bool), BLOCK).of_layer(jnp.int32(0)).blocks(prefill_context(TOKENS, (70,)))
 
 
