@@ -44,7 +44,7 @@ WRONG = [
     (lambda: DistillConfig(recall_density=0.0), r"recall_density must be a share in \(0, 1\]; got 0.0"),
     (
         lambda: DistillConfig(gates=TrainedGates.BOTH, decode=DecodeGateConfig(block_size=32)),
-        r"must have one block size; got 64 and 32\. Distil them one after the other",
+        r"must have one block size; got 64 and 32\. Set both .*, or distil them one after the other\.",
     ),
     (
         lambda: DistillConfig(sequence_length=1000),
