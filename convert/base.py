@@ -48,11 +48,6 @@ def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Shardi
         raise ValueError(f"Base weights must be bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
     folder = resolve(location, BASE_PATTERNS)
     hf = read_config(folder)
-    if hf.get("quantization_config"):
-        raise ValueError(
-            f"{folder}: weights must not be quantised; config.json has a quantization_config "
-            f"({hf['quantization_config'].get('quant_method')}). Use the bfloat16 checkpoint of this model."
-        )
     config = config_from_hf(hf)
     files = _weight_files(folder, hf)
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
