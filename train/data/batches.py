@@ -21,10 +21,13 @@ class DataConfig(SourceConfig):
     Attributes:
       packing: see `Packing`.
       min_length: BEST_FIT drops shorter sequences, tokens; None: two blocks.
+      chat_template: Jinja text, or the file of it, that renders chats; None: the model's own. Those of reasoning models leave out what
+        stands before </think>.
     """
 
     packing: Packing = Packing.CONCATENATE
     min_length: int | None = None
+    chat_template: str | None = None
 
 
 class Batch(NamedTuple):
@@ -74,7 +77,9 @@ def load_dataset(
       cache: folder for the tokens, see `load_tokens`.
     """
     sources = SourceConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)})
-    store = load_tokens(sources, tokenizer or ModelTokenizer(model), cache).check_vocabulary(vocab_size)
+    store = load_tokens(sources, tokenizer or ModelTokenizer(model, config.chat_template), cache).check_vocabulary(
+        vocab_size
+    )
     return pack(store, config.packing, row_length=row_length, block_size=block_size, min_length=config.min_length)
 
 
