@@ -6,9 +6,9 @@ A folder holds one gate: `config.json` (the base model's, `base_model`, and the 
 
 import enum
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,8 @@ from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import Location, read_config, resolve_gate, write_config
+from seer_jax.models.folders import GATE_WEIGHTS, check_is_gate
+from seer_jax.models.hub import HubSettings, Location, read_config, resolve_gate, resolve_gates, write_config
 from seer_jax.models.layers import GateParam
 from seer_jax.selection.policies import Policy
 
@@ -48,14 +49,18 @@ class GateFormat(enum.StrEnum):
 
     @property
     def file_name(self) -> str:
-        return f"attn_gate_weights.{self.value}"
+        return f"{GATE_WEIGHTS}.{self.value}"
 
 
 GATE_PATTERNS = ("config.json", *(format.file_name for format in GateFormat))
 
 
 def load_gates(
-    location: Location, model_config: ModelConfig | None = None, *, sharding: Sharding | None = None
+    location: Location,
+    model_config: ModelConfig | None = None,
+    *,
+    sharding: Sharding | None = None,
+    **hub: Unpack[HubSettings],
 ) -> PrefillGate | DecodeGate:
     """A gate from a folder or hub id, in float32, with the policy that it recommends (`gate.recommended`).
 
@@ -64,13 +69,15 @@ def load_gates(
         safetensors is read.
       model_config: of the base model that the gate is to serve. None: the one in the gate's own `config.json`.
       sharding: see `load_base`; paths are "linear_q", "linear_k", "q_norm", "k_norm".
+      **hub: see `hub.HubSettings`.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
       ValueError: the gate was made for another model, its file or configuration is damaged or not supported, or the name stands for
         two gates.
     """
-    folder = resolve_gate(location, GATE_PATTERNS)
+    folder = resolve_gate(location, GATE_PATTERNS, **hub)
+    check_is_gate(folder)
     hf = read_config(folder)
     if model_config is not None:
         _check_same_model(folder, hf, config_from_hf(hf), model_config)
@@ -97,6 +104,27 @@ def described_gate(hf: Mapping[str, Any], model_config: ModelConfig | None = Non
 def recommended_policy(location: Location) -> Policy | None:
     """The policy that a gate's `config.json` recommends, without reading the gate; None where it recommends nothing."""
     return policy_from_hf(read_config(resolve_gate(location, GATE_PATTERNS)))
+
+
+def base_model(locations: Location | Sequence[Location], **hub: Unpack[HubSettings]) -> str | None:
+    """The base model that gates name in their `config.json`; None where they name none.
+
+    Args:
+      locations: of one or several gates, see `from_pretrained`.
+      **hub: see `hub.HubSettings`.
+
+    Raises:
+      ValueError: two gates name different models.
+    """
+    names = {
+        str(folder): str(name)
+        for folder in resolve_gates(locations, ("config.json",), **hub)
+        if (folder / "config.json").is_file() and (name := read_config(folder).get("base_model"))
+    }
+    if len(set(names.values())) > 1:
+        listed = ", ".join(f"{name!r} ({folder})" for folder, name in names.items())
+        raise ValueError(f"Gates must be of one base model; got {listed}. Choose gates that belong together.")
+    return next(iter(names.values()), None)
 
 
 def save_gates(
@@ -165,13 +193,8 @@ def abstract_gate(config: GateConfig, model: ModelConfig) -> PrefillGate | Decod
 
 
 def _weight_file(folder: Path) -> Path:
-    for format in (GateFormat.SAFETENSORS, GateFormat.TORCH):
-        if (folder / format.file_name).is_file():
-            return folder / format.file_name
-    names = " or ".join(format.file_name for format in GateFormat)
-    raise FileNotFoundError(
-        f"A gate folder must hold {names}; {folder} has neither. Check that the download is complete."
-    )
+    paths = [folder / format.file_name for format in (GateFormat.SAFETENSORS, GateFormat.TORCH)]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _check_same_model(folder: Path, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:

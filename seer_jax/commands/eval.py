@@ -7,7 +7,7 @@ from rich.console import Console
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
-from seer_jax.commands.arguments import ExitCode, parse, policy_help
+from seer_jax.commands.arguments import ExitCode, HubOptions, model_of, parse, policy_help
 from seer_jax.evaluate.comparison import (
     Phase,
     Score,
@@ -38,11 +38,11 @@ as the others."""
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(HubOptions):
     """Measures perplexity on a text and the share of pass keys that are found.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
         bundled model. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.
@@ -60,7 +60,7 @@ class EvalConfig:
       output: folder for scores.json; None: none is written.
     """
 
-    model: str = tiny_lm.NAME
+    model: str | None = None
     gates: tuple[str, ...] = ()
     text: Path | None = None
     policies: tuple[Policy, ...] = ()
@@ -108,9 +108,10 @@ def evaluate(config: EvalConfig) -> list[Score]:
       ValueError: settings, model, gates and text do not fit each other.
     """
     text = tiny_lm.eval_text() if config.text is None else config.text.read_text(encoding="utf-8")
-    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default())
+    name = model_of(config.model, config.gates, config.hub)
+    model = from_pretrained(name, config.gates, dtype=config.dtype or DType.default(), **config.hub)
     rows = make_rows(
-        load_tokenizer(config.model),
+        load_tokenizer(name, **config.hub),
         text,
         vocab_size=model.config.vocab_size,
         length=config.length,
@@ -132,6 +133,6 @@ def evaluate(config: EvalConfig) -> list[Score]:
     print_scores(console, scores)
     if config.output is not None:
         path = config.output / "scores.json"
-        write_scores(path, scores, model=config.model, gates=config.gates, length=config.length, seed=config.seed)
+        write_scores(path, scores, model=name, gates=config.gates, length=config.length, seed=config.seed)
         console.print(f"Written: {path}", highlight=False, soft_wrap=True)
     return scores

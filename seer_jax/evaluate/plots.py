@@ -107,7 +107,9 @@ def plot_block_maps(
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'seer-jax[plot]'.") from error
+        raise ImportError(
+            "Plots need the package matplotlib; it is not installed. Run pip install matplotlib."
+        ) from error
     figure = Figure(figsize=(9.5, 3.1 * len(heads) + 0.5), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(heads), 3, squeeze=False, sharex=True, sharey=True)

@@ -131,7 +131,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    parquet = _import("pyarrow.parquet", "parquet files", "seer-jax[train]")
+    parquet = _import("pyarrow.parquet", "parquet files")
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if field not in names:
@@ -141,7 +141,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_dataset(config: SourceConfig) -> Iterator[Document]:
-    datasets = _import("datasets", "Hugging Face datasets", "seer-jax[data]")
+    datasets = _import("datasets", "Hugging Face datasets")
     assert config.dataset is not None
     folder = Path(config.dataset)
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # as written by save_to_disk
@@ -168,11 +168,11 @@ def _document(row: Any, field: str, place: str) -> Iterator[Document]:
         yield value
 
 
-def _import(name: str, purpose: str, extra: str) -> Any:
+def _import(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
         raise ImportError(
-            f"Reading {purpose} needs the package {package}; it is not installed. Run pip install '{extra}'."
+            f"Reading {purpose} needs the package {package}; it is not installed. Run pip install {package}."
         ) from error

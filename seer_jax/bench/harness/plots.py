@@ -42,7 +42,9 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'seer-jax[plot]'.") from error
+        raise ImportError(
+            "Plots need the package matplotlib; it is not installed. Run pip install matplotlib."
+        ) from error
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], measurements: Sequence[Measurement]) -> None:
