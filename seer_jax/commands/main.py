@@ -77,7 +77,7 @@ def _check_text(words: list[str]) -> None:
     for word in words:
         if not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word):
             shown = os.fsencode(word).decode("utf-8", "backslashreplace")
-            raise UsageError(f"a command line must be UTF-8; got {shown!r}. Text of other encodings can't be read.")
+            raise UsageError(f"a command line must be UTF-8; got '{shown}'. Text of other encodings can't be read.")
 
 
 def _take_scorers(words: list[str]) -> tuple[list[str], list[str]]:

@@ -47,7 +47,7 @@ def check_is_base(folder: Path) -> None:
     gates, values = gates_of_run(folder), _config(folder)
     if _is_run(folder):
         remedy = f"Give model={values.get('model', '...')}" + (f" and gates={folder}." if gates else ".")
-    elif any(key in values for key in GATE_KEYS):
+    elif holds_gate(folder) or any(key in values for key in GATE_KEYS):
         remedy = f"Give model={values.get('base_model', '...')} and gates={folder}."
     else:
         return

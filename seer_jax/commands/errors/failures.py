@@ -61,7 +61,7 @@ def _no_device() -> str | None:
         platforms = os.environ.get("JAX_PLATFORMS")
         asked = f"JAX_PLATFORMS={platforms} asks for a device" if platforms else "JAX asks for a device"
         return (
-            f"{asked} that is not there{f' ({error})' if str(error) else ''}. Unset JAX_PLATFORMS, or install the extra of this device "
-            "(cuda13 for NVIDIA GPUs)."
+            f"{asked} that is not there{f' ({error})' if str(error) else ''}. Unset JAX_PLATFORMS, or install what JAX needs for it "
+            "(NVIDIA GPUs: pip install 'jax[cuda13]')."
         )
     return None

@@ -48,7 +48,7 @@ def test_a_run_prints_and_writes_its_scores(saved: Path, tmp_path: Path, capsys:
 BAD = [
     (dict(length=0), "length must be at least 1; got 0"),
     (dict(passkeys=-1), "passkeys must be at least 0; got -1"),
-    (dict(policies=(Dense(),)), "policies must rank blocks.*got Dense"),
+    (dict(policies=(Dense(),)), "policies must rank blocks.*got dense"),
 ]
 
 
