@@ -15,10 +15,10 @@ from flax import nnx
 from seer_jax.convert.formats.sources import SafetensorsSource
 from seer_jax.convert.rules import ROTARY_BUFFERS, TIED_HEAD, base_rules
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
+from seer_jax.folders import check_is_base
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.folders import check_is_base
 from seer_jax.models.hub import HubSettings, Location, read_config, resolve, write_config
 from seer_jax.models.layers import BaseParam
 

@@ -26,13 +26,13 @@ from seer_jax.convert.gate_config import (
 )
 from seer_jax.convert.rules import DECODE_GATE_RULES, PREFILL_GATE_RULES, Rule
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
+from seer_jax.folders import GATE_WEIGHTS, check_is_gate
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.folders import GATE_WEIGHTS, check_is_gate
 from seer_jax.models.hub import HubSettings, Location, read_config, resolve_gate, resolve_gates, write_config
 from seer_jax.models.layers import GateParam
 from seer_jax.selection.policies import Policy

@@ -8,10 +8,10 @@ from pathlib import Path
 from seer_jax.commands.arguments import ExitCode, HubOptions, parse
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates
+from seer_jax.folders import check_is_base, check_is_gate
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.folders import check_is_base, check_is_gate
 from seer_jax.models.hub import read_config, resolve, resolve_gate
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")

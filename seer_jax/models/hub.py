@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from seer_jax import tiny_lm
-from seer_jax.models.folders import gates_of_run, holds_gate
+from seer_jax.folders import gates_of_run, holds_gate
 
 Location = str | os.PathLike[str]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 import jax
 import jax.numpy as jnp
 
+from seer_jax.folders import check_is_base
 from seer_jax.inference.text import TOKENIZER_PATTERNS, Tokenizer
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.folders import check_is_base
 from seer_jax.models.hub import HubSettings, Location, read_config, read_json, resolve, resolve_gates
 
 if TYPE_CHECKING:

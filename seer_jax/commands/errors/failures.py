@@ -38,11 +38,11 @@ def _memory(error: BaseException, lower: str) -> str | None:
     """The line of an allocation that failed, by JAX (an XlaRuntimeError), NumPy or Python."""
     text = str(error)
     if isinstance(error, MemoryError):
-        if "XLA_PYTHON_CLIENT_MEM_FRACTION" in text or "must fit" in text:
-            return text  # a plan, which says what to do
+        if text and "Unable to allocate" not in text:
+            return text  # of a plan, which says what to do
     elif not (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)):
         return None
-    wanted = re.search(r"allocat\w+ (?:of )?\(?([\d.]+ ?[KMGT]?i?B(?:ytes)?|\d+ bytes)", text)
+    wanted = re.search(r"allocat\w+ (?:of )?\(?([\d.]+ ?[KMGTPE]?i?B(?:ytes)?|\d+ bytes)", text)
     return (
         f"the memory of the device or the host ran out{f', at an allocation of {wanted[1]}' if wanted else ''}. Lower {lower}; on a GPU, "
         "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets JAX take more than its usual 75% of the memory."

@@ -1,7 +1,10 @@
 """What goes wrong in a command is one line on standard error, reason first, in the command's own options, and an exit code."""
 
+import importlib
 import re
+from pathlib import Path
 
+import jax
 import pytest
 
 from seer_jax.commands import main as cli
@@ -106,6 +109,65 @@ def test_what_went_wrong_is_one_line(
     command = next((f" {word}" for word in words if word in cli.COMMANDS and words[0] != "--verbose"), "")
     pattern = ".*".join(map(re.escape, f"seer-jax{command}: {text}".split("*")))
     assert re.fullmatch(pattern, last), last
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes [tf-allocator]\n..."
+            ),
+            "the memory of the device or the host ran out, at an allocation of 4294967296 bytes. Lower *; on a GPU, "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 *",
+        ),
+        (
+            MemoryError(
+                "Unable to allocate 4.00 PiB for an array with shape (1125899906842624,) and data type float32"
+            ),
+            "the memory of the device or the host ran out, at an allocation of 4.00 PiB. Lower *",
+        ),
+        (MemoryError(), "the memory of the device or the host ran out. Lower *"),
+        (MemoryError("The run must fit in device memory: ..."), "The run must fit in device memory: ..."),
+        (ValueError("[a, b] must\n\tnot [/bold] be\x1b lost"), "[a, b] must not [/bold] be\\x1b lost"),
+        (FloatingPointError(), "FloatingPointError"),
+    ],
+    ids=["XLA", "NumPy", "Python", "plan", "markup", "nameless"],
+)
+def test_failures_of_every_command(
+    name: str, error: Exception, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(f"seer_jax.commands.{name}"), "run", fail)
+    assert cli.main([name]) == 1
+    line = capsys.readouterr().err
+    assert re.fullmatch(".*".join(map(re.escape, f"seer-jax {name}: {text}\n".split("*"))), line), line
+
+
+BROKEN = {
+    "a.yaml": ("steps: 3\nseed: [1,\n", ":3: the file must be YAML; got expected the node content, but found *"),
+    "b.yaml": ("a: b: c", ":1: the file must be YAML; got mapping values are not allowed here."),
+    "c.yaml": ("\0", ": the file must be UTF-8 text; *"),
+    "d.yaml": ("[1, 2]", " must hold settings by name, such as steps: 100; got a list."),
+    "e.yaml": ("steps: many", ": DistillConfig.steps must be *; got 'many'."),
+    "f.yaml": ("[" * 5000, ": settings must have a few levels; the file is nested too deeply."),
+    "g.json": ('{"steps": 3,\n "seed": }', ":2: the file must be JSON; got Expecting value."),
+    "h.json": ("[" * 200000, ": settings must have a few levels; the file is nested too deeply."),
+    "i.toml": ("", "The name of a configuration file must end in .yaml, .yml or .json; got *"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_settings_are_named_with_their_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    content, text = BROKEN[name]
+    (tmp_path / name).write_text(content)
+    assert cli.main(["train", "--config", str(tmp_path / name)]) == 1
+    line = capsys.readouterr().err
+    expected = f"seer-jax train: {'' if name.endswith('toml') else tmp_path / name}{text}\n"
+    assert re.fullmatch(".*".join(map(re.escape, expected.split("*"))), line), line
 
 
 def test_an_error_can_be_traced():
