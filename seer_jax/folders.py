@@ -36,7 +36,7 @@ def contents(folder: Path) -> str:
         found.append(f"a training run {f'with gates in {" and ".join(gates)}' if gates else 'without gates so far'}")
     if not found:
         names = sorted(path.name for path in folder.iterdir())
-        found.append(f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "nothing")
+        found.append(f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''}" if names else "nothing")
     return " and ".join(found)
 
 

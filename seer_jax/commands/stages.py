@@ -39,11 +39,11 @@ class Stages:
     @contextlib.contextmanager
     def _bar(self, title: str, steps: int) -> Iterator[Advance]:
         columns = (
-            "{task.description}",
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[word]}"),
+            TextColumn("{task.fields[word]}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(title, total=steps, word="")
