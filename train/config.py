@@ -200,39 +200,17 @@ def from_dict[C](kind: type[C], values: Mapping[str, Any]) -> C:
 
 
 def load_config[C](kind: type[C], path: str | Path) -> C:
-    """A config from a .yaml, .yml or .json file.
-
-    Raises:
-      ValueError: the file is damaged, or says what is no setting; the message names file and line.
-    """
+    """A config from a .yaml, .yml or .json file."""
     path = Path(path)
-    if path.suffix not in (".json", ".yaml", ".yml"):
+    if path.suffix == ".json":
+        values = json.loads(path.read_text())
+    elif path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        values = yaml.safe_load(path.read_text())
+    else:
         raise ValueError(f"The name of a configuration file must end in .yaml, .yml or .json; got {path}.")
-    values = _read_values(path)
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} must hold settings by name, such as steps: 100; got a {type(values).__name__}.")
-    try:
-        return from_dict(kind, values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_values(path: Path) -> Any:
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: the file must be JSON; got {error.msg}.") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path}:{line}: the file must be YAML; got {error.problem}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the file must be UTF-8 text; {error}.") from error
-    except RecursionError:
-        raise ValueError(f"{path}: settings must have a few levels; the file is nested too deeply.") from None
-    return {} if values is None else values
+    return from_dict(kind, values or {})
 
 
 def _parse(kind: Any, value: Any, place: str) -> Any:

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import jax
 import pytest
@@ -145,29 +144,6 @@ def test_failures_of_every_command(
     assert cli.main([name]) == 1
     line = capsys.readouterr().err
     assert re.fullmatch(".*".join(map(re.escape, f"seer-jax {name}: {text}\n".split("*"))), line), line
-
-
-BROKEN = {
-    "a.yaml": ("steps: 3\nseed: [1,\n", ":3: the file must be YAML; got expected the node content, but found *"),
-    "b.yaml": ("a: b: c", ":1: the file must be YAML; got mapping values are not allowed here."),
-    "c.yaml": ("\0", ": the file must be UTF-8 text; *"),
-    "d.yaml": ("[1, 2]", " must hold settings by name, such as steps: 100; got a list."),
-    "e.yaml": ("steps: many", ": DistillConfig.steps must be *; got 'many'."),
-    "f.yaml": ("[" * 5000, ": settings must have a few levels; the file is nested too deeply."),
-    "g.json": ('{"steps": 3,\n "seed": }', ":2: the file must be JSON; got Expecting value."),
-    "h.json": ("[" * 200000, ": settings must have a few levels; the file is nested too deeply."),
-    "i.toml": ("", "The name of a configuration file must end in .yaml, .yml or .json; got *"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_settings_are_named_with_their_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    content, text = BROKEN[name]
-    (tmp_path / name).write_text(content)
-    assert cli.main(["train", "--config", str(tmp_path / name)]) == 1
-    line = capsys.readouterr().err
-    expected = f"seer-jax train: {'' if name.endswith('toml') else tmp_path / name}{text}\n"
-    assert re.fullmatch(".*".join(map(re.escape, expected.split("*"))), line), line
 
 
 def test_an_error_can_be_traced():
