@@ -53,11 +53,6 @@ def load_base(
     folder = resolve(location, BASE_PATTERNS, **hub)
     check_is_base(folder)
     hf = read_config(folder)
-    if hf.get("quantization_config"):
-        raise ValueError(
-            f"{folder}: weights must not be quantised; config.json has a quantization_config "
-            f"({hf['quantization_config'].get('quant_method')}). Use the bfloat16 checkpoint of this model."
-        )
     config = config_from_hf(hf)
     files = _weight_files(folder)
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS

@@ -31,14 +31,19 @@ from seer_jax.gates.configs import GateConfig, PrefillGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
-from seer_jax.models.config import DType, ModelConfig
+from seer_jax.models.config import DType, ModelConfig, RopeConfig
 from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import HubSettings, Location, read_config, resolve_gate, resolve_gates, write_config
 from seer_jax.models.layers import GateParam
+from seer_jax.models.rope import same_rope
 from seer_jax.selection.policies import Policy
 
-# Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the hidden size tells their base models apart.
-_MUST_AGREE = ("family", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size")
+# Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the widths tell their base models apart. What changes the queries and keys
+# that a gate was distilled on must agree too; vocabulary and context may differ.
+_MUST_AGREE = (
+    *("family", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size"),
+    *("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rms_norm_eps"),
+)
 
 
 class GateFormat(enum.StrEnum):
@@ -198,10 +203,21 @@ def _weight_file(folder: Path) -> Path:
 
 
 def _check_same_model(folder: Path, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:
+    of = f"of a gate for {hf.get('base_model', 'another model')!r}"
     for name in _MUST_AGREE:
         theirs, ours = getattr(found, name), getattr(expected, name)
         if theirs != ours:
             raise ValueError(
-                f"{folder}: a gate must be for this base model: {name} must be {ours}; got {theirs}, of a gate for "
-                f"{hf.get('base_model', 'another model')!r}. Use the gate of this base model."
+                f"{folder}: a gate must be for this base model: {name} must be {ours}; got {theirs}, {of}. Use the gate of this base model."
             )
+    if not same_rope(found.rope, expected.rope, expected.head_dim):
+        raise ValueError(
+            f"{folder}: a gate must be for this base model: RoPE must be {_described(expected.rope)}; got {_described(found.rope)}, {of}. "
+            "Use a gate that was distilled under the RoPE of this base model; where it is known to serve this one, change rope_scaling in "
+            "the gate's config.json."
+        )
+
+
+def _described(rope: RopeConfig) -> str:
+    """RoPE as config.json says it."""
+    return ", ".join(f"{key}={value}" for key, value in rope.to_hf().items() if value is not None)

@@ -25,6 +25,7 @@ from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import RankingPolicy, TopK
 from seer_jax.selection.scorers import Scorer
+from seer_jax.text_files import read_text
 
 DENSITIES = (0.1, 0.2, 0.4)
 
@@ -107,7 +108,7 @@ def evaluate(config: EvalConfig) -> list[Score]:
       FileNotFoundError, PermissionError, ConnectionError: model, gates or text are not there.
       ValueError: settings, model, gates and text do not fit each other.
     """
-    text = tiny_lm.eval_text() if config.text is None else config.text.read_text(encoding="utf-8")
+    text = tiny_lm.eval_text() if config.text is None else read_text(config.text)
     name = model_of(config.model, config.gates, config.hub)
     model = from_pretrained(name, config.gates, dtype=config.dtype or DType.default(), **config.hub)
     rows = make_rows(

@@ -19,9 +19,10 @@ from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
-from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.models.pretrained import from_pretrained, load_generation_settings, load_tokenizer
 from seer_jax.selection.notation import write_policy
 from seer_jax.selection.policies import Policy
+from seer_jax.text_files import read_text
 
 DESCRIPTION = f"""Continues a prompt and prints the text while it is generated.
 
@@ -125,10 +126,15 @@ def generate(config: GenerateConfig) -> Generated | None:
         )
     dtype = config.dtype or DType.default()
     model = from_pretrained(name, config.gates, dtype=dtype, abstract=config.plan, **config.hub)
+    if config.chat:  # a model whose EOS tokens lack the end of a turn would not stop
+        ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.end_of_turn()))
+        model.config = dataclasses.replace(model.config, eos_token_ids=tuple(ends))
     job = Job.of(config, model, tokens)
     for phase, policy in job.policies.items():
         if config.stats or policy.idle_gate:
             print(f"{phase}: {policy}{_HINTS[phase] if policy.idle_gate else ''}", file=sys.stderr)
+    if config.stats and (recommendation := recommended_sampling(config, name)):
+        print(recommendation, file=sys.stderr)
     if config.plan:
         print(job.plan())
         return None
@@ -152,6 +158,18 @@ _HINTS = {
     "prefill": ". To use the gate: --prefill topk:0.1",
     "decode": ". To use the gate: --decode budget:4096",
 }
+
+
+def recommended_sampling(config: GenerateConfig, model: str) -> str | None:
+    """What the model's generation_config.json asks for and is not done, with the options that do it; None where there is nothing."""
+    settings = load_generation_settings(model, **config.hub)
+    advice = []
+    if isinstance(settings.sampling, Sample) and config.temperature == 0:
+        advice.append(f"the model recommends {settings.options}; without them the most likely token is taken")
+    if settings.not_available:
+        listed = ", ".join(f"{key}={value}" for key, value in settings.not_available.items())
+        advice.append(f"its generation_config.json asks for {listed}, which is not available")
+    return f"sampling: {'; '.join(advice)}" if advice else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +268,7 @@ def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     if config.prompt is not None:
         text = config.prompt
     elif config.prompt_file is not None:
-        text = config.prompt_file.read_text(encoding="utf-8")
+        text = read_text(config.prompt_file)
     else:
         if sys.stdin.isatty():
             print("Type the prompt, then Ctrl-D.", file=sys.stderr)
