@@ -14,6 +14,7 @@ from pathlib import Path
 
 from seer_jax import tiny_lm
 from seer_jax.commands.arguments import PROGRAM, ExitCode, import_scorers
+from seer_jax.commands.compilation_cache import use_compilation_cache
 
 COMMANDS = ("demo", "convert", "verify", "train", "generate", "eval", "bench", "info")
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
@@ -62,6 +63,7 @@ def _run(name: str, words: list[str]) -> int:
         at = words.index(SCORERS_OPTION)
         import_scorers(words[at + 1])
         words = words[:at] + words[at + 2 :]
+    use_compilation_cache()
     return importlib.import_module(f"seer_jax.commands.{name}").run(words)
 
 
