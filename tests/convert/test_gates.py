@@ -309,7 +309,7 @@ def test_a_wrong_torch_file_is_refused(tmp_path: Path):
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path):
     (write_gates(tmp_path, PREFILL) / "attn_gate_weights.pth").unlink()
-    message = r"must hold attn_gate_weights\.pth or attn_gate_weights\.safetensors; .* has neither"
+    message = r"must hold attn_gate_weights\.safetensors or .*\.pth; .* has neither but config\.json\. Check that"
     with pytest.raises(FileNotFoundError, match=message):
         load_gates(tmp_path)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from seer_jax.settings import check_types
 from seer_jax.text_files import decode_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -43,6 +44,7 @@ class SourceConfig:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, or None to read everything; got {self.max_tokens}.")
 
@@ -140,7 +142,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    parquet = _import("pyarrow.parquet", "parquet files", "seer-jax[train]")
+    parquet = _import("pyarrow.parquet", "parquet files")
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -154,7 +156,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_dataset(config: SourceConfig) -> Iterator[Document]:
-    datasets = _import("datasets", "Hugging Face datasets", "seer-jax[data]")
+    datasets = _import("datasets", "Hugging Face datasets")
     assert config.dataset is not None
     folder = Path(config.dataset)
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # as written by save_to_disk
@@ -200,11 +202,11 @@ def _described(value: Any) -> str:
     return type(value).__name__
 
 
-def _import(name: str, purpose: str, extra: str) -> Any:
+def _import(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
         raise ImportError(
-            f"Reading {purpose} needs the package {package}; it is not installed. Run pip install '{extra}'."
+            f"Reading {purpose} needs the package {package}; it is not installed. Run pip install {package}."
         ) from error
