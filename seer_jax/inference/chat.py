@@ -40,14 +40,19 @@ def load_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return found or _named(config.get("chat_template"), f"{folder / 'tokenizer_config.json'}: chat_template")
 
 
+def is_template_text(source: str) -> bool:
+    """Whether a template is given as Jinja text, which has a brace or several lines, and not as the path of a file."""
+    return "{" in source or "\n" in source
+
+
 def read_template(source: str) -> str:
     """A chat template given as Jinja text or as the path of a file.
 
     Raises:
-      FileNotFoundError: it is neither: text without a brace, and no file.
+      FileNotFoundError: it is neither.
       ValueError: the file is no UTF-8 text.
     """
-    if "{" in source or "\n" in source:
+    if is_template_text(source):
         return source
     path = Path(source).expanduser()
     if not path.is_file():
