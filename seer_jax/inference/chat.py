@@ -67,9 +67,10 @@ def _named(entry: Any, place: str) -> dict[str, str]:
         case str():
             return {DEFAULT: entry}
         case list():
-            named = {e.get("name"): e.get("template") for e in entry if isinstance(e, dict)}
-            if len(named) == len(entry) and all(isinstance(x, str) for pair in named.items() for x in pair):
-                return named
+            named = [(e.get("name"), e.get("template")) for e in entry if isinstance(e, dict)]
+            texts = {name: source for name, source in named if isinstance(name, str) and isinstance(source, str)}
+            if len(texts) == len(entry):
+                return texts
     raise ValueError(f"{place} must be a text, or a list of objects with name and template; got {str(entry)[:60]!r}.")
 
 
