@@ -21,7 +21,7 @@ _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _IMPORTING = threading.Lock()
 
 # What the evaluation of a template may raise besides jinja2's own errors.
-_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def load_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
