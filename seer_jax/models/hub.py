@@ -211,12 +211,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if path.with_name("config.json.partial").is_file():
+            raise FileNotFoundError(
+                f"A model folder must hold config.json; {folder} has none, since it was being written when the process ended. "
+                "Write it again."
+            )
         raise FileNotFoundError(
             f"A model folder must hold config.json; {folder} has none. Check that the download is complete."
         )
     return read_json(path)
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Writes `config.json`, keys sorted as transformers does."""
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def config_text(config: dict[str, Any]) -> str:
+    """The text of a `config.json`, keys sorted as transformers does."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from seer_jax.folders import check_is_base
-from seer_jax.inference.text import TOKENIZER_PATTERNS, Tokenizer
+from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
+from seer_jax.inference.generation_config import GenerationSettings, read_generation_settings
+from seer_jax.inference.text import TOKENIZER_CONFIG, TOKENIZER_PATTERNS, Tokenizer, eos_token_of
+from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import HubSettings, Location, read_config, read_json, resolve, resolve_gates
+from seer_jax.models.hub import HubSettings, Location, read_config, resolve, resolve_gates
 
 if TYPE_CHECKING:
     from seer_jax.gates.decode import DecodeGate
     from seer_jax.gates.prefill import PrefillGate
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 
 
 def from_pretrained(
@@ -45,7 +47,8 @@ def from_pretrained(
         `hub.HubSettings`.
 
     Returns:
-      The model. Its EOS tokens are those of generation_config.json where the folder has one, otherwise those of config.json.
+      The model. Its EOS tokens are those of generation_config.json where it names some, otherwise those of config.json, and the
+      tokenizer's end-of-text token.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: base or gates are not there, or can't be downloaded.
@@ -58,10 +61,10 @@ def from_pretrained(
 
     sharding = None if mesh is None else _place_on(mesh)
     weights = (CONFIG,) if abstract else BASE_PATTERNS
-    folder = resolve(base, (*weights, GENERATION_CONFIG), **hub)
+    folder = resolve(base, (*weights, GENERATION_CONFIG, TOKENIZER_CONFIG), **hub)
     check_is_base(folder)
     model = _abstract_base(folder, dtype) if abstract else load_base(folder, dtype=dtype, sharding=sharding)
-    model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config.eos_token_ids))
+    model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config))
     of_gates = HubSettings(**{name: value for name, value in hub.items() if name != "revision"})
     folders = resolve_gates(gates, (CONFIG,) if abstract else GATE_PATTERNS, **of_gates)
     loaded = [_abstract_gate(f) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders]
@@ -79,6 +82,16 @@ def load_tokenizer(base: Location, **hub: Unpack[HubSettings]) -> Tokenizer:
     folder = resolve(base, (*TOKENIZER_PATTERNS, CONFIG), **hub)
     check_is_base(folder)
     return Tokenizer.load(folder)
+
+
+def load_generation_settings(base: Location, **hub: Unpack[HubSettings]) -> GenerationSettings:
+    """How a model asks to be sampled (`settings.sampling`), from its generation_config.json; named as in `from_pretrained`.
+
+    Raises:
+      FileNotFoundError, PermissionError, ConnectionError: the model is not there, or can't be downloaded.
+      ValueError: the file is damaged.
+    """
+    return read_generation_settings(resolve(base, (GENERATION_CONFIG, CONFIG), **hub))
 
 
 def _abstract_base(folder: Path, dtype: Any) -> Transformer:
@@ -103,13 +116,11 @@ def _place_on(mesh: jax.sharding.Mesh) -> Any:
     return lambda path, array: place
 
 
-def _eos_tokens(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
-    """EOS tokens; those with which instruction-tuned models end their turns are in generation_config.json alone."""
-    path = folder / GENERATION_CONFIG
-    if not path.is_file():
-        return default
-    eos = read_json(path).get("eos_token_id")
-    return default if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+def _eos_tokens(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    """EOS tokens: as transformers takes them, and as vLLM does the tokenizer's own, with which chats end."""
+    named = read_generation_settings(folder).eos_token_ids or config.eos_token_ids
+    own = eos_token_of(folder)
+    return (*named, own) if own is not None and own < config.vocab_size and own not in named else named
 
 
 def _check_one_of_each(gates: Sequence["PrefillGate | DecodeGate"], folders: Sequence[Path]) -> None:

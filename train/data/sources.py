@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from seer_jax.settings import check_types
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 
@@ -41,6 +43,7 @@ class SourceConfig:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, or None to read everything; got {self.max_tokens}.")
 
