@@ -14,6 +14,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
 os.environ.setdefault("PJRT_NPROC", "4")
 # Two CPU devices, as a host with two GPUs has them.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# No test may write into the user's cache.
+os.environ["SEER_JAX_COMPILATION_CACHE"] = "off"
 # No test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,6 +31,11 @@ from tests.packaging.checkout import PACKAGES, RECIPE, ROOT
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not the first device, so that code which takes the first one, whatever its arguments say, meets arrays of another.
 jax.config.update("jax_default_device", jax.devices()[-1])
+
+# Two thirds of the tests' time is compiling. The workers, and later runs, share what is compiled; `make clean` removes it.
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Shapes and types of the public signatures are checked at every call, in tests alone.
 if importlib.util.find_spec("beartype"):

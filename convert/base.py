@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from seer_jax.convert.files import Replacement, replacing_files
 from seer_jax.convert.formats.sources import SafetensorsSource
 from seer_jax.convert.rules import ROTARY_BUFFERS, TIED_HEAD, base_rules
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
+from seer_jax.folders import check_is_base
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import Location, config_text, read_config, resolve
+from seer_jax.models.hub import HubSettings, Location, config_text, read_config, resolve
 from seer_jax.models.layers import BaseParam
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -35,7 +36,9 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
-def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None) -> Transformer:
+def load_base(
+    location: Location, *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None, **hub: Unpack[HubSettings]
+) -> Transformer:
     """A base model from a Hugging Face folder or hub id, without gates.
 
     Tensors go to their device piece by piece: the host never holds more than a few tens of MB besides the model.
@@ -45,6 +48,7 @@ def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Shardi
       dtype: of all weights, bfloat16 or float32.
       sharding: the `jax.sharding.Sharding` of each parameter, from its path (such as "layers.mlp.up_proj.weight", with its
         leading axis over layers) and its abstract array; each device reads only its own part. None: the default device.
+      **hub: see `hub.HubSettings`.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
@@ -53,15 +57,11 @@ def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Shardi
     """
     if jnp.dtype(dtype) not in map(jnp.dtype, DType):
         raise ValueError(f"Base weights must be bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
-    folder = resolve(location, BASE_PATTERNS)
+    folder = resolve(location, BASE_PATTERNS, **hub)
+    check_is_base(folder)
     hf = read_config(folder)
-    if hf.get("quantization_config"):
-        raise ValueError(
-            f"{folder}: weights must not be quantised; config.json has a quantization_config "
-            f"({hf['quantization_config'].get('quant_method')}). Use the bfloat16 checkpoint of this model."
-        )
     config = config_from_hf(hf)
-    files = _weight_files(folder, hf)
+    files = _weight_files(folder)
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
     with SafetensorsSource(files) as source:
         return load_parameters(
@@ -134,7 +134,7 @@ def _without_eos(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, eos_token_ids=())  # they concern text, not weights
 
 
-def _weight_files(folder: Path, hf: Mapping[str, Any]) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
@@ -151,11 +151,6 @@ def _weight_files(folder: Path, hf: Mapping[str, Any]) -> list[Path]:
         return [folder / name for name in names]
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
-    if any(folder.glob("attn_gate_weights.*")):
-        raise FileNotFoundError(
-            f"{folder} must hold base weights; got gates. Load their base model, {hf.get('base_model', 'see its documentation')!r}, "
-            "and give this folder as gates."
-        )
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
     raise FileNotFoundError(
         f"{folder} must hold {_WEIGHTS}, or {_INDEX} and the files it names; got {found}. Save other formats with "

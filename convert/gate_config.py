@@ -130,8 +130,8 @@ def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
         return policy_from_json(hf[POLICY_KEY])
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{POLICY_KEY} of config.json must describe a policy; got {hf[POLICY_KEY]!r} ({error}) Import the module that registers "
-            "its scorer before the gate is loaded, or remove the key."
+            f"{POLICY_KEY} of config.json must describe a policy; got {hf[POLICY_KEY]!r}. {error} Otherwise "
+            "remove the key."
         ) from error
 
 

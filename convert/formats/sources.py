@@ -153,8 +153,10 @@ def _header(path: Path, file: io.FileIO) -> tuple[dict, int, int]:
         )
     try:
         header = json.loads(file.read(length))
-    except ValueError as error:
-        raise ValueError(f"{path}: the safetensors header must be JSON; {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the safetensors header must be JSON; {error}. The file is damaged; download it again."
+        ) from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header must be a JSON object; got a {type(header).__name__}.")
     return header, 8 + length, size

@@ -1,9 +1,9 @@
 """Continue a prompt, densely or sparsely, and print the text while it is generated."""
 
 import dataclasses
-import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from seer_jax import tiny_lm
-from seer_jax.commands.arguments import ExitCode, parse, policy_help
+from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
 from seer_jax.inference.generate import Generated, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
 from seer_jax.inference.request import Request
@@ -19,9 +19,11 @@ from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
-from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.models.pretrained import from_pretrained, load_generation_settings, load_tokenizer
+from seer_jax.outputs import check_output_file, write_json
 from seer_jax.selection.notation import write_policy
 from seer_jax.selection.policies import Policy
+from seer_jax.text_files import read_text
 
 DESCRIPTION = f"""Continues a prompt and prints the text while it is generated.
 
@@ -30,13 +32,15 @@ DESCRIPTION = f"""Continues a prompt and prints the text while it is generated.
 Which policy runs for the prompt (prefill) and for new tokens (decode), and why, is printed on standard error. {tiny_lm.NAME} stands for
 the bundled model, and for its gates."""
 
+ROWS = 2  # default of dense_last_rows
+
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(HubOptions):
     """Continues a prompt and prints the text while it is generated.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
       prompt: text to continue.
       prompt_file: file with the text to continue. Without prompt and file it is read from standard input.
@@ -54,10 +58,10 @@ class GenerateConfig:
       stats: report policies, planned memory, speed and kept blocks on standard error.
       kept: also report the share of blocks that each layer kept.
       plan: print the memory that the compiled programs would take, and stop; weights are not loaded.
-      report: file for tokens, text, policies, planned memory and the blocks kept by each layer at each step, as JSON.
+      report: file for tokens, text, policies, planned memory, times and the blocks kept by each layer at each step, as JSON.
     """
 
-    model: str = tiny_lm.NAME
+    model: str | None = None
     gates: tuple[str, ...] = ()
     prompt: str | None = None
     prompt_file: Path | None = None
@@ -91,6 +95,11 @@ class GenerateConfig:
                 "top_k and top_p must come with a temperature above 0; got temperature 0, which takes the most likely token."
             )
 
+        if getattr(self.decode, "dense_last_rows", ROWS) != ROWS:
+            raise ValueError(
+                f"decode must leave out dense_last_rows, which concerns the rows of prompts; got {self.decode}. Set it in prefill=..."
+            )
+
     @property
     def sampling(self) -> Sampling:
         """How tokens are drawn."""
@@ -99,8 +108,8 @@ class GenerateConfig:
 
 def run(words: list[str]) -> int:
     description = DESCRIPTION.format(policies=policy_help())
-    generate(parse(GenerateConfig, "generate", words, description=description))
-    return ExitCode.OK
+    result = generate(parse(GenerateConfig, "generate", words, description=description))
+    return ExitCode.FAILED if result is not None and has_failed(result) else ExitCode.OK
 
 
 def generate(config: GenerateConfig) -> Generated | None:
@@ -109,21 +118,31 @@ def generate(config: GenerateConfig) -> Generated | None:
     Raises:
       ValueError, OSError, MemoryError: see `from_pretrained`, `load_tokenizer` and `seer_jax.generate`.
     """
-    tokenizer = load_tokenizer(config.model)
+    if config.report is not None:
+        check_output_file(config.report, setting="report")
+    clock = Clock()
+    name = model_of(config.model, config.gates, config.hub)
+    tokenizer = load_tokenizer(name, **config.hub)
     tokens = _prompt_tokens(config, tokenizer)
-    if config.report is not None and not config.report.parent.is_dir():
-        raise FileNotFoundError(
-            f"The folder of the report must exist; got {config.report}. Make it, or choose another one."
-        )
-    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default(), abstract=config.plan)
+    clock.start()
+    dtype = config.dtype or DType.default()
+    model = from_pretrained(name, config.gates, dtype=dtype, abstract=config.plan, **config.hub)
+    jax.block_until_ready(jax.tree.leaves(model))
+    clock.end("load")
+    if config.chat:  # a model whose EOS tokens lack the end of a turn would not stop
+        ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.end_of_turn()))
+        model.config = dataclasses.replace(model.config, eos_token_ids=tuple(ends))
     job = Job.of(config, model, tokens)
-    if config.stats:
-        print("\n".join(f"{phase}: {policy}" for phase, policy in job.policies.items()), file=sys.stderr)
+    for phase, policy in job.policies.items():
+        if config.stats or policy.idle_gate:
+            print(f"{phase}: {policy}{_HINTS[phase] if policy.idle_gate else ''}", file=sys.stderr)
+    if config.stats and (recommendation := recommended_sampling(config, name)):
+        print(recommendation, file=sys.stderr)
     if config.plan:
         print(job.plan())
         return None
-    clock = _Clock()
-    plan = job.plan() if config.stats or config.report is not None else None
+    plan = job.plan()
+    clock.end("compile")
     if config.stats:
         print(plan, file=sys.stderr)
     result = _write_stream(job, tokenizer, clock)
@@ -132,9 +151,42 @@ def generate(config: GenerateConfig) -> Generated | None:
         print(f"[{len(tokens)} prompt tokens; {clock}; blocks kept: {kept}]", file=sys.stderr)
     if config.kept:
         print(kept_table(result), file=sys.stderr)
-    if config.report is not None and plan is not None:
-        config.report.write_text(json.dumps(_report(job, result, plan, tokenizer), indent=1) + "\n", encoding="utf-8")
+    if config.report is not None:
+        write_json(config.report, _report(job, result, plan, clock, tokenizer))
+    if has_failed(result):
+        print(_failure(int(result.failed[0])), file=sys.stderr)
     return result
+
+
+_NO_RECOMMENDATION = "the gate recommends nothing"
+_HINTS = {
+    "prefill": ". To use the gate: --prefill topk:0.1",
+    "decode": ". To use the gate: --decode budget:4096",
+}
+
+
+def recommended_sampling(config: GenerateConfig, model: str) -> str | None:
+    """What the model's generation_config.json asks for and is not done, with the options that do it; None where there is nothing."""
+    settings = load_generation_settings(model, **config.hub)
+    advice = []
+    if isinstance(settings.sampling, Sample) and config.temperature == 0:
+        advice.append(f"the model recommends {settings.options}; without them the most likely token is taken")
+    if settings.not_available:
+        listed = ", ".join(f"{key}={value}" for key, value in settings.not_available.items())
+        advice.append(f"its generation_config.json asks for {listed}, which is not available")
+    return f"sampling: {'; '.join(advice)}" if advice else None
+
+
+def has_failed(result: Generated) -> bool:
+    """Whether a row ended because its logits were not finite."""
+    return bool((np.asarray(result.failed) >= 0).any())
+
+
+def _failure(step: int) -> str:
+    return (
+        f"{PROGRAM} generate: logits must be finite; those of new token {step} hold NaN or infinity, so that the text ends there. "
+        "The weights are damaged, or activations overflow their dtype; load the model anew, or pass --dtype float32."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +195,11 @@ class ChosenPolicy:
 
     policy: Policy
     reason: str
+
+    @property
+    def idle_gate(self) -> bool:
+        """Whether a gate was loaded that no policy uses, though the user did not ask for that."""
+        return self.reason == _NO_RECOMMENDATION
 
     @classmethod
     def of(cls, chosen: Policy | None, named: Policy | None, gate: Any) -> "ChosenPolicy":
@@ -153,7 +210,7 @@ class ChosenPolicy:
         elif gate is None:
             reason = "no gate"
         else:
-            reason = "the gate recommends nothing" if gate.recommended is None else "recommended by the gate"
+            reason = _NO_RECOMMENDATION if gate.recommended is None else "recommended by the gate"
         return cls(chosen, reason)
 
     def __str__(self) -> str:
@@ -182,7 +239,9 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Of `stream` and `plan_memory`."""
         policies = {phase: chosen.policy for phase, chosen in self.policies.items()}
-        return dict(max_new_tokens=self.config.max_new_tokens, sampling=self.config.sampling, **policies)
+        config = self.config
+        sizes = dict(max_new_tokens=config.max_new_tokens, beyond_context=config.beyond_context)
+        return dict(**sizes, sampling=config.sampling, **policies)
 
     def plan(self) -> MemoryPlan:
         return plan_memory(self.model, 1, len(self.tokens), streamed=True, **self.settings)
@@ -209,7 +268,7 @@ def _row_steps(result: Generated, row: int) -> np.ndarray:
     return np.asarray(result.decode_kept_steps)[: int(result.lengths[row]) - 1, :, row]
 
 
-def _report(job: Job, result: Generated, plan: MemoryPlan, tokenizer: Tokenizer) -> dict[str, Any]:
+def _report(job: Job, result: Generated, plan: MemoryPlan, clock: "Clock", tokenizer: Tokenizer) -> dict[str, Any]:
     (new,) = result.rows()
     return {
         **{phase: write_policy(chosen.policy) for phase, chosen in job.policies.items()},
@@ -217,6 +276,9 @@ def _report(job: Job, result: Generated, plan: MemoryPlan, tokenizer: Tokenizer)
         "prompt_tokens": len(job.tokens),
         "tokens": new,
         "text": tokenizer.decode(new),
+        "failed_at": int(result.failed[0]) if has_failed(result) else None,
+        "seconds": clock.seconds,
+        "tokens_per_second": clock.tokens_per_second,
         "memory_bytes": dataclasses.asdict(plan) | {"total": plan.total},
         "prefill_kept": np.asarray(result.prefill_kept)[:, 0].tolist(),
         "decode_kept": np.asarray(result.decode_kept)[:, 0].tolist(),
@@ -228,7 +290,7 @@ def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     if config.prompt is not None:
         text = config.prompt
     elif config.prompt_file is not None:
-        text = config.prompt_file.read_text(encoding="utf-8")
+        text = read_text(config.prompt_file)
     else:
         if sys.stdin.isatty():
             print("Type the prompt, then Ctrl-D.", file=sys.stderr)
@@ -244,38 +306,56 @@ def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
-class _Clock:
-    """Arrival times of tokens; those of the first and the second piece include compilation."""
+class Clock:
+    """How long the stages of a generation take.
+
+    Attributes:
+      seconds: by stage: load (of the weights), compile, prefill (to the first token), decode (the others).
+      tokens: new ones so far.
+    """
 
     def __init__(self) -> None:
-        self._marks = [(time.perf_counter(), 0)]
+        self.seconds: dict[str, float] = dict.fromkeys(("load", "compile", "prefill", "decode"), 0.0)
+        self.tokens = 0
+        self.start()
+
+    def start(self) -> None:
+        """The next stage begins now."""
+        self._begin = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """A stage, or a part of it, ends now, and the next one begins."""
+        begin = self._begin
+        self.start()
+        self.seconds[stage] += self._begin - begin
 
     def add(self, tokens: int) -> None:
-        self._marks.append((time.perf_counter(), self._marks[-1][1] + tokens))
+        """New tokens have come."""
+        self.end("decode" if self.tokens else "prefill")
+        self.tokens += tokens
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first one; None where there are none."""
+        return (self.tokens - 1) / self.seconds["decode"] if self.tokens > 1 else None
 
     def __str__(self) -> str:
-        (begin, _), (end, count) = self._marks[0], self._marks[-1]
-        text = f"{count} new in {end - begin:.1f} s with compilation"
-        if len(self._marks) > 3:
-            since, before = self._marks[2]
-            text += f", {(count - before) / max(end - since, 1e-9):.1f} tokens/s after it"
-        return text
+        seconds, speed = self.seconds, self.tokens_per_second
+        text = f"{self.tokens} new, the first after {seconds['prefill']:.2f} s"
+        text += "" if speed is None else f", then {speed:.1f} tokens/s"
+        return f"{text}; {seconds['load']:.1f} s to load, {seconds['compile']:.1f} s to compile"
 
 
-def _write_stream(job: Job, tokenizer: Tokenizer, clock: _Clock) -> Generated:
-    pieces = stream(
-        job.model,
-        [job.tokens],
-        key=jax.random.key(job.config.seed),
-        beyond_context=job.config.beyond_context,
-        **job.settings,
-    )
+def _write_stream(job: Job, tokenizer: Tokenizer, clock: Clock) -> Generated:
+    key = None if isinstance(job.config.sampling, Greedy) else jax.random.key(job.config.seed)
+    pieces = stream(job.model, [job.tokens], key=key, **job.settings)
     text = tokenizer.stream()
-    while True:
-        try:
-            (new,) = next(pieces)
-        except StopIteration as end:
-            print(text.finish(), flush=True)
-            return end.value
-        clock.add(len(new))
-        print(text.push(new), end="", flush=True)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of a row that fails: `_failure` tells it
+        while True:
+            try:
+                (new,) = next(pieces)
+            except StopIteration as end:
+                print(text.finish(), flush=True)
+                return end.value
+            clock.add(len(new))
+            print(text.push(new), end="", flush=True)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float32, Int
 
 from pallas_kernels import attention_with_block_scores
 from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.outputs import check_matplotlib
 from seer_jax.selection.rules import RankingPolicy
 
 FLOOR = 1e-3  # smallest weight that the colours tell from 0
@@ -102,12 +103,11 @@ def plot_block_maps(
     layers, per_layer = maps.true.shape[:2]
     if bad := [at for at in heads if not (0 <= at[0] < layers and 0 <= at[1] < per_layer)]:
         raise ValueError(f"heads must be (layer, head) with layer < {layers} and head < {per_layer}; got {bad[0]}.")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'seer-jax[plot]'.") from error
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9.5, 3.1 * len(heads) + 0.5), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(heads), 3, squeeze=False, sharex=True, sharey=True)

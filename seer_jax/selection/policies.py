@@ -6,7 +6,7 @@ change numbers (a threshold) are leaves; values that change shapes (a density, a
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,10 @@ DEFAULT_BLOCK_SIZE = 64  # of a model without gates
 class Policy(abc.ABC):
     """How blocks are chosen, in every layer of a model.
 
+    `str(policy)` is the policy as a command line writes it.
+
     Attributes:
+      name: as a command line writes it.
       is_dense: whether every block is kept in every layer.
       needs_gate: whether it works with a learned gate alone.
       expected_density: share of the blocks that the lists will hold, where that is known beforehand: a hint for kernels.
@@ -32,6 +35,7 @@ class Policy(abc.ABC):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # each policy is a dataclass
 
+    name: ClassVar[str] = "own"
     is_dense: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
 
@@ -42,6 +46,9 @@ class Policy(abc.ABC):
         Args:
           context: of the layer; the policy is that of the layer too, see `of_layer`.
         """
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def needs_gate(self) -> bool:
@@ -72,7 +79,7 @@ class Policy(abc.ABC):
         if self.needs_gate and gate is None:
             raise ValueError(
                 f"{self} ranks blocks by a learned gate, but the model has none of this kind; "
-                "load one (from_pretrained(..., gates=...)), train one, or use Dense()."
+                f"load one (gates=...), train one, or use the policy {Dense.name}."
             )
         if empty := [name for name in self.per_head if getattr(self, name) is None]:
             raise ValueError(f"{type(self).__name__}.{empty[0]} must be a number or an array; got None.")
@@ -80,7 +87,7 @@ class Policy(abc.ABC):
         if dense_layers >= num_layers:
             raise ValueError(
                 f"dense_layers must leave a sparse layer: below {num_layers}, the model's layers; got {dense_layers}. "
-                "Lower it, or use Dense()."
+                f"Lower it, or use the policy {Dense.name}."
             )
 
     def stacked(self, num_layers: int, heads: int) -> "Policy":
@@ -104,6 +111,35 @@ class Policy(abc.ABC):
         """The policy of one layer out of a stacked one."""
         changes = {name: getattr(self, name)[layer] for name in self.per_head if jnp.ndim(getattr(self, name))}
         return dataclasses.replace(self, **changes) if changes else self
+
+    def padded(self, lists: "Lists", tokens: int) -> "Policy":
+        """The policy for a program whose arrays have room for `tokens` tokens, although the lists of masks end before.
+
+        Args:
+          lists: whose masks the caller may have given.
+          tokens: at least `lists.tokens`.
+
+        Raises:
+          ValueError: a mask has another shape than the lists.
+        """
+        del lists, tokens
+        return self
+
+
+class Lists(NamedTuple):
+    """The lists of blocks of one phase of a request, in every layer.
+
+    Fields:
+      batch: B.
+      heads: how many lists a row of the batch may have.
+      tokens: of the padded prompts, or of the cache.
+      per_row: whether there is a list for each block row of queries: while prompts are read.
+    """
+
+    batch: int
+    heads: tuple[int, ...]
+    tokens: int
+    per_row: bool
 
 
 def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
@@ -133,6 +169,7 @@ def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
 class Dense(Policy):
     """Every block."""
 
+    name = "dense"
     is_dense = True
 
     def blocks(self, context: Context) -> None:
@@ -154,6 +191,8 @@ class Given(Policy):
       block_size: b, tokens per block.
     """
 
+    name = "given"
+
     mask: Bool[Array | np.ndarray, "L B ..."]
     block_size: int = dataclasses.field(default=DEFAULT_BLOCK_SIZE, metadata=dict(static=True))
 
@@ -173,3 +212,23 @@ class Given(Policy):
 
     def of_layer(self, layer: jax.Array) -> "Policy":
         return dataclasses.replace(self, mask=self.mask[layer])
+
+    def padded(self, lists: Lists, tokens: int) -> "Policy":
+        before, after = (-(-size // self.block_size) for size in (lists.tokens, tokens))
+        axes = 2 if lists.per_row else 1
+        shape = jnp.shape(self.mask)
+        if (
+            len(shape) != 3 + axes
+            or shape[1] != lists.batch
+            or shape[2] not in lists.heads
+            or set(shape[3:]) != {before}
+        ):
+            letters, phase = ("[L, B, Hs, Tb, Sb]", "prefill") if lists.per_row else ("[L, B, K, Sb]", "decode")
+            heads = " or ".join(map(str, lists.heads))
+            raise ValueError(
+                f"Given.mask must be {letters} for {phase}, with {lists.batch} rows, {heads} lists and {before} blocks of "
+                f"{self.block_size} tokens; got shape {shape}."
+            )
+        if before == after:
+            return self
+        return dataclasses.replace(self, mask=np.pad(self.mask, [(0, 0)] * 3 + [(0, after - before)] * axes))

@@ -37,14 +37,6 @@ class Panel:
         return [m for m in lines if m.results.get(self.y) is not None]
 
 
-def check_matplotlib() -> None:
-    """Raises ImportError with advice where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'seer-jax[plot]'.") from error
-
-
 def plot_panels(path: Path, panels: Sequence[Panel], measurements: Sequence[Measurement]) -> None:
     """Writes a PNG of the panels that have measurements.
 

@@ -9,7 +9,8 @@ from rich.table import Table as RichTable
 
 from seer_jax.bench.configs import BenchConfig
 from seer_jax.bench.harness.measurement import Measurement, hardware, write_json
-from seer_jax.bench.harness.plots import Panel, check_matplotlib, plot_panels
+from seer_jax.bench.harness.plots import Panel, plot_panels
+from seer_jax.outputs import check_output_file, check_plot_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +67,13 @@ def report(
     """Prints a line for each measurement, then the tables; writes the file and draws the plot if they are asked for.
 
     Raises:
-      ImportError: a plot is asked for and matplotlib is not installed.
-      ValueError: no measurement can be drawn.
+      ImportError, OSError, ValueError: before anything is measured: a plot is asked for and matplotlib is not installed, or a file
+        can't be written. At the end: no measurement can be drawn.
     """
     if config.plot is not None:
-        check_matplotlib()
+        check_plot_file(config.plot)
+    if config.output is not None:
+        check_output_file(config.output)
     console, done = Console(), []
     if not console.is_terminal:
         console = Console(width=130)  # of a file; the tables are made for a wide terminal

@@ -255,8 +255,8 @@ REFUSED = {
     ),
     "activation": (LLAMA_8B | dict(hidden_act="gelu"), "activation must be 'silu'; got 'gelu'"),
     "sliding window": (
-        QWEN2_7B | dict(use_sliding_window=True),
-        "must attend to all earlier tokens: .*; got use_sliding_window=True, layer_types=None. Use a checkpoint without",
+        QWEN2_7B | dict(use_sliding_window=True, max_window_layers=27),
+        "must attend to all earlier tokens: .*; got use_sliding_window=True, .*layer_types=None. Use a checkpoint without",
     ),
     "sliding layers": (
         QWEN3_4B | dict(layer_types=["full_attention", "sliding_attention"]),
@@ -290,7 +290,8 @@ REFUSED = {
     ),
     "partial rope": (LLAMA_8B | dict(partial_rotary_factor=0.5), "must rotate all channels of a head; got .* 0.5"),
     "partial rope, new style": (
-        LLAMA_8B | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
+        without(LLAMA_8B, "rope_scaling")
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
         "must rotate all channels of a head; got .* 0.25",
     ),
     "factor below 1": (
@@ -456,3 +457,21 @@ def test_head_dim_that_config_json_leaves_out(family: str, head_dim: int):
     hf = {key: value for key, value in LLAMA_8B.items() if key != "head_dim"}
     hf |= dict(model_type=family, hidden_size=96 * hf["num_attention_heads"], sliding_window=None)
     assert config_from_hf(hf).head_dim == head_dim
+
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768)
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({}, 131072),  # llama3: the stretched length is the one in max_position_embeddings
+        (dict(rope_scaling=None, max_position_embeddings=40960), 40960),
+        (dict(rope_scaling=YARN, max_position_embeddings=40960), 131072),  # as on the card of Qwen3
+        (dict(rope_scaling=YARN, max_position_embeddings=32768), 131072),  # as on the card of Qwen2.5
+        (dict(rope_scaling=YARN, max_position_embeddings=131072), 131072),
+        (dict(rope_scaling=dict(type="linear", factor=4.0), max_position_embeddings=4096), 16384),
+    ],
+)
+def test_context_is_what_rope_stretches_it_to(changes: dict[str, Any], context: int):
+    assert config_from_hf(LLAMA_8B | changes).context == context

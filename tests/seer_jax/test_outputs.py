@@ -1,0 +1,74 @@
+"""Places of results: refused before the work where nothing can be written, and files written whole or not at all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seer_jax.outputs import check_output_file, check_output_folder, check_plot_file, write_json, write_text
+
+PLACES = [
+    (check_output_file, "folder", IsADirectoryError, "output must be a file; got the folder .*Name a file in it"),
+    (check_output_file, "file/x/y.json", NotADirectoryError, "must lie in a folder; got .*file is a file"),
+    (check_output_folder, "file", NotADirectoryError, "output must be a folder; got the file"),
+    (check_output_folder, "file/x", NotADirectoryError, "must lie in a folder"),
+    (check_output_folder, "/proc/x", OSError, "must be writable; got /proc/x, and no file can be made in /proc"),
+    (check_output_file, "/proc/x.json", OSError, "must be writable; got /proc/x.json.*Choose another place"),
+    (check_plot_file, "x.jpg3", ValueError, r"plot must be a file whose name ends in \.png.*got .*x\.jpg3"),
+    (check_plot_file, "folder", ValueError, "name ends in"),
+    (check_plot_file, "/proc/x.png", OSError, "plot must be writable; got /proc/x.png"),
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Callable[[str], Path]:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    return lambda name: tmp_path / name
+
+
+@pytest.mark.parametrize(("check", "name", "kind", "message"), PLACES)
+def test_places_that_take_no_output_are_refused(
+    place: Callable[[str], Path], check: Any, name: str, kind: type, message: str
+):
+    if check is check_plot_file:
+        pytest.importorskip("matplotlib")
+    with pytest.raises(kind, match=message):
+        check(place(name))
+
+
+@pytest.mark.parametrize("name", ["new.json", "a/b/new.json", "file"])
+def test_a_check_leaves_nothing_behind(place: Callable[[str], Path], name: str):
+    before = sorted(place(".").rglob("*"))
+    check_output_file(place(name))
+    check_output_folder(place(name).parent)
+    assert sorted(place(".").rglob("*")) == before and place("file").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["file", "a/b/new"])
+def test_files_are_written_whole_or_not_at_all(
+    place: Callable[[str], Path], name: str, monkeypatch: pytest.MonkeyPatch
+):
+    path = place(name)
+    write_text(path, "é")
+    assert path.read_text(encoding="utf-8") == "é"
+
+    def interrupted(handle: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"x": 1})
+    assert path.read_text(encoding="utf-8") == "é" and [p.name for p in path.parent.iterdir() if ".tmp" in p.name] == []
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_text(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "x"
+    check_output_file(Path("/dev/null"))
+    write_text(Path("/dev/null"), "x")
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "nan.json", float("nan"))
