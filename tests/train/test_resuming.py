@@ -34,16 +34,16 @@ def other_runs():
     optimizer = dataclasses.replace(RUN.optimizer, learning_rate=0.5)
     yield (
         {"config": changed(seed=1)},
-        r"^seed: this run was started with 0; got 1\. Restore it \(--seed 0\) to go on with the run in .*, or give another output folder",
+        r"^seed: this run was started with 0; got 1\. Restore seed=0 to go on with the run in .*, or give another `output` for a new run",
     )
     yield (
         {"config": changed(optimizer=optimizer)},
-        r"^optimizer\.learning_rate: .* with 0\.01; got 0\.5\. .*--optimizer\.learning-rate 0\.01\)",
+        r"^optimizer\.learning_rate: .* with 0\.01; got 0\.5\. Restore optimizer\.learning_rate=0\.01 to go on",
     )
     yield {"config": changed(data=DataConfig(paths=("/x",)))}, r"^data\.paths: .* with \[\]; got \['/x'\]"
     yield (
         {"config": changed(steps=8)},
-        r"^steps: this run was started with 10 and has done 10; got 8\. Set steps \(--steps\) to 10 or more",
+        r"^steps: this run was started with 10 and has done 10; got 8\. Set steps=10 or more",
     )
     yield (
         {"config": changed(gates=TrainedGates.PREFILL)},
