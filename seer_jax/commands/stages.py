@@ -46,7 +46,7 @@ class Stages:
     @contextlib.contextmanager
     def _bar(self, title: str, clock: "StepClock", every_step: bool) -> Iterator[Advance]:
         columns = (
-            "{task.description}",
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
