@@ -114,7 +114,7 @@ class EvalConfig(HubOptions):
         for level in named or [parse_level(f"topk:{DENSITIES[0]}")]:
             if not self.gates and all(method.needs_gate for method in level.methods or self.methods):
                 raise ValueError(
-                    f"gates must be named, as {level.name} is to be measured with the learned gate alone; got none. Pass gates=..., or "
+                    f"gates must be named, as {level.name} is to be measured with the learned gate alone; got none. Pass `gates`, or "
                     "another scorer."
                 )
 
@@ -286,6 +286,6 @@ def _check_context(config: EvalConfig, model: Transformer) -> None:
     context = model.config.max_position_embeddings
     if config.length > context and not config.beyond_context:
         raise ValueError(
-            f"length must fit the model's context, max_position_embeddings = {context} tokens; got {config.length}. Lower length=..., "
+            f"length must fit the model's context, max_position_embeddings = {context} tokens; got {config.length}. Lower `length`, "
             "load the model with a RoPE scaling for longer contexts, or pass beyond_context=True."
         )
