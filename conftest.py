@@ -14,6 +14,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
 os.environ.setdefault("PJRT_NPROC", "4")
 # Two CPU devices, as a host with two GPUs has them.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# No test may write into the user's cache.
+os.environ["SEER_JAX_COMPILATION_CACHE"] = "off"
 # No test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import jax
+import numpy as np
+from jax.core import Tracer
+
 
 def check_positive(config: Any, *names: str) -> None:
     """Raises ValueError where a setting of these names is not above 0."""
@@ -15,3 +19,15 @@ def check_at_least(least: int, config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{type(config).__name__}.{name} must be at least {least}; got {getattr(config, name)}.")
+
+
+def whole_number(name: str, value: Any, must: str = "an integer of at least 1", *, least: int = 1) -> None:
+    """Raises ValueError where a value is no integer from `least` on; True and 2.0 are none, NumPy's integers are."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be {must}; got {value!r}.")
+
+
+def is_placeholder(x: Any) -> bool:
+    """Whether a leaf of a pytree stands for a value: inside JAX's transformations, and in trees of shapes, shardings and the like."""
+    known = (str, bytes, int, float, complex, list, tuple, dict, np.ndarray, np.generic, jax.Array)
+    return isinstance(x, Tracer) or not isinstance(x, known)

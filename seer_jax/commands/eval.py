@@ -283,9 +283,9 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
 
 
 def _check_context(config: EvalConfig, model: Transformer) -> None:
-    context = model.config.max_position_embeddings
+    context = model.config.context
     if config.length > context and not config.beyond_context:
         raise ValueError(
-            f"length must fit the model's context, max_position_embeddings = {context} tokens; got {config.length}. Lower `length`, "
+            f"length must fit the model's context of {context} tokens; got {config.length}. Lower `length`, "
             "load the model with a RoPE scaling for longer contexts, or pass beyond_context=True."
         )

@@ -1,9 +1,9 @@
 """Continue a prompt, densely or sparsely, and print the text while it is generated."""
 
 import dataclasses
-import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from seer_jax import tiny_lm
-from seer_jax.commands.arguments import ExitCode, HubOptions, model_of, parse, policy_help
+from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
 from seer_jax.inference.generate import Generated, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
 from seer_jax.inference.request import Request
@@ -20,6 +20,7 @@ from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.pretrained import from_pretrained, load_generation_settings, load_tokenizer
+from seer_jax.outputs import check_output_file, write_json
 from seer_jax.selection.notation import write_policy
 from seer_jax.selection.policies import Policy
 from seer_jax.text_files import read_text
@@ -57,7 +58,7 @@ class GenerateConfig(HubOptions):
       stats: report policies, planned memory, speed and kept blocks on standard error.
       kept: also report the share of blocks that each layer kept.
       plan: print the memory that the compiled programs would take, and stop; weights are not loaded.
-      report: file for tokens, text, policies, planned memory and the blocks kept by each layer at each step, as JSON.
+      report: file for tokens, text, policies, planned memory, times and the blocks kept by each layer at each step, as JSON.
     """
 
     model: str | None = None
@@ -107,8 +108,8 @@ class GenerateConfig(HubOptions):
 
 def run(words: list[str]) -> int:
     description = DESCRIPTION.format(policies=policy_help())
-    generate(parse(GenerateConfig, "generate", words, description=description))
-    return ExitCode.OK
+    result = generate(parse(GenerateConfig, "generate", words, description=description))
+    return ExitCode.FAILED if result is not None and has_failed(result) else ExitCode.OK
 
 
 def generate(config: GenerateConfig) -> Generated | None:
@@ -117,15 +118,17 @@ def generate(config: GenerateConfig) -> Generated | None:
     Raises:
       ValueError, OSError, MemoryError: see `from_pretrained`, `load_tokenizer` and `seer_jax.generate`.
     """
+    if config.report is not None:
+        check_output_file(config.report, setting="report")
+    clock = Clock()
     name = model_of(config.model, config.gates, config.hub)
     tokenizer = load_tokenizer(name, **config.hub)
     tokens = _prompt_tokens(config, tokenizer)
-    if config.report is not None and not config.report.parent.is_dir():
-        raise FileNotFoundError(
-            f"The folder of the report must exist; got {config.report}. Make it, or choose another one."
-        )
+    clock.start()
     dtype = config.dtype or DType.default()
     model = from_pretrained(name, config.gates, dtype=dtype, abstract=config.plan, **config.hub)
+    jax.block_until_ready(jax.tree.leaves(model))
+    clock.end("load")
     if config.chat:  # a model whose EOS tokens lack the end of a turn would not stop
         ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.end_of_turn()))
         model.config = dataclasses.replace(model.config, eos_token_ids=tuple(ends))
@@ -138,8 +141,8 @@ def generate(config: GenerateConfig) -> Generated | None:
     if config.plan:
         print(job.plan())
         return None
-    clock = _Clock()
-    plan = job.plan() if config.stats or config.report is not None else None
+    plan = job.plan()
+    clock.end("compile")
     if config.stats:
         print(plan, file=sys.stderr)
     result = _write_stream(job, tokenizer, clock)
@@ -148,8 +151,10 @@ def generate(config: GenerateConfig) -> Generated | None:
         print(f"[{len(tokens)} prompt tokens; {clock}; blocks kept: {kept}]", file=sys.stderr)
     if config.kept:
         print(kept_table(result), file=sys.stderr)
-    if config.report is not None and plan is not None:
-        config.report.write_text(json.dumps(_report(job, result, plan, tokenizer), indent=1) + "\n", encoding="utf-8")
+    if config.report is not None:
+        write_json(config.report, _report(job, result, plan, clock, tokenizer))
+    if has_failed(result):
+        print(_failure(int(result.failed[0])), file=sys.stderr)
     return result
 
 
@@ -170,6 +175,18 @@ def recommended_sampling(config: GenerateConfig, model: str) -> str | None:
         listed = ", ".join(f"{key}={value}" for key, value in settings.not_available.items())
         advice.append(f"its generation_config.json asks for {listed}, which is not available")
     return f"sampling: {'; '.join(advice)}" if advice else None
+
+
+def has_failed(result: Generated) -> bool:
+    """Whether a row ended because its logits were not finite."""
+    return bool((np.asarray(result.failed) >= 0).any())
+
+
+def _failure(step: int) -> str:
+    return (
+        f"{PROGRAM} generate: logits must be finite; those of new token {step} hold NaN or infinity, so that the text ends there. "
+        "The weights are damaged, or activations overflow their dtype; load the model anew, or pass --dtype float32."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +239,9 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Of `stream` and `plan_memory`."""
         policies = {phase: chosen.policy for phase, chosen in self.policies.items()}
-        return dict(max_new_tokens=self.config.max_new_tokens, sampling=self.config.sampling, **policies)
+        config = self.config
+        sizes = dict(max_new_tokens=config.max_new_tokens, beyond_context=config.beyond_context)
+        return dict(**sizes, sampling=config.sampling, **policies)
 
     def plan(self) -> MemoryPlan:
         return plan_memory(self.model, 1, len(self.tokens), streamed=True, **self.settings)
@@ -249,7 +268,7 @@ def _row_steps(result: Generated, row: int) -> np.ndarray:
     return np.asarray(result.decode_kept_steps)[: int(result.lengths[row]) - 1, :, row]
 
 
-def _report(job: Job, result: Generated, plan: MemoryPlan, tokenizer: Tokenizer) -> dict[str, Any]:
+def _report(job: Job, result: Generated, plan: MemoryPlan, clock: "Clock", tokenizer: Tokenizer) -> dict[str, Any]:
     (new,) = result.rows()
     return {
         **{phase: write_policy(chosen.policy) for phase, chosen in job.policies.items()},
@@ -257,6 +276,9 @@ def _report(job: Job, result: Generated, plan: MemoryPlan, tokenizer: Tokenizer)
         "prompt_tokens": len(job.tokens),
         "tokens": new,
         "text": tokenizer.decode(new),
+        "failed_at": int(result.failed[0]) if has_failed(result) else None,
+        "seconds": clock.seconds,
+        "tokens_per_second": clock.tokens_per_second,
         "memory_bytes": dataclasses.asdict(plan) | {"total": plan.total},
         "prefill_kept": np.asarray(result.prefill_kept)[:, 0].tolist(),
         "decode_kept": np.asarray(result.decode_kept)[:, 0].tolist(),
@@ -284,38 +306,56 @@ def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
-class _Clock:
-    """Arrival times of tokens; those of the first and the second piece include compilation."""
+class Clock:
+    """How long the stages of a generation take.
+
+    Attributes:
+      seconds: by stage: load (of the weights), compile, prefill (to the first token), decode (the others).
+      tokens: new ones so far.
+    """
 
     def __init__(self) -> None:
-        self._marks = [(time.perf_counter(), 0)]
+        self.seconds: dict[str, float] = dict.fromkeys(("load", "compile", "prefill", "decode"), 0.0)
+        self.tokens = 0
+        self.start()
+
+    def start(self) -> None:
+        """The next stage begins now."""
+        self._begin = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """A stage, or a part of it, ends now, and the next one begins."""
+        begin = self._begin
+        self.start()
+        self.seconds[stage] += self._begin - begin
 
     def add(self, tokens: int) -> None:
-        self._marks.append((time.perf_counter(), self._marks[-1][1] + tokens))
+        """New tokens have come."""
+        self.end("decode" if self.tokens else "prefill")
+        self.tokens += tokens
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first one; None where there are none."""
+        return (self.tokens - 1) / self.seconds["decode"] if self.tokens > 1 else None
 
     def __str__(self) -> str:
-        (begin, _), (end, count) = self._marks[0], self._marks[-1]
-        text = f"{count} new in {end - begin:.1f} s with compilation"
-        if len(self._marks) > 3:
-            since, before = self._marks[2]
-            text += f", {(count - before) / max(end - since, 1e-9):.1f} tokens/s after it"
-        return text
+        seconds, speed = self.seconds, self.tokens_per_second
+        text = f"{self.tokens} new, the first after {seconds['prefill']:.2f} s"
+        text += "" if speed is None else f", then {speed:.1f} tokens/s"
+        return f"{text}; {seconds['load']:.1f} s to load, {seconds['compile']:.1f} s to compile"
 
 
-def _write_stream(job: Job, tokenizer: Tokenizer, clock: _Clock) -> Generated:
-    pieces = stream(
-        job.model,
-        [job.tokens],
-        key=jax.random.key(job.config.seed),
-        beyond_context=job.config.beyond_context,
-        **job.settings,
-    )
+def _write_stream(job: Job, tokenizer: Tokenizer, clock: Clock) -> Generated:
+    key = None if isinstance(job.config.sampling, Greedy) else jax.random.key(job.config.seed)
+    pieces = stream(job.model, [job.tokens], key=key, **job.settings)
     text = tokenizer.stream()
-    while True:
-        try:
-            (new,) = next(pieces)
-        except StopIteration as end:
-            print(text.finish(), flush=True)
-            return end.value
-        clock.add(len(new))
-        print(text.push(new), end="", flush=True)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of a row that fails: `_failure` tells it
+        while True:
+            try:
+                (new,) = next(pieces)
+            except StopIteration as end:
+                print(text.finish(), flush=True)
+                return end.value
+            clock.add(len(new))
+            print(text.push(new), end="", flush=True)

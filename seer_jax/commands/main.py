@@ -13,6 +13,7 @@ from pathlib import Path
 
 from seer_jax import tiny_lm
 from seer_jax.commands.arguments import OPTIONS, PROGRAM, ExitCode, import_scorers
+from seer_jax.commands.compilation_cache import use_compilation_cache
 from seer_jax.commands.errors.failures import failure, one_line
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
 
@@ -107,6 +108,7 @@ def _run(name: str, words: list[str], scorers: list[str]) -> int:
     """Imports the modules of --scorers, which must be known when the other options are read, and runs the command."""
     for module in scorers:
         import_scorers(module)
+    use_compilation_cache()
     return importlib.import_module(f"seer_jax.commands.{name}").run(words)
 
 

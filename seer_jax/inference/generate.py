@@ -1,12 +1,13 @@
 """Generation: a prompt is read in one pass, then tokens follow one by one, all in one compiled program.
 
-The cache has a fixed size, so a program is compiled once per batch size, prompt width (in eights), number of new tokens and policy.
-Everything that depends on values (lengths, tokens, logits that are not finite) is checked on the host, before or after. Where the
-device tells its memory, what the program takes of it is checked before it runs.
+The cache has a fixed size, so a program is compiled once per batch size, policy, and prompt width and number of new tokens, both
+rounded up (`prompts.bucket`). Everything that depends on values (lengths, tokens, logits that are not finite) is checked on the host,
+before or after. Where the device tells its memory, what the program takes of it is checked before it runs.
 """
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Generator
 from typing import Any, Unpack
 
@@ -15,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from seer_jax.inference.memory import MemoryPlan, abstract_argument, available_bytes, laid_out_bytes, tree_bytes
+from seer_jax.checks import whole_number
+from seer_jax.inference.memory import MemoryPlan, abstract_argument, available_memory, laid_out_bytes, tree_bytes
 from seer_jax.inference.prompts import Lengths, Prompts, check_prompts
-from seer_jax.inference.request import Request, RequestSettings
-from seer_jax.inference.sampling import Sample, Sampling, row_keys
+from seer_jax.inference.request import ProgramSizes, Request, RequestSettings
+from seer_jax.inference.sampling import Greedy, Sample, Sampling, row_keys
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
-from seer_jax.selection.policies import Policy
-
-PROMPT_MULTIPLE = 8  # tokens; the prompts' width is rounded up to what GPU kernels take without copies in every layer
+from seer_jax.selection.policies import Lists, Policy
 
 
 @jax.tree_util.register_dataclass
@@ -39,12 +39,14 @@ class Generated:
       decode_kept_steps: share of the visible blocks that each layer and row kept at each decoding step; step s feeds new token
         s and makes new token s + 1, so there are N - 1. Row b makes the first `lengths[b] - 1` of them; its other entries are
         0, which the share of a step that was made never is.
+      failed: number of the new token at which a row ended because its logits held NaN or infinity; -1 for the others.
     """
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, "B"]
     prefill_kept: Float[Array, "L B"]
     decode_kept_steps: Float[Array, "N-1 L B"]
+    failed: Int[Array, "B"]
 
     @property
     def decode_kept(self) -> Float[Array, "L B"]:
@@ -74,15 +76,16 @@ def generate(
 
     Raises:
       ValueError: an argument is outside its domain, the tokens don't fit the cache or the model's context, a policy needs a
-        gate that the model has not or leaves none of its layers sparse, or logits are not finite.
+        gate that the model has not or leaves none of its layers sparse, or the logits of every row are not finite from the start.
       MemoryError: weights, cache and scratch of the compiled program do not fit the device, as far as it tells its
         memory. Nothing has been allocated then; see `plan_memory`.
+
+    Warns:
+      RuntimeWarning: logits of some rows are not finite. Those rows end there, see `Generated.failed`; the others are complete.
     """
     job = _make_job(model, tokens, lengths, Request.of(model, **settings))
     _check_memory(model, job)
-    outcome = _run(model, job)
-    _check_finite(outcome.failed)
-    return _result(outcome)
+    return _result(job, _run(model, job))
 
 
 def stream(
@@ -109,9 +112,11 @@ def stream(
     Raises:
       ValueError: as `generate`; for the arguments at once, not when the first token is asked for.
       MemoryError: as `generate`; for weights and cache at once, for the compiled programs when the first token is asked for.
+
+    Warns:
+      RuntimeWarning: as `generate`, after the last tokens.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token; got {chunk}.")
+    whole_number("chunk", chunk)
     job = _make_job(model, tokens, lengths, Request.of(model, **settings))
     _check_memory(model, job, compiled=False)
     return _stream(model, job, chunk)
@@ -119,15 +124,14 @@ def stream(
 
 def _stream(model: Transformer, job: "_Job", chunk: int) -> Generator[list[list[int]], None, Generated]:
     _check_memory(model, job, streamed=True)
-    state, shown = _start(model, job), 0
+    state, shown, most = _start(model, job), 0, int(job.until)
     while True:
-        rows, lengths, failed = (np.asarray(x) for x in (state.tokens, state.lengths, state.failed))
+        rows, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
         yield [row[shown:n].tolist() for row, n in zip(rows, lengths, strict=True)]
-        _check_finite(failed)
         shown = int(state.step)
-        if shown == job.max_new_tokens or state.ended.all():
-            return _result(state)
-        state = _continue(model, job, state, min(shown + chunk, job.max_new_tokens))
+        if shown == most or np.asarray(state.ended).all():
+            return _result(job, state)
+        state = _continue(model, job, state, min(shown + chunk, most))
 
 
 def plan_memory(
@@ -150,39 +154,46 @@ def plan_memory(
       compiled: compile the program, which a later `generate` or `stream` with the same shapes need not do again, and read
         off what it takes besides weights and cache. False: at once, without scratch.
       available: bytes that there are for weights, cache and scratch; None: what the device tells.
-      **settings: see `Request`; the key is not looked at, and the context may be exceeded.
+      **settings: see `Request`; a key need not be given.
 
     Returns:
       See `MemoryPlan`; its `check` raises where the plan does not fit.
 
     Raises:
-      ValueError: a size is below 1, the tokens don't fit the cache, or a policy needs a gate that the model has not or leaves
-        none of its layers sparse.
+      ValueError: a size is below 1, the tokens don't fit the cache or the model's context, or a policy needs a gate that the model
+        has not or leaves none of its layers sparse.
     """
-    if batch < 1 or prompt_width < 1:
-        raise ValueError(f"A batch must have rows of at least one token; got {batch} rows of {prompt_width}.")
-    request = dataclasses.replace(Request.of(model, **settings), beyond_context=True)
-    width = prompt_width + -prompt_width % PROMPT_MULTIPLE
+    for name, size in (("batch", batch), ("prompt_width", prompt_width)):
+        whole_number(name, size)
+    request = Request.of(model, **settings)
+    sizes = request.sizes(model, prompt_width, prompt_width)
 
     def make_job() -> _Job:
         keys = row_keys(jax.random.key(0), batch) if isinstance(request.sampling, Sample) else None
-        prompts = jnp.zeros((batch, width), jnp.int32), jnp.zeros(batch, jnp.int32)
-        return _Job.of(model, request, *prompts, keys, request.capacity(model, prompt_width, prompt_width))
+        prompts = jnp.zeros((batch, sizes.width), jnp.int32), jnp.zeros(batch, jnp.int32)
+        return _Job.of(model, request, *prompts, keys, sizes)
 
     call = _abstract_call(model, jax.eval_shape(make_job))
     plan = _compiled_plan(*call, streamed) if compiled else _plan_of_shapes(*call)
-    return dataclasses.replace(plan, available=available_bytes(model) if available is None else available)
+    return plan.on(available_memory(model)) if available is None else dataclasses.replace(plan, available=available)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A checked request. Fields that change shapes are static."""
+    """A checked request. Fields that change shapes are static.
 
-    tokens: Int[Array, "B T"]
-    lengths: Int[Array, "B"]
+    Attributes:
+      until: new tokens that are asked for, at most `max_new_tokens`.
+      eos: with `request.NO_TOKEN` after the last one.
+      max_new_tokens, capacity: see `ProgramSizes`.
+    """
+
+    tokens: Int[Array | np.ndarray, "B T"]
+    lengths: Int[Array | np.ndarray, "B"]
     keys: Key[Array, "B"] | None
-    eos: Int[Array, "E"]
+    until: Int[Array | np.ndarray, ""]
+    eos: Int[Array | np.ndarray, "E"]
     prefill: Policy
     decode: Policy
     sampling: Sampling
@@ -194,23 +205,29 @@ class _Job:
         cls,
         model: Transformer,
         request: Request,
-        tokens: Int[Array, "B T"],
-        lengths: Int[Array, "B"],
+        tokens: Int[Array | np.ndarray, "B T"],
+        lengths: Int[Array | np.ndarray, "B"],
         keys: Key[Array, "B"] | None,
-        capacity: int,
+        sizes: ProgramSizes,
     ) -> "_Job":
         """A request, which names its policies, with its prompts."""
         assert request.prefill is not None and request.decode is not None
+        rows, config = len(lengths), model.config
+        prompts = Lists(
+            rows, tuple(sorted({1, config.num_kv_heads, config.num_heads})), sizes.asked_width, per_row=True
+        )
+        cached = Lists(rows, (config.num_kv_heads,), sizes.asked_capacity, per_row=False)
         return cls(
             tokens,
             lengths,
             keys,
+            until=np.asarray(request.max_new_tokens, np.int32),
             eos=request.end_tokens(model),
-            prefill=request.prefill,
-            decode=request.decode,
+            prefill=request.prefill.padded(prompts, sizes.width),
+            decode=request.decode if sizes.new_tokens == 1 else request.decode.padded(cached, sizes.capacity),
             sampling=request.sampling,
-            max_new_tokens=request.max_new_tokens,
-            capacity=capacity,
+            max_new_tokens=sizes.new_tokens,
+            capacity=sizes.capacity,
         )
 
 
@@ -242,7 +259,7 @@ def _begin(model: Transformer, job: _Job) -> _State:
     batch = job.lengths.shape[0]
     cache = _empty_cache(model, job)
     logits, cache, kept = model.prefill(job.tokens, job.lengths, cache, sparsity=job.prefill)
-    filler = job.eos[0] if job.eos.shape[0] else 0
+    filler = jnp.maximum(job.eos[0], 0)
     state = _State(
         cache=cache,
         tokens=jnp.full((batch, job.max_new_tokens), filler, jnp.int32),
@@ -299,27 +316,39 @@ def _draw(job: _Job, state: _State, logits: Float[Array, "B V"]) -> _State:
 
 @jax.jit
 def _run(model: Transformer, job: _Job) -> _State:
-    return dataclasses.replace(_advance(model, job, _begin(model, job), job.max_new_tokens), cache=None)
+    return dataclasses.replace(_advance(model, job, _begin(model, job), job.until), cache=None)
 
 
 _start = jax.jit(_begin)
 _continue = jax.jit(_advance, donate_argnames="state")
 
 
-def _result(state: _State) -> Generated:
-    return Generated(state.tokens, state.lengths, state.prefill_kept, state.decode_kept_steps)
+def _result(job: _Job, state: _State) -> Generated:
+    """What was asked for of the program's arrays."""
+    _check_finite(np.asarray(state.failed), np.asarray(state.lengths))
+    new = int(job.until)
+    tokens, steps = _first(state.tokens, 1, new), _first(state.decode_kept_steps, 0, new - 1)
+    return Generated(tokens, state.lengths, state.prefill_kept, steps, state.failed)
+
+
+def _first(x: Array, axis: int, size: int) -> Array:
+    """The first entries along an axis; cut on the host, as the device would compile a program for each size."""
+    if x.shape[axis] == size:
+        return x
+    host = np.asarray(x)[:, :size] if axis else np.asarray(x)[:size]
+    return jax.device_put(host, x.sharding if x.committed else None)
 
 
 def _check_memory(model: Transformer, job: _Job, *, streamed: bool = False, compiled: bool = True) -> None:
     """Raises MemoryError where the device tells that there is too little for weights and cache, or for the program."""
-    available = available_bytes(model)
+    available = available_memory(model)
     if available is None:
         return
     call = _abstract_call(model, job)
     # First without the program: compiling takes long, and is not for what can't run anyway.
-    dataclasses.replace(_plan_of_shapes(*call), available=available).check()
+    _plan_of_shapes(*call).on(available).check()
     if compiled:
-        dataclasses.replace(_compiled_plan(*call, streamed), available=available).check()
+        _compiled_plan(*call, streamed).on(available).check()
 
 
 def _abstract_call(model: Transformer, job: _Job) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
@@ -366,20 +395,29 @@ def _bytes_of_stream(model: Transformer, job: _Job) -> int | None:
 
 def _make_job(model: Transformer, tokens: Prompts, lengths: Lengths | None, request: Request) -> _Job:
     prompts, counts = check_prompts(tokens, lengths, vocab_size=model.config.vocab_size)
-    request.check_key()
-    width = prompts.shape[1]
-    prompts = np.pad(prompts, ((0, 0), (0, -width % PROMPT_MULTIPLE)))
-    keys = None if request.key is None else row_keys(request.key, len(counts))
-    capacity = request.capacity(model, width, int(counts.max()))
-    return _Job.of(model, request, jnp.asarray(prompts), jnp.asarray(counts), keys, capacity)
+    request.require_key()
+    sizes = request.sizes(model, prompts.shape[1], int(counts.max()))
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
+        raise ValueError("model must have weights to generate; got one of shapes alone. Load it without abstract=True.")
+    prompts = np.pad(prompts, ((0, 0), (0, sizes.width - prompts.shape[1])))
+    # Without keys where none is used: the program is that of the plan then, and of calls without a key.
+    unused = request.key is None or isinstance(request.sampling, Greedy)
+    keys = None if unused else row_keys(request.key, len(counts))
+    return _Job.of(model, request, prompts, counts, keys, sizes)
 
 
-def _check_finite(failed: Int[Array | np.ndarray, "B"]) -> None:
-    steps = np.asarray(failed)
-    if (steps >= 0).any():
-        rows = np.flatnonzero(steps >= 0)
-        raise ValueError(
-            f"Logits must be finite; those of row {rows[0]} at new token {steps[rows[0]]} hold NaN or infinity "
-            f"(rows affected: {rows.tolist()}). The weights are damaged, or activations overflow their dtype; load the "
-            "model anew, or with dtype=jnp.float32."
-        )
+def _check_finite(failed: Int[np.ndarray, "B"], lengths: Int[np.ndarray, "B"]) -> None:
+    """Tells which rows ended because of their logits: by an error where nothing was made, otherwise by a warning."""
+    rows = np.flatnonzero(failed >= 0)
+    if not len(rows):
+        return
+    what = (
+        f"Logits must be finite; those of row {rows[0]} at new token {failed[rows[0]]} hold NaN or infinity "
+        f"(rows affected: {rows.tolist()}). "
+    )
+    remedy = (
+        "The weights are damaged, or activations overflow their dtype; load the model anew, or with dtype=jnp.float32."
+    )
+    if not lengths.any():
+        raise ValueError(what + remedy)
+    warnings.warn(f"{what}These rows end there, the others are complete. {remedy}", RuntimeWarning, stacklevel=3)

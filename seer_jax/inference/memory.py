@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
 
 from pallas_kernels.devices import default_device
+from seer_jax.inference.host_memory import host_memory
 
 GIB = 2**30
+FRACTION, USUAL_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75  # of a GPU's memory, that JAX takes
+MOST_FRACTION = 0.95  # the rest is for the driver and libraries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,7 @@ class MemoryPlan:
       scratch: everything else that the compiler lays out for the program: activations, results, copies. None: not compiled.
       available: what the device has for all of this: its limit less what else is in use on it. None: the device does not
         tell.
+      held_back: what the device has beside its limit, which JAX's settings keep from this process.
 
     >>> print(MemoryPlan(weights=16 * 2**30, gates=2**25, cache=2**32, gate_cache=2**26, available=20 * 2**30))
     weights                 16.000 GiB
@@ -41,6 +46,13 @@ class MemoryPlan:
     gate_cache: int
     scratch: int | None = None
     available: int | None = None
+    held_back: int = 0
+
+    def on(self, memory: "DeviceMemory | None") -> "MemoryPlan":
+        """The plan held against a device's memory; None: the device does not tell."""
+        if memory is None:
+            return dataclasses.replace(self, available=None, held_back=0)
+        return dataclasses.replace(self, available=memory.free, held_back=memory.held_back)
 
     @property
     def total(self) -> int:
@@ -59,8 +71,18 @@ class MemoryPlan:
             raise MemoryError(
                 f"The generation must fit in device memory: needs {self.total / GIB:.3f} GiB ({parts}), "
                 f"{(self.available or 0) / GIB:.3f} GiB available. Take fewer rows at a time, shorter prompts, fewer new tokens or a "
-                "smaller cache_capacity, or free other arrays on the device."
+                f"smaller cache_capacity, or free other memory of the device.{self._more()}"
             )
+
+    def _more(self) -> str:
+        """How to let JAX take enough of the device, where it has enough."""
+        whole = (self.available or 0) + self.held_back
+        if not self.held_back or self.total > whole - (1 - MOST_FRACTION) * whole:
+            return ""
+        return (
+            f" JAX leaves {self.held_back / GIB:.1f} GiB of it alone: set the environment variable "
+            f"{FRACTION}={MOST_FRACTION} before the program starts."
+        )
 
     def __str__(self) -> str:
         lines = [*self._parts(), ("total", self.total)]
@@ -86,20 +108,43 @@ class DeviceMemory(NamedTuple):
     Fields:
       limit: what JAX may take of it.
       in_use: what it holds now.
+      held_back: what JAX may not take of it, by its settings.
     """
 
     limit: int
     in_use: int
+    held_back: int = 0
+
+    @property
+    def free(self) -> int:
+        """What may still be taken."""
+        return self.limit - self.in_use
 
 
 def device_memory(device: Any) -> DeviceMemory | None:
-    """What a `jax.Device` tells of its memory; None where it does not, as CPUs don't."""
+    """What a `jax.Device` tells of its memory, for a CPU what the host has; None where nothing is told."""
+    if device.platform == "cpu":
+        host = host_memory()
+        return None if host is None else DeviceMemory(*host)
     stats = device.memory_stats() or {}
-    return DeviceMemory(stats["bytes_limit"], stats.get("bytes_in_use", 0)) if "bytes_limit" in stats else None
+    if "bytes_limit" not in stats:
+        return None
+    limit = stats["bytes_limit"]
+    return DeviceMemory(limit, stats.get("bytes_in_use", 0), _held_back(limit) if device.platform == "gpu" else 0)
 
 
-def available_bytes(model: Any) -> int | None:
-    """What a model's device has for the model and a generation: its limit less what else is in use on it.
+def _held_back(limit: int) -> int:
+    """What JAX leaves alone of a GPU of which it may take `limit`."""
+    text = os.environ.get(FRACTION) or os.environ.get("XLA_CLIENT_MEM_FRACTION")
+    try:
+        fraction = float(text) if text else USUAL_FRACTION
+    except ValueError:
+        fraction = 1.0
+    return int(limit / fraction) - limit if 0 < fraction < 1 else 0
+
+
+def available_memory(model: Any) -> DeviceMemory | None:
+    """What a model's device has for the model and a generation; in use is only what is not the model's.
 
     Args:
       model: a pytree of arrays, or of shapes, for which the default device counts.
@@ -110,7 +155,7 @@ def available_bytes(model: Any) -> int | None:
     arrays = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
     devices = {device for x in arrays for device in x.devices()} or {default_device()}
     memory = device_memory(*devices) if len(devices) == 1 else None
-    return None if memory is None else memory.limit - max(memory.in_use - tree_bytes(arrays), 0)
+    return None if memory is None else memory._replace(in_use=max(memory.in_use - tree_bytes(arrays), 0))
 
 
 def tree_bytes(tree: Any) -> int:

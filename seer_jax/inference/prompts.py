@@ -8,6 +8,21 @@ from jaxtyping import Array, Int
 Prompts = Int[Array, "B T"] | np.ndarray | Sequence[Sequence[int]]
 Lengths = Int[Array, "B"] | np.ndarray | Sequence[int]
 
+BUCKET = 64  # tokens
+BUCKETS_PER_OCTAVE = 8
+
+
+def bucket(size: int) -> int:
+    """The size that a program is compiled for in place of `size`, so that similar sizes share one program.
+
+    Multiples of 64 up to 512, above that eighths of the power of two below: at most an eighth larger than `size`.
+
+    >>> [bucket(n) for n in (1, 64, 65, 512, 1025, 33000)]
+    [64, 64, 128, 512, 1152, 36864]
+    """
+    step = max(BUCKET, 2 ** ((size - 1).bit_length() - 1) // BUCKETS_PER_OCTAVE)
+    return -(-size // step) * step
+
 
 def pad_prompts(
     prompts: Sequence[Sequence[int] | np.ndarray], *, multiple_of: int = 1

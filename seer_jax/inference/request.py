@@ -1,18 +1,22 @@
 """What a generation should do, besides reading its prompts."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling
+from seer_jax.checks import whole_number
+from seer_jax.inference.prompts import bucket
+from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, check_key
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
+EOS_MULTIPLE = 8  # programs take multiples of so many EOS tokens
+NO_TOKEN = -1  # fills them up
 
 
 class RequestSettings(TypedDict, total=False):
@@ -23,9 +27,27 @@ class RequestSettings(TypedDict, total=False):
     decode: Policy | None
     sampling: Sampling
     key: Keys | None
-    eos: int | Sequence[int] | None
+    eos: int | Sequence[int] | np.ndarray | None
     cache_capacity: int | None
     beyond_context: bool
+
+
+class ProgramSizes(NamedTuple):
+    """Sizes of the arrays that a program is compiled for; requests of similar sizes share them.
+
+    Fields:
+      width: tokens of the padded prompts.
+      new_tokens: new tokens that there is room for in the results.
+      capacity: tokens that the cache has room for in each row.
+      asked_width, asked_capacity: what they would be if the cache alone were rounded up, to whole blocks. Masks of the caller's
+        own cover these.
+    """
+
+    width: int
+    new_tokens: int
+    capacity: int
+    asked_width: int
+    asked_capacity: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +61,10 @@ class Request:
       sampling: how tokens are drawn.
       key: a PRNG key, or one for each row, where `sampling` draws at random. A row's tokens depend on its own key and
         prompt, never on its neighbours; row i of a single key uses `fold_in(key, i)`.
-      eos: tokens that end a row; None: `model.config.eos_token_ids`; (): none.
-      cache_capacity: S, tokens that the cache has room for in each row; None: T + N - 1. Rounded up to whole blocks.
-      beyond_context: allow more tokens than the model's `max_position_embeddings`.
+      eos: tokens that end a row, one or several; None: `model.config.eos_token_ids`; (): none.
+      cache_capacity: S, tokens that the cache has room for in each row, rounded up to whole blocks; None: enough for the prompts and
+        all new tokens, whose numbers are rounded up to those that programs are compiled for (`bucket`).
+      beyond_context: allow more tokens than the model's context (`ModelConfig.context`).
     """
 
     max_new_tokens: int
@@ -49,29 +72,49 @@ class Request:
     decode: Policy | None = None
     sampling: Sampling = Greedy()
     key: Keys | None = None
-    eos: int | Sequence[int] | None = None
+    eos: int | Sequence[int] | np.ndarray | None = None
     cache_capacity: int | None = None
     beyond_context: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}.")
+        whole_number("max_new_tokens", self.max_new_tokens)
         for name in ("prefill", "decode"):
             policy = getattr(self, name)
             if policy is not None and not isinstance(policy, Policy):
                 raise ValueError(
-                    f"{name} must be a sparsity policy such as Dense() or Threshold(5e-4), or None; got {policy!r}."
+                    f"{name} must be a sparsity policy such as Dense() or Threshold(5e-4), or None; got {policy!r}. "
+                    "Text becomes one by seer_jax.parse_policy(text)."
                 )
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling must be Greedy() or Sample(temperature, ...); got {self.sampling!r}.")
+        if self.key is not None:
+            check_key(self.key)
+        if self.eos is not None:
+            _token_ids(self.eos)
+        if self.cache_capacity is not None:
+            whole_number("cache_capacity", self.cache_capacity)
+        if not isinstance(self.beyond_context, bool | np.bool_):
+            raise ValueError(f"beyond_context must be True or False; got {self.beyond_context!r}.")
 
     @classmethod
     def of(cls, model: Transformer, **settings: Unpack[RequestSettings]) -> "Request":
         """The request with the model's recommendations where no policy is named, checked against the model.
 
         Raises:
-          ValueError: a setting is out of its domain, or a policy does not fit the model.
+          ValueError: a setting is unknown or out of its domain, or a policy does not fit the model.
         """
+        if not isinstance(model, Transformer):
+            raise ValueError(
+                f"model must be a Transformer; got {model!r}. Load one: seer_jax.from_pretrained(folder or hub id)."
+            )
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f" Did you mean {close[0]}?" if close else ""
+                raise ValueError(f"A generation's settings must be some of {', '.join(names)}; got {name}.{hint}")
+        if "max_new_tokens" not in settings:
+            raise ValueError("max_new_tokens must be an integer of at least 1; got none.")
         return cls(**settings).for_model(model)  # pyright: ignore[reportCallIssue]
 
     def for_model(self, model: Transformer) -> "Request":
@@ -84,27 +127,38 @@ class Request:
         model.segments(decode, model.decode_gate, model.config.num_kv_heads)
         return dataclasses.replace(self, prefill=prefill, decode=decode)
 
-    def check_key(self) -> None:
+    def require_key(self) -> None:
         """Raises ValueError where tokens are drawn at random and there is no key."""
         if isinstance(self.sampling, Sample) and self.key is None:
             raise ValueError(
                 f"{self.sampling} draws at random, so a key must be given; got None. Pass key=jax.random.key(seed)."
             )
 
-    def end_tokens(self, model: Transformer) -> Int[Array, "E"]:
-        """Tokens that end a row.
+    def end_tokens(self, model: Transformer) -> Int[np.ndarray, "E"]:
+        """Tokens that end a row, filled up with `NO_TOKEN` to a multiple of 8.
 
         Raises:
           ValueError: one is not in the vocabulary.
         """
-        eos, vocab_size = model.config.eos_token_ids if self.eos is None else self.eos, model.config.vocab_size
-        ids = np.array(eos if isinstance(eos, Sequence) else [eos], np.int64)
+        vocab_size = model.config.vocab_size
+        ids = _token_ids(model.config.eos_token_ids if self.eos is None else self.eos)
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise ValueError(f"EOS tokens must lie in [0, {vocab_size}), the model's vocabulary; got {ids.tolist()}.")
-        return jnp.asarray(ids, jnp.int32)
+        fill = EOS_MULTIPLE if not ids.size else -ids.size % EOS_MULTIPLE
+        return np.pad(ids.astype(np.int32), (0, fill), constant_values=NO_TOKEN)
 
-    def capacity(self, model: Transformer, width: int, longest: int) -> int:
-        """S, rounded up to whole blocks.
+    def check_context(self, model: Transformer, longest: int) -> None:
+        """Raises ValueError where a prompt of `longest` tokens and the new ones exceed the model's context."""
+        context, new = model.config.context, self.max_new_tokens
+        if longest + new > context and not self.beyond_context:
+            raise ValueError(
+                f"Prompt and new tokens must fit the model's context of {context} tokens; got {longest} + {new}. "
+                "Shorten the prompt or max_new_tokens, load the model with a RoPE scaling for longer contexts, or pass "
+                "beyond_context=True."
+            )
+
+    def sizes(self, model: Transformer, width: int, longest: int) -> ProgramSizes:
+        """What the program is compiled for.
 
         Args:
           model: whose decode gate sets the size of a block.
@@ -114,19 +168,27 @@ class Request:
         Raises:
           ValueError: the tokens exceed the model's context or `cache_capacity`.
         """
-        context, new = model.config.max_position_embeddings, self.max_new_tokens
-        if longest + new > context and not self.beyond_context:
-            raise ValueError(
-                f"Prompt and new tokens must fit the model's context, max_position_embeddings = {context} tokens; "
-                f"got {longest} + {new}. Shorten the prompt or max_new_tokens, load the model with a RoPE scaling for longer "
-                "contexts, or pass beyond_context=True."
-            )
+        self.check_context(model, longest)
+        multiple = CACHE_MULTIPLE if model.decode_gate is None else model.decode_gate.config.block_size
+        new = int(self.max_new_tokens)
+        new_tokens = new if new == 1 else bucket(new)  # a single one needs no decoding
+        if self.cache_capacity is None:
+            wide = bucket(width)
+            capacity, asked = (-(-(size - 1) // multiple) * multiple for size in (wide + new_tokens, width + new))
+            return ProgramSizes(wide, new_tokens, capacity, width, asked)
         needed = max(width, longest + new - 1)  # the last token is never fed
-        if self.cache_capacity is not None and self.cache_capacity < needed:
+        if self.cache_capacity < needed:
             raise ValueError(
                 f"The cache must hold the padded prompts and all new tokens but the last, {needed} tokens; got "
                 f"cache_capacity={self.cache_capacity}. Raise it, leave it out, or lower max_new_tokens."
             )
-        size = width + new - 1 if self.cache_capacity is None else self.cache_capacity
-        multiple = CACHE_MULTIPLE if model.decode_gate is None else model.decode_gate.config.block_size
-        return -(-size // multiple) * multiple
+        capacity = -(-int(self.cache_capacity) // multiple) * multiple
+        return ProgramSizes(min(bucket(width), capacity), new_tokens, capacity, width, capacity)
+
+
+def _token_ids(eos: Any) -> Int[np.ndarray, "E"]:
+    """The tokens that `Request.eos` names, one or several."""
+    ids = np.atleast_1d(np.asarray(eos)) if np.size(eos) else np.zeros(0, np.int64)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"eos must be one token id, several, or () for none, as integers; got {eos!r}.")
+    return ids

@@ -7,11 +7,14 @@ temperature compiles nothing anew; `top_k` changes shapes and is static.
 import abc
 import dataclasses
 import math
-from typing import TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt32
+
+from seer_jax.checks import is_placeholder, whole_number
 
 # New-style keys, or the raw ones of `jax.random.PRNGKey`.
 Keys = Key[Array, "..."] | UInt32[Array, "... 2"]
@@ -62,15 +65,18 @@ class Sample(Sampling):
     top_p: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
-        # Inside JAX's transformations the leaves are tracers or placeholders, whose values can't be looked at.
-        if _is_number(self.temperature) and not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(
-                f"A sampling temperature must be positive and finite; got {self.temperature}. Use Greedy() for temperature 0."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must leave at least 1 token to draw from, or be None for all; got {self.top_k}.")
-        if _is_number(self.top_p) and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be a probability mass in (0, 1], or None for all; got {self.top_p}.")
+        if not is_placeholder(self.temperature):
+            _check_number("temperature", self.temperature)
+            if not (self.temperature > 0 and math.isfinite(self.temperature)):
+                raise ValueError(
+                    f"A sampling temperature must be positive and finite; got {self.temperature}. Use Greedy() for temperature 0."
+                )
+        if self.top_k is not None:
+            whole_number("top_k", self.top_k, "an integer of at least 1, or None for all tokens")
+        if self.top_p is not None and not is_placeholder(self.top_p):
+            _check_number("top_p", self.top_p)
+            if not 0 < self.top_p <= 1:
+                raise ValueError(f"top_p must be a probability mass in (0, 1], or None for all; got {self.top_p}.")
 
     def sample(self, logits: Float[Array, "B V"], key: Keys | None = None) -> Int[Array, "B"]:
         if key is None:
@@ -96,8 +102,9 @@ def row_keys(key: Keys, batch: int) -> Key[Array, "B"]:
     Raises:
       ValueError: neither one key nor one for each row.
     """
+    check_key(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+        key = jax.random.wrap_key_data(jnp.asarray(key))
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
@@ -112,5 +119,17 @@ def _nucleus(best: Float[Array, "B N"], top_p: float | Float[Array, ""]) -> jax.
     return (before < top_p) | (jnp.asarray(top_p) >= 1)  # rounded sums may reach 1 before the last token
 
 
-def _is_number(x: object) -> TypeGuard[float]:
-    return isinstance(x, (int, float))
+def check_key(key: Any) -> None:
+    """Raises ValueError where `key` is no PRNG key, nor an array of them."""
+    dtype = getattr(key, "dtype", None)
+    known = dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32)
+    if not known or (dtype == jnp.uint32 and not 1 <= jnp.ndim(key) <= 2):
+        raise ValueError(
+            f"key must be a PRNG key, or one for each row; got {key!r}. Pass key=jax.random.key(0) for seed 0."
+        )
+
+
+def _check_number(name: str, value: Any) -> None:
+    array = np.asarray(value)
+    if array.ndim or array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must be one number; got {value!r}.")

@@ -223,7 +223,7 @@ class ModelConfig:
       qkv_bias, o_bias, mlp_bias: which projections carry a bias.
       qk_norm: RMSNorm over D on queries and keys before RoPE (Qwen3).
       tie_word_embeddings: the output head is the embedding.
-      max_position_embeddings: longest context the model was made for, tokens.
+      max_position_embeddings: longest context the model was trained for, tokens; RoPE scalings may stretch it, see `context`.
       eos_token_ids: tokens that end a generation.
     """
 
@@ -263,3 +263,18 @@ class ModelConfig:
     def group_size(self) -> int:
         """G = H / K: query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model may take, prompt and new ones together.
+
+        `max_position_embeddings`, except where RoPE stretches it: times the factor for linear scaling, and
+        `original_max_position` times the factor for YaRN (Qwen3 with its card's factor of 4: 32768 * 4 = 131072, whatever
+        `max_position_embeddings` says). Llama 3.x states the stretched length itself. vLLM derives its `max_model_len` alike.
+        """
+        match self.rope.kind:
+            case RopeKind.LINEAR:
+                return int(self.max_position_embeddings * self.rope.factor)
+            case RopeKind.YARN:
+                return int(self.rope.original_max_position * self.rope.factor)
+        return self.max_position_embeddings

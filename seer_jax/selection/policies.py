@@ -6,7 +6,7 @@ change numbers (a threshold) are leaves; values that change shapes (a density, a
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,35 @@ class Policy(abc.ABC):
         changes = {name: getattr(self, name)[layer] for name in self.per_head if jnp.ndim(getattr(self, name))}
         return dataclasses.replace(self, **changes) if changes else self
 
+    def padded(self, lists: "Lists", tokens: int) -> "Policy":
+        """The policy for a program whose arrays have room for `tokens` tokens, although the lists of masks end before.
+
+        Args:
+          lists: whose masks the caller may have given.
+          tokens: at least `lists.tokens`.
+
+        Raises:
+          ValueError: a mask has another shape than the lists.
+        """
+        del lists, tokens
+        return self
+
+
+class Lists(NamedTuple):
+    """The lists of blocks of one phase of a request, in every layer.
+
+    Fields:
+      batch: B.
+      heads: how many lists a row of the batch may have.
+      tokens: of the padded prompts, or of the cache.
+      per_row: whether there is a list for each block row of queries: while prompts are read.
+    """
+
+    batch: int
+    heads: tuple[int, ...]
+    tokens: int
+    per_row: bool
+
 
 def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
     """A value as [L, heads] or [L, 1]."""
@@ -183,3 +212,23 @@ class Given(Policy):
 
     def of_layer(self, layer: jax.Array) -> "Policy":
         return dataclasses.replace(self, mask=self.mask[layer])
+
+    def padded(self, lists: Lists, tokens: int) -> "Policy":
+        before, after = (-(-size // self.block_size) for size in (lists.tokens, tokens))
+        axes = 2 if lists.per_row else 1
+        shape = jnp.shape(self.mask)
+        if (
+            len(shape) != 3 + axes
+            or shape[1] != lists.batch
+            or shape[2] not in lists.heads
+            or set(shape[3:]) != {before}
+        ):
+            letters, phase = ("[L, B, Hs, Tb, Sb]", "prefill") if lists.per_row else ("[L, B, K, Sb]", "decode")
+            heads = " or ".join(map(str, lists.heads))
+            raise ValueError(
+                f"Given.mask must be {letters} for {phase}, with {lists.batch} rows, {heads} lists and {before} blocks of "
+                f"{self.block_size} tokens; got shape {shape}."
+            )
+        if before == after:
+            return self
+        return dataclasses.replace(self, mask=np.pad(self.mask, [(0, 0)] * 3 + [(0, after - before)] * axes))

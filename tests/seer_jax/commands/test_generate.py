@@ -55,7 +55,9 @@ def test_generate_writes_what_generate_returns(
     assert cli.main([*common, "--prompt", PROMPT]) == 0
     captured = capsys.readouterr()
     assert captured.out == tokenizer.decode(expected.rows()[0]) + "\n"
-    assert f"{len(tokenizer.encode(PROMPT))} prompt tokens; 20 new in " in captured.err
+    count = len(tokenizer.encode(PROMPT))
+    times = r"first after \d+\.\d\d s, then \d+\.\d tokens/s; \d+\.\d s to load, \d+\.\d s to compile; blocks"
+    assert re.search(rf"\[{count} prompt tokens; 20 new, the {times}", captured.err)
     assert f"prefill {float(expected.prefill_kept.mean()):.1%}" in captured.err
     plan = plan_memory(model, 1, len(tokenizer.encode(PROMPT)), streamed=True, **arguments)
     policies = "prefill: topk:0.4 (recommended by the gate)\ndecode: budget:32 (recommended by the gate)\n"
@@ -74,6 +76,9 @@ def test_generate_writes_what_generate_returns(
     assert (report["prefill"], report["decode"]) == ("topk:0.4", "budget:32")
     assert report["policy_reasons"] == dict(prefill="named", decode="named")
     assert report["memory_bytes"] == dataclasses.asdict(plan) | dict(total=plan.total)
+    assert set(report["seconds"]) == {"load", "compile", "prefill", "decode"} and min(report["seconds"].values()) > 0
+    assert report["tokens_per_second"] == pytest.approx(19 / report["seconds"]["decode"])
+    assert report["failed_at"] is None
     for name in ("prefill_kept", "decode_kept"):
         np.testing.assert_array_equal(np.float32(report[name]), getattr(expected, name)[:, 0])
     np.testing.assert_array_equal(np.float32(report["decode_kept_steps"]), expected.decode_kept_steps[:, :, 0])
@@ -93,7 +98,7 @@ def test_the_table_of_kept_blocks_is_of_the_steps_that_were_made():
     steps[:, :, 0] = [[0.5, 1], [0.25, 1], [0.75, 1]]
     steps[0, :, 1] = [0.5, 0.25]
     kept = jnp.asarray([[0.1, 0.2], [0.3, 0.4]])
-    result = Generated(jnp.zeros((2, 4), jnp.int32), jnp.asarray([4, 2]), kept, jnp.asarray(steps))
+    result = Generated(jnp.zeros((2, 4), jnp.int32), jnp.asarray([4, 2]), kept, jnp.asarray(steps), jnp.full(2, -1))
     expected = ["layer prefill decode min .. max", "0 10.0% 50.0% 25.0% .. 75.0%", "1 30.0% 100.0% 100.0% .. 100.0%"]
     assert [" ".join(line.split()) for line in kept_table(result).splitlines()] == expected
     expected = ["layer prefill decode min .. max", "0 20.0% 50.0% 50.0% .. 50.0%", "1 40.0% 25.0% 25.0% .. 25.0%"]

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from seer_jax import MemoryPlan, Transformer, plan_memory, stream
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.inference import memory
 from seer_jax.inference.generate import generate
+from seer_jax.inference.host_memory import host_memory
 from seer_jax.inference.sampling import Greedy, Sample
 from seer_jax.models.families import config_from_hf
 from seer_jax.selection.rules import Threshold, TokenBudget, TopK
@@ -56,10 +58,11 @@ def set_limit(monkeypatch: pytest.MonkeyPatch, limit: int, others: int = 0) -> N
 @pytest.mark.parametrize(
     ("changes", "capacity", "with_gate"),
     [
-        ({}, 48, True),
-        (dict(max_new_tokens=9), 64, True),
+        ({}, 128, True),
+        (dict(max_new_tokens=1), 64, True),
+        (dict(max_new_tokens=65), 192, True),
         (dict(cache_capacity=100), 112, True),
-        (dict(decode=TokenBudget(32, SinkWindow())), 48, False),
+        (dict(decode=TokenBudget(32, SinkWindow())), 128, False),
     ],
     ids=str,
 )
@@ -77,7 +80,8 @@ def test_a_plan_adds_up_the_arrays(changes: dict[str, Any], capacity: int, with_
 
 
 def test_a_whole_size_is_planned_without_memory():
-    """Llama-3.1-8B at 128k tokens: 15 GiB of weights and 16 GiB of keys and values, as everyone's arithmetic has it."""
+    """Llama-3.1-8B at 128k tokens: 15 GiB of weights and 16 GiB of keys and values, as everyone's arithmetic has it. Sizes are rounded up by
+    an eighth at most."""
     hf = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
               num_key_value_heads=8, vocab_size=128256, rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=131072)  # fmt: skip
 
@@ -87,11 +91,13 @@ def test_a_whole_size_is_planned_without_memory():
         return model.add_gate(DecodeGateConfig(), rngs=nnx.Rngs(2))
 
     sizes: dict[str, Any] = dict(prefill=TopK(0.1), decode=TokenBudget(4096), compiled=False, available=80 * 2**30)
-    made = plan_memory(nnx.eval_shape(build), 1, 130048, max_new_tokens=1025, **sizes)
+    made = plan_memory(nnx.eval_shape(build), 1, 130048, max_new_tokens=1024, cache_capacity=131072, **sizes)
     assert made.cache == 16 * 2**30
+    rounded = plan_memory(nnx.eval_shape(build), 1, 130048, max_new_tokens=1024, **sizes)
+    assert rounded.cache == 16 * 2**30 * (131072 + 1024) // 131072
     assert made.weights == pytest.approx(8.03e9 * 2, rel=0.001)
     assert made.missing == 0
-    assert plan_memory(nnx.eval_shape(build), 5, 130048, max_new_tokens=1025, **sizes).missing > 0
+    assert plan_memory(nnx.eval_shape(build), 5, 130048, max_new_tokens=1024, **sizes).missing > 0
 
 
 @pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -117,7 +123,7 @@ def test_a_plan_compiles_what_then_runs(
 ):
     """Once each; a size that no other test has, so that it is compiled here."""
     model = jax.device_put(llama(), jax.devices()[0]) if committed else llama()
-    sizes: dict[str, Any] = changes | dict(max_new_tokens=8 + committed)
+    sizes: dict[str, Any] = changes | dict(max_new_tokens=65 + 64 * committed)
 
     def compiled() -> list[str]:
         texts = [record.getMessage() for record in caplog.records]
@@ -187,17 +193,100 @@ def test_a_call_like_an_earlier_one_only_looks_up_its_plan(monkeypatch: pytest.M
 
 def test_a_limit_is_told_by_the_one_device_of_a_model(monkeypatch: pytest.MonkeyPatch):
     class Device:
+        platform = "gpu"
+
         def __init__(self, stats: dict[str, int] | None):
             self.memory_stats = lambda: stats
 
     assert device_memory(Device(None)) is None and device_memory(Device({})) is None
-    assert device_memory(Device(dict(bytes_limit=10, bytes_in_use=4))) == (10, 4)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert device_memory(Device(dict(bytes_limit=12, bytes_in_use=4))) == (12, 4, 4)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+    assert device_memory(Device(dict(bytes_limit=12))) == (12, 0, 12)
     own = memory.tree_bytes(llama())
     set_limit(monkeypatch, own + 100, others=30)
-    assert memory.available_bytes(llama()) == own + 70
+    assert memory.available_memory(llama()) == (own + 100, 30, 0)
     # None of a model of shapes is on the device: all that is in use there is in its way.
-    assert memory.available_bytes(nnx.eval_shape(tiny_model)) == 70
+    told = memory.available_memory(nnx.eval_shape(tiny_model))
+    assert told is not None and told.free == 70
     assert plan(available=own).available == own
+
+
+def write_host(folder: Path, files: dict[str, str]) -> tuple[Path, Path]:
+    """A host's files on processes and control groups, by path."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder / "proc", folder / "cgroup"
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    400 kB\n"}
+NEW_GROUP = {"proc/self/cgroup": "0::/job/step\n"}
+OLD_GROUP = {"proc/self/cgroup": "3:cpu:/\n2:memory:/job\n"}
+KIB = 1024
+HOSTS = [
+    ({}, None),
+    ({"proc/meminfo": "MemTotal: many kB\n"}, None),
+    (MEMINFO, (1000 * KIB, 600 * KIB)),
+    # What only caches files is free; a group above sets the limit.
+    (
+        MEMINFO
+        | NEW_GROUP
+        | {
+            "cgroup/job/step/memory.max": "max\n",
+            "cgroup/job/memory.max": "200000\n",
+            "cgroup/job/memory.current": "150000\n",
+            "cgroup/job/memory.stat": "anon 10\ninactive_file 100000\n",
+        },
+        (200000, 50000),
+    ),
+    # As a container sees it: its own group is the root.
+    (
+        MEMINFO
+        | OLD_GROUP
+        | {
+            "cgroup/memory/memory.limit_in_bytes": "300000\n",
+            "cgroup/memory/memory.usage_in_bytes": "150000\n",
+            "cgroup/memory/memory.stat": "total_inactive_file 0\n",
+        },
+        (300000, 150000),
+    ),
+    (
+        MEMINFO
+        | OLD_GROUP
+        | {
+            "cgroup/memory/job/memory.limit_in_bytes": "9223372036854771712\n",
+            "cgroup/memory/job/memory.usage_in_bytes": "150000\n",
+            "cgroup/memory/job/memory.stat": "total_inactive_file 0\n",
+        },
+        (1000 * KIB, 600 * KIB),
+    ),
+]
+
+
+@pytest.mark.parametrize(("files", "told"), HOSTS)
+def test_a_host_tells_what_its_limits_leave(files: dict[str, str], told: tuple[int, int] | None, tmp_path: Path):
+    assert host_memory(*write_host(tmp_path, files)) == told
+
+
+@pytest.mark.cpu
+def test_a_cpu_tells_the_memory_of_its_host():
+    told = device_memory(jax.devices()[0])
+    assert told is not None and 0 < told.in_use < told.limit and told.held_back == 0
+
+
+@pytest.mark.parametrize(
+    ("total", "told"),
+    [(75, None), (95, "JAX leaves 25.0 GiB of it alone: set .*XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"), (97, None)],
+)
+def test_a_refusal_names_the_setting_that_frees_enough(total: int, told: str | None):
+    plan = MemoryPlan(weights=total * 2**30, gates=0, cache=0, gate_cache=0, available=75 * 2**30, held_back=25 * 2**30)
+    if not plan.missing:
+        plan.check()
+        return
+    with pytest.raises(MemoryError, match=told or r"free other memory of the device\.$"):
+        plan.check()
 
 
 @pytest.mark.gpu
@@ -215,9 +304,11 @@ def test_a_gpu_tells_its_memory(monkeypatch: pytest.MonkeyPatch):
 
 
 BAD = [
-    (dict(max_new_tokens=0), "at least 1; got 0"),
-    (dict(batch=0), "got 0 rows of 41"),
-    (dict(prompt_width=0), "got 3 rows of 0"),
+    (dict(max_new_tokens=0), "max_new_tokens must be an integer of at least 1; got 0"),
+    (dict(batch=0), "batch must be an integer of at least 1; got 0"),
+    (dict(prompt_width=0), "prompt_width must be an integer of at least 1; got 0"),
+    (dict(prompt_width=2.0), "prompt_width must be an integer of at least 1; got 2.0"),
+    (dict(prompt_width=8187), r"context of 8192 tokens; got 8187 \+ 6"),
     (dict(cache_capacity=45), "46 tokens; got cache_capacity=45"),
     (dict(prefill="dense"), "prefill must be a sparsity policy.*got 'dense'"),
     (dict(sampling="greedy"), "sampling must be .*got 'greedy'"),

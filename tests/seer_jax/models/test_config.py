@@ -457,3 +457,21 @@ def test_head_dim_that_config_json_leaves_out(family: str, head_dim: int):
     hf = {key: value for key, value in LLAMA_8B.items() if key != "head_dim"}
     hf |= dict(model_type=family, hidden_size=96 * hf["num_attention_heads"], sliding_window=None)
     assert config_from_hf(hf).head_dim == head_dim
+
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768)
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({}, 131072),  # llama3: the stretched length is the one in max_position_embeddings
+        (dict(rope_scaling=None, max_position_embeddings=40960), 40960),
+        (dict(rope_scaling=YARN, max_position_embeddings=40960), 131072),  # as on the card of Qwen3
+        (dict(rope_scaling=YARN, max_position_embeddings=32768), 131072),  # as on the card of Qwen2.5
+        (dict(rope_scaling=YARN, max_position_embeddings=131072), 131072),
+        (dict(rope_scaling=dict(type="linear", factor=4.0), max_position_embeddings=4096), 16384),
+    ],
+)
+def test_context_is_what_rope_stretches_it_to(changes: dict[str, Any], context: int):
+    assert config_from_hf(LLAMA_8B | changes).context == context
