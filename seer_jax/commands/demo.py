@@ -1,6 +1,7 @@
 """Distil gates for the bundled model and compare them with other ways to choose blocks."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
         return _demo(config, stages)
     except KeyboardInterrupt:
         files = [str(path) for path in sorted(config.output.glob("*")) if not path.name.startswith(".")]
-        stages.say(f"\nInterrupted. Kept so far: {', '.join(files) or 'nothing'}.")
+        print(f"\nInterrupted. Kept so far: {', '.join(files) or 'nothing'}.", file=sys.stderr)
         raise
 
 

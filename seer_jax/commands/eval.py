@@ -1,6 +1,7 @@
 """Measure a model's quality with fewer blocks, by perplexity and pass keys."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,7 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
             if record is not None and scores
             else "no score is kept; with --output FOLDER each is, and the same command goes on."
         )
-        stages.say(f"\nInterrupted: {kept}")
+        print(f"\nInterrupted: {kept}", file=sys.stderr)
         raise
     by_key = {score.key: score for score in scores}
     return [by_key[one.key] for one in planned]

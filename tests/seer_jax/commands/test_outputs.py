@@ -64,7 +64,9 @@ def test_an_output_that_can_not_be_written_is_refused_before_the_work(
     assert error.count("\n") == 1 and place in error and " must " in error and option in error, error
 
 
-def test_without_matplotlib_the_demo_leaves_the_plot_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_matplotlib_the_demo_leaves_the_plot_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     find, out = builtins.__import__, io.StringIO()
 
     def missing(name: str, *arguments: Any) -> Any:
@@ -77,7 +79,7 @@ def test_without_matplotlib_the_demo_leaves_the_plot_out(tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         demo.demo(demo.DemoConfig(output=tmp_path), console=Console(file=out, width=200))
     assert "it is not installed. Run pip install matplotlib. block_maps.png is left out." in out.getvalue()
-    assert "Interrupted. Kept so far: nothing." in out.getvalue()
+    assert "Interrupted. Kept so far: nothing." in capsys.readouterr().err
 
 
 def test_stages_tell_the_time_that_is_left():
