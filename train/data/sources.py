@@ -31,7 +31,8 @@ class SourceConfig:
       field: column of JSONL, parquet and datasets that holds the text, or the list of messages of a chat.
       include: globs on paths relative to a folder; empty: every file of a known kind.
       exclude: globs on paths relative to a folder, which override `include`.
-      max_tokens: stop reading after the document that reaches this many tokens; None: read everything.
+      max_tokens: stop reading after the document that reaches this many tokens (of a document of more than a million characters, after
+        the part that does). None: a run reads as many as it takes, in the order of the sources; anything else reads everything.
     """
 
     paths: tuple[str, ...] = ()

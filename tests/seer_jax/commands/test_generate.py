@@ -29,6 +29,27 @@ PROMPT = "def main():\n    # three birds: 🦜🦜🦜\n" * 4
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
+IDLE = "decode: dense (the gate recommends nothing). To use the gate: --decode budget:4096\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], f"prefill: dense (no gate)\n{IDLE}"),
+        (["--no-stats"], IDLE),
+        (["--decode", "dense"], "prefill: dense (no gate)\ndecode: dense (named)\n"),
+        (["--decode", "budget:64", "--no-stats"], ""),
+    ],
+)
+def test_a_gate_that_is_loaded_and_not_used_is_told(
+    words: list[str], said: str, saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Job, "plan", lambda job: "the plan")
+    names = ["--model", str(saved / "base"), "--gates", str(saved / "plain")]
+    assert cli.main(["generate", *names, "--prompt", "x", "--plan", "--max-new-tokens", "2", *words]) == 0
+    assert capsys.readouterr().err == said
+
+
 def streamed(model: Transformer, tokens: list[int], **arguments: Any) -> Generated:
     """What `generate` returns, by the programs that the command runs."""
     pieces = stream(model, [tokens], **arguments)
