@@ -19,7 +19,7 @@ TOKENIZER_PATTERNS = (
         "chat_template*",
         "additional_chat_templates/*",
     ),
-    *("vocab.json", "merges.txt", "tokenizer.model"),
+    *("vocab.json", "added_tokens.json", "merges.txt", "tokenizer.model"),
 )
 TOKENIZER_CONFIG = "tokenizer_config.json"
 REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8 (yet) decode to
