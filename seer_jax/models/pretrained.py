@@ -67,7 +67,9 @@ def from_pretrained(
     model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config))
     of_gates = HubSettings(**{name: value for name, value in hub.items() if name != "revision"})
     folders = resolve_gates(gates, (CONFIG,) if abstract else GATE_PATTERNS, **of_gates)
-    loaded = [_abstract_gate(f) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders]
+    loaded = [
+        _abstract_gate(f, model.config) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders
+    ]
     _check_one_of_each(loaded, folders)
     return model.attach(*loaded)
 
@@ -100,10 +102,10 @@ def _abstract_base(folder: Path, dtype: Any) -> Transformer:
     return abstract_model(config_from_hf(read_config(folder)), dtype)
 
 
-def _abstract_gate(folder: Path) -> "PrefillGate | DecodeGate":
+def _abstract_gate(folder: Path, config: ModelConfig) -> "PrefillGate | DecodeGate":
     from seer_jax.convert.gates import described_gate
 
-    return described_gate(read_config(folder))
+    return described_gate(read_config(folder), config, place=str(folder))
 
 
 def _place_on(mesh: jax.sharding.Mesh) -> Any:
