@@ -14,6 +14,7 @@ from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.families import config_from_hf
 from seer_jax.models.hub import is_hub_id, read_config, resolve, resolve_gate
+from seer_jax.outputs import check_output_folder
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
 
@@ -93,8 +94,7 @@ def _check_output(config: ConvertConfig, read: list[Path], copied: list[str]) ->
     output = config.output
     if any(output.resolve() == folder.resolve() for folder in read):
         raise ValueError(f"output must differ from the folders that are read; got {output}. Choose another folder.")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output must be a folder; got the file {str(output)!r}. Choose another name.")
+    check_output_folder(output)
     there = [
         name for name in dict.fromkeys((config.format.file_name, "config.json", *copied)) if (output / name).exists()
     ]
