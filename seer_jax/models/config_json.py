@@ -106,7 +106,7 @@ def typed(key: str, value: Any, kind: Any) -> Any:
     Raises:
       ValueError: the value is of another type, such as the text "false", or not finite.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     fits = {bool: isinstance(value, bool), int: number and int(value) == value, float: number}.get(kind, True)
     if not fits:
         words = {bool: "true or false", int: "an integer", float: "a finite number"}[kind]
