@@ -40,6 +40,7 @@ from seer_jax.models.hub import HubSettings, Location, config_text, read_config,
 from seer_jax.models.layers import GateParam
 from seer_jax.models.rope import same_rope
 from seer_jax.selection.policies import Policy
+from seer_jax.text_files import parse_json
 
 # Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the widths tell their base models apart. What changes the queries and keys
 # that a gate was distilled on must agree too; vocabulary and context may differ.
@@ -206,7 +207,7 @@ def _check_written_for(folder: Path, written: object, gate: PrefillGate | Decode
     if written is None:
         return
     try:
-        found = dict(json.loads(str(written)))
+        found = dict(parse_json(str(written), "it"))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder}: {_WRITTEN_FOR} in the metadata of the weights must be a JSON object; {error}."
