@@ -152,12 +152,15 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     config = DistillConfig(
         model="base",
         output="run",
-        data=DataConfig(paths=("a.txt", "/b"), dataset="org/set"),
+        data=DataConfig(paths=("a.txt", "/b"), dataset="org/set", chat_template="own.jinja"),
         initial_gates=("org/gate",),
     ).absolute()
     assert config.model == f"{tmp_path}/base" and config.output == f"{tmp_path}/run"
     assert config.data.paths == (f"{tmp_path}/a.txt", "/b") and config.data.dataset == "org/set"
     assert config.initial_gates == ("org/gate",) and config.absolute() == config
+    assert config.data.chat_template == f"{tmp_path}/own.jinja"
+    inline = dataclasses.replace(config, data=DataConfig(paths=("/b",), chat_template="{{ messages }}"))
+    assert inline.absolute() == inline
 
 
 FULL = DistillConfig(
