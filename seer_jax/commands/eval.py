@@ -138,7 +138,12 @@ class EvalConfig(HubOptions):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "EvalConfig":
         """The settings that `to_json` wrote, to repeat an evaluation."""
-        given = dict(values)
+        given, known = dict(values), {field.name for field in dataclasses.fields(cls)}
+        if unknown := [*(set(given) - known), *(set(given.get("methods", ())) - SCORERS.keys())]:
+            raise ValueError(
+                f"Saved settings must be those of EvalConfig, with registered scorers; got {', '.join(sorted(unknown))}. Import the module "
+                "of a scorer of your own first."
+            )
         given |= {name: Path(given[name]) for name in ("text", "output", "cache_dir") if given.get(name) is not None}
         if "methods" in given:
             given["methods"] = tuple(SCORERS[name]() for name in given["methods"])

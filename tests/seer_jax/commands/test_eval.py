@@ -211,6 +211,15 @@ def test_bad_settings_are_refused(changes: dict, message: str):
         EvalConfig(**changes)
 
 
+def test_saved_settings_are_those_of_a_config():
+    config = EvalConfig(
+        text=Path("x"), methods=(SinkWindow(),), phases=(Phase.DECODE,), policies=("topk:0.1",), force=True
+    )
+    assert EvalConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(ValueError, match=r"registered scorers; got best, colour\. Import the module"):
+        EvalConfig.from_json({"methods": ["best"], "colour": 1})
+
+
 LINE = "x = 1\n"
 TEXTS = [
     (LINE * 2000, dict(), None),
