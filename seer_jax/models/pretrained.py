@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from seer_jax.inference.text import TOKENIZER_PATTERNS, Tokenizer
+from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
 from seer_jax.models.hub import Location, read_config, read_json, resolve, resolve_gates
@@ -52,6 +53,7 @@ def from_pretrained(
     from seer_jax.convert.base import BASE_PATTERNS
     from seer_jax.convert.gates import GATE_PATTERNS
 
+    dtype = DType.of(dtype)
     sharding = None if mesh is None else _place_on(mesh)
     weights = (CONFIG,) if abstract else BASE_PATTERNS
     folder = resolve(base, (*weights, GENERATION_CONFIG))

@@ -71,7 +71,7 @@ def test_other_words_are_no_policies(text: str):
         ("topk:0.1,density=1", "no setting 'density' of TopK"),
         ("budget:512,dense_last_rows=0", "no setting 'dense_last_rows' of TokenBudget"),
         ("mass:0.9,dense_layers=1,dense_layers=1", "dense_layers twice"),
-        ("threshold:0.1,dense_last_rows=-1", "Threshold.dense_last_rows must be at least 0; got -1."),
+        ("threshold:0.1,dense_last_rows=-1", "Threshold.dense_last_rows must be an integer of at least 0; got -1."),
     ],
 )
 def test_what_is_wrong_with_a_policy_is_reported(text: str, reason: str):
