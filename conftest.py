@@ -32,6 +32,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not the first device, so that code which takes the first one, whatever its arguments say, meets arrays of another.
 jax.config.update("jax_default_device", jax.devices()[-1])
 
+# Two thirds of the tests' time is compiling. The workers, and later runs, share what is compiled; `make clean` removes it.
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 # Shapes and types of the public signatures are checked at every call, in tests alone.
 if importlib.util.find_spec("beartype"):
     import tests.typechecker  # noqa: F401 - bound before the hook asks for it by name

@@ -1,13 +1,14 @@
 """Hugging Face checkpoints and gate checkpoints, in and out, without torch."""
 
 from seer_jax.convert.base import load_base, save_base
-from seer_jax.convert.gates import GateFormat, load_gates, recommended_policy, save_gates
+from seer_jax.convert.gates import GateFormat, base_model, load_gates, recommended_policy, save_gates
 from seer_jax.convert.logits import Bounds, LogitsReport, compare_logits, verify_logits
 
 __all__ = [
     "Bounds",
     "GateFormat",
     "LogitsReport",
+    "base_model",
     "compare_logits",
     "load_base",
     "load_gates",

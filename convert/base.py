@@ -3,32 +3,42 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seer_jax.convert.files import Replacement, replacing_files
 from seer_jax.convert.formats.sources import SafetensorsSource
 from seer_jax.convert.rules import ROTARY_BUFFERS, TIED_HEAD, base_rules
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
+from seer_jax.folders import check_is_base
+from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import Location, read_config, resolve, write_config
+from seer_jax.models.hub import HubSettings, Location, config_text, read_config, resolve
 from seer_jax.models.layers import BaseParam
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+TEXT_PATTERNS = (
+    *TOKENIZER_PATTERNS,
+    "generation_config.json",
+)  # what a model needs besides weights to read and write text
 SHARD_BYTES = 5 * 10**9
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
-def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None) -> Transformer:
+def load_base(
+    location: Location, *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None, **hub: Unpack[HubSettings]
+) -> Transformer:
     """A base model from a Hugging Face folder or hub id, without gates.
 
     Tensors go to their device piece by piece: the host never holds more than a few tens of MB besides the model.
@@ -38,6 +48,7 @@ def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Shardi
       dtype: of all weights, bfloat16 or float32.
       sharding: the `jax.sharding.Sharding` of each parameter, from its path (such as "layers.mlp.up_proj.weight", with its
         leading axis over layers) and its abstract array; each device reads only its own part. None: the default device.
+      **hub: see `hub.HubSettings`.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
@@ -45,15 +56,11 @@ def load_base(location: Location, *, dtype: Any = jnp.bfloat16, sharding: Shardi
         shape or dtype or with NaN.
     """
     dtype = DType.of(dtype)
-    folder = resolve(location, BASE_PATTERNS)
+    folder = resolve(location, BASE_PATTERNS, **hub)
+    check_is_base(folder)
     hf = read_config(folder)
-    if hf.get("quantization_config"):
-        raise ValueError(
-            f"{folder}: weights must not be quantised; config.json has a quantization_config "
-            f"({hf['quantization_config'].get('quant_method')}). Use the bfloat16 checkpoint of this model."
-        )
     config = config_from_hf(hf)
-    files = _weight_files(folder, hf)
+    files = _weight_files(folder)
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
     with SafetensorsSource(files) as source:
         return load_parameters(
@@ -71,19 +78,26 @@ def save_base(
     folder: str | os.PathLike[str],
     *,
     hf_config: Mapping[str, Any] | None = None,
+    tokenizer: Location | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the base weights (without gates) as a folder that transformers and `load_base` read.
+
+    The files replace those of an earlier model in the folder as one step: a process that is killed leaves the old model, the new one,
+    or a folder that loading refuses.
 
     Args:
       model: its weights are written in their own dtype.
       folder: created if it does not exist.
       hf_config: the `config.json` to write, for example of the model this one was trained from; None: one is made from the
         configuration.
+      tokenizer: folder or hub id of the model whose tokenizer and `generation_config.json` are copied, without which the folder takes
+        tokens alone. None: none is written, and one that the folder has stays.
       shard_bytes: larger weights are split into files of at most this size; the host holds one file at a time.
 
     Raises:
       ValueError: hf_config describes another model.
+      FileNotFoundError: the folder of `tokenizer` has none; see also `hub.resolve`.
     """
     folder = Path(folder)
     hf = dict(config_to_hf(model.config) if hf_config is None else hf_config)
@@ -92,16 +106,34 @@ def save_base(
         raise ValueError(f"hf_config must describe the model, {expected}; got {got}. Leave it out, and one is made.")
     hf["torch_dtype"] = str(model.dtype)
     hf.pop("dtype", None)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_shards(folder, tensors_of(model, BaseParam, base_rules(model.config)), shard_bytes)
-    write_config(folder, hf)
+    source = None if tokenizer is None else _tokenizer_folder(tokenizer)
+    with replacing_files(folder) as files:
+        _write_shards(files, tensors_of(model, BaseParam, base_rules(model.config)), shard_bytes)
+        if source is not None and source.resolve() != folder.resolve():
+            copy_files(files, source, TEXT_PATTERNS)
+        files.path("config.json").write_text(config_text(hf), encoding="utf-8")
+
+
+def copy_files(files: Replacement, source: Path, patterns: Iterable[str]) -> None:
+    """Copies the files of a folder whose names match; links into the hub's cache are copied as files."""
+    for name in sorted({path.name for pattern in patterns for path in source.glob(pattern)}):
+        shutil.copyfile(os.path.realpath(source / name), files.path(name))
+
+
+def _tokenizer_folder(location: Location) -> Path:
+    folder = resolve(location, TEXT_PATTERNS)
+    if not any(path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)):
+        raise FileNotFoundError(
+            f"The folder of `tokenizer` must hold a tokenizer; {folder} has none of {', '.join(TOKENIZER_PATTERNS)}."
+        )
+    return folder
 
 
 def _without_eos(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, eos_token_ids=())  # they concern text, not weights
 
 
-def _weight_files(folder: Path, hf: Mapping[str, Any]) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
@@ -118,11 +150,6 @@ def _weight_files(folder: Path, hf: Mapping[str, Any]) -> list[Path]:
         return [folder / name for name in names]
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
-    if any(folder.glob("attn_gate_weights.*")):
-        raise FileNotFoundError(
-            f"{folder} must hold base weights; got gates. Load their base model, {hf.get('base_model', 'see its documentation')!r}, "
-            "and give this folder as gates."
-        )
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
     raise FileNotFoundError(
         f"{folder} must hold {_WEIGHTS}, or {_INDEX} and the files it names; got {found}. Save other formats with "
@@ -130,27 +157,25 @@ def _weight_files(folder: Path, hf: Mapping[str, Any]) -> list[Path]:
     )
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> None:
-    """Writes one file where all weights fit, otherwise numbered ones with an index; removes old weights once the new ones are complete."""
-    shards: list[tuple[Path, list[str]]] = []
+def _write_shards(files: Replacement, tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> None:
+    """Writes one file where all weights fit, otherwise numbered ones with an index; the weights that the folder had are to go."""
+    files.remove(*files.folder.glob("model*.safetensors"), files.folder / _INDEX)
+    shards: list[list[str]] = []
     total = 0
     for shard in _group(tensors, shard_bytes):
-        path = folder / f"shard-{len(shards)}.partial"
-        write_safetensors(path, shard)
-        shards.append((path, list(shard)))
+        write_safetensors(files.path(f"shard-{len(shards)}"), shard)
+        shards.append(list(shard))
         total += sum(array.nbytes for array in shard.values())
-    for old in (*folder.glob("model*.safetensors"), folder / _INDEX):
-        old.unlink(missing_ok=True)
     if len(shards) == 1:
-        shards[0][0].replace(folder / _WEIGHTS)
+        files.rename("shard-0", _WEIGHTS)
         return
     weight_map = {}
-    for number, (path, keys) in enumerate(shards, start=1):
+    for number, keys in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        path.replace(folder / name)
+        files.rename(f"shard-{number - 1}", name)
         weight_map.update(dict.fromkeys(keys, name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    files.path(_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _group(tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
@@ -165,8 +190,32 @@ def _group(tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> Iterat
     yield shard
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file as transformers expects it."""
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], **metadata: str) -> None:
+    """Writes a safetensors file as transformers expects it, with the permissions of any new file; equal arrays give equal bytes.
+
+    Args:
+      path: of the file, replaced if it is there.
+      arrays: by name.
+      **metadata: further entries of the header's `__metadata__`.
+    """
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata={"format": "pt"})
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode  # safetensors itself makes files that only their owner can read
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(contiguous, path, metadata={"format": "pt"} | metadata)
+    if metadata:
+        _sort_metadata(path)
+    path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Rewrites the header with its metadata in a fixed order; safetensors writes them in a random one."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))

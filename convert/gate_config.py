@@ -14,6 +14,7 @@ from seer_jax.selection.scorers import LearnedGate
 
 PREFIX = "seerattn_"  # of the release's keys
 POLICY_KEY = "seer_jax_policy"  # our own, for policies that the release's keys cannot express
+TRAINING_KEY = "seer_jax_training"  # how far a gate is trained; for people, nothing depends on it
 _POOLS = "(max)?(min)?(avg)?"
 _PREFILL_KEY = "seerattn_gate_type"
 _DECODE_KEYS = ("seerattn_k_seq_pooling_type", "seerattn_q_head_pooling_type")
@@ -109,8 +110,8 @@ def gate_config_to_hf(config: GateConfig) -> dict[str, Any]:
 
 
 def without_gate_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` without the keys of a gate and its policy."""
-    return {key: value for key, value in hf.items() if not key.startswith(PREFIX) and key != POLICY_KEY}
+    """A `config.json` without the keys of a gate, its policy and its training."""
+    return {k: value for k, value in hf.items() if not k.startswith(PREFIX) and k not in (POLICY_KEY, TRAINING_KEY)}
 
 
 def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
@@ -129,8 +130,8 @@ def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
         return policy_from_json(hf[POLICY_KEY])
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{POLICY_KEY} of config.json must describe a policy; got {hf[POLICY_KEY]!r} ({error}) Import the module that registers "
-            "its scorer before the gate is loaded, or remove the key."
+            f"{POLICY_KEY} of config.json must describe a policy; got {hf[POLICY_KEY]!r}. {error} Otherwise "
+            "remove the key."
         ) from error
 
 

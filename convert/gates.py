@@ -5,19 +5,22 @@ A folder holds one gate: `config.json` (the base model's, `base_model`, and the 
 """
 
 import enum
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from seer_jax.convert.base import write_safetensors
+from seer_jax.convert.files import replacing_files
 from seer_jax.convert.formats.sources import ArraySource, SafetensorsSource
 from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
 from seer_jax.convert.gate_config import (
+    TRAINING_KEY,
     gate_config_from_hf,
     gate_config_to_hf,
     policy_from_hf,
@@ -26,18 +29,25 @@ from seer_jax.convert.gate_config import (
 )
 from seer_jax.convert.rules import DECODE_GATE_RULES, PREFILL_GATE_RULES, Rule
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
+from seer_jax.folders import GATE_WEIGHTS, check_is_gate
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
-from seer_jax.models.config import DType, ModelConfig
+from seer_jax.models.config import DType, ModelConfig, RopeConfig
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import Location, read_config, resolve_gate, write_config
+from seer_jax.models.hub import HubSettings, Location, config_text, read_config, resolve_gate, resolve_gates
 from seer_jax.models.layers import GateParam
+from seer_jax.models.rope import same_rope
 from seer_jax.selection.policies import Policy
 
-# Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the hidden size tells their base models apart.
-_MUST_AGREE = ("family", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size")
+# Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the widths tell their base models apart. What changes the queries and keys
+# that a gate was distilled on must agree too; vocabulary and context may differ.
+_MUST_AGREE = (
+    *("family", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size"),
+    *("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rms_norm_eps"),
+)
+_WRITTEN_FOR = "seer_jax_gate"  # metadata of a safetensors file: the gate and the base model that its weights belong to
 
 
 class GateFormat(enum.StrEnum):
@@ -48,14 +58,18 @@ class GateFormat(enum.StrEnum):
 
     @property
     def file_name(self) -> str:
-        return f"attn_gate_weights.{self.value}"
+        return f"{GATE_WEIGHTS}.{self.value}"
 
 
 GATE_PATTERNS = ("config.json", *(format.file_name for format in GateFormat))
 
 
 def load_gates(
-    location: Location, model_config: ModelConfig | None = None, *, sharding: Sharding | None = None
+    location: Location,
+    model_config: ModelConfig | None = None,
+    *,
+    sharding: Sharding | None = None,
+    **hub: Unpack[HubSettings],
 ) -> PrefillGate | DecodeGate:
     """A gate from a folder or hub id, in float32, with the policy that it recommends (`gate.recommended`).
 
@@ -64,13 +78,15 @@ def load_gates(
         safetensors is read.
       model_config: of the base model that the gate is to serve. None: the one in the gate's own `config.json`.
       sharding: see `load_base`; paths are "linear_q", "linear_k", "q_norm", "k_norm".
+      **hub: see `hub.HubSettings`.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
       ValueError: the gate was made for another model, its file or configuration is damaged or not supported, or the name stands for
         two gates.
     """
-    folder = resolve_gate(location, GATE_PATTERNS)
+    folder = resolve_gate(location, GATE_PATTERNS, **hub)
+    check_is_gate(folder)
     hf = read_config(folder)
     if model_config is not None:
         _check_same_model(folder, hf, config_from_hf(hf), model_config)
@@ -79,6 +95,7 @@ def load_gates(
     if path.suffix == ".pth":
         return load_parameters(gate, rules, ArraySource(str(path), read_torch_zip(path)), sharding=sharding)
     with SafetensorsSource([path]) as source:
+        _check_written_for(folder, source.metadata.get(_WRITTEN_FOR), gate)
         return load_parameters(gate, rules, source, sharding=sharding)
 
 
@@ -99,6 +116,27 @@ def recommended_policy(location: Location) -> Policy | None:
     return policy_from_hf(read_config(resolve_gate(location, GATE_PATTERNS)))
 
 
+def base_model(locations: Location | Sequence[Location], **hub: Unpack[HubSettings]) -> str | None:
+    """The base model that gates name in their `config.json`; None where they name none.
+
+    Args:
+      locations: of one or several gates, see `from_pretrained`.
+      **hub: see `hub.HubSettings`.
+
+    Raises:
+      ValueError: two gates name different models.
+    """
+    names = {
+        str(folder): str(name)
+        for folder in resolve_gates(locations, ("config.json",), **hub)
+        if (folder / "config.json").is_file() and (name := read_config(folder).get("base_model"))
+    }
+    if len(set(names.values())) > 1:
+        listed = ", ".join(f"{name!r} ({folder})" for folder, name in names.items())
+        raise ValueError(f"Gates must be of one base model; got {listed}. Choose gates that belong together.")
+    return next(iter(names.values()), None)
+
+
 def save_gates(
     gate: PrefillGate | DecodeGate,
     folder: str | os.PathLike[str],
@@ -108,8 +146,12 @@ def save_gates(
     format: GateFormat = GateFormat.SAFETENSORS,
     policy: Policy | None = None,
     dtype: Any = jnp.float32,
+    training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a gate in the release's layout.
+
+    Weights and `config.json` replace those of an earlier gate as one step: a process that is killed leaves the old gate, the new one, or
+    a folder that loading refuses.
 
     Args:
       gate: prefill or decode.
@@ -119,6 +161,7 @@ def save_gates(
       format: `.pth` (which the release reads) or safetensors.
       policy: recommended with the gate; None: `gate.recommended`.
       dtype: of the file, float32 (exact) or bfloat16 (rounded, half the size).
+      training: how far the gate is trained, JSON, for readers of the folder; it becomes `seer_jax_training` in `config.json`.
 
     Returns:
       The weight file.
@@ -141,17 +184,42 @@ def save_gates(
     policy = gate.recommended if policy is None else policy
     if policy is not None:
         hf |= policy_to_hf(policy, gate.config)
+    if training is not None:
+        hf[TRAINING_KEY] = dict(training)
     arrays = {key: np.asarray(x.astype(dtype)) for key, x in tensors_of(gate, GateParam, gate_rules(gate.config))}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / format.file_name
-    if format is GateFormat.TORCH:
-        write_torch_zip(path, arrays)
-    else:
-        partial = path.with_name(path.name + ".partial")
-        write_safetensors(partial, arrays)
-        partial.replace(path)
-    write_config(folder, hf)
-    return path
+    with replacing_files(folder) as files:
+        if format is GateFormat.TORCH:
+            write_torch_zip(files.path(format.file_name), arrays)
+        else:
+            write_safetensors(files.path(format.file_name), arrays, **{_WRITTEN_FOR: json.dumps(_description(gate))})
+        files.path("config.json").write_text(config_text(hf), encoding="utf-8")
+    return folder / format.file_name
+
+
+def _description(gate: PrefillGate | DecodeGate) -> dict[str, Any]:
+    """What weights and `config.json` of a gate must agree in: the gate's configuration, and the base model it serves."""
+    return gate_config_to_hf(gate.config) | {name: getattr(gate.model, name) for name in _MUST_AGREE}
+
+
+def _check_written_for(folder: Path, written: object, gate: PrefillGate | DecodeGate) -> None:
+    """Raises ValueError where the weights were written for another gate than the one that config.json describes."""
+    if written is None:
+        return
+    try:
+        found = dict(json.loads(str(written)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: {_WRITTEN_FOR} in the metadata of the weights must be a JSON object; {error}."
+        ) from error
+    expected = _description(gate)
+    differing = [name for name in expected if found.get(name) != expected[name]]
+    if differing:
+        listed = "; ".join(
+            f"{name} is {expected[name]!r} in config.json, {found.get(name)!r} in the weights" for name in differing
+        )
+        raise ValueError(
+            f"{folder}: config.json and weights must be of one gate; {listed}. Save the gate again, or restore the file that was replaced."
+        )
 
 
 def gate_rules(config: GateConfig) -> tuple[Rule, ...]:
@@ -165,20 +233,26 @@ def abstract_gate(config: GateConfig, model: ModelConfig) -> PrefillGate | Decod
 
 
 def _weight_file(folder: Path) -> Path:
-    for format in (GateFormat.SAFETENSORS, GateFormat.TORCH):
-        if (folder / format.file_name).is_file():
-            return folder / format.file_name
-    names = " or ".join(format.file_name for format in GateFormat)
-    raise FileNotFoundError(
-        f"A gate folder must hold {names}; {folder} has neither. Check that the download is complete."
-    )
+    paths = [folder / format.file_name for format in (GateFormat.SAFETENSORS, GateFormat.TORCH)]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def _check_same_model(folder: Path, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:
+    of = f"of a gate for {hf.get('base_model', 'another model')!r}"
     for name in _MUST_AGREE:
         theirs, ours = getattr(found, name), getattr(expected, name)
         if theirs != ours:
             raise ValueError(
-                f"{folder}: a gate must be for this base model: {name} must be {ours}; got {theirs}, of a gate for "
-                f"{hf.get('base_model', 'another model')!r}. Use the gate of this base model."
+                f"{folder}: a gate must be for this base model: {name} must be {ours}; got {theirs}, {of}. Use the gate of this base model."
             )
+    if not same_rope(found.rope, expected.rope, expected.head_dim):
+        raise ValueError(
+            f"{folder}: a gate must be for this base model: RoPE must be {_described(expected.rope)}; got {_described(found.rope)}, {of}. "
+            "Use a gate that was distilled under the RoPE of this base model; where it is known to serve this one, change rope_scaling in "
+            "the gate's config.json."
+        )
+
+
+def _described(rope: RopeConfig) -> str:
+    """RoPE as config.json says it."""
+    return ", ".join(f"{key}={value}" for key, value in rope.to_hf().items() if value is not None)

@@ -13,7 +13,7 @@ from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType, ModelConfig, RopeConfig, RopeKind
 from seer_jax.models.decoder import Transformer
-from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.models.pretrained import from_pretrained, load_generation_settings, load_tokenizer
 from seer_jax.selection.notation import parse_policy
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
@@ -60,6 +60,7 @@ __all__ = [
     "__version__",
     "from_pretrained",
     "generate",
+    "load_generation_settings",
     "load_tokenizer",
     "pad_prompts",
     "parse_policy",

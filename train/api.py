@@ -1,23 +1,25 @@
 """Training in one call: `distill` and `finetune`."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from seer_jax.convert import save_gates
-from seer_jax.gates.configs import GateConfig
+from seer_jax.convert import load_gates, save_gates
+from seer_jax.gates.configs import GateConfig, PrefillGateConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_to_hf
 from seer_jax.models.hub import read_config, resolve
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
-from seer_jax.train.data.batches import load_dataset
+from seer_jax.train.data.batches import hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.data.tokens import check_tokens
-from seer_jax.train.loop.run import ProgressFunction, TrainResult, run, run_folder
+from seer_jax.train.loop.run import TrainResult, run
+from seer_jax.train.loop.session import ProgressFunction, Session, open_session
 from seer_jax.train.tasks import Distillation, LanguageModelling
 
 
@@ -31,8 +33,10 @@ def distill(
     """Distils gates that predict which blocks the frozen model attends to (SeerAttention, arXiv 2410.13276; -R, arXiv 2506.08889).
 
     With an output folder the run can be stopped or killed at any moment; the same call resumes from the newest checkpoint and makes
-    the same steps as an undisturbed run. The trained gates are written to `prefill_gate` and `decode_gate` in that folder, for
-    `from_pretrained` and `load_gates`.
+    the same steps as an undisturbed run. With more or fewer `steps` than before it goes on too: from there on the learning rate is that
+    of a run of the new length, and the rows of data stay the same. At each checkpoint, and when the run is stopped, the gates are written
+    to `prefill_gate` and `decode_gate` in that folder, for `from_pretrained` and `load_gates`; `seer_jax_training` in their
+    `config.json` says how far they are trained.
 
     Args:
       config: the run.
@@ -46,36 +50,57 @@ def distill(
 
     Raises:
       ValueError: settings, model, data and checkpoints do not fit each other.
+      FileExistsError: the output folder has gates, but no checkpoints of the run that made them.
+      BlockingIOError: another run is using the output folder.
+      MemoryError: the device has no memory for the run.
       FloatingPointError: the loss is no longer finite.
       KeyboardInterrupt, SystemExit: the process was asked to stop (SIGINT, SIGTERM), and has written a checkpoint.
     """
-    given, model = model, _load_model(config, model)
-    hf_config = None
-    if (
-        config.output is not None
-    ):  # made before training, so that a model which config.json cannot describe is refused now
-        hf_config = (
-            config_to_hf(given.config) if given is not None else read_config(resolve(config.model, ("config.json",)))
+    config = config.absolute()
+    with open_session(config, progress) as session:
+        given, model = model, _load_model(config, model, session)
+        hf_config = None
+        if (
+            config.output is not None
+        ):  # made before training, so that a model which config.json cannot describe is refused now
+            described = given is None
+            hf_config = (
+                read_config(resolve(config.model, ("config.json",))) if described else config_to_hf(model.config)
+            )
+        gates = _attach_gates(config, model)
+        settings = {"model": to_dict(model.config), "gates": [to_dict(gate) for gate in gates]}
+        session.accept(config=config.defining(), **settings)
+        _check_no_other_gates(config, session)
+        rows, held_out = _load_dataset(config, model, dataset, gates[0].block_size, session)
+        task, trained, frozen = Distillation.start(model, config)
+        save = functools.partial(_save_gates, config, hf_config)
+        on_checkpoint = None if config.output is None else save
+        result = run(task, trained, frozen, rows, session, held_out=held_out, on_checkpoint=on_checkpoint)
+    return dataclasses.replace(result, gates=() if config.output is None else _gate_folders(config))
+
+
+def _gate_folders(config: DistillConfig) -> tuple[Path, ...]:
+    """The folder of each trained gate."""
+    assert config.output is not None
+    return tuple(Path(config.output) / name for name in config.gates.attributes)
+
+
+def _check_no_other_gates(config: DistillConfig, session: Session) -> None:
+    """Raises FileExistsError where a run that starts would write over the gates of another one."""
+    if session.folder is None or session.step:
+        return
+    if there := [folder for folder in _gate_folders(config) if folder.exists()]:
+        raise FileExistsError(
+            f"A run that starts must not write over gates; {there[0]} is there, without checkpoints of the run that made it. Give another "
+            "output folder, or remove that one."
         )
-    gates = _attach_gates(config, model)
-    dataset = _load_dataset(config, model, dataset, gates[0].block_size)
-    task, trained, frozen = Distillation.start(model, config)
-    settings = {"model": to_dict(model.config), "gates": [to_dict(gate) for gate in gates]}
-    result = run(task, trained, frozen, dataset, config, settings, progress=progress)
-    folder = run_folder(config)
-    return (
-        result if folder is None else dataclasses.replace(result, gates=_save_gates(config, result, folder, hf_config))
-    )
 
 
-def _save_gates(
-    config: DistillConfig, result: TrainResult, folder: Path, hf_config: Mapping[str, Any] | None
-) -> tuple[Path, ...]:
-    """Writes each trained gate to a folder of its own; returns the folders."""
-    names = config.gates.attributes
-    for name in names:
-        save_gates(getattr(result.model, name), folder / name, base_model=config.model, hf_config=hf_config)
-    return tuple(folder / name for name in names)
+def _save_gates(config: DistillConfig, hf_config: Mapping[str, Any] | None, model: Transformer, step: int) -> None:
+    """Writes each trained gate to its folder, with the number of steps that it has been trained."""
+    training = {"step": step, "steps": config.steps, "finished": step >= config.steps}
+    for name, folder in zip(config.gates.attributes, _gate_folders(config), strict=True):
+        save_gates(getattr(model, name), folder, base_model=config.model, hf_config=hf_config, training=training)
 
 
 def finetune(
@@ -91,21 +116,30 @@ def finetune(
     float32, so that a weight takes 16 bytes with its gradient; the arithmetic is of the model's dtype. Only the hidden states between
     layers are kept for the backward pass, which computes the layers again.
     """
-    model = _load_model(config, model)
-    dataset = _load_dataset(config, model, dataset, block_size=config.block_size)
-    packed = bool((dataset.lengths != dataset.row_length).any()) or len(dataset.lengths) != len(dataset)
-    task, trained, frozen = LanguageModelling.start(model, packed=packed)
-    settings = {"model": to_dict(model.config)}
-    del model  # its weights are not needed beside their float32 copies
-    return run(task, trained, frozen, dataset, config, settings, progress=progress)
+    config = config.absolute()
+    with open_session(config, progress) as session:
+        model = _load_model(config, model, session)
+        session.accept(config=config.defining(), model=to_dict(model.config))
+        rows, held_out = _load_dataset(config, model, dataset, config.block_size, session)
+        packed = bool((rows.lengths != rows.row_length).any()) or len(rows.lengths) != len(rows)
+        if held_out is not None:
+            packed = (
+                packed
+                or bool((held_out.lengths != held_out.row_length).any())
+                or len(held_out.lengths) != len(held_out)
+            )
+        task, trained, frozen = LanguageModelling.start(model, packed=packed)
+        del model  # its weights are not needed beside their float32 copies
+        return run(task, trained, frozen, rows, session, held_out=held_out)
 
 
-def _load_model(config: TrainConfig, model: Transformer | None) -> Transformer:
+def _load_model(config: TrainConfig, model: Transformer | None, session: Session) -> Transformer:
     """The model to start from; a given one is not changed, though its arrays are shared."""
     if model is not None:
         return nnx.merge(*nnx.split(model))
     if not config.model:
         raise ValueError("Training needs a base model; got model=''. Set `model` to a folder or hub id.")
+    session.begin(f"loading {config.model}")
     from seer_jax.models.pretrained import from_pretrained
 
     return from_pretrained(config.model, dtype=config.precision)
@@ -115,6 +149,7 @@ def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]
     """Gives the model the gates that it lacks; returns the configurations of those that train."""
     rngs = nnx.Rngs(config.seed)
     names = config.gates.attributes
+    _load_initial_gates(config, model, names)
     for name in names:
         if getattr(model, name) is None:
             model.add_gate(getattr(config, name.removesuffix("_gate")), rngs=rngs)
@@ -128,8 +163,49 @@ def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]
     return gates
 
 
+def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequence[str]) -> None:
+    """Gives the model the gates that training starts from."""
+    for location in config.initial_gates:
+        gate = load_gates(location, model.config)
+        name = "prefill_gate" if isinstance(gate.config, PrefillGateConfig) else "decode_gate"
+        kind = name.removesuffix("_gate")
+        if name not in names:
+            raise ValueError(
+                f"initial_gates must be gates that are trained (gates={config.gates}); {location} holds a {kind} gate. Leave it out, or set "
+                f"gates to {kind} or both."
+            )
+        if getattr(model, name) is not None:
+            raise ValueError(
+                f"initial_gates must hold one {kind} gate for a model without any; {location} is a second one."
+            )
+        wanted = getattr(config, kind)
+        if wanted not in (gate.config, type(wanted)()):
+            raise ValueError(
+                f"The setting {kind} must be that of its initial gate, {gate.config}, or left out; got {wanted}."
+            )
+        model.attach(gate)
+
+
 def _load_dataset(
-    config: TrainConfig, model: Transformer, dataset: PackedDataset | np.ndarray | None, block_size: int
+    config: TrainConfig,
+    model: Transformer,
+    dataset: PackedDataset | np.ndarray | None,
+    block_size: int,
+    session: Session,
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """Rows to train on and rows held out, which the run's settings then name."""
+    dataset = _read_dataset(config, model, dataset, block_size, session)
+    session.say(f"Training data: {dataset.report}")
+    session.accept(data={"digest": dataset.digest, "rows": len(dataset)})
+    return hold_out(dataset, config.data.held_out_rows, seed=config.seed)
+
+
+def _read_dataset(
+    config: TrainConfig,
+    model: Transformer,
+    dataset: PackedDataset | np.ndarray | None,
+    block_size: int,
+    session: Session,
 ) -> PackedDataset:
     length, context = config.sequence_length, model.config.max_position_embeddings
     if length > context:
@@ -139,14 +215,17 @@ def _load_dataset(
         )
     vocab_size = model.config.vocab_size
     if dataset is None:
-        folder = run_folder(config)
+        session.begin("reading training text")
         return load_dataset(
             config.data,
             model=config.model,
             vocab_size=vocab_size,
             row_length=length,
             block_size=block_size,
-            cache=folder and folder / "tokens",
+            rows=config.rows,
+            cache=session.folder and session.folder / "tokens",
+            resumes=bool(session.step),
+            say=session.say,
         )
     if not isinstance(dataset, PackedDataset):
         dataset = PackedDataset.from_rows(dataset)

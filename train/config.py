@@ -1,37 +1,40 @@
 """Settings of training runs: frozen dataclasses that check themselves, to and from YAML and JSON."""
 
 import dataclasses
-import enum
 import json
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seer_jax.checks import check_at_least
+from seer_jax import tiny_lm
+from seer_jax.checks import check_at_least, check_positive
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.models.config import DType
+from seer_jax.settings import check_types, parse_setting
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing
+
+WARMUP_STEPS = 20  # of the authors' recipes
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warmup from 0 and a cosine decay.
+    """AdamW with a linear warmup and a cosine decay.
 
     Attributes:
       learning_rate: at the end of the warmup, > 0.
-      end_learning_rate: at the last step.
-      warmup_steps: optimizer steps, fewer than the run has.
+      end_learning_rate: after the last step.
+      warmup_steps: optimizer steps in which the learning rate rises, fewer than the run has. None: 20, or a tenth of the run's steps
+        where that is less.
       weight_decay: decoupled, >= 0.
-      beta1, beta2, eps: of Adam.
+      beta1, beta2: of Adam, in [0, 1).
+      eps: of Adam, > 0.
       clip_norm: bound on the gradient's global norm; None: none.
     """
 
     learning_rate: float = 1e-3
     end_learning_rate: float = 0.0
-    warmup_steps: int = 20
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -39,17 +42,23 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.learning_rate > 0 or not 0 <= self.end_learning_rate <= self.learning_rate:
             raise ValueError(
                 "Learning rates must satisfy 0 <= end_learning_rate <= learning_rate and learning_rate > 0; "
                 f"got {self.end_learning_rate} and {self.learning_rate}."
             )
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"warmup_steps and weight_decay must be at least 0; got {self.warmup_steps} and {self.weight_decay}."
-            )
+        check_at_least(0, self, "weight_decay", *(() if self.warmup_steps is None else ("warmup_steps",)))
+        check_positive(self, "eps")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, or None for no clipping; got {self.clip_norm}.")
+
+    def warmup(self, steps: int) -> int:
+        """Number of warmup steps of a run of `steps` steps."""
+        return min(WARMUP_STEPS, steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +68,7 @@ class TrainConfig:
     Attributes:
       model: folder or hub id of the base model; tiny-lm is the bundled one.
       output: folder for checkpoints, metrics, tokens and trained gates; a run with the same folder and settings resumes where it
-        stopped. None: nothing is written.
+        stopped, and may have more or fewer steps than it began with. None: nothing is written.
       data: training text.
       sequence_length: T, tokens per row.
       batch_size: rows per optimizer step.
@@ -91,6 +100,7 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_at_least(1, self, "sequence_length", "batch_size", "micro_batch_size", "steps")
         check_at_least(1, self, "checkpoint_interval", "keep_checkpoints", "log_interval")
         check_at_least(0, self, "seed")
@@ -99,16 +109,31 @@ class TrainConfig:
                 "micro_batch_size must divide batch_size, so that a step's parts are equal; "
                 f"got {self.micro_batch_size} and {self.batch_size}."
             )
-        if self.optimizer.warmup_steps >= self.steps:
+        if self.optimizer.warmup(self.steps) >= self.steps:
             raise ValueError(
-                f"The warmup must end before the run; got {self.optimizer.warmup_steps} warmup steps of {self.steps}. Set "
-                "optimizer.warmup_steps."
+                f"The warmup must end before the run; got {self.optimizer.warmup_steps} warmup steps of {self.steps}. Lower "
+                "optimizer.warmup_steps, or leave it out for a tenth of the steps."
             )
 
     @property
     def block_size(self) -> int:
         """Sequences start at its multiples."""
         return 1
+
+    @property
+    def rows(self) -> int:
+        """Rows that the run takes from its data: those it trains on, and those held out."""
+        return self.steps * self.batch_size + self.data.held_out_rows
+
+    def absolute(self) -> "TrainConfig":
+        """The same run with absolute paths, so that it goes on from any folder; names on the hub stay as they are."""
+        data = dataclasses.replace(
+            self.data,
+            paths=tuple(map(_absolute, self.data.paths)),
+            dataset=_absolute_folder(self.data.dataset),
+        )
+        output = None if self.output is None else _absolute(self.output)
+        return dataclasses.replace(self, model=_absolute_folder(self.model), output=output, data=data)
 
     def defining(self) -> dict[str, Any]:
         """The settings that determine the results of a run: runs that agree in them make the same steps."""
@@ -122,6 +147,7 @@ class DistillConfig(TrainConfig):
 
     Attributes:
       gates: which ones.
+      initial_gates: folders or hub ids of gates to train further; a gate that is not among them starts at random.
       prefill: configuration of the prefill gate, where it is distilled and the model has none yet.
       decode: configuration of the decode gate, likewise.
       prefill_skip: share of the block rows at the start of each sequence that the prefill loss leaves out.
@@ -130,6 +156,7 @@ class DistillConfig(TrainConfig):
     """
 
     gates: TrainedGates = TrainedGates.PREFILL
+    initial_gates: tuple[str, ...] = ()
     prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
     decode: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)
     prefill_skip: float = 0.25
@@ -159,6 +186,11 @@ class DistillConfig(TrainConfig):
         """b of the gates."""
         return self.decode.block_size if self.gates is TrainedGates.DECODE else self.prefill.block_size
 
+    def absolute(self) -> "DistillConfig":
+        """See `TrainConfig.absolute`."""
+        initial = tuple(_absolute_folder(gate) for gate in self.initial_gates)
+        return dataclasses.replace(super().absolute(), initial_gates=initial)
+
     @classmethod
     def prefill_recipe(cls, **changes: Any) -> "DistillConfig":
         """The authors' recipe for prefill gates: 500 steps of 16 x 64k tokens (SeerAttention, arXiv 2410.13276)."""
@@ -185,6 +217,15 @@ class FinetuneConfig(TrainConfig):
     sequence_length: int = 32768
 
 
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _absolute_folder[N: (str, str | None)](name: N) -> N:
+    """A name as an absolute path where it is a folder, otherwise as it is: a hub id, or that of the bundled model."""
+    return _absolute(name) if name and name != tiny_lm.NAME and Path(name).expanduser().is_dir() else name
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON would give it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -196,52 +237,43 @@ def from_dict[C](kind: type[C], values: Mapping[str, Any]) -> C:
     Raises:
       ValueError: a key is unknown or a value is of another type than its field.
     """
-    return _parse(kind, values, kind.__name__)
+    return parse_setting(kind, values, kind.__name__)
 
 
 def load_config[C](kind: type[C], path: str | Path) -> C:
-    """A config from a .yaml, .yml or .json file."""
+    """A config from a .yaml, .yml or .json file.
+
+    Raises:
+      ValueError: the file is of another kind or damaged, or a setting is wrong.
+      OSError: it is not there, or cannot be read.
+    """
     path = Path(path)
-    if path.suffix == ".json":
-        values = json.loads(path.read_text())
-    elif path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        values = yaml.safe_load(path.read_text())
-    else:
+    if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"The name of a configuration file must end in .yaml, .yml or .json; got {path}.")
-    return from_dict(kind, values or {})
-
-
-def _parse(kind: Any, value: Any, place: str) -> Any:
-    """`value` as an instance of the type `kind`, one of those that configs are made of."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        kind = next(a for a in arguments if a is not types.NoneType)
-        return _parse(kind, value, place)
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        fields = typing.get_type_hints(kind)
-        names = [f.name for f in dataclasses.fields(kind)]
-        if unknown := [str(k) for k in value if k not in names]:
-            raise ValueError(f"Settings of {place} must be some of {', '.join(names)}; got {', '.join(unknown)}.")
-        return kind(**{k: _parse(fields[k], v, f"{place}.{k}") for k, v in value.items()})
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_parse(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value))
-    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
-        if value in list(kind):
-            return kind(value)
-        raise ValueError(f"{place} must be one of {', '.join(kind)}; got {value!r}.")
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        return _float(value, place)  # YAML reads 1e-3, without a dot, as text
-    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"{place} must be of type {getattr(kind, '__name__', kind)}; got {value!r}.")
-
-
-def _float(value: int | str, place: str) -> float:
+    values = _read(path)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} must hold settings by name, such as `steps: 100`; got {type(values).__name__}.")
     try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"{place} must be a number; got {value!r}.") from None
+        return parse_setting(kind, values, kind.__name__)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> Any:
+    """The contents of a YAML or JSON file; no settings where it is empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text; {error}. Save it as UTF-8.") from error
+    if path.suffix == ".json":
+        try:
+            return json.loads(text or "{}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} must hold JSON; {error}.") from error
+    import yaml
+
+    try:
+        return yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())  # the parser's message has several lines
+        raise ValueError(f"{path} must hold YAML; {reason}.") from error

@@ -6,14 +6,16 @@ from seer_jax.train.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to its peak, then a half cosine down to `end_learning_rate` at `steps`."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=steps,
-        end_value=config.end_learning_rate,
-    )
+    """Learning rate of step 0, 1, ...: `peak * (step + 1) / warmup` while it warms up, then a half cosine down to `end_learning_rate`
+    at `steps`.
+
+    The first step learns. Schedules that rise from 0, as the one that the authors trained with, spend it on an update of size 0; all
+    steps after the warmup have the same learning rate as there.
+    """
+    warmup, peak = config.warmup(steps), config.learning_rate
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    decay = optax.cosine_decay_schedule(peak, steps - warmup, config.end_learning_rate / peak)
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -101,6 +101,22 @@ def make_step(task: Task, optimizer: optax.GradientTransformation, schedule: opt
     return step
 
 
+Evaluation = Callable[[Weights, FrozenWeights, Batch], dict[str, Float32[Array, ""]]]
+
+
+def make_evaluation(task: Task, parts: int) -> Evaluation:
+    """`evaluate(trained, frozen, batch) -> metrics`: those of a step, without its update."""
+
+    @jax.jit
+    def evaluate(trained: Weights, frozen: FrozenWeights, batch: Batch) -> dict[str, Float32[Array, ""]]:
+        def sums(*part: Any) -> Sums:
+            return task.gradients(trained, frozen, *part)[1]  # the compiler leaves the gradients out
+
+        return task.metrics(_accumulate(sums, (batch, task.weigh(batch)), parts))
+
+    return evaluate
+
+
 def _accumulate(function: Callable, arguments: Any, parts: int) -> Any:
     """Sum of `function` over equal parts of its arguments' leading axis."""
     if parts == 1:

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +85,9 @@ class SafetensorsSource:
     Rows are read with plain reads. Memory-mapped files, as in the safetensors package, count as memory of the process while they are
     open, and whole tensors would be copied once more. Use it as a context manager, or `close` it.
 
+    Attributes:
+      metadata: entries of the files' `__metadata__`.
+
     Raises:
       ValueError: a header is damaged, or two files hold a tensor of the same name.
     """
@@ -92,6 +95,7 @@ class SafetensorsSource:
     def __init__(self, files: Sequence[Path]):
         self.place = str(files[0].parent if len(files) > 1 else files[0])
         tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, Any] = {}
         self._locations: dict[str, _Location] = {}
         with contextlib.ExitStack() as opened:
             for path in files:
@@ -112,6 +116,7 @@ class SafetensorsSource:
         header, start, size = _header(path, file)
         for name, entry in header.items():
             if name == "__metadata__":
+                self.metadata |= entry if isinstance(entry, dict) else {}
                 continue
             if name in tensors:
                 raise ValueError(f"Each tensor must be stored once; {name!r} is in {path} and in another file as well.")
@@ -148,8 +153,10 @@ def _header(path: Path, file: io.FileIO) -> tuple[dict, int, int]:
         )
     try:
         header = json.loads(file.read(length))
-    except ValueError as error:
-        raise ValueError(f"{path}: the safetensors header must be JSON; {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the safetensors header must be JSON; {error}. The file is damaged; download it again."
+        ) from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header must be a JSON object; got a {type(header).__name__}.")
     return header, 8 + length, size

@@ -31,7 +31,7 @@ def sparse_decode_attention(
     Args:
       q: the query of the newest token; H is a multiple of K.
       k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed
-        blocks, also beyond `lengths`. P is B unless `cache_rows` is given.
+        blocks. Beyond `lengths` they may hold anything, NaN and infinity too. P is B unless `cache_rows` is given.
       blocks: lists of key blocks, counts [B, K] and indices [B, K, N]; None: every key, dense attention.
       lengths: number of keys of each sequence, the newest token included, at most S; 0 for an unused row.
       cache_rows: row of k and v that each sequence reads, 0 to P - 1; None: its own index. If the caches of all layers are one

@@ -1,12 +1,18 @@
 """What all commands share: the program's name, its exit codes, and how a configuration dataclass becomes options."""
 
+import dataclasses
 import enum
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seer_jax import tiny_lm
+from seer_jax.commands.errors.options import Options
+from seer_jax.commands.errors.usage import UsageError, reason
+from seer_jax.models.hub import HubSettings, is_name
 from seer_jax.selection.notation import parse_policy, policy_syntax, write_policy
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import SCORERS, Scorer
@@ -23,19 +29,94 @@ class ExitCode(enum.IntEnum):
     INTERRUPTED = 130
 
 
-def parse[C](kind: type[C], command: str, words: list[str], **settings: Any) -> C:
-    """The configuration that a command line describes; prints help or the usage error and exits where it describes none.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """How hub ids are downloaded.
+
+    Attributes:
+      revision: branch, tag or commit of the model on the hub; also written NAME@REVISION, for gates too. None: main.
+      cache_dir: folder for downloads; None: that of huggingface_hub (HF_HOME).
+    """
+
+    revision: str | None = None
+    cache_dir: Path | None = None
+
+    @property
+    def hub(self) -> HubSettings:
+        """For the functions that take names of models. A token comes from HF_TOKEN or `hf auth login`."""
+        return HubSettings(revision=self.revision, cache_dir=self.cache_dir)
+
+
+# By the command: the options that this process has read.
+OPTIONS: dict[str, Options] = {}
+
+
+def parse[C](
+    kind: type[C], command: str, words: list[str], *, aliases: Mapping[str, str] | None = None, **settings: Any
+) -> C:
+    """The configuration that a command line describes; prints help and exits where it asks for help.
 
     Args:
       kind: dataclass whose fields are the options; its docstring is their help.
       command: as it is typed after the program's name.
       words: the words after it.
+      aliases: further names of options, such as {"--base": "--model"}.
       **settings: further ones of `tyro.cli`.
+
+    Raises:
+      UsageError: the words describe none.
     """
     import tyro
+    from tyro import (
+        _errors,
+    )  # private, and so bound to the version in pyproject.toml: tyro itself draws boxes of ten lines
 
+    options = OPTIONS[command.partition(" ")[0]] = Options(kind)
+
+    def refuse(event: Any) -> None:
+        raise UsageError(reason(event, options), command)
+
+    words = [_without_alias(word, aliases or {}) for word in words]
     style = (tyro.conf.EnumChoicesFromValues,)
-    return tyro.cli(kind, prog=f"{PROGRAM} {command}", args=words, config=style, registry=_constructors(), **settings)
+    with _errors.on_parse_error(refuse):
+        return tyro.cli(
+            kind, prog=f"{PROGRAM} {command}", args=words, config=style, registry=_constructors(), **settings
+        )
+
+
+def _without_alias(word: str, aliases: Mapping[str, str]) -> str:
+    name, equals, value = word.partition("=")
+    return f"{aliases.get(name, name)}{equals}{value}"
+
+
+def model_of(model: str | None, gates: Sequence[str], hub: HubSettings) -> str:
+    """The base model of a command: the one that is named, otherwise the one that its gates name, otherwise the bundled one.
+
+    What was chosen for the user, or does not fit the gates' own word, is told on standard error.
+
+    Raises:
+      FileNotFoundError: the gates name a model that is not there.
+    """
+    from seer_jax.convert import base_model
+
+    named = base_model(gates, **{**hub, "revision": None}) if gates else None
+    if model is None:
+        if named is not None and named != tiny_lm.NAME:
+            if not is_name(named):
+                raise FileNotFoundError(
+                    f"The gates name the base model {named!r}, which is not there. Give model=... too."
+                )
+            print(f"model: {named} (base model of the gates)", file=sys.stderr)
+        return named or tiny_lm.NAME
+    if named is not None and _last(named) != _last(model):
+        print(f"model: {model}, but the gates name {named} as their base model", file=sys.stderr)
+    return model
+
+
+def _last(name: str) -> str:
+    """What the name of a folder and that of the same model on the hub have in common."""
+    path = tiny_lm.path() if name == tiny_lm.NAME else Path(name).expanduser()
+    return path.resolve().name.partition("@")[0].lower()
 
 
 def _constructors() -> Any:
@@ -79,21 +160,30 @@ The word after the second colon says what ranks the blocks; without it the learn
 {scorers}
 
 With dense_layers=N the first N layers keep every block. With dense_last_rows=N (not for budget) the last N block rows of a prompt keep
-every block; without it the last 2 do."""
+every block; without it the last 2 do. Densities, masses and thresholds may be percentages: topk:10%."""
 
 
 def import_scorers(module: str) -> None:
     """Imports a module that registers scorers, by its name or from a file that ends in .py.
 
     Raises:
-      ImportError: there is no such module or file.
+      ImportError: there is no such module or file, or it fails.
     """
-    if not module.endswith(".py"):
-        importlib.import_module(module)
-        return
-    spec = importlib.util.spec_from_file_location(f"scorers_of_{Path(module).stem}", module)
-    if spec is None or spec.loader is None or not Path(module).is_file():
-        raise ImportError(f"--scorers must name a module or a Python file; got {module!r}, which is not there.")
+    try:
+        if module.endswith(".py"):
+            _import_file(module)
+        else:
+            importlib.import_module(module)
+    except ImportError:
+        raise
+    except Exception as error:  # the module's own code may raise anything
+        raise ImportError(f"--scorers {module} must be a module that can be imported; got {error!r}.") from error
+
+
+def _import_file(path: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"scorers_of_{Path(path).stem}", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise ImportError(f"--scorers must name a module or a Python file; got {path!r}, which is not there.")
     # Known by its name while it runs, as dataclasses look their modules up.
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])

@@ -1,6 +1,5 @@
 """Time operations and models on this machine: bench prefill|decode|ground-truth|train."""
 
-import argparse
 import sys
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from seer_jax.bench import (
 )
 from seer_jax.bench.harness.measurement import Measurement
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
+from seer_jax.commands.errors.usage import UsageError, UsageParser, one_of
 
 # Name: configuration, what measures by it, and a summary.
 BENCHES: dict[str, tuple[type, Callable[..., list[Measurement]], str]] = {
@@ -27,10 +27,12 @@ BENCHES: dict[str, tuple[type, Callable[..., list[Measurement]], str]] = {
 
 
 def run(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(f"{PROGRAM} bench", description=__doc__)
+    parser = UsageParser(f"{PROGRAM} bench", description=__doc__)
     summaries = "; ".join(f"{name}: {summary}" for name, (_, _, summary) in BENCHES.items())
-    parser.add_argument("what", choices=list(BENCHES), help=summaries)
+    parser.add_argument("what", metavar="|".join(BENCHES), help=summaries)
     what = parser.parse_args(words[:1]).what
+    if what not in BENCHES:
+        raise UsageError(one_of("what to measure", list(BENCHES), what))
     config, measure, _ = BENCHES[what]
     wrong = [m for m in measure(parse(config, f"bench {what}", words[1:])) if m.failure]
     for m in wrong:

@@ -5,9 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
-from seer_jax.commands.arguments import ExitCode, parse
+from seer_jax.commands.arguments import ExitCode, HubOptions, parse
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates
+from seer_jax.folders import check_is_base, check_is_gate
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.families import config_from_hf
@@ -17,35 +18,35 @@ _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(HubOptions):
     """Writes gates in another format, alone or together with their base model.
 
     Attributes:
       gates: folder or hub id of the gates.
       output: folder to write; it must differ from the folders that are read.
       format: format of the weight file; the PyTorch release reads pth.
-      base: folder or hub id of the base model, against which the gates are checked. None: the gates' own config.json.
+      model: folder or hub id of the base model, against which the gates are checked. None: the gates' own config.json.
       include_base: also copy the base model's weights, configuration and tokenizer, so that one folder serves as base and
         as gates.
       dtype: dtype of the gates in the file; float32 keeps them exactly.
+      force: overwrite gates and models that the output folder has.
     """
 
     gates: str
     output: Path
     format: GateFormat = GateFormat.SAFETENSORS
-    base: str | None = None
+    model: str | None = None
     include_base: bool = False
     dtype: DType = DType.FLOAT32
+    force: bool = False
 
     def __post_init__(self) -> None:
-        if self.include_base and self.base is None:
-            raise ValueError(
-                "include_base must come with base, the model to copy; got None. Give its folder or hub id."
-            )
+        if self.include_base and self.model is None:
+            raise ValueError("include_base must come with the model to copy; got none. Give model=...")
 
 
 def run(words: list[str]) -> int:
-    print(convert(parse(ConvertConfig, "convert", words)))
+    print(convert(parse(ConvertConfig, "convert", words, aliases={"--base": "--model"})))
     return ExitCode.OK
 
 
@@ -56,20 +57,18 @@ def convert(config: ConvertConfig) -> Path:
       ValueError: the gates do not fit the base model, or output is a folder that is read.
       OSError: gates or base are not there; see `load_gates`.
     """
-    source = resolve_gate(config.gates, GATE_PATTERNS)
+    source = resolve_gate(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
+    check_is_gate(source)
     hf = read_config(source)
     base, base_model = None, hf.get("base_model", "")
-    if config.base is not None:
-        base = resolve(config.base, _MODEL_PATTERNS if config.include_base else ("config.json",))
-        hf, base_model = read_config(base), config.base
-    for folder in (source, base):
-        if folder is not None and config.output.resolve() == folder.resolve():
-            raise ValueError(
-                f"output must differ from the folders that are read; got {config.output}. Choose another folder."
-            )
+    if config.model is not None:
+        base = resolve(config.model, _MODEL_PATTERNS if config.include_base else ("config.json",), **config.hub)
+        check_is_base(base)
+        hf, base_model = read_config(base), config.model
+    copied = _files(base) if base is not None and config.include_base else []
+    _check_output(config, [folder for folder in (source, base) if folder is not None], [path.name for path in copied])
     gate = load_gates(source, config_from_hf(hf))
-    if base is not None and config.include_base:
-        _copy(base, config.output)
+    _copy(copied, config.output)
     return save_gates(
         gate,
         config.output,
@@ -80,9 +79,30 @@ def convert(config: ConvertConfig) -> Path:
     )
 
 
-def _copy(base: Path, output: Path) -> None:
-    """Copies model and tokenizer; links into the hub's cache are copied as files."""
+def _check_output(config: ConvertConfig, read: list[Path], copied: list[str]) -> None:
+    """Refuses to write where something is read, or where gates or a model are that the user may want to keep."""
+    output = config.output
+    if any(output.resolve() == folder.resolve() for folder in read):
+        raise ValueError(f"output must differ from the folders that are read; got {output}. Choose another folder.")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"output must be a folder; got the file {str(output)!r}. Choose another name.")
+    there = [
+        name for name in dict.fromkeys((config.format.file_name, "config.json", *copied)) if (output / name).exists()
+    ]
+    if there and not config.force:
+        raise FileExistsError(
+            f"output must not hold what is to be written; {output} has {', '.join(there)}. Choose another folder, or overwrite "
+            "them with force=True."
+        )
+
+
+def _files(base: Path) -> list[Path]:
+    """Files of a model and its tokenizer."""
+    return sorted({path for pattern in _MODEL_PATTERNS for path in base.glob(pattern)})
+
+
+def _copy(files: list[Path], output: Path) -> None:
+    """Copies files; links into the hub's cache are copied as files."""
     output.mkdir(parents=True, exist_ok=True)
-    names = {path.name for pattern in _MODEL_PATTERNS for path in base.glob(pattern)}
-    for name in sorted(names):
-        shutil.copyfile(os.path.realpath(base / name), output / name)
+    for path in files:
+        shutil.copyfile(os.path.realpath(path), output / path.name)

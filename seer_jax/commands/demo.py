@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,11 +14,14 @@ from seer_jax.checks import check_at_least
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
 from seer_jax.commands.stages import Stages
 from seer_jax.convert import save_gates
-from seer_jax.evaluate.comparison import Phase, Score, SparsityLevel, all_methods, compare, level_name
+from seer_jax.evaluate.comparison import compare, plan_measurements
+from seer_jax.evaluate.levels import SparsityLevel, level_name
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.plots import block_maps, far_sighted_heads, plot_block_maps
+from seer_jax.evaluate.record import environment, typed_command, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows
-from seer_jax.evaluate.table import losses, print_scores, score_line, write_scores
+from seer_jax.evaluate.score import Score
+from seer_jax.evaluate.table import losses, narrow_leads, print_scores, score_line
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.inference.generate import generate
 from seer_jax.inference.text import Tokenizer
@@ -25,6 +29,7 @@ from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.hub import read_config
 from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.outputs import check_matplotlib, check_output_folder
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import TopK
 from seer_jax.tiny_lm.corpus import training_rows
@@ -97,8 +102,25 @@ def run(words: list[str]) -> int:
 
 
 def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
-    """Runs the demonstration, prints it, writes its files, and returns the scores."""
+    """Runs the demonstration, prints it, writes its files, and returns the scores.
+
+    Gates are saved when they are distilled and scores as they come. Without matplotlib the plot is left out.
+
+    Raises:
+      OSError: the output can't be written; nothing is done then.
+    """
+    check_output_folder(config.output)
     stages = Stages(console or Console())
+    try:
+        return _demo(config, stages)
+    except KeyboardInterrupt:
+        files = [str(path) for path in sorted(config.output.glob("*")) if not path.name.startswith(".")]
+        stages.say(f"\nInterrupted. Kept so far: {', '.join(files) or 'nothing'}.")
+        raise
+
+
+def _demo(config: DemoConfig, stages: Stages) -> list[Score]:
+    plots = _can_plot(stages)
     with stages.stage("Loading the bundled model"):
         gates = tiny_lm.NAME if config.bundled_gates else None
         base, tokenizer = from_pretrained(tiny_lm.NAME, gates, dtype="float32"), load_tokenizer(tiny_lm.NAME)
@@ -114,8 +136,10 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
         )
     model = base if config.bundled_gates else _distil(config, stages, base, tokenizer)
     scores = _compare(config, stages, model, rows)
-    with stages.stage("Drawing block maps"):
-        plot = _draw(config, model, rows)
+    plot = None
+    if plots:
+        with stages.stage("Drawing block maps"):
+            plot = _draw(config, model, rows)
     with stages.stage("Generating, dense and sparse", 2) as advance:
         density = sorted(config.densities)[len(config.densities) // 2]
         texts = {}
@@ -124,6 +148,15 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
             advance(name)
     _report(config, stages, scores, texts, rows.prompts[0], plot)
     return scores
+
+
+def _can_plot(stages: Stages) -> bool:
+    try:
+        check_matplotlib()
+    except ImportError as error:
+        stages.say(f"{error} block_maps.png is left out.")
+        return False
+    return True
 
 
 def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: Tokenizer) -> Transformer:
@@ -159,14 +192,25 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
 
 def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: EvalRows) -> list[Score]:
     levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, config.densities)]
-    measurements = len(Phase) * (1 + len(levels) * len(all_methods()))
+    measurements = len(plan_measurements(model, levels))
     workers = 2 if jax.default_backend() == "cpu" else 1
     scores = []
     with stages.stage("Comparing ways to choose blocks", measurements) as advance:
         for score in compare(model, rows, levels, batch_size=len(rows.tokens), workers=workers):
             scores.append(score)
+            _write(config, stages, scores)
             advance(score_line(score))
     return scores
+
+
+def _write(config: DemoConfig, stages: Stages, scores: list[Score], **facts: Any) -> Path:
+    """Writes scores.json: after each score, and at the end with what else there is to tell."""
+    path = config.output / "scores.json"
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    seconds = {title: round(seconds, 1) for title, seconds in stages.seconds.items()}
+    facts = {"command": typed_command(PROGRAM), **environment(), "config": settings, "stage_seconds": seconds, **facts}
+    write_scores(path, scores, **facts)
+    return path
 
 
 def _draw(config: DemoConfig, model: Transformer, rows: EvalRows) -> Path:
@@ -192,29 +236,26 @@ def _report(
     scores: list[Score],
     texts: dict[str, str],
     prompt: PassKeyPrompt,
-    plot: Path,
+    plot: Path | None,
 ) -> None:
     """Prints table, text and paths, and writes scores.json."""
     stages.say("")
     print_scores(stages.console, scores)
-    not_beaten = losses(scores)
+    not_beaten, narrow = losses(scores), narrow_leads(scores)
     verdict = "The learned gate beats sink+window and random blocks at every density, in perplexity and in pass keys."
     stages.say(
         "\n" + "\n".join(["The learned gate does not win everywhere:", *not_beaten] if not_beaten else [verdict])
     )
+    if narrow:
+        stages.say("\n".join(["It leads by no more than two standard errors, which may be chance, in", *narrow]))
     stages.say(f"\nThe end of a prompt whose pass key of {prompt.name} is {prompt.answer}, continued greedily:")
     for name, text in texts.items():
         stages.say(f"[{name}]{text}")
-    facts = {
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()},
-        "stage_seconds": {title: round(seconds, 1) for title, seconds in stages.seconds.items()},
-        "not_beaten": not_beaten,
-        "texts": texts,
-    }
-    path = config.output / "scores.json"
-    write_scores(path, scores, **facts)
+    path = _write(config, stages, scores, not_beaten=not_beaten, narrow_leads=narrow, texts=texts)
     stages.say(f"\nTook {sum(stages.seconds.values()):.0f} s in all. Written:")
-    stages.say(f"  {path}  all scores\n  {plot}  true block map, gate's map and kept blocks")
+    stages.say(f"  {path}  all scores")
+    if plot is not None:
+        stages.say(f"  {plot}  true block map, gate's map and kept blocks")
     gates = [tiny_lm.NAME]
     if not config.bundled_gates:
         gates = [str(config.output / f"{kind}_gate") for kind in ("prefill", "decode")]

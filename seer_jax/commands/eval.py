@@ -1,53 +1,76 @@
 """Measure a model's quality with fewer blocks, by perplexity and pass keys."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 from rich.console import Console
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
-from seer_jax.commands.arguments import ExitCode, parse, policy_help
-from seer_jax.evaluate.comparison import (
+from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
+from seer_jax.commands.stages import Stages
+from seer_jax.convert.base import BASE_PATTERNS
+from seer_jax.convert.gates import GATE_PATTERNS
+from seer_jax.evaluate.comparison import Measurement, all_methods, compare, plan_measurements
+from seer_jax.evaluate.levels import (
     Phase,
-    Score,
     SparsityLevel,
-    all_methods,
-    compare,
-    level_name,
+    block_sizes,
+    parse_level,
     recommended_levels,
 )
-from seer_jax.evaluate.rows import make_rows
-from seer_jax.evaluate.table import print_scores, score_line, write_scores
+from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
+from seer_jax.evaluate.record import Record, describe_file, describe_folder, environment, typed_command
+from seer_jax.evaluate.rows import EvalRows, make_rows
+from seer_jax.evaluate.score import Score
+from seer_jax.evaluate.table import print_scores, score_line
+from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.hub import resolve, resolve_gates
 from seer_jax.models.pretrained import from_pretrained, load_tokenizer
-from seer_jax.selection.policies import Policy
-from seer_jax.selection.rules import RankingPolicy, TopK
-from seer_jax.selection.scorers import Scorer
+from seer_jax.outputs import check_output_folder
+from seer_jax.selection.scorers import SCORERS, Scorer
+from seer_jax.text_files import read_text
 
 DENSITIES = (0.1, 0.2, 0.4)
+SCORES = "scores.json"
+NOT_IDENTITY = (
+    "output",
+    "force",
+    "model",
+    "gates",
+    "text",
+    "dtype",
+    "revision",
+    "cache_dir",
+)  # digests stand for some, the others change no score
 
 DESCRIPTION = """Measures perplexity on a text and the share of pass keys that are found, with dense attention and with each method
 of choosing blocks.
 
 {policies}
 
-The methods take the place of a policy's scorer, and dense_last_rows is 0: the last rows of a prompt, which hold the question, are as sparse
-as the others."""
+A policy that names what ranks its blocks (topk:0.1:oracle) is measured with that alone, one that does not (topk:0.1) with each of --methods.
+dense_last_rows is 0 unless a policy names it: the last rows of a prompt, which hold the question, are as sparse as the others.
+
+With --output each score is saved as it comes. The same command with the same output goes on where it was stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(HubOptions):
     """Measures perplexity on a text and the share of pass keys that are found.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
         bundled model. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.
-      policies: how many blocks are kept; none: 10%, 20% and 40% of them, and what the gates recommend.
-      methods: what ranks the blocks.
+      policies: how many blocks are kept, as policies; None: 10%, 20% and 40% of them, and what the gates recommend.
+      methods: what ranks the blocks of policies that name no scorer.
       phases: what is sparse: prompts, appended tokens, or both.
       length: tokens of each window and prompt.
       windows: number of windows for the perplexity, spread over the text.
@@ -57,13 +80,15 @@ class EvalConfig:
       batch_size: rows decoded at a time.
       seed: seed of the pass keys.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
+      beyond_context: allow more tokens than the model's context.
       output: folder for scores.json; None: none is written.
+      force: measure anew where output holds scores already.
     """
 
-    model: str = tiny_lm.NAME
+    model: str | None = None
     gates: tuple[str, ...] = ()
     text: Path | None = None
-    policies: tuple[Policy, ...] = ()
+    policies: tuple[str, ...] | None = None
     methods: tuple[Scorer, ...] = dataclasses.field(default_factory=all_methods)
     phases: tuple[Phase, ...] = tuple(Phase)
     length: int = 4096
@@ -74,24 +99,54 @@ class EvalConfig:
     batch_size: int = 8
     seed: int = 0
     dtype: DType | None = None
+    beyond_context: bool = False
     output: Path | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "length", "windows", "decoded", "batch_size")
+        check_at_least(1, self, "length", "windows", "batch_size")
         check_at_least(0, self, "passkeys", "distractors", "seed")
-        for policy in self.policies:
-            if not isinstance(policy, RankingPolicy):
+        if not 2 <= self.decoded < self.length:
+            raise ValueError(f"decoded must be at least 2 and less than length = {self.length}; got {self.decoded}.")
+        for name in ("policies", "methods", "phases"):
+            if getattr(self, name) == ():
+                raise ValueError(f"{name} must name at least one; got none. Leave it out for the usual ones.")
+        named = [parse_level(text) for text in self.policies or ()]
+        if named and all(level.methods for level in named) and self.methods != all_methods():
+            raise ValueError(
+                f"methods must be left out where every policy names its own scorer; got {', '.join(self.policies or ())} with "
+                f"{', '.join(method.name for method in self.methods)}."
+            )
+        for level in named or [parse_level(f"topk:{DENSITIES[0]}")]:
+            if not self.gates and all(method.needs_gate for method in level.methods or self.methods):
                 raise ValueError(
-                    f"policies must rank blocks (topk, budget, threshold or mass); got {policy}. Dense attention is measured anyway."
+                    f"gates must be named, as {level.name} is to be measured with the learned gate alone; got none. Pass --gates, or "
+                    "another scorer."
                 )
 
     def levels(self, model: Transformer) -> list[SparsityLevel]:
         """How many blocks are kept with this model."""
-        if self.policies:
-            return [SparsityLevel(level_name(p), p) for p in self.policies if isinstance(p, RankingPolicy)]
-        levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, DENSITIES)]
+        if self.policies is not None:
+            return [parse_level(text) for text in self.policies]
+        levels = [parse_level(f"topk:{density}") for density in DENSITIES]
         names = {level.name for level in levels}
-        return levels + [level for level in recommended_levels(model) if level_name(level.policy) not in names]
+        return levels + [level for level in recommended_levels(model) if level.name not in names]
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as scores.json holds them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["methods"] = [method.name for method in self.methods]
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "EvalConfig":
+        """The settings that `to_json` wrote, to repeat an evaluation."""
+        given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        kinds: dict[str, Any] = dict(text=Path, output=Path, cache_dir=Path, dtype=DType)
+        given |= {name: kind(given[name]) for name, kind in kinds.items() if given.get(name) is not None}
+        kinds = dict(methods=lambda name: SCORERS[name](), phases=Phase)
+        given |= {name: tuple(map(kind, given[name])) for name, kind in kinds.items() if name in given}
+        return cls(**given)
 
 
 def run(words: list[str]) -> int:
@@ -100,19 +155,33 @@ def run(words: list[str]) -> int:
     return ExitCode.OK
 
 
-def evaluate(config: EvalConfig) -> list[Score]:
-    """Prints the table, writes scores.json if an output folder is given, and returns the scores.
+def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Score]:
+    """Prints scores as they come and a table, keeps them in scores.json if an output folder is given, and returns them.
+
+    Everything is checked before weights are loaded.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: model, gates or text are not there.
-      ValueError: settings, model, gates and text do not fit each other.
+      OSError: the output can't be written.
+      ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
+      MemoryError: the device has no memory for it.
     """
-    text = tiny_lm.eval_text() if config.text is None else config.text.read_text(encoding="utf-8")
-    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default())
+    if config.output is not None:
+        check_output_folder(config.output)
+    name = model_of(config.model, config.gates, config.hub)
+    stages, dtype = Stages(console or Console()), config.dtype or DType.default()
+    source = tiny_lm.path() / "eval_text.txt" if config.text is None else config.text
+    text = read_text(source)
+    shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
+    _check_context(config, shapes)
+    levels = config.levels(shapes)
+    planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
+    notes = recommendations(shapes) + left_out(planned, levels, config.methods, config.phases) + repeated(levels)
+    notes += equal_counts(shapes, levels, config.phases, length=config.length, decoded=config.decoded)
     rows = make_rows(
-        load_tokenizer(config.model),
+        load_tokenizer(name, **config.hub),
         text,
-        vocab_size=model.config.vocab_size,
+        vocab_size=shapes.config.vocab_size,
         length=config.length,
         windows=config.windows,
         passkeys=config.passkeys,
@@ -120,18 +189,134 @@ def evaluate(config: EvalConfig) -> list[Score]:
         decoded=config.decoded,
         seed=config.seed,
     )
-    console, scores = Console(), []
-    levels = config.levels(model)
-    for level in recommended_levels(model):
-        console.print(f"The {level.phases[0]} gate recommends {level.name}.", highlight=False, soft_wrap=True)
-    for score in compare(
-        model, rows, levels, methods=config.methods, phases=config.phases, batch_size=config.batch_size
-    ):
-        scores.append(score)
-        console.print(score_line(score), highlight=False, soft_wrap=True)
-    print_scores(console, scores)
+    if len(rows.windows) < config.windows:
+        notes.append(
+            f"The text fills {len(rows.windows)} windows of {config.length} tokens; {config.windows} were asked for."
+        )
+    record = None
     if config.output is not None:
-        path = config.output / "scores.json"
-        write_scores(path, scores, model=config.model, gates=config.gates, length=config.length, seed=config.seed)
-        console.print(f"Written: {path}", highlight=False, soft_wrap=True)
+        facts, identity = _facts(config, name, dtype, source, shapes, levels, rows)
+        record = Record(config.output / SCORES, facts, identity, force=config.force)
+    for note in notes:
+        stages.say(note)
+    scores = _measure(config, name, dtype, stages, rows, levels, planned, record)
+    print_scores(stages.console, scores)
+    if record is not None:
+        stages.say(f"Written: {record.path}")
     return scores
+
+
+def _measure(
+    config: EvalConfig,
+    name: str,
+    dtype: DType,
+    stages: Stages,
+    rows: EvalRows,
+    levels: Sequence[SparsityLevel],
+    planned: Sequence[Measurement],
+    record: Record | None,
+) -> list[Score]:
+    """The scores that are there, and those that are measured, each shown and kept as it comes."""
+    scores = [] if record is None else list(record.scores)
+    if record is not None and scores:
+        stages.say(f"{len(scores)} of {len(planned)} scores are in {record.path}; --force measures them anew.")
+    if len(scores) == len(planned):
+        return scores
+    with stages.stage("Loading the model"):
+        model = from_pretrained(name, config.gates, dtype=dtype, **config.hub)
+    done = {score.key for score in scores}
+    settings: dict[str, Any] = dict(
+        methods=config.methods, phases=config.phases, batch_size=config.batch_size, done=tuple(scores)
+    )
+    try:
+        with stages.stage("Measuring", len(planned) - len(done), every_step=True) as advance:
+            for score in compare(model, rows, levels, **settings):
+                if score.key not in done:
+                    scores.append(score)
+                    if record is not None:
+                        record.add(score, planned=len(planned))
+                    advance(score_line(score))
+    except KeyboardInterrupt:
+        kept = (
+            f"{len(scores)} of {len(planned)} scores are kept in {record.path}; the same command goes on from there."
+            if record is not None and scores
+            else "no score is kept; with --output FOLDER each is, and the same command goes on."
+        )
+        stages.say(f"\nInterrupted: {kept}")
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"The evaluation must fit in device memory; got {str(error).partition(chr(10))[0]} Lower --length; for decoding, whose "
+            "caches hold all rows, also --windows, --passkeys and --batch-size, or measure --phases prefill alone."
+        ) from error
+    by_key = {score.key: score for score in scores}
+    return [by_key[one.key] for one in planned]
+
+
+def _check_context(config: EvalConfig, model: Transformer) -> None:
+    context = model.config.max_position_embeddings
+    if config.length > context and not config.beyond_context:
+        raise ValueError(
+            f"length must fit the model's context, max_position_embeddings = {context} tokens; got {config.length}. Lower --length, "
+            "load the model with a RoPE scaling for longer contexts, or pass --beyond-context."
+        )
+
+
+def _facts(
+    config: EvalConfig,
+    name: str,
+    dtype: DType,
+    source: Path,
+    model: Transformer,
+    levels: Sequence[SparsityLevel],
+    rows: EvalRows,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What scores.json says besides the scores, and the part of it that decides them."""
+    base = describe_folder(
+        name,
+        resolve(name, (*BASE_PATTERNS, *TOKENIZER_PATTERNS), **config.hub),
+        (*BASE_PATTERNS, *TOKENIZER_PATTERNS),
+    )
+    gates = [
+        describe_folder(str(folder), folder, GATE_PATTERNS)
+        for folder in resolve_gates(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
+    ]
+    text, here = describe_file(source), environment()
+    settings = config.to_json()
+    facts = {
+        "command": typed_command(PROGRAM),
+        **here,
+        "config": settings,
+        "dtype": dtype.value,
+        "model": base,
+        "gates": gates,
+        "text": text,
+        "rows": {
+            "length": rows.length,
+            "windows": len(rows.windows),
+            "prompts": len(rows.prompts),
+            "decoded": rows.decoded,
+        },
+        "block_sizes": {phase.value: size for phase, size in block_sizes(model).items()},
+        "levels": [
+            {
+                "name": level.name,
+                "phases": level.phases,
+                "methods": None if level.methods is None else [method.name for method in level.methods],
+            }
+            for level in levels
+        ],
+    }
+    versions = {name: version for name, version in here["versions"].items() if name != "python"}
+    identity = {
+        "settings": {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
+        | {"dtype": dtype.value},
+        "model": base["fingerprint"],
+        "gates": sorted(gate["fingerprint"] for gate in gates),
+        "text": text["sha256"],
+        "device": here["device"],
+        "versions": versions,
+    }
+    return facts, identity

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from seer_jax import tiny_lm
-from seer_jax.commands.arguments import PROGRAM, ExitCode, parse, policy_help
+from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
 from seer_jax.inference.generate import Generated, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
 from seer_jax.inference.request import Request
@@ -19,10 +19,11 @@ from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
-from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+from seer_jax.models.pretrained import from_pretrained, load_generation_settings, load_tokenizer
 from seer_jax.outputs import check_output_file, write_json
 from seer_jax.selection.notation import write_policy
 from seer_jax.selection.policies import Policy
+from seer_jax.text_files import read_text
 
 DESCRIPTION = f"""Continues a prompt and prints the text while it is generated.
 
@@ -31,13 +32,15 @@ DESCRIPTION = f"""Continues a prompt and prints the text while it is generated.
 Which policy runs for the prompt (prefill) and for new tokens (decode), and why, is printed on standard error. {tiny_lm.NAME} stands for
 the bundled model, and for its gates."""
 
+ROWS = 2  # default of dense_last_rows
+
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(HubOptions):
     """Continues a prompt and prints the text while it is generated.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
       prompt: text to continue.
       prompt_file: file with the text to continue. Without prompt and file it is read from standard input.
@@ -58,7 +61,7 @@ class GenerateConfig:
       report: file for tokens, text, policies, planned memory, times and the blocks kept by each layer at each step, as JSON.
     """
 
-    model: str = tiny_lm.NAME
+    model: str | None = None
     gates: tuple[str, ...] = ()
     prompt: str | None = None
     prompt_file: Path | None = None
@@ -92,6 +95,11 @@ class GenerateConfig:
                 "top_k and top_p must come with a temperature above 0; got temperature 0, which takes the most likely token."
             )
 
+        if getattr(self.decode, "dense_last_rows", ROWS) != ROWS:
+            raise ValueError(
+                f"decode must leave out dense_last_rows, which concerns the rows of prompts; got {self.decode}. Set it in prefill=..."
+            )
+
     @property
     def sampling(self) -> Sampling:
         """How tokens are drawn."""
@@ -113,15 +121,23 @@ def generate(config: GenerateConfig) -> Generated | None:
     if config.report is not None:
         check_output_file(config.report, setting="report")
     clock = Clock()
-    tokenizer = load_tokenizer(config.model)
+    name = model_of(config.model, config.gates, config.hub)
+    tokenizer = load_tokenizer(name, **config.hub)
     tokens = _prompt_tokens(config, tokenizer)
     clock.start()
-    model = from_pretrained(config.model, config.gates, dtype=config.dtype or DType.default(), abstract=config.plan)
+    dtype = config.dtype or DType.default()
+    model = from_pretrained(name, config.gates, dtype=dtype, abstract=config.plan, **config.hub)
     jax.block_until_ready(jax.tree.leaves(model))
     clock.end("load")
+    if config.chat:  # a model whose EOS tokens lack the end of a turn would not stop
+        ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.end_of_turn()))
+        model.config = dataclasses.replace(model.config, eos_token_ids=tuple(ends))
     job = Job.of(config, model, tokens)
-    if config.stats:
-        print("\n".join(f"{phase}: {policy}" for phase, policy in job.policies.items()), file=sys.stderr)
+    for phase, policy in job.policies.items():
+        if config.stats or policy.idle_gate:
+            print(f"{phase}: {policy}{_HINTS[phase] if policy.idle_gate else ''}", file=sys.stderr)
+    if config.stats and (recommendation := recommended_sampling(config, name)):
+        print(recommendation, file=sys.stderr)
     if config.plan:
         print(job.plan())
         return None
@@ -140,6 +156,25 @@ def generate(config: GenerateConfig) -> Generated | None:
     if has_failed(result):
         print(_failure(int(result.failed[0])), file=sys.stderr)
     return result
+
+
+_NO_RECOMMENDATION = "the gate recommends nothing"
+_HINTS = {
+    "prefill": ". To use the gate: --prefill topk:0.1",
+    "decode": ". To use the gate: --decode budget:4096",
+}
+
+
+def recommended_sampling(config: GenerateConfig, model: str) -> str | None:
+    """What the model's generation_config.json asks for and is not done, with the options that do it; None where there is nothing."""
+    settings = load_generation_settings(model, **config.hub)
+    advice = []
+    if isinstance(settings.sampling, Sample) and config.temperature == 0:
+        advice.append(f"the model recommends {settings.options}; without them the most likely token is taken")
+    if settings.not_available:
+        listed = ", ".join(f"{key}={value}" for key, value in settings.not_available.items())
+        advice.append(f"its generation_config.json asks for {listed}, which is not available")
+    return f"sampling: {'; '.join(advice)}" if advice else None
 
 
 def has_failed(result: Generated) -> bool:
@@ -161,6 +196,11 @@ class ChosenPolicy:
     policy: Policy
     reason: str
 
+    @property
+    def idle_gate(self) -> bool:
+        """Whether a gate was loaded that no policy uses, though the user did not ask for that."""
+        return self.reason == _NO_RECOMMENDATION
+
     @classmethod
     def of(cls, chosen: Policy | None, named: Policy | None, gate: Any) -> "ChosenPolicy":
         """The policy `chosen` by `Request.of` where the user named one or None, for a phase with this gate or None."""
@@ -170,7 +210,7 @@ class ChosenPolicy:
         elif gate is None:
             reason = "no gate"
         else:
-            reason = "the gate recommends nothing" if gate.recommended is None else "recommended by the gate"
+            reason = _NO_RECOMMENDATION if gate.recommended is None else "recommended by the gate"
         return cls(chosen, reason)
 
     def __str__(self) -> str:
@@ -250,7 +290,7 @@ def _prompt_tokens(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     if config.prompt is not None:
         text = config.prompt
     elif config.prompt_file is not None:
-        text = config.prompt_file.read_text(encoding="utf-8")
+        text = read_text(config.prompt_file)
     else:
         if sys.stdin.isatty():
             print("Type the prompt, then Ctrl-D.", file=sys.stderr)

@@ -1,6 +1,5 @@
 """Print versions, devices, and the implementation that each operation uses."""
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,13 +14,17 @@ import pallas_kernels
 import seer_jax
 from pallas_kernels.backends import Operation
 from seer_jax.commands.arguments import PROGRAM, ExitCode
+from seer_jax.commands.errors.usage import UsageParser
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
-OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "cuda13", "matplotlib": "plot", "tensorboardX": "train", "datasets": "data"}
+# Package: what pip installs it by.
+OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "jax[cuda13]"} | {
+    name: name for name in ("matplotlib", "tensorboardX", "pyarrow", "datasets")
+}
 
 
 def run(words: list[str]) -> int:
-    argparse.ArgumentParser(f"{PROGRAM} info", description=__doc__).parse_args(words)
+    UsageParser(f"{PROGRAM} info", description=__doc__).parse_args(words)
     print(describe())
     return ExitCode.OK
 
@@ -34,11 +37,11 @@ def describe() -> str:
         "Packages",
     ]
     lines += [f"  {name:<18} {importlib.metadata.version(name)}" for name in CORE_PACKAGES]
-    for name, extra in OPTIONAL_PACKAGES.items():
+    for name, package in OPTIONAL_PACKAGES.items():
         try:
             lines.append(f"  {name:<18} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            lines.append(f"  {name:<18} not installed (pip install 'seer-jax[{extra}]')")
+            lines.append(f"  {name:<18} not installed (pip install '{package}')")
     lines += ["", "Devices"]
     lines += [f"  {device.platform}:{device.id}  {device.device_kind}" for device in jax.devices()]
     lines += [f"  CPU cores         {os.cpu_count()}", "", "Operations"]

@@ -1,11 +1,10 @@
 """The program `seer-jax`: finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. A command is the module of its name in this folder: the first line of its
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Each failure and each wrong usage is one line on standard error. A command is the module of its name in this folder: the first line of its
 docstring is its summary, and `run(words) -> exit code` takes the words after its name. It is imported when it runs.
 """
 
 import ast
-import difflib
 import importlib
 import os
 import sys
@@ -13,14 +12,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seer_jax import tiny_lm
-from seer_jax.commands.arguments import PROGRAM, ExitCode, import_scorers
+from seer_jax.commands.arguments import OPTIONS, PROGRAM, ExitCode, import_scorers
 from seer_jax.commands.compilation_cache import use_compilation_cache
+from seer_jax.commands.errors.failures import failure, one_line
+from seer_jax.commands.errors.usage import UsageError, did_you_mean
 
 COMMANDS = ("demo", "convert", "verify", "train", "generate", "eval", "bench", "info")
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
 
-# Errors that a user can cause and fix, which get one line; any other one is a defect of the program and keeps its traceback.
-EXPECTED = (ValueError, OSError, MemoryError, NotImplementedError, ImportError, FloatingPointError)
+# What takes less memory, by command.
+LOWER = {
+    "demo": "--length",
+    "verify": "the rows of the reference",
+    "train": "--sequence-length or --micro-batch-size",
+    "generate": "--max-new-tokens, or shorten the prompt",
+    "eval": "--length or --batch-size",
+    "bench": "--lengths",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,41 +36,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = TRACEBACK_OPTION in words
     words = [word for word in words if word != TRACEBACK_OPTION]
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        return ExitCode.OK if words else ExitCode.USAGE
-    name, *rest = words
-    if name == "--version":
-        import seer_jax
-
-        print(PROGRAM, seer_jax.__version__)
-        return ExitCode.OK
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}."
-        print(f"{PROGRAM}: there is no command {name!r}; {hint} See {PROGRAM} --help.", file=sys.stderr)
-        return ExitCode.USAGE
+    name = words[0] if words and words[0] in COMMANDS else ""
     try:
-        return _run(name, rest)
+        _check_text(words)
+        words, scorers = _take_scorers(words)
+        if not words or words[0] in ("-h", "--help"):
+            print(_help())
+            return ExitCode.OK if words else ExitCode.USAGE
+        if words[0] == "--version":
+            import seer_jax
+
+            print(PROGRAM, seer_jax.__version__)
+            return ExitCode.OK
+        _check_command(words[0])
+        name, *rest = words
+        return _run(name, rest, scorers)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of standard output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
-    except EXPECTED as error:
-        if show_traceback:
+    except UsageError as error:
+        _say(name, f"{error} See {' '.join(filter(None, (PROGRAM, error.command or name, '--help')))}.")
+        return ExitCode.USAGE
+    except Exception as error:
+        line = failure(error, LOWER.get(name, "the size of the work"))
+        if show_traceback or line is None:
             raise
-        print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
+        _say(name, OPTIONS[name].rewrite(line) if name in OPTIONS else line)
         return ExitCode.FAILED
 
 
-def _run(name: str, words: list[str]) -> int:
-    """Imports the modules that --scorers names, which must be known when the other options are read, and runs the command."""
-    while SCORERS_OPTION in words[:-1]:
-        at = words.index(SCORERS_OPTION)
-        import_scorers(words[at + 1])
-        words = words[:at] + words[at + 2 :]
+def _say(command: str, text: str) -> None:
+    """Prints what went wrong as one line, after the name of the program."""
+    print(f"{PROGRAM}{f' {command}' if command else ''}: {one_line(text)}", file=sys.stderr)
+
+
+def _check_text(words: list[str]) -> None:
+    """Refuses bytes that are no text: Python hands them on as lone surrogates, which neither tokenizers nor files take."""
+    for word in words:
+        if not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word):
+            shown = os.fsencode(word).decode("utf-8", "backslashreplace")
+            raise UsageError(f"a command line must be UTF-8; got '{shown}'. Text of other encodings can't be read.")
+
+
+def _take_scorers(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words without --scorers, which may stand anywhere, and the modules that it names."""
+    rest, modules, remaining = [], [], iter(words)
+    for word in remaining:
+        name, equals, module = word.partition("=")
+        if name != SCORERS_OPTION:
+            rest.append(word)
+            continue
+        module = module if equals else next(remaining, "")
+        if not module:
+            raise UsageError(f"{SCORERS_OPTION} must name a module or FILE.py; got none.")
+        modules.append(module)
+    return rest, modules
+
+
+def _check_command(name: str) -> None:
+    if name in COMMANDS:
+        return
+    hint = did_you_mean(name, COMMANDS) or f" The commands are {', '.join(COMMANDS)}."
+    kind = "option before the command" if name.startswith("-") else "command"
+    raise UsageError(f"there is no {kind} {name!r}.{hint}")
+
+
+def _run(name: str, words: list[str], scorers: list[str]) -> int:
+    """Imports the modules of --scorers, which must be known when the other options are read, and runs the command."""
+    for module in scorers:
+        import_scorers(module)
     use_compilation_cache()
     return importlib.import_module(f"seer_jax.commands.{name}").run(words)
 
@@ -79,7 +124,9 @@ Learned block-sparse attention for long-context language models.
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version prints the version.
 With any command: {TRACEBACK_OPTION} shows where an error came from; {SCORERS_OPTION} MODULE first imports a module (or FILE.py) that
 registers scorers.
-{tiny_lm.NAME} stands for the bundled model."""
+{tiny_lm.NAME} stands for the bundled model.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. What went wrong is one line on standard error."""
 
 
 def summary(name: str) -> str:

@@ -1,9 +1,9 @@
 """Distil gates: --config FILE or --recipe prefill|decode, then single settings."""
 
-import argparse
 from pathlib import Path
 
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
+from seer_jax.commands.errors.usage import UsageParser
 from seer_jax.train import DistillConfig, TrainResult, distill
 from seer_jax.train.config import load_config
 
@@ -24,7 +24,7 @@ def run(words: list[str]) -> int:
 
 def starting_settings(words: list[str]) -> tuple[DistillConfig, list[str]]:
     """The settings of a configuration file or a recipe, and the options that are left for single settings."""
-    parser = argparse.ArgumentParser(f"{PROGRAM} train", add_help=False, allow_abbrev=False)
+    parser = UsageParser(f"{PROGRAM} train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--recipe", choices=["prefill", "decode"])
     given, rest = parser.parse_known_args(words)

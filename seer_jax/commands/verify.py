@@ -3,36 +3,36 @@
 import dataclasses
 from pathlib import Path
 
-from seer_jax.commands.arguments import ExitCode, parse
+from seer_jax.commands.arguments import ExitCode, HubOptions, parse
 from seer_jax.convert.base import load_base
 from seer_jax.convert.logits import Bounds, LogitsReport, verify_logits
 from seer_jax.models.config import DType
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(HubOptions):
     """Compares the logits of a model with dense attention with a reference.
 
     Attributes:
-      base: folder or hub id of the base model.
+      model: folder or hub id of the base model; tiny-lm is the bundled one.
       reference: safetensors file with input_ids [B, T], positions [N] and logits [B, N, V].
       dtype: dtype of weights and arithmetic; float32 for an exact comparison. bfloat16 needs wider bounds, about 3e-2
         (relative error) and 1e-2 (KL).
       bounds: largest errors that pass.
     """
 
-    base: str
+    model: str
     reference: Path
     dtype: DType = DType.FLOAT32
     bounds: Bounds = dataclasses.field(default_factory=Bounds)
 
 
 def run(words: list[str]) -> int:
-    report = verify(parse(VerifyConfig, "verify", words))
+    report = verify(parse(VerifyConfig, "verify", words, aliases={"--base": "--model"}))
     print(report)
     return ExitCode.OK if report.passed else ExitCode.FAILED
 
 
 def verify(config: VerifyConfig) -> LogitsReport:
     """Runs the comparison; the report's `passed` says whether the errors are within the bounds."""
-    return verify_logits(load_base(config.base, dtype=config.dtype), config.reference, config.bounds)
+    return verify_logits(load_base(config.model, dtype=config.dtype, **config.hub), config.reference, config.bounds)

@@ -1,28 +1,37 @@
 """Quality of a model with fewer blocks: perplexity, pass keys, and plots of block maps."""
 
-from seer_jax.evaluate.comparison import (
-    Phase,
-    Score,
-    SparsityLevel,
-    all_methods,
-    compare,
-    level_name,
-    recommended_levels,
-)
+from seer_jax.evaluate.comparison import Measurement, all_methods, compare, plan_measurements
+from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name, parse_level, recommended_levels
 from seer_jax.evaluate.passkey import PassKeyPrompt, load_words, passkey_prompts
 from seer_jax.evaluate.plots import BlockMaps, block_maps, plot_block_maps
+from seer_jax.evaluate.record import Record, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows, text_windows
+from seer_jax.evaluate.score import (
+    Estimate,
+    PromptScore,
+    Score,
+    WindowScore,
+    passkey_difference,
+    perplexity_difference,
+    score_from_json,
+    score_to_json,
+)
 from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts
-from seer_jax.evaluate.table import legend, score_line, table_rows, write_scores
+from seer_jax.evaluate.table import legend, score_line, table_rows
 
 __all__ = [
     "BlockMaps",
+    "Estimate",
     "EvalRows",
+    "Measurement",
     "PassKeyPrompt",
     "Phase",
+    "PromptScore",
+    "Record",
     "Score",
     "SparsityLevel",
     "TokenScores",
+    "WindowScore",
     "all_methods",
     "block_maps",
     "compare",
@@ -30,13 +39,19 @@ __all__ = [
     "level_name",
     "load_words",
     "make_rows",
+    "parse_level",
+    "passkey_difference",
     "passkey_prompts",
     "perplexity",
+    "perplexity_difference",
+    "plan_measurements",
     "plot_block_maps",
     "recommended_levels",
     "score_decoded",
+    "score_from_json",
     "score_line",
     "score_prompts",
+    "score_to_json",
     "table_rows",
     "text_windows",
     "write_scores",

@@ -2,91 +2,44 @@
 
 import concurrent.futures
 import dataclasses
-import enum
-import functools
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from seer_jax.evaluate.levels import Phase, SparsityLevel, gates_by_phase
 from seer_jax.evaluate.rows import EvalRows
-from seer_jax.evaluate.scoring import TokenScores, perplexity, read_prompts, score_decoded, score_prompts
+from seer_jax.evaluate.score import PromptScore, Score, WindowScore
+from seer_jax.evaluate.scoring import TokenScores, read_prompts, score_decoded, score_prompts
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
-from seer_jax.selection.notation import write_policy
+from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Policy
-from seer_jax.selection.rules import RankingPolicy, TopK
+from seer_jax.selection.rules import TokenBudget
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
 
-
-class Phase(enum.StrEnum):
-    """Where a policy works: on all tokens of a prompt at once, or on tokens that are appended one at a time."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
+DENSE = "dense"
 
 
 @dataclasses.dataclass(frozen=True)
-class SparsityLevel:
-    """How many blocks are kept.
+class Measurement:
+    """What one score of a comparison is of.
 
     Attributes:
-      name: head of a table's column, for example "10%"; see `level_name`.
-      policy: of any scorer; each method of a comparison takes its place.
-      phases: phases that are measured at this level.
-    """
-
-    name: str
-    policy: RankingPolicy
-    phases: tuple[Phase, ...] = tuple(Phase)
-
-    def policy_of(self, scorer: Scorer) -> RankingPolicy:
-        """The policy with another scorer.
-
-        Its `dense_last_rows` is 0: those rows hold the question, which would otherwise read the whole prompt densely and find any
-        pass key.
-        """
-        policy: Any = self.policy  # every rule is a dataclass
-        rows = dict(dense_last_rows=0) if hasattr(policy, "dense_last_rows") else {}
-        return dataclasses.replace(policy, scorer=scorer, **rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """Result of one method at one level.
-
-    Attributes:
-      phase: what was sparse.
-      method: name of the scorer; None: dense attention.
-      level: name of the level; "dense" for dense attention.
-      kept: measured share of the visible blocks that attention read, mean over rows and layers.
-      perplexity: on the text windows.
-      tokens: number of their tokens that were scored.
-      passkey: share of the pass-key prompts whose answer greedy decoding gets exactly right.
-      passkey_tokens: share of the answers' single tokens that are right (given the right ones before).
-      prompts: number of pass-key prompts.
-      seconds: duration of the measurement, compilation included.
+      phase, method, level: as in `Score`.
+      policy: that runs.
     """
 
     phase: Phase
     method: str | None
     level: str
-    kept: float
-    perplexity: float
-    tokens: int
-    passkey: float
-    passkey_tokens: float
-    prompts: int
-    seconds: float
+    policy: Policy
 
     @property
-    def title(self) -> str:
-        """Title of the method in tables."""
-        return "dense" if self.method is None else SCORERS[self.method].title
+    def key(self) -> tuple[Phase, str | None, str]:
+        """What tells the scores of a comparison apart."""
+        return self.phase, self.method, self.level
 
 
 def all_methods() -> tuple[Scorer, ...]:
@@ -96,21 +49,63 @@ def all_methods() -> tuple[Scorer, ...]:
     return tuple(SCORERS[name]() for name in (*first, *others, Oracle.name))
 
 
-def level_name(policy: Policy) -> str:
-    """Name of a policy's level: the density in per cent, or the policy as on a command line."""
-    if isinstance(policy, TopK) and not policy.dense_layers:
-        return f"{policy.density:.0%}"
-    return write_policy(policy)
+def plan_measurements(
+    model: Transformer,
+    levels: Sequence[SparsityLevel],
+    *,
+    methods: Sequence[Scorer] | None = None,
+    phases: Sequence[Phase] = tuple(Phase),
+) -> list[Measurement]:
+    """What `compare` will measure, in its order and checked against the model: dense attention first in each phase.
+
+    Equal measurements come once. A method that needs a gate is left out of a phase for which the model has none.
+
+    Args:
+      model: with weights, or with shapes alone.
+      levels, methods, phases: see `compare`.
+
+    Raises:
+      ValueError: a method is not registered, a policy does not fit the model, or two levels that differ have one name.
+    """
+    methods = all_methods() if methods is None else methods
+    gates, planned = gates_by_phase(model), {}
+    for phase in dict.fromkeys(phases):
+        found = [Measurement(phase, None, DENSE, Dense())]
+        for level in levels:
+            used = methods if level.methods is None else level.methods
+            _check_registered(used)
+            if phase in level.phases:
+                found += [
+                    Measurement(phase, method.name, level.name, level.policy_of(method))
+                    for method in used
+                    if not method.needs_gate or gates[phase] is not None
+                ]
+        for one in found:
+            _check_policy(model, one)
+            first = planned.setdefault(one.key, one)
+            if policy_to_json(first.policy) != policy_to_json(one.policy):
+                raise ValueError(
+                    f"Each level must have a name of its own; got {one.level!r} for {first.policy} and {one.policy}. Rename one."
+                )
+    return list(planned.values())
 
 
-def recommended_levels(model: Transformer) -> list[SparsityLevel]:
-    """The policies that the model's gates recommend, each for the phase of its gate; dense ones are left out."""
-    policies = {phase: None if gate is None else gate.recommended for phase, gate in _gates(model).items()}
-    return [
-        SparsityLevel(write_policy(policy), policy, (phase,))
-        for phase, policy in policies.items()
-        if isinstance(policy, RankingPolicy)
-    ]
+def _check_registered(methods: Sequence[Scorer]) -> None:
+    for method in methods:
+        if SCORERS.get(method.name) is not type(method):
+            raise ValueError(
+                f"Methods must be registered scorers ({', '.join(SCORERS)}); got {method!r}. "
+                "Register its class (seer_jax.selection.scorers.register)."
+            )
+
+
+def _check_policy(model: Transformer, measurement: Measurement) -> None:
+    gate, config = gates_by_phase(model)[measurement.phase], model.config
+    model.segments(
+        measurement.policy, gate, config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
+    )
+    if isinstance(measurement.policy, TokenBudget):
+        measurement.policy.blocks_per_row(measurement.policy.tokens_per_block(gate))
 
 
 def compare(
@@ -122,6 +117,7 @@ def compare(
     phases: Sequence[Phase] = tuple(Phase),
     batch_size: int = 8,
     workers: int = 1,
+    done: Sequence[Score] = (),
 ) -> Iterator[Score]:
     """Scores dense attention, then each method at each level, phase by phase.
 
@@ -132,76 +128,69 @@ def compare(
     Args:
       model: with the gates that the methods need; a method that needs a gate is left out of a phase for which the model has none.
       rows: what is scored.
-      levels: how many blocks are kept.
+      levels: how many blocks are kept; a level that names methods is measured with them alone.
       methods: registered scorers that rank the blocks; None: `all_methods()`.
       phases: what is sparse.
       batch_size: rows that are decoded at a time. Prompts are read one by one, since each fills the device.
       workers: measurements at a time. Two keep the cores of a CPU busy while one of them compiles; the results are the same.
+      done: scores of an earlier comparison of the same model on the same rows; they are yielded as they are and not measured again.
 
     Yields:
-      Scores as soon as they are measured, the dense one of each phase first.
+      Scores in the order of `plan_measurements`, as soon as they are measured.
 
     Raises:
-      ValueError: a method is not registered.
+      ValueError: see `plan_measurements`.
     """
-    methods = all_methods() if methods is None else methods
-    for method in methods:
-        if SCORERS.get(method.name) is not type(method):
-            raise ValueError(
-                f"Methods must be registered scorers ({', '.join(SCORERS)}); got {method!r}. "
-                "Register its class (seer_jax.selection.scorers.register)."
-            )
-    return _compare(model, rows, levels, methods, phases, batch_size, workers)
+    planned = plan_measurements(model, levels, methods=methods, phases=phases)
+    return _compare(model, rows, planned, batch_size, workers, {score.key: score for score in done})
 
 
 def _compare(
     model: Transformer,
     rows: EvalRows,
-    levels: Sequence[SparsityLevel],
-    methods: Sequence[Scorer],
-    phases: Sequence[Phase],
+    planned: Sequence[Measurement],
     batch_size: int,
     workers: int,
+    done: dict[tuple[Phase, str | None, str], Score],
 ) -> Iterator[Score]:
-    tokens, started = rows.tokens, time.monotonic()
-    if Phase.DECODE in phases:
+    todo, started = [one for one in planned if one.key not in done], time.monotonic()
+    dense, prompts = None, []
+    if any(one.phase is Phase.DECODE for one in todo):
         dense, prompts = _read(model, rows, batch_size)
-    else:
-        dense, prompts = _score_prompts(model, tokens, Dense()), []
-    for phase in phases:
-        if phase is Phase.PREFILL:
-            measure = functools.partial(_score_prompts, model, tokens)
-            yield _summary(rows, dense, started, phase, None, "dense")
-        else:
-            measure = functools.partial(_score_decoded, model, prompts)
-            yield _summary(rows, _last(dense, rows.decoded - 1), started, phase, None, "dense")
-        used = [method for method in methods if not method.needs_gate or _gates(model)[phase] is not None]
+    elif any(one.method is None for one in todo):
+        dense = _score_prompts(model, rows.tokens, Dense())
 
-        def one(pair: tuple[SparsityLevel, Scorer], phase: Phase = phase, measure: Measure = measure) -> Score:
-            started, (level, method) = time.monotonic(), pair
-            return _summary(rows, measure(level.policy_of(method)), started, phase, method.name, level.name)
+    def measure(one: Measurement) -> Score:
+        begun = time.monotonic()
+        if one.method is None:
+            assert dense is not None
+            scores = dense if one.phase is Phase.PREFILL else _last(dense, rows.decoded - 1)
+            return _score(rows, scores, started, one)
+        if one.phase is Phase.PREFILL:
+            return _score(rows, _score_prompts(model, rows.tokens, one.policy), begun, one)
+        return _score(rows, _score_decoded(model, prompts, one.policy), begun, one)
 
-        yield from _mapped(one, itertools.product([level for level in levels if phase in level.phases], used), workers)
-
-
-def _gates(model: Transformer) -> dict[Phase, Any]:
-    return {Phase.PREFILL: model.prefill_gate, Phase.DECODE: model.decode_gate}
+    measured = _mapped(measure, todo, workers)
+    for one in planned:
+        yield done[one.key] if one.key in done else next(measured)
 
 
 def _mapped[X, Y](function: Callable[[X], Y], items: Iterable[X], workers: int) -> Iterator[Y]:
-    """`map` in threads; items that have not started when the caller stops are dropped."""
+    """`map`, in threads where there are several; items that have not started when the caller stops are dropped."""
+    if workers == 1:
+        yield from map(function, items)
+        return
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         yield from pool.map(function, items)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command says so at once
 
 
 def _score_prompts(model: Transformer, tokens: np.ndarray, policy: Policy) -> TokenScores:
     return _concatenate([jax.device_get(score_prompts(model, row[None], policy)) for row in tokens])
 
 
-Measure = Callable[[Policy], TokenScores]
 _Prompts = list[tuple[Cache, np.ndarray]]  # caches of a batch of rows, and the tokens that come next
 
 
@@ -226,21 +215,20 @@ def _last(scores: TokenScores, count: int) -> TokenScores:
     return dataclasses.replace(scores, nll=scores.nll[:, -count:], best=scores.best[:, -count:])
 
 
-def _summary(
-    rows: EvalRows, scores: TokenScores, started: float, phase: Phase, method: str | None, level: str
-) -> Score:
+def _score(rows: EvalRows, scores: TokenScores, started: float, one: Measurement) -> Score:
     windows = len(rows.windows)
-    nll, best = np.asarray(scores.nll), np.asarray(scores.best)
+    nll, best, kept = np.asarray(scores.nll, np.float64), np.asarray(scores.best), np.asarray(scores.kept, np.float64)
     right = [row[-p.answer_length :] for row, p in zip(best[windows:], rows.prompts, strict=True)]
     return Score(
-        phase=phase,
-        method=method,
-        level=level,
-        kept=float(np.mean(scores.kept)),
-        perplexity=perplexity(nll[:windows]),
+        phase=one.phase,
+        method=one.method,
+        level=one.level,
+        windows=tuple(WindowScore(float(row.mean()), float(k)) for row, k in zip(nll[:windows], kept, strict=False)),
+        prompts=tuple(
+            PromptScore(p.depth, bool(r.all()), float(r.mean()), float(k))
+            for p, r, k in zip(rows.prompts, right, kept[windows:], strict=True)
+        ),
         tokens=nll[:windows].size,
-        passkey=float(np.mean([r.all() for r in right])) if right else math.nan,
-        passkey_tokens=float(np.mean(np.concatenate(right))) if right else math.nan,
-        prompts=len(right),
         seconds=time.monotonic() - started,
+        policy=policy_to_json(one.policy),
     )

@@ -65,8 +65,12 @@ def passkey_prompts(
       distractors: number of pass keys of other names, at random depths.
 
     Raises:
-      ValueError: the text has fewer tokens than a prompt, or no line ends in it.
+      ValueError: the text has fewer tokens than a prompt, no line ends in it, or a prompt has no room for the lines of the keys.
     """
+    if not 0 <= distractors < length:
+        raise ValueError(
+            f"distractors must be at least 0 and fewer than the {length} tokens of a prompt; got {distractors}."
+        )
     spelled = _spelled(tokenizer, vocab_size)
     writer = _PromptWriter(
         tokenizer=tokenizer,
@@ -140,10 +144,10 @@ class _PromptWriter:
     is_digits: Bool[np.ndarray, "V"]
 
     def write(self, number: int, distractors: int, rng: np.random.Generator) -> PassKeyPrompt:
-        names: list[str] = []
-        while len(names) < 1 + distractors:
-            if (name := draw_name(rng, self.words)) not in names:
-                names.append(name)
+        distinct: dict[str, None] = {}
+        while len(distinct) < 1 + distractors:
+            distinct[draw_name(rng, self.words)] = None
+        names = list(distinct)
         values = [draw_value(rng) for _ in names]
         depths = [0.1 + 0.1 * (number % DEPTHS), *rng.random(distractors).tolist()]
         pairs = [passkey_lines(name, value) for name, value in zip(names, values, strict=True)]
@@ -151,6 +155,11 @@ class _PromptWriter:
         question, answer = self._split_question(encode_line(self.tokenizer, pairs[0][1]))
         filler = self._filler(self.length - len(answer) - len(question) - sum(map(len, stated)), rng)
         places = np.flatnonzero(self.ends_line[filler]) + 1
+        if not len(places):
+            raise ValueError(
+                f"The text around a pass key must have ends of lines between which the key is stated; got {len(filler)} tokens "
+                f"without one, of length={self.length}. Use a greater length, or a text of shorter lines."
+            )
         nearest = [int(places[np.argmin(abs(places - depth * (len(filler) + 1)))]) for depth in depths]
         # The filler may stop in the middle of a line; its line break makes the question start a new one.
         line_break = encode_line(self.tokenizer, "\n")[-1:]
@@ -166,8 +175,8 @@ class _PromptWriter:
         if room < 1 or not len(starts):
             raise ValueError(
                 f"The text of pass-key prompts must have several lines and length={self.length} tokens or more, and length must "
-                f"leave room for the lines of the keys; got {len(self.text)} tokens and room for {room}. Use a longer text or "
-                "another length."
+                f"leave room for the lines of the keys; got {len(self.text)} tokens and room for {room}. Use a longer text, "
+                "another length, fewer distractors, or set passkeys to 0."
             )
         begin = int(rng.choice(starts))
         return self.text[begin : begin + room - 1]

@@ -71,9 +71,10 @@ def make_rows(
       decoded: see `EvalRows`.
 
     Raises:
-      ValueError: the text is too short.
+      ValueError: the text is shorter than a row, or a row too short for the lines of its pass keys.
     """
-    tokens = np.array(tokenizer.encode(text, special_tokens=False))
+    tokens = np.array(tokenizer.encode(text, special_tokens=False), np.int32)
+    cut = text_windows(tokens, length, windows)
     prompts = passkey_prompts(
         tokenizer,
         tokens,
@@ -84,7 +85,7 @@ def make_rows(
         seed=seed,
         distractors=distractors,
     )
-    return EvalRows(text_windows(tokens, length, windows), prompts, decoded)
+    return EvalRows(cut, prompts, decoded)
 
 
 def text_windows(text: Int[np.ndarray, "tokens"], length: int, count: int | None = None) -> Int[np.ndarray, "n length"]:
@@ -98,11 +99,15 @@ def text_windows(text: Int[np.ndarray, "tokens"], length: int, count: int | None
     Raises:
       ValueError: the text is shorter than a window.
     """
+    if length < 2 or (count is not None and count < 1):
+        raise ValueError(
+            f"Windows must be at least one, of at least 2 tokens, of which all but the first are scored; got {count} of {length}."
+        )
     windows = text[: len(text) // length * length].reshape(-1, length)
     if not len(windows):
         raise ValueError(
             f"The text must fill at least one window of {length} tokens; got {len(text)} tokens. Use a longer text or "
-            "shorter windows."
+            "a smaller length."
         )
     if count is None or count >= len(windows):
         return windows

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,9 @@ HEAD_CHUNK = 256  # tokens whose logits exist at once
 
 
 def perplexity(nll: Float[np.ndarray, "..."]) -> float:
-    """exp(mean negative log likelihood): how many equally likely tokens the model seems to choose from."""
-    return math.exp(np.mean(nll, dtype=np.float64))
+    """exp(mean negative log likelihood): how many equally likely tokens the model seems to choose from; inf beyond the floats."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.mean(nll, dtype=np.float64)))
 
 
 @jax.tree_util.register_dataclass

@@ -3,6 +3,8 @@
 import dataclasses
 import enum
 
+from seer_jax.settings import check_types
+
 
 class Pool(enum.StrEnum):
     """How a block of tokens becomes one vector. Pooled vectors are concatenated in the order of this list."""
@@ -45,6 +47,7 @@ class PrefillGateConfig:
     force_double: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_gate_sizes(self.block_size, self.gate_dim)
         _check_pooling("Query", self.q_pooling)
         _check_pooling("Key", self.k_pooling)
@@ -75,6 +78,7 @@ class DecodeGateConfig:
     start_layer: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         _check_gate_sizes(self.block_size, self.gate_dim)
         _check_pooling("Key", self.k_pooling)
         if self.start_layer < 0:

@@ -1,23 +1,28 @@
 """Text to tokens and back: a model's tokenizer and chat template, and text that appears while tokens stream in."""
 
-import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seer_jax.inference import chat
+from seer_jax.inference.chat import Message
 from seer_jax.models.hub import read_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_PATTERNS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template*"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template*",
+        "additional_chat_templates/*",
+    ),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
+TOKENIZER_CONFIG = "tokenizer_config.json"
 REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8 (yet) decode to
-
-Message = Mapping[str, Any]
 
 
 class Tokenizer:
@@ -26,7 +31,7 @@ class Tokenizer:
     Attributes:
       place: where it was read, for messages.
       special: the special tokens that chat templates may use, such as bos_token, as text.
-      chat_template: Jinja source, or None where the model has none.
+      chat_templates: Jinja sources by name; "default" is the usual one, "tool_use" the one for tools where a model has two.
     """
 
     def __init__(
@@ -34,7 +39,7 @@ class Tokenizer:
         backend: "tokenizers.Tokenizer",
         *,
         special: Mapping[str, str] | None = None,
-        chat_template: str | None = None,
+        chat_templates: Mapping[str, str] | None = None,
         place: str = "this tokenizer",
     ):
         # Limits that training may have left in tokenizer.json would cut prompts short without a word.
@@ -42,7 +47,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.special = dict(special or {})
-        self.chat_template = chat_template
+        self.chat_templates = dict(chat_templates or {})
         self.place = place
 
     @classmethod
@@ -54,13 +59,13 @@ class Tokenizer:
           ValueError: a file is damaged.
         """
         folder = Path(folder)
-        config = _read_optional(folder / "tokenizer_config.json")
+        config = _read_optional(folder / TOKENIZER_CONFIG)
         tokens = _read_optional(folder / "special_tokens_map.json") | config
         names = [name for name in tokens if name.endswith("_token") and tokens[name]]
         return cls(
             _load_backend(folder),
             special={name: _content(tokens[name]) for name in names if isinstance(tokens[name], (str, dict))},
-            chat_template=_load_template(folder, config),
+            chat_templates=chat.load_templates(folder, config),
             place=str(folder),
         )
 
@@ -70,8 +75,20 @@ class Tokenizer:
         Args:
           text: any; the names of special tokens in it become those tokens.
           special_tokens: whether to add those that the model's texts begin or end with (Llama: BOS in front).
+
+        Raises:
+          ValueError: the text holds half a surrogate pair, which is no character.
         """
-        return self._backend.encode(text, add_special_tokens=special_tokens).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=special_tokens).ids
+        except (TypeError, UnicodeEncodeError) as error:
+            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if at is None:
+                raise
+            raise ValueError(
+                f"A text must be valid Unicode; got the lone surrogate {text[at]!a} at character {at}. Decode its bytes as UTF-8, or "
+                "remove it."
+            ) from error
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -82,37 +99,36 @@ class Tokenizer:
         return TextStream(self)
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """A conversation as the text that the model was trained on.
+        """A conversation as the text that the model was trained on, as transformers renders it.
 
         Args:
-          messages: each with `role` and `content`.
+          messages: each with `role` and `content`, or what else the template knows, such as `tool_calls`.
           add_generation_prompt: end with the beginning of the model's answer.
-          **variables: further ones that the template knows, for example enable_thinking=False (Qwen3).
+          **variables: `tools`, and further ones that the template knows, for example enable_thinking=False (Qwen3).
 
         Raises:
           ValueError: the model has no chat template, or the template refuses the messages.
         """
-        import jinja2
-
-        if self.chat_template is None:
-            raise ValueError(
-                f"A conversation needs a chat template (chat_template.jinja, or in tokenizer_config.json); {self.place} has "
-                "none. It may be a base model: give plain text instead."
-            )
-        for message in messages:
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise ValueError(f"A message must be a mapping with role and content; got {message!r}.")
-        given = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
-        try:
-            return _environment().from_string(self.chat_template).render(**given | self.special | variables)
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"The chat template of {self.place} does not accept this conversation: {error}."
-            ) from error
+        given = dict(self.special, add_generation_prompt=add_generation_prompt) | variables
+        return chat.render(self.chat_templates, messages, place=self.place, **given)
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Tokens of a conversation, see `render_chat`; the template writes all special tokens itself."""
         return self.encode(self.render_chat(messages, **variables), special_tokens=False)
+
+    def end_of_turn(self) -> tuple[int, ...]:
+        """The token with which the chat template ends an answer, such as <|im_end|>; () where it ends with none, or there is no template.
+
+        Models whose EOS tokens lack it do not stop in a chat: pass `eos=(*model.config.eos_token_ids, *tokenizer.end_of_turn())`.
+        """
+        question, answer = dict(role="user", content="question"), dict(role="assistant", content="the answer")
+        try:
+            text = self.render_chat([question, answer], add_generation_prompt=False)
+        except ValueError:  # there is none, or it wants other conversations
+            return ()
+        _, _, tail = text.rpartition(answer["content"])
+        first = self.encode(tail.lstrip(), special_tokens=False)[:1]
+        return tuple(token for token in first if token in self._backend.get_added_tokens_decoder())
 
 
 class TextStream:
@@ -166,11 +182,12 @@ def _load_backend(folder: Path) -> "tokenizers.Tokenizer":
             f"Text needs the model's tokenizer: expected tokenizer.json in {str(folder)!r}, which has none. Save it there with "
             "transformers' save_pretrained."
         )
-    from transformers import AutoTokenizer  # takes seconds to import; knows how to convert the older files
+    with chat.quiet_transformers():  # takes seconds to import; knows how to convert the older files
+        from transformers import AutoTokenizer
 
     try:
         backend = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # the converters of older files raise whatever their packages do, ImportError among them
         raise ValueError(
             f"{folder} has no tokenizer.json, and its other tokenizer files can't be converted: {error}. Save the tokenizer "
             "with transformers' save_pretrained, which writes tokenizer.json."
@@ -178,16 +195,18 @@ def _load_backend(folder: Path) -> "tokenizers.Tokenizer":
     return backend
 
 
-def _load_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own comes before the entry of tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several with names
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
+def eos_token_of(folder: Path) -> int | None:
+    """The id of the tokenizer's end-of-text token, without loading the tokenizer; None where its files do not say."""
+    config = _read_optional(folder / TOKENIZER_CONFIG)
+    if not config.get("eos_token"):
+        return None
+    name, listed = _content(config["eos_token"]), config.get("added_tokens_decoder")
+    if isinstance(listed, Mapping):
+        ids = [int(i) for i, token in listed.items() if i.isdecimal() and _content(token) == name]
+    else:
+        listed = _read_optional(folder / "tokenizer.json").get("added_tokens") or []
+        ids = [token.get("id") for token in listed if isinstance(token, Mapping) and token.get("content") == name]
+    return next((i for i in ids if isinstance(i, int)), None)
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -195,23 +214,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
-
-
-def _environment() -> Any:
-    """Jinja as transformers sets it up. It is sandboxed: templates come from wherever the model does."""
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-    return environment
+    content = token if isinstance(token, str) else token.get("content")
+    if not isinstance(content, str):
+        raise ValueError(f"A special token of tokenizer_config.json must be a text or have content; got {token!r}.")
+    return content

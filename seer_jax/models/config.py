@@ -10,6 +10,7 @@ import numpy as np
 
 from pallas_kernels.devices import default_device
 from seer_jax.checks import check_positive
+from seer_jax.models.config_json import typed
 
 
 class DType(enum.StrEnum):
@@ -52,6 +53,21 @@ _ROPE_NEEDS = {
     RopeKind.LLAMA3: ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     RopeKind.YARN: ("factor",),
 }
+# Further keys that are read or known to change nothing. "finetuned" is a note of the first YaRN models.
+_ROPE_KNOWN = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "finetuned",
+)
+_YARN_KNOWN = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+_ROPE_NEUTRAL = {
+    "attn_factor": 1,
+    "extrapolation_factor": 1,
+    "factor": 1,
+}  # values at which keys of other readers change nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +95,7 @@ class RopeConfig:
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        check_positive(self, "theta", "original_max_position", "attention_factor")
+        check_positive(self, "theta", "original_max_position", "attention_factor", "beta_fast", "beta_slow")
         if self.factor < 1:
             raise ValueError(f"A RoPE scaling factor must be at least 1; got {self.factor}.")
         if self.kind is RopeKind.LLAMA3 and self.low_freq_factor >= self.high_freq_factor:
@@ -90,35 +106,40 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before) of a HF configuration."""
-        raw = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = float(raw.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-        name = raw.get("rope_type") or raw.get("type") or "default"
-        if name not in list(RopeKind):
-            raise ValueError(
-                f"The RoPE type must be one of {', '.join(RopeKind)}; got {name!r}. Models of other types can't be computed exactly."
-            )
-        kind = RopeKind(name)
-        missing = [key for key in _ROPE_NEEDS[kind] if raw.get(key) is None]
-        if missing:
-            raise ValueError(
-                f"RoPE of type {name!r} needs {', '.join(missing)}; got {sorted(raw)}. Complete config.json."
-            )
-        partial = raw.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        """Reads RoPE as transformers does: `rope_scaling` where it has entries, otherwise `rope_parameters`.
+
+        The base and the rotated share stand in them or beside them; the inner ones come first. An original context beside them comes
+        before an inner one.
+
+        Raises:
+          ValueError: the type is not one of `RopeKind`, or a key is missing, of a wrong type, or would change what is computed and is not
+            read.
+        """
+        raw = _rope_entries(config)
+        kind = _rope_kind(raw)
+        beside = config.get("original_max_position_embeddings") if kind in (RopeKind.LLAMA3, RopeKind.YARN) else None
+        if beside is not None:
+            raw |= dict(original_max_position_embeddings=beside)
+        _check_rope_keys(raw, kind)
+        partial = next(
+            (c["partial_rotary_factor"] for c in (raw, config) if c.get("partial_rotary_factor") is not None), 1
+        )
         if partial != 1:
             raise ValueError(f"RoPE must rotate all channels of a head; got partial_rotary_factor {partial}.")
-        context = int(config.get("max_position_embeddings") or 8192)
-        original = int(raw.get("original_max_position_embeddings") or context)
-        factor = float(raw["factor"]) if "factor" in _ROPE_NEEDS[kind] else 1.0
-        keys = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate")
-        given = {k: raw[k] for k in keys if raw.get(k) is not None}
-        attention = _yarn_attention_factor(raw, factor) if kind is RopeKind.YARN else 1.0
+        theta = next((c["rope_theta"] for c in (raw, config) if c.get("rope_theta") is not None), 10_000.0)
+        original = raw.get("original_max_position_embeddings")
+        if original is None:
+            original = 8192 if config.get("max_position_embeddings") is None else config["max_position_embeddings"]
+        factor = typed("factor", raw["factor"], float) if "factor" in _ROPE_NEEDS[kind] else 1.0
+        keys = _ROPE_NEEDS[kind] + (_YARN_KNOWN if kind is RopeKind.YARN else ())
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)} | dict(factor=None, attention_factor=None)
+        given = {k: typed(k, raw[k], kinds[k]) for k in keys if kinds.get(k) and raw.get(k) is not None}
         return cls(
-            theta=theta,
+            theta=typed("rope_theta", theta, float),
             kind=kind,
             factor=factor,
-            original_max_position=original,
-            attention_factor=attention,
+            original_max_position=typed("original_max_position_embeddings", original, int),
+            attention_factor=_yarn_attention_factor(raw, factor) if kind is RopeKind.YARN else 1.0,
             **given,
         )
 
@@ -146,16 +167,62 @@ class RopeConfig:
         return {"rope_theta": self.theta, "rope_scaling": {"rope_type": self.kind.value, "factor": self.factor, **own}}
 
 
+def _rope_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `rope_scaling`, or of `rope_parameters` where it has none."""
+    both = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    for key, entries in zip(("rope_scaling", "rope_parameters"), both, strict=True):
+        if not isinstance(entries, Mapping):
+            raise ValueError(f"{key} of config.json must be an object or null; got {entries!r}.")
+    scaling, parameters = both
+    for key in ("rope_theta", "partial_rotary_factor") if scaling else ():
+        if parameters.get(key) is not None and scaling.get(key) is None and config.get(key) is None:
+            raise ValueError(
+                f"{key} must stand where it is read: config.json has rope_scaling, which replaces rope_parameters and its {key} "
+                f"{parameters[key]}. Put {key} into rope_scaling, or move all entries into rope_parameters."
+            )
+    return dict(scaling or parameters)
+
+
+def _rope_kind(raw: Mapping[str, Any]) -> RopeKind:
+    name = raw.get("rope_type") or raw.get("type") or "default"
+    if name not in list(RopeKind):
+        raise ValueError(
+            f"The RoPE type must be one of {', '.join(RopeKind)}; got {name!r}. Models of other types can't be computed exactly."
+        )
+    return RopeKind(name)
+
+
+def _check_rope_keys(raw: Mapping[str, Any], kind: RopeKind) -> None:
+    """Raises ValueError where a key is missing, or would change what is computed and is not read."""
+    missing = [key for key in _ROPE_NEEDS[kind] if raw.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"RoPE of type {kind.value!r} needs {', '.join(missing)}; got {sorted(raw)}. Complete config.json."
+        )
+    known = (*_ROPE_KNOWN, *_ROPE_NEEDS[kind], *(_YARN_KNOWN if kind is RopeKind.YARN else ()))
+    unknown = {k: v for k, v in raw.items() if k not in known and v is not None and v != _ROPE_NEUTRAL.get(k)}
+    if unknown:
+        listed = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
+        hint = " transformers calls it attention_factor." if "attn_factor" in unknown else ""
+        raise ValueError(
+            f"RoPE of type {kind.value!r} must have no keys but {', '.join(dict.fromkeys(known))}; got {listed}.{hint} Remove from "
+            "config.json what is known to do nothing."
+        )
+
+
 def _yarn_attention_factor(raw: Mapping[str, Any], factor: float) -> float:
     """0.1 m ln(factor) + 1, or the ratio of two such terms where `mscale` and `mscale_all_dim` are given (YaRN, sec. 3.4)."""
 
     def magnitude(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
-    if raw.get("attention_factor") is not None:
-        return float(raw["attention_factor"])
-    if raw.get("mscale") and raw.get("mscale_all_dim"):
-        return magnitude(float(raw["mscale"])) / magnitude(float(raw["mscale_all_dim"]))
+    given = {
+        k: typed(k, raw[k], float) for k in ("attention_factor", "mscale", "mscale_all_dim") if raw.get(k) is not None
+    }
+    if "attention_factor" in given:
+        return given["attention_factor"]
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return magnitude(given["mscale"]) / magnitude(given["mscale_all_dim"])
     return magnitude(1.0)
 
 

@@ -251,7 +251,12 @@ class Transformer(nnx.Module):
         v: Float[Array, "B T K D"],
         lengths: Int[Array, "B"],
     ) -> PrefillContext:
-        """What a policy may look at while a layer reads whole prompts; q and k before RoPE."""
+        """What a policy may look at while a layer reads whole prompts; q and k before RoPE.
+
+        Keys and values of padding are zeros: what a damaged or overflowing padding token leaves there must reach no other token.
+        """
+        inside = (jnp.arange(k.shape[1])[None] < lengths[:, None])[..., None, None]
+        k, v = (jnp.where(inside, x, jnp.zeros_like(x)) for x in (k, v))
         q_rotated, k_rotated = rotate(q, k, jnp.arange(q.shape[1])[None], self.config.rope)
         return PrefillContext(
             q=q,
@@ -304,9 +309,9 @@ class Transformer(nnx.Module):
         def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
             context = self.prefill_context(layer, q, k, v, lengths)
             out, kept = prefill_attention(layer.policy, context)
-            cache = cache.fill(layer.index, context.k_rotated, v)
+            cache = cache.fill(layer.index, context.k_rotated, context.v)
             if layer.decode_gate is not None:
-                cache = cache.fill_decode_gate(layer.index, layer.decode_gate, k, lengths)
+                cache = cache.fill_decode_gate(layer.index, layer.decode_gate, context.k, lengths)
             return out, cache, kept
 
         segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads)

@@ -1,12 +1,14 @@
 """Families of models: one map between the `config.json` of Hugging Face models and `ModelConfig`, in both directions."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
 from seer_jax.models.config import ModelConfig, RopeConfig
+from seer_jax.models.config_json import check_keys, check_unquantised, token_ids, typed
 from seer_jax.models.layers import MLP
 
 HFConfig = Mapping[str, Any]
@@ -26,22 +28,48 @@ _COMMON_KEYS = {
 }
 _DERIVED_FIELDS = ("family", "num_kv_heads", "head_dim", "rope", "eos_token_ids")  # without a key, others decide
 MISTRAL_WINDOW = 4096  # what transformers takes where a Mistral configuration has no sliding_window
+# Keys that are read elsewhere than by `fields_of_keys`, or that a family's `check` decides about.
+_READ_KEYS = (
+    *(
+        "model_type",
+        "architectures",
+        "hidden_act",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "partial_rotary_factor",
+    ),
+    *("layer_types", "sliding_window", "use_sliding_window", "dual_chunk_attention_config"),
+)
 
 
 def check_full_attention(hf: HFConfig) -> None:
-    """Raises ValueError where a layer attends within a sliding window."""
-    kinds = hf.get("layer_types")
-    slides = any(k != "full_attention" for k in kinds) if kinds else bool(hf.get("use_sliding_window", False))
+    """Raises ValueError where a layer attends within a sliding window.
+
+    Without `layer_types`, a window is one where `use_sliding_window` is true, or absent beside a `sliding_window`.
+    """
+    kinds, window = hf.get("layer_types"), hf.get("sliding_window")
+    switch = typed("use_sliding_window", hf.get("use_sliding_window", window is not None), bool)
+    slides = (
+        any(k != "full_attention" for k in kinds) if kinds else switch and hf.get("sliding_window", True) is not None
+    )
     if slides:
         raise ValueError(
             "Every layer must attend to all earlier tokens: config.json must have use_sliding_window false and only full_attention "
-            f"layers; got use_sliding_window={hf.get('use_sliding_window')}, layer_types={kinds}. Use a checkpoint without "
-            "sliding-window layers."
+            f"layers; got use_sliding_window={hf.get('use_sliding_window')}, sliding_window={window}, layer_types={kinds}. Use a "
+            "checkpoint without sliding-window layers."
         )
 
 
+def _check_qwen(hf: HFConfig) -> None:
+    """The layers from `max_window_layers` on attend within the window, where `use_sliding_window` is true."""
+    off = not typed("use_sliding_window", hf["use_sliding_window"], bool)
+    full = typed("max_window_layers", hf["max_window_layers"], int) >= hf["num_hidden_layers"]
+    check_full_attention(dict(hf, use_sliding_window=False) if off or full else hf)
+
+
 def _check_mistral(hf: HFConfig) -> None:
-    check_full_attention(hf)
+    check_full_attention(dict(hf, use_sliding_window=False))
     window = hf.get("sliding_window", MISTRAL_WINDOW)
     if window is not None:
         default = "" if "sliding_window" in hf else ", the default where the key is absent"
@@ -63,6 +91,8 @@ class Family:
       keys: from keys of `config.json` to the field, or the fields, of the configuration that they set, besides the keys that all
         families have. A key that is absent leaves the fields at their defaults; a field without one makes its key required.
       constants: fields that have one value in the whole family, which no key says.
+      defaults: values of absent keys, where they are not those of the fields.
+      harmless: keys that change nothing in this family, whatever their value; see `config_json.check_keys`.
       written: further keys that `config_to_hf` writes.
       head_dim: where `config.json` names none; None: hidden_size / num_attention_heads.
       check: raises ValueError for a `config.json` of a model that can't be computed exactly here.
@@ -76,6 +106,8 @@ class Family:
     architecture: str
     keys: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
     written: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(use_sliding_window=False))
     head_dim: int | None = None
     check: Callable[[HFConfig], None] = check_full_attention
@@ -114,25 +146,52 @@ def register_family(family: Family) -> Family:
     return family
 
 
+# What transformers takes for absent keys.
+_QWEN_DEFAULTS = dict(
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+)
+
 register_family(
     Family(
         "llama",
         "LlamaForCausalLM",
         keys={"attention_bias": ("qkv_bias", "o_bias"), "mlp_bias": "mlp_bias"},
+        defaults=dict(max_position_embeddings=2048),
     )
 )
-register_family(Family("qwen2", "Qwen2ForCausalLM", constants=dict(qkv_bias=True)))
+register_family(
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        constants=dict(qkv_bias=True),
+        defaults=_QWEN_DEFAULTS,
+        harmless=("attention_bias", "qkv_bias"),  # its projections have theirs in any case
+        check=_check_qwen,
+    )
+)
 register_family(
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         keys={"attention_bias": ("qkv_bias", "o_bias")},
         constants=dict(qk_norm=True),
+        defaults=_QWEN_DEFAULTS,
         head_dim=128,
+        check=_check_qwen,
     )
 )
 register_family(
-    Family("mistral", "MistralForCausalLM", written=dict(sliding_window=None), check=_check_mistral),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        defaults=dict(num_key_value_heads=8, max_position_embeddings=131072),
+        written=dict(sliding_window=None),
+        check=_check_mistral,
+    ),
 )
 
 
@@ -153,46 +212,72 @@ def family_of(model_type: str | None) -> Family:
 def config_from_hf(hf: HFConfig) -> ModelConfig:
     """The configuration that a parsed `config.json` describes, in the style of transformers 4 or 5.
 
+    Every key that changes what is computed is read or refused by name; so are values of a wrong type.
+
     Raises:
-      ValueError: the model type, the RoPE type, the activation or a sliding window is one that can't be computed exactly here, or a
-        required key is missing.
+      ValueError: the model can't be computed exactly here, or a required key is missing. The message names the key.
     """
+    check_unquantised(hf)
     family = family_of(hf.get("model_type"))
     missing = [key for key in family.required_keys if hf.get(key) is None]
     if missing:
         raise ValueError(
             f"config.json of a {family.model_type} model needs {', '.join(missing)}; got keys {sorted(hf)}."
         )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"The MLP activation must be 'silu'; got {hf['hidden_act']!r}.")
+    _check_architecture(hf, family)
+    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"The MLP activation must be 'silu'; got {hf['hidden_act']!r}, hidden_act of config.json.")
+    hf = {**family.defaults, **hf}
     family.check(hf)
+    config = family.config(
+        family=family.model_type,
+        rope=RopeConfig.from_hf(hf),
+        eos_token_ids=token_ids("eos_token_id of config.json", hf.get("eos_token_id")),
+        **_values(hf, family),
+        **family.constants,
+    )
+    computed = dict(head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps, qk_norm=config.qk_norm)
+    check_keys(hf, {*_READ_KEYS, *family.fields_of_keys, *family.harmless, *family.written}, computed)
+    return config
+
+
+def _values(hf: HFConfig, family: Family) -> dict[str, Any]:
+    """The fields that keys set."""
     kinds = {field.name: field.type for field in dataclasses.fields(family.config)}
     values = {
-        name: _converted(key, hf[key], kinds[name])
+        name: typed(key, hf[key], kinds[name])
         for key, names in family.fields_of_keys.items()
         if hf.get(key) is not None
         for name in names
     }
     values.setdefault("num_kv_heads", values["num_heads"])
-    values.setdefault("head_dim", family.head_dim or values["hidden_size"] // values["num_heads"])
-    eos = hf.get("eos_token_id")
-    return family.config(
-        family=family.model_type,
-        rope=RopeConfig.from_hf(hf),
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
-        **values,
-        **family.constants,
-    )
+    if "head_dim" not in values:
+        values["head_dim"] = family.head_dim or _even_share(values["hidden_size"], values["num_heads"])
+    # Beyond this length such models attend in chunks, which is another computation; up to it they attend as all others.
+    if chunks := hf.get("dual_chunk_attention_config"):
+        exact = typed("original_max_position_embeddings", chunks.get("original_max_position_embeddings", 0), int)
+        values["max_position_embeddings"] = min(exact, values["max_position_embeddings"])
+    return values
 
 
-def _converted(key: str, value: Any, kind: Any) -> Any:
-    """A value of config.json as the field's type, if that is int, float or bool."""
-    if kind not in (int, float, bool):
-        return value
-    try:
-        return kind(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{key} of config.json must be of type {kind.__name__}; got {value!r}.") from error
+def _even_share(width: int, heads: int) -> int:
+    if heads > 0 and width % heads:
+        raise ValueError(
+            f"hidden_size of config.json must be a multiple of num_attention_heads where head_dim is absent; got {width} and {heads}."
+        )
+    return width // max(heads, 1)
+
+
+def _check_architecture(hf: HFConfig, family: Family) -> None:
+    """Raises ValueError where `architectures` names no class of the family."""
+    names = hf.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
+    stem = family.architecture.removesuffix("ForCausalLM").lower()
+    if names and not any(re.search(rf"{stem}(for|model|$)", str(name).lower()) for name in names):
+        raise ValueError(
+            f"architectures of config.json must name {family.architecture} in a {family.model_type} model; got {names}. Set model_type "
+            "to the family of the architecture; where the two are known to be one, correct architectures."
+        )
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -4,21 +4,36 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from seer_jax import tiny_lm
+from seer_jax.folders import gates_of_run, holds_gate
 
 Location = str | os.PathLike[str]
 
 
-def resolve(location: Location, patterns: Sequence[str], *, revision: str | None = None) -> Path:
+class HubSettings(TypedDict, total=False):
+    """How hub ids are downloaded; folders need none of it.
+
+    Attributes:
+      revision: branch, tag or commit; None: main. "owner/name@revision" says the same for one of several names.
+      token: of a user; True: the one that `hf auth login` saved, also for public models; None: that one where there is one.
+      cache_dir: folder for downloads; None: that of huggingface_hub.
+    """
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: Location | None
+
+
+def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettings]) -> Path:
     """The local folder of a model, downloaded if need be.
 
     Args:
-      location: "tiny-lm", the bundled model; a folder; or a hub id such as "Qwen/Qwen3-4B". They are tried in this order, and
-        "./tiny-lm" is a folder always.
+      location: "tiny-lm", the bundled model; a folder; or a hub id such as "Qwen/Qwen3-4B" or "Qwen/Qwen3-4B@main". They are tried
+        in this order, and "./tiny-lm" is a folder always.
       patterns: file names to download, with `*`; for example "model*.safetensors".
-      revision: branch, tag or commit on the hub; None: main.
+      **hub: see `HubSettings`.
 
     Raises:
       FileNotFoundError: neither a folder nor a hub id of that name exists (for this user).
@@ -34,20 +49,27 @@ def resolve(location: Location, patterns: Sequence[str], *, revision: str | None
         raise NotADirectoryError(
             f"A model must be named by its folder; got the file {name!r}. Give the folder that holds it."
         )
-    if not _is_hub_id(name):
+    repo, _, revision = name.partition("@")
+    if not _is_hub_id(repo):
         raise FileNotFoundError(
             f"There is no folder {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a hub id, or "
             f"{tiny_lm.NAME!r} for the bundled model."
         )
-    return Path(_download(name, patterns, revision))
+    if revision and hub.get("revision") not in (None, revision):
+        raise ValueError(f"revision must be given once; got {name!r} and revision={hub['revision']!r}. Leave one out.")
+    return Path(_download(repo, patterns, hub | {"revision": revision} if revision else hub))
 
 
-def resolve_gates(locations: Location | Sequence[Location] | None, patterns: Sequence[str]) -> list[Path]:
+def resolve_gates(
+    locations: Location | Sequence[Location] | None, patterns: Sequence[str], **hub: Unpack[HubSettings]
+) -> list[Path]:
     """The local folders of gates, downloaded if need be.
 
     Args:
-      locations: one, several or none, as in `resolve`; "tiny-lm" stands for both gates of the bundled model.
+      locations: one, several or none, as in `resolve`; "tiny-lm" stands for both gates of the bundled model, and the output folder
+        of a training run for the gates that it wrote.
       patterns: as in `resolve`.
+      **hub: see `HubSettings`.
     """
     if locations is None:
         return []
@@ -57,17 +79,29 @@ def resolve_gates(locations: Location | Sequence[Location] | None, patterns: Seq
     return [
         folder
         for place in locations
-        for folder in (bundled if os.fspath(place) == tiny_lm.NAME else [resolve(place, patterns)])
+        for folder in (
+            bundled if os.fspath(place) == tiny_lm.NAME else _gates_in(resolve(_file_to_folder(place), patterns, **hub))
+        )
     ]
 
 
-def resolve_gate(location: Location, patterns: Sequence[str]) -> Path:
+def _gates_in(folder: Path) -> list[Path]:
+    return [folder] if holds_gate(folder) else gates_of_run(folder) or [folder]
+
+
+def _file_to_folder(location: Location) -> Location:
+    """The folder of a gate that is named by its weight file or its configuration."""
+    path = Path(os.path.expanduser(location))
+    return path.parent if path.is_file() and holds_gate(path.parent) else location
+
+
+def resolve_gate(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettings]) -> Path:
     """The local folder of one gate, see `resolve_gates`.
 
     Raises:
       ValueError: the name stands for several gates.
     """
-    folders = resolve_gates(location, patterns)
+    folders = resolve_gates(location, patterns, **hub)
     if len(folders) > 1:
         raise ValueError(
             f"A single gate must be named; got {location!r}, which stands for {len(folders)} gates. Give the folder of one: "
@@ -76,17 +110,24 @@ def resolve_gate(location: Location, patterns: Sequence[str]) -> Path:
     return folders[0]
 
 
+def is_name(name: str) -> bool:
+    """Whether a model may be found by this name: the bundled one, a folder that is there, or the form of a hub id."""
+    return (
+        name == tiny_lm.NAME or (bool(name) and Path(name).expanduser().is_dir()) or _is_hub_id(name.partition("@")[0])
+    )
+
+
 def _is_hub_id(name: str) -> bool:
     parts = name.split("/")
     return len(parts) == 2 and all(p and p[0] not in ".~-" for p in parts) and "\\" not in name
 
 
-def _download(repo: str, patterns: Sequence[str], revision: str | None) -> str:
+def _download(repo: str, patterns: Sequence[str], hub: HubSettings) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns))
+        return huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns), **_given(hub))
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repo!r} is open only to users who accepted its terms. Accept them on https://huggingface.co/{repo}, then log in "
@@ -94,7 +135,7 @@ def _download(repo: str, patterns: Sequence[str], revision: str | None) -> str:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"A revision must exist on the hub; {repo!r} has no {revision!r}. Check the branch, tag or commit."
+            f"A revision must exist on the hub; {repo!r} has no {hub.get('revision')!r}. Check the branch, tag or commit."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
@@ -113,6 +154,11 @@ def _download(repo: str, patterns: Sequence[str], revision: str | None) -> str:
         ) from error
 
 
+def _given(hub: HubSettings) -> HubSettings:
+    """The settings that are not None."""
+    return HubSettings(**{name: value for name, value in hub.items() if value is not None})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -121,6 +167,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(
+            f"{path} must hold JSON of a few levels; it is nested too deeply. Download it again."
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} must hold JSON; {error}. Download it again.") from error
     if not isinstance(values, dict):
@@ -137,12 +187,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if path.with_name("config.json.partial").is_file():
+            raise FileNotFoundError(
+                f"A model folder must hold config.json; {folder} has none, since it was being written when the process ended. "
+                "Write it again."
+            )
         raise FileNotFoundError(
             f"A model folder must hold config.json; {folder} has none. Check that the download is complete."
         )
     return read_json(path)
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Writes `config.json`, keys sorted as transformers does."""
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def config_text(config: dict[str, Any]) -> str:
+    """The text of a `config.json`, keys sorted as transformers does."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -3,23 +3,25 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from seer_jax.inference.text import TOKENIZER_PATTERNS, Tokenizer
-from seer_jax.models.config import DType
+from seer_jax.folders import check_is_base
+from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
+from seer_jax.inference.generation_config import GenerationSettings, read_generation_settings
+from seer_jax.inference.text import TOKENIZER_CONFIG, TOKENIZER_PATTERNS, Tokenizer, eos_token_of
+from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import Location, read_config, read_json, resolve, resolve_gates
+from seer_jax.models.hub import HubSettings, Location, read_config, resolve, resolve_gates
 
 if TYPE_CHECKING:
     from seer_jax.gates.decode import DecodeGate
     from seer_jax.gates.prefill import PrefillGate
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 
 
 def from_pretrained(
@@ -29,20 +31,24 @@ def from_pretrained(
     dtype: Any = jnp.bfloat16,
     mesh: jax.sharding.Mesh | None = None,
     abstract: bool = False,
+    **hub: Unpack[HubSettings],
 ) -> Transformer:
     """A model with its gates.
 
     Args:
       base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5, Qwen3 or Mistral model, or
         "tiny-lm" for the bundled one.
-      gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" stands for both gates of the bundled model.
-        None: the model attends densely.
+      gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" stands for both gates of the bundled model, the
+        output folder of a training run for the gates that it wrote. None: the model attends densely.
       dtype: of the base weights, bfloat16 or float32; gates are float32 always.
       mesh: the devices to load onto; one device for now. None: JAX's default device.
       abstract: shapes in place of weights, for `plan_memory`: configurations are read, or downloaded, and nothing else.
+      **hub: `revision` (of the base; a gate's is written "owner/name@revision"), `token` and `cache_dir` for hub ids, see
+        `hub.HubSettings`.
 
     Returns:
-      The model. Its EOS tokens are those of generation_config.json where the folder has one, otherwise those of config.json.
+      The model. Its EOS tokens are those of generation_config.json where it names some, otherwise those of config.json, and the
+      tokenizer's end-of-text token.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: base or gates are not there, or can't be downloaded.
@@ -56,23 +62,37 @@ def from_pretrained(
     dtype = DType.of(dtype)
     sharding = None if mesh is None else _place_on(mesh)
     weights = (CONFIG,) if abstract else BASE_PATTERNS
-    folder = resolve(base, (*weights, GENERATION_CONFIG))
+    folder = resolve(base, (*weights, GENERATION_CONFIG, TOKENIZER_CONFIG), **hub)
+    check_is_base(folder)
     model = _abstract_base(folder, dtype) if abstract else load_base(folder, dtype=dtype, sharding=sharding)
-    model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config.eos_token_ids))
-    folders = resolve_gates(gates, (CONFIG,) if abstract else GATE_PATTERNS)
+    model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config))
+    of_gates = HubSettings(**{name: value for name, value in hub.items() if name != "revision"})
+    folders = resolve_gates(gates, (CONFIG,) if abstract else GATE_PATTERNS, **of_gates)
     loaded = [_abstract_gate(f) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders]
     _check_one_of_each(loaded, folders)
     return model.attach(*loaded)
 
 
-def load_tokenizer(base: Location) -> Tokenizer:
-    """The tokenizer of a model, named as in `from_pretrained`.
+def load_tokenizer(base: Location, **hub: Unpack[HubSettings]) -> Tokenizer:
+    """The tokenizer of a model, named and downloaded as in `from_pretrained`.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there, or can't be downloaded.
       ValueError: a file is damaged.
     """
-    return Tokenizer.load(resolve(base, TOKENIZER_PATTERNS))
+    folder = resolve(base, (*TOKENIZER_PATTERNS, CONFIG), **hub)
+    check_is_base(folder)
+    return Tokenizer.load(folder)
+
+
+def load_generation_settings(base: Location, **hub: Unpack[HubSettings]) -> GenerationSettings:
+    """How a model asks to be sampled (`settings.sampling`), from its generation_config.json; named as in `from_pretrained`.
+
+    Raises:
+      FileNotFoundError, PermissionError, ConnectionError: the model is not there, or can't be downloaded.
+      ValueError: the file is damaged.
+    """
+    return read_generation_settings(resolve(base, (GENERATION_CONFIG, CONFIG), **hub))
 
 
 def _abstract_base(folder: Path, dtype: Any) -> Transformer:
@@ -97,13 +117,11 @@ def _place_on(mesh: jax.sharding.Mesh) -> Any:
     return lambda path, array: place
 
 
-def _eos_tokens(folder: Path, default: tuple[int, ...]) -> tuple[int, ...]:
-    """EOS tokens; those with which instruction-tuned models end their turns are in generation_config.json alone."""
-    path = folder / GENERATION_CONFIG
-    if not path.is_file():
-        return default
-    eos = read_json(path).get("eos_token_id")
-    return default if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+def _eos_tokens(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    """EOS tokens: as transformers takes them, and as vLLM does the tokenizer's own, with which chats end."""
+    named = read_generation_settings(folder).eos_token_ids or config.eos_token_ids
+    own = eos_token_of(folder)
+    return (*named, own) if own is not None and own < config.vocab_size and own not in named else named
 
 
 def _check_one_of_each(gates: Sequence["PrefillGate | DecodeGate"], folders: Sequence[Path]) -> None:

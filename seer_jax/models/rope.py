@@ -32,6 +32,14 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     return plain.astype(np.float32)
 
 
+def same_rope(a: RopeConfig, b: RopeConfig, dim: int) -> bool:
+    """Whether both rotate alike, however they are written."""
+    frequencies = (inverse_frequencies(rope, dim) for rope in (a, b))
+    return math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-6) and np.allclose(
+        *frequencies, rtol=1e-6, atol=0
+    )
+
+
 def _mix(a: np.ndarray, b: np.ndarray, share: np.ndarray) -> np.ndarray:
     return a * (1 - share) + b * share
 

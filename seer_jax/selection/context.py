@@ -258,7 +258,7 @@ def _required(gate: LayerGate | None, kind: str) -> LayerGate:
     if gate is None:
         raise ValueError(
             f"Blocks can be ranked by a {kind} gate only where the model has one; got none. "
-            "Load one (from_pretrained(..., gates=...)), train one, or use another scorer."
+            "Load one (gates=...), train one, or use another scorer."
         )
     return gate
 

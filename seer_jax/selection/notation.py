@@ -1,28 +1,24 @@
 """Policies as text, for command lines and tables, and as JSON, for files."""
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from seer_jax.selection.policies import Dense, Given, Policy
-from seer_jax.selection.rules import RULES, RankingPolicy
+from seer_jax.selection.rules import RULES, RankingPolicy, settings_of
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Scorer
 
 
 def policy_syntax() -> str:
     """How a policy is written, with the rules and scorers that exist."""
     rules = "|".join(f"{name}:{rule.metavar}" for name, rule in RULES.items())
-    settings = dict.fromkeys(name for rule in RULES.values() for name in _settings(rule))
+    settings = dict.fromkeys(name for rule in RULES.values() for name in settings_of(rule))
     return f"dense|{rules}[:{'|'.join(SCORERS)}]" + "".join(f"[,{name}=N]" for name in settings)
-
-
-def _settings(rule: type[RankingPolicy]) -> list[str]:
-    """Fields of a rule that are written by name, where they differ from their default."""
-    names = [field.name for field in reversed(dataclasses.fields(rule))]
-    return [name for name in names if name not in (rule.value, "scorer")]
 
 
 def parse_policy(text: str) -> Policy:
@@ -30,50 +26,76 @@ def parse_policy(text: str) -> Policy:
 
     >>> parse_policy("threshold:5e-4")
     Threshold(threshold=0.0005, scorer=LearnedGate(), dense_last_rows=2, dense_layers=0)
-    >>> parse_policy("budget:4096:oracle,dense_layers=2")
-    TokenBudget(tokens=4096, scorer=Oracle(), dense_layers=2)
+    >>> parse_policy("topk:10%") == parse_policy("topk:0.1")
+    True
+    >>> parse_policy("budget:4096:random,dense_layers=2,seed=7")
+    TokenBudget(tokens=4096, scorer=Random(seed=7), dense_layers=2)
 
     Raises:
       ValueError: it is none.
     """
     rule, *settings = text.split(",")
     name, _, rest = rule.partition(":")
-    value, _, scorer = rest.partition(":")
+    value, colon, scorer = rest.partition(":")
     try:
-        if text == "dense":
+        if text == Dense.name:
             return Dense()
-        policy = _parse_rule(name, value, _scorer(scorer or LearnedGate.name))
-        return dataclasses.replace(policy, **_parse_settings(policy, settings))
+        kind = _rule(name)
+        given = _parse_settings(kind, _scorer(scorer) if colon else LearnedGate, settings)
+        return kind(**{kind.value: _number(kind.value, value, _types(kind)[kind.value] is int)}, **given)
     except ValueError as error:
-        raise ValueError(f"A policy is written {policy_syntax()}; got {text!r} ({error}).") from error
+        kind = RULES.get(name)
+        because = str(error).rstrip(".").removeprefix(f"{kind.__name__}." if kind else "")
+        raise ValueError(f"{text!r} is no policy: {because}. A policy is written {policy_syntax()}.") from error
 
 
-def _scorer(name: str) -> Scorer:
-    if name not in SCORERS:
-        raise ValueError(f"no scorer {name!r}")
-    return SCORERS[name]()
-
-
-def _parse_rule(name: str, value: str, scorer: Scorer) -> RankingPolicy:
+def _rule(name: str) -> type[RankingPolicy]:
     if name not in RULES:
-        raise ValueError("dense stands alone" if name == "dense" else f"no rule {name!r}")
-    rule = RULES[name]
-    whole = {field.name: field.type for field in dataclasses.fields(rule)}[rule.value] is int
-    fields: dict[str, Any] = {rule.value: int(value) if whole else float(value), "scorer": scorer}
-    return rule(**fields)
+        known = ", ".join([Dense.name, *RULES])
+        raise ValueError(
+            "dense stands alone" if name == Dense.name else f"the rule must be one of {known}; got {name!r}"
+        )
+    return RULES[name]
 
 
-def _parse_settings(policy: RankingPolicy, words: list[str]) -> dict[str, Any]:
-    """Fields that are written NAME=N, each once, and only those that the policy has."""
-    settings: dict[str, Any] = {}
+def _scorer(name: str) -> type[Scorer]:
+    if name not in SCORERS:
+        raise ValueError(f"the scorer must be one of {', '.join(SCORERS)}; got {name!r}")
+    return SCORERS[name]
+
+
+def _number(name: str, text: str, whole: bool) -> int | float:
+    """A value; shares may be percentages."""
+    try:
+        if whole:
+            return int(text)
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        must = "a whole number" if whole else "a number such as 0.1, or a percentage such as 10%"
+        raise ValueError(f"{name} must be {must}; got {text!r}") from None
+
+
+def _parse_settings(rule: type[RankingPolicy], scorer: type[Scorer], words: list[str]) -> dict[str, Any]:
+    """Fields that are written NAME=N, each once, and only those that the rule or its scorer has."""
+    own, theirs = settings_of(rule), [name for name, kind in _types(scorer).items() if kind in (int, float)]
+    found: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
-        if name not in _settings(type(policy)):
-            raise ValueError(f"no setting {name!r} of {type(policy).__name__}")
-        if name in settings:
-            raise ValueError(f"{name} twice")
-        settings[name] = int(value)
-    return settings
+        if name not in (*own, *theirs):
+            known = ", ".join((*own, *theirs))
+            raise ValueError(f"the settings of {rule.name}:{rule.metavar}:{scorer.name} are {known}; got {name!r}")
+        if name in found:
+            raise ValueError(f"{name} must be given once; got it twice")
+        kind = _types(rule)[name] if name in own else _types(scorer)[name]
+        found[name] = _number(name, value, kind is int)
+    of_scorer = {name: found.pop(name) for name in list(found) if name not in own}
+    return found | {"scorer": scorer(**of_scorer)}
+
+
+def _types(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
+    simple = {"int": int, "float": float, "bool": bool, "str": str}  # as modules with postponed annotations have them
+    return {f.name: simple.get(f.type, f.type) if isinstance(f.type, str) else f.type for f in dataclasses.fields(kind)}
 
 
 def write_policy(policy: Policy) -> str:
@@ -82,16 +104,7 @@ def write_policy(policy: Policy) -> str:
     >>> write_policy(parse_policy("topk:0.1:random,dense_layers=2"))
     'topk:0.1:random,dense_layers=2'
     """
-    if not isinstance(policy, RankingPolicy):
-        return type(policy).__name__.lower()
-    suffix = "" if isinstance(policy.scorer, LearnedGate) else f":{policy.scorer.name}"
-    defaults = {field.name: field.default for field in dataclasses.fields(policy)}
-    for name in _settings(type(policy)):
-        if getattr(policy, name) != defaults[name]:
-            suffix += f",{name}={getattr(policy, name)}"
-    value = getattr(policy, policy.value)
-    written = f"[{' x '.join(map(str, jnp.shape(value)))}]" if jnp.ndim(value) else value
-    return f"{policy.name}:{written}{suffix}"
+    return str(policy)
 
 
 def policy_to_json(policy: Policy) -> dict[str, Any]:
@@ -112,43 +125,87 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
                 f"A policy can be saved only with a registered scorer; got {scorer!r}. "
                 "Register its class (seer_jax.selection.scorers.register)."
             )
-        values["scorer"] = {"name": scorer.name, **dataclasses.asdict(scorer)}
+        values["scorer"] = {"name": scorer.name, **{k: _plain(v) for k, v in dataclasses.asdict(scorer).items()}}
     return {"rule": kind, **values}
+
+
+def _plain(value: Any) -> Any:
+    """A scorer's value as JSON holds it."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, jax.Array)) else value
 
 
 def policy_from_json(values: Mapping[str, Any]) -> Policy:
     """The policy that `policy_to_json` wrote.
 
     Raises:
-      ValueError: a rule, scorer or setting is unknown, or a value is out of its domain.
+      ValueError: a rule, scorer or setting is unknown, or a value is of another type or out of its domain.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"A saved policy must be a JSON object; got {values!r}.")
     given = dict(values)
-    kind = _KINDS.get(given.pop("rule", ""))
+    name = given.pop("rule", None)
+    kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"A saved policy must name a rule out of {', '.join(_KINDS)}; got {values!r}.")
-    known = {field.name for field in dataclasses.fields(kind)}
-    if unknown := sorted(set(given) - known):
+        raise ValueError(f"A saved policy must name a rule out of {', '.join(_KINDS)}; got {name!r}.")
+    if "scorer" in given and "scorer" in _types(kind):
+        given["scorer"] = _scorer_from_json(given["scorer"])
+    return _build(f"A saved {name} policy", kind, given)
+
+
+def _scorer_from_json(values: Any) -> Scorer:
+    given = dict(values) if isinstance(values, Mapping) else {"name": values}
+    name = given.pop("name", None)
+    if not isinstance(name, str) or name not in SCORERS:
         raise ValueError(
-            f"A saved {kind.__name__} must have the fields {', '.join(sorted(known))}; got {', '.join(unknown)}."
+            f"A saved policy must name a scorer out of {', '.join(SCORERS)}; got {name!r}. Import the module that registers it first "
+            "(seer-jax: --scorers MODULE)."
         )
-    if empty := [name for name, value in given.items() if value is None]:
-        raise ValueError(f"A saved {kind.__name__} must have a value for {', '.join(empty)}; got null.")
-    if "scorer" in given:
-        scorer = dict(given["scorer"])
-        name = scorer.pop("name", None)
-        if name not in SCORERS:
-            raise ValueError(f"A saved policy must name a scorer out of {', '.join(SCORERS)}; got {name!r}.")
-        given["scorer"] = SCORERS[name](**scorer)
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = np.asarray(value, bool if kind is Given else np.float32)
+    return _build(f"A saved scorer {name!r}", SCORERS[name], given)
+
+
+def _build(subject: str, kind: Any, given: dict[str, Any]) -> Any:
+    """An instance of a dataclass from values of JSON, each of the type of its field."""
+    fields = _types(kind)
+    if unknown := sorted(set(given) - set(fields)):
+        raise ValueError(f"{subject} must have the fields {', '.join(fields) or 'none'}; got {', '.join(unknown)}.")
+    read = {name: _value(f"{subject}: {name}", fields[name], value) for name, value in given.items()}
     try:
-        return kind(**given)
-    except TypeError as error:
-        raise ValueError(
-            f"A saved {kind.__name__} must hold what its fields take; got {values!r} ({error})."
-        ) from error
+        return kind(**read)
+    except TypeError as error:  # a field is absent
+        raise ValueError(f"{subject} must hold what its fields take; got {given!r} ({error}).") from error
 
 
-_KINDS: dict[str, Any] = {"dense": Dense, "given": Given, **RULES}
+def _value(subject: str, kind: Any, value: Any) -> Any:
+    """A value of JSON for a field of this type; types that are none of the usual ones take what comes."""
+    if isinstance(value, Scorer) or (value is None and types.NoneType in typing.get_args(kind)):
+        return value
+    must, wanted = _EXPECTED.get(kind, ("", ()))
+    if float in typing.get_args(kind):
+        must, wanted = "a number or an array of numbers", (int, float, list)
+    if wanted and type(value) not in wanted:
+        raise ValueError(f"{subject} must be {must}; got {value!r}.")
+    if list not in wanted:
+        return float(value) if kind is float else value
+    return value if not isinstance(value, list) else _array(subject, must, value, boolean=kind is _MASK)
+
+
+def _array(subject: str, must: str, value: list[Any], *, boolean: bool) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{subject} must be {must}; got lists of unequal length.") from None
+    if array.dtype.kind not in ("b" if boolean else "if"):
+        raise ValueError(f"{subject} must be {must}; got {str(value)[:80]}.")
+    return array if boolean else array.astype(np.float32)
+
+
+_MASK = {field.name: field.type for field in dataclasses.fields(Given)}["mask"]
+_EXPECTED: dict[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a text", (str,)),
+    bool: ("true or false", (bool,)),
+    _MASK: ("nested lists of true and false", (list,)),
+}
+_KINDS: dict[str, Any] = {Dense.name: Dense, "given": Given, **RULES}
 _KINDS_BY_TYPE = {kind: name for name, kind in _KINDS.items()}

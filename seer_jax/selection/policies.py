@@ -25,7 +25,10 @@ DEFAULT_BLOCK_SIZE = 64  # of a model without gates
 class Policy(abc.ABC):
     """How blocks are chosen, in every layer of a model.
 
+    `str(policy)` is the policy as a command line writes it.
+
     Attributes:
+      name: as a command line writes it.
       is_dense: whether every block is kept in every layer.
       needs_gate: whether it works with a learned gate alone.
       expected_density: share of the blocks that the lists will hold, where that is known beforehand: a hint for kernels.
@@ -34,6 +37,7 @@ class Policy(abc.ABC):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # each policy is a dataclass
 
+    name: ClassVar[str] = "own"
     is_dense: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
 
@@ -44,6 +48,9 @@ class Policy(abc.ABC):
         Args:
           context: of the layer; the policy is that of the layer too, see `of_layer`.
         """
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def needs_gate(self) -> bool:
@@ -74,7 +81,7 @@ class Policy(abc.ABC):
         if self.needs_gate and gate is None:
             raise ValueError(
                 f"{self} ranks blocks by a learned gate, but the model has none of this kind; "
-                "load one (from_pretrained(..., gates=...)), train one, or use Dense()."
+                f"load one (gates=...), train one, or use the policy {Dense.name}."
             )
         if empty := [name for name in self.per_head if getattr(self, name) is None]:
             raise ValueError(f"{type(self).__name__}.{empty[0]} must be a number or an array; got None.")
@@ -82,7 +89,7 @@ class Policy(abc.ABC):
         if dense_layers >= num_layers:
             raise ValueError(
                 f"dense_layers must leave a sparse layer: below {num_layers}, the model's layers; got {dense_layers}. "
-                "Lower it, or use Dense()."
+                f"Lower it, or use the policy {Dense.name}."
             )
 
     def stacked(self, num_layers: int, heads: int) -> "Policy":
@@ -164,6 +171,7 @@ def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
 class Dense(Policy):
     """Every block."""
 
+    name = "dense"
     is_dense = True
 
     def blocks(self, context: Context) -> None:
@@ -184,6 +192,8 @@ class Given(Policy):
         `start_layer` are dense whatever their mask says.
       block_size: b, tokens per block.
     """
+
+    name = "given"
 
     mask: Bool[Array | np.ndarray, "L B ..."]
     block_size: int = dataclasses.field(default=DEFAULT_BLOCK_SIZE, metadata=dict(static=True))

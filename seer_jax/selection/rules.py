@@ -60,6 +60,15 @@ class RankingPolicy(Policy):
         with jax.named_scope("select"):
             return self.select(scores, context)
 
+    def __str__(self) -> str:
+        """As a command line writes the policy; values per layer and head are written as their shape."""
+        value, scorer = getattr(self, self.value), self.scorer
+        written = f"[{' x '.join(map(str, jnp.shape(value)))}]" if jnp.ndim(value) else value
+        name = "" if scorer.name == LearnedGate.name else f":{scorer.name}"
+        settings = [(owner, setting) for owner in (self, scorer) for setting in settings_of(type(owner))]
+        changed = [(setting, getattr(owner, setting)) for owner, setting in settings if _is_changed(owner, setting)]
+        return f"{self.name}:{written}{name}" + "".join(f",{setting}={now}" for setting, now in changed)
+
     @property
     def needs_gate(self) -> bool:
         return self.scorer.needs_gate
@@ -70,6 +79,18 @@ class RankingPolicy(Policy):
 
     def dense_first_layers(self, gate: LayerGate | None) -> int:
         return max(super().dense_first_layers(gate), self.dense_layers)
+
+
+def settings_of(kind: type[RankingPolicy] | type[Scorer]) -> list[str]:
+    """Fields of a rule or a scorer that are written by name, where they differ from their default."""
+    names = [field.name for field in reversed(dataclasses.fields(kind))]
+    return [name for name in names if name not in (getattr(kind, "value", ""), "scorer")]
+
+
+def _is_changed(owner: RankingPolicy | Scorer, name: str) -> bool:
+    (default,) = (field.default for field in dataclasses.fields(owner) if field.name == name)
+    value = getattr(owner, name)
+    return bool(np.ndim(value)) or value != default
 
 
 @jax.tree_util.register_dataclass

@@ -368,7 +368,7 @@ def test_a_gate_folder_is_no_base_model(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(transformers_case(LLAMA).config | {"base_model": "some/base"}))
     (tmp_path / "attn_gate_weights.pth").touch()
     with pytest.raises(
-        FileNotFoundError, match=r"must hold base weights; got gates\. Load their base model, 'some/base'"
+        ValueError, match=r"must hold a base model; got a gate of 'some/base'\. Give model=some/base and gates=/"
     ):
         load_base(tmp_path)
 

@@ -25,7 +25,7 @@ from seer_jax.convert.gates import abstract_gate
 from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
-from seer_jax.models.config import ModelConfig
+from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.models.families import config_from_hf
 from seer_jax.selection.rules import TopK
 from tests.golden.data import RELEASE, gate_file, release, write_gates
@@ -182,6 +182,9 @@ def test_safetensors_are_read_where_both_formats_are(tmp_path: Path):
         ("head_dim", 32),
         ("hidden_size", 128),
         ("family", "qwen2"),
+        ("intermediate_size", 64),
+        ("mlp_bias", True),
+        ("rms_norm_eps", 1e-5),
     ],
 )
 def test_gates_of_another_model_are_refused(name: str, field: str, value: Any, tmp_path: Path):
@@ -194,9 +197,41 @@ def test_gates_of_another_model_are_refused(name: str, field: str, value: Any, t
 
 def test_a_longer_context_is_no_other_model(tmp_path: Path):
     model = config_from_hf(release(PREFILL).config)
-    longer = dataclasses.replace(model, rope=dataclasses.replace(model.rope, theta=1e6), max_position_embeddings=2**17)
-    gate = load_gates(write_gates(tmp_path, PREFILL), longer)
-    assert gate.model == longer
+    longer = dataclasses.replace(model, max_position_embeddings=2**17, vocab_size=1024)
+    assert load_gates(write_gates(tmp_path, PREFILL), longer).model == longer
+
+
+PLAIN = RopeConfig(theta=1e6)
+YARN = RopeConfig(theta=1e6, kind=RopeKind.YARN, factor=4, original_max_position=512, attention_factor=1.25)
+ROPES: dict[str, tuple[RopeConfig, RopeConfig, bool]] = {
+    "YaRN": (YARN, YARN, True),
+    "no YaRN in the gate": (PLAIN, YARN, False),
+    "no YaRN in the model": (YARN, PLAIN, False),
+    "another theta": (PLAIN, RopeConfig(theta=5e5), False),
+    "another scale of cos and sin": (YARN, dataclasses.replace(YARN, attention_factor=1.0), False),
+    "a context that plain RoPE does not read": (PLAIN, dataclasses.replace(PLAIN, original_max_position=512), True),
+    "a scaling by 1": (PLAIN, RopeConfig(theta=1e6, kind=RopeKind.LINEAR, factor=1.0), True),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_a_gate_serves_models_of_its_rope_alone(name: str, tmp_path: Path):
+    theirs, ours, fits = ROPES[name]
+    gate = make_gate(DECODE_CONFIGS[0])
+    gate.model = dataclasses.replace(gate.model, rope=theirs)
+    save_gates(gate, tmp_path, base_model="authors/base")
+    hf = json.loads((tmp_path / "config.json").read_text())
+    if hf["rope_scaling"]:  # as transformers 5 writes it
+        hf["rope_parameters"] = hf.pop("rope_scaling") | dict(rope_theta=hf.pop("rope_theta"))
+        (tmp_path / "config.json").write_text(json.dumps(hf))
+    model = dataclasses.replace(gate.model, rope=ours)
+    if fits:
+        assert load_gates(tmp_path, model).model == model
+        return
+    with pytest.raises(
+        ValueError, match=r"RoPE must be rope_theta=.*; got rope_theta=.*, of a gate for 'authors/base'. Use a gate"
+    ):
+        load_gates(tmp_path, model)
 
 
 def test_saving_under_the_configuration_of_another_model_is_refused(tmp_path: Path):
@@ -274,7 +309,7 @@ def test_a_wrong_torch_file_is_refused(tmp_path: Path):
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path):
     (write_gates(tmp_path, PREFILL) / "attn_gate_weights.pth").unlink()
-    message = r"must hold attn_gate_weights\.pth or attn_gate_weights\.safetensors; .* has neither"
+    message = r"must hold attn_gate_weights\.safetensors or .*\.pth; .* has neither but config\.json\. Check that"
     with pytest.raises(FileNotFoundError, match=message):
         load_gates(tmp_path)
 

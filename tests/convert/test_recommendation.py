@@ -141,7 +141,7 @@ def test_scorers_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_gates(gate, tmp_path, base_model="x", policy=TopK(0.5, Skewed(0.25)))
     assert load_gates(tmp_path).recommended == TopK(0.5, Skewed(0.25))
     del SCORERS["skewed"]
-    message = r"seer_jax_policy of config\.json must describe a policy; .*'skewed'.* Import the module that registers its scorer"
+    message = r"seer_jax_policy of config\.json must describe a policy; .*'skewed'.* Import the module that registers it first"
     with pytest.raises(ValueError, match=message):
         load_gates(tmp_path)
 
@@ -241,6 +241,6 @@ def test_wrong_policies_of_the_release_are_refused(keys: dict[str, Any], message
 )
 def test_wrong_policies_of_our_own_are_refused(value: Any, unchecked: None):
     with pytest.raises(
-        ValueError, match=r"seer_jax_policy of config\.json must describe a policy; got .*or remove the key"
+        ValueError, match=r"seer_jax_policy of config\.json must describe a policy; got .*Otherwise remove the key"
     ):
         policy_from_hf({"seer_jax_policy": value})

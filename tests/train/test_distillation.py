@@ -245,8 +245,11 @@ def test_finetuning_keeps_one_hidden_state_per_layer():
 def test_schedule():
     schedule = make_schedule(OptimizerConfig(learning_rate=2.0, end_learning_rate=0.5, warmup_steps=4), 20)
     np.testing.assert_allclose(
-        np.array([schedule(i) for i in (0, 2, 4, 12, 20, 30)]), [0, 1, 2, 1.25, 0.5, 0.5], rtol=1e-6
+        np.array([schedule(i) for i in (0, 2, 3, 4, 12, 20, 30)]), [0.5, 1.5, 2, 2, 1.25, 0.5, 0.5], rtol=1e-6
     )
+    for warmup, first in ((0, 2.0), (1, 2.0), (2, 1.0)):
+        schedule = make_schedule(OptimizerConfig(learning_rate=2.0, warmup_steps=warmup), 20)
+        assert float(schedule(0)) == pytest.approx(first) and float(schedule(19)) > float(schedule(20)) == 0
 
 
 def first_step(config: OptimizerConfig, weight: float, gradient: list[float]) -> np.ndarray:

@@ -1,8 +1,15 @@
 """Settings of runs: what they refuse, how they are read and written, and that a command line can be made from them."""
 
 import dataclasses
+import enum
 import json
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import tyro
 
@@ -11,6 +18,7 @@ from seer_jax.models.config import DType
 from seer_jax.train import DistillConfig, FinetuneConfig, OptimizerConfig, Packing, TrainedGates
 from seer_jax.train.config import TrainConfig, from_dict, load_config, to_dict
 from seer_jax.train.data.batches import DataConfig
+from seer_jax.train.data.sources import SourceConfig
 
 WRONG = [
     (lambda: OptimizerConfig(learning_rate=0), r"learning_rate > 0; got 0.0 and 0"),
@@ -19,8 +27,8 @@ WRONG = [
         r"end_learning_rate <= .* got 0.01 and 0.001",
     ),
     (lambda: OptimizerConfig(end_learning_rate=-1e-9), r"0 <= end_learning_rate"),
-    (lambda: OptimizerConfig(warmup_steps=-1), r"must be at least 0; got -1 and 0.0"),
-    (lambda: OptimizerConfig(weight_decay=-0.1), r"at least 0; got 20 and -0.1"),
+    (lambda: OptimizerConfig(warmup_steps=-1), r"OptimizerConfig\.warmup_steps must be at least 0; got -1"),
+    (lambda: OptimizerConfig(weight_decay=-0.1), r"weight_decay must be at least 0; got -0.1"),
     (lambda: OptimizerConfig(clip_norm=0.0), r"clip_norm must be positive, or None .* got 0.0"),
     *(
         (
@@ -37,7 +45,14 @@ WRONG = [
         for name in ("checkpoint_interval", "keep_checkpoints", "log_interval")
     ),
     (lambda: TrainConfig(batch_size=10, micro_batch_size=4), r"micro_batch_size must divide batch_size.* got 4 and 10"),
-    (lambda: TrainConfig(steps=20), r"warmup must end before the run; got 20 warmup steps of 20"),
+    (
+        lambda: TrainConfig(steps=20, optimizer=OptimizerConfig(warmup_steps=20)),
+        r"warmup must end before the run; got 20 warmup steps of 20\. Lower optimizer\.warmup_steps, or leave it out",
+    ),
+    (lambda: OptimizerConfig(beta2=1.0), r"beta2 must lie in \[0, 1\); got 1\.0"),
+    (lambda: OptimizerConfig(eps=0.0), r"OptimizerConfig\.eps must be positive; got 0\.0"),
+    (lambda: DataConfig(held_out_rows=-1), r"DataConfig\.held_out_rows must be at least 0; got -1"),
+    (lambda: DataConfig(min_length=0), r"DataConfig\.min_length must be at least 1; got 0"),
     (lambda: TrainConfig(seed=-1), r"TrainConfig.seed must be at least 0; got -1"),
     (lambda: DistillConfig(prefill_skip=1.0), r"prefill_skip must be a share in \[0, 1\) .* got 1.0"),
     (lambda: DistillConfig(decode_skip=-0.1), r"decode_skip must be a share in \[0, 1\) .* got -0.1"),
@@ -75,6 +90,76 @@ def test_wrong_settings(make, message):
         make()
 
 
+# Values of the wrong kind, by the kind of the field; each is refused wherever such a field is.
+WRONG_VALUES = {
+    int: (2.5, True, "3", None),
+    float: ("tiny", True, math.nan, math.inf, [1.0]),
+    bool: (1, "yes"),
+    str: (3, None, ["a"]),
+}
+CONFIGS = [
+    DistillConfig,
+    FinetuneConfig,
+    OptimizerConfig,
+    DataConfig,
+    SourceConfig,
+    PrefillGateConfig,
+    DecodeGateConfig,
+]
+
+
+def wrong_values(kind: type) -> Iterator[tuple[str, Any]]:
+    """(name of a field, a value of the wrong type for it)"""
+    for name, hint in typing.get_type_hints(kind).items():
+        arguments = [a for a in typing.get_args(hint) if a not in (types.NoneType, ...)]
+        one = arguments[0] if arguments else hint
+        if typing.get_origin(hint) is tuple:
+            values = ((3,), 3, None)
+        elif issubclass(one, enum.Enum):
+            values = ("botth", 1, None)
+        else:
+            values = WRONG_VALUES.get(one, (1, "x"))
+        optional = types.NoneType in typing.get_args(hint)
+        yield from ((name, value) for value in values if not (optional and value is None))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_values_of_a_wrong_type_are_refused_by_name(kind):
+    for name, value in wrong_values(kind):
+        with pytest.raises(ValueError, match=rf"\b{kind.__name__}\.{name}(\[0\])? must be .*; got .*\.$"):
+            kind(**{name: value})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_values_that_mean_one_thing_are_taken():
+    assert DataConfig(paths="x.txt").paths == ("x.txt",)
+    assert DistillConfig(gates="both").gates is TrainedGates.BOTH
+    assert TrainConfig(precision="float32").precision is DType.FLOAT32
+    config = DistillConfig(steps=np.int64(40), optimizer={"learning_rate": 1}, prefill=dict(k_pooling=["max"]))
+    assert type(config.steps) is int and config.optimizer.learning_rate == 1.0
+    assert config.prefill.k_pooling == (Pool.MAX,)
+
+
+def test_the_warmup_is_a_tenth_of_a_short_run():
+    assert [OptimizerConfig().warmup(steps) for steps in (1, 9, 10, 60, 200, 500)] == [0, 0, 1, 6, 20, 20]
+    assert all(TrainConfig(steps=steps).steps == steps for steps in (1, 2, 20))
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    config = DistillConfig(
+        model="base",
+        output="run",
+        data=DataConfig(paths=("a.txt", "/b"), dataset="org/set"),
+        initial_gates=("org/gate",),
+    ).absolute()
+    assert config.model == f"{tmp_path}/base" and config.output == f"{tmp_path}/run"
+    assert config.data.paths == (f"{tmp_path}/a.txt", "/b") and config.data.dataset == "org/set"
+    assert config.initial_gates == ("org/gate",) and config.absolute() == config
+
+
 FULL = DistillConfig(
     model="org/name",
     output="runs/1",
@@ -105,8 +190,30 @@ def test_files(tmp_path, suffix):
         steps=60, gates=TrainedGates.BOTH, optimizer=OptimizerConfig(learning_rate=1e-2), data=DataConfig(paths=("x",))
     )
     assert config == expected
-    (tmp_path / "empty.yaml").write_text("")
-    assert load_config(DistillConfig, tmp_path / "empty.yaml") == DistillConfig()
+    path.write_text("")
+    assert load_config(DistillConfig, path) == DistillConfig()
+
+
+BAD_FILES = {
+    "broken.json": (b'{"steps": 1', r"broken\.json must hold JSON; Expecting"),
+    "deep.json": (b"[" * 200_000, r"deep\.json must hold JSON; .*recursion"),
+    "broken.yaml": (b"steps: [1\nmodel: x: y\n", r"broken\.yaml must hold YAML; while parsing .* line 2"),
+    "list.yaml": (b"- 1\n", r"list\.yaml must hold settings by name, such as `steps: 100`; got list"),
+    "latin.yaml": (b"model: \xff\n", r"latin\.yaml must be UTF-8 text; .*Save it as UTF-8"),
+    "control.yaml": (b"model: \x01\n", r"control\.yaml must hold YAML; "),
+    "date.yaml": (b"model: 2026-99-99\n", r"date\.yaml must hold YAML; "),
+    "wrong.yaml": (b"steps: many\n", r"wrong\.yaml: DistillConfig\.steps must be of type int; got 'many'"),
+    "keys.yaml": (b"1: 2\n", r"keys\.yaml: Settings of DistillConfig must be some of model, .*; got 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_damaged_files_are_refused_in_one_line(tmp_path, name):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(DistillConfig, tmp_path / name)
+    assert "\n" not in str(error.value)
 
 
 def test_recipes_are_those_of_the_papers():
@@ -119,7 +226,7 @@ def test_recipes_are_those_of_the_papers():
     assert (decode.sequence_length, decode.batch_size, decode.optimizer.end_learning_rate) == (32768, 16, 1e-5)
     for recipe in (prefill, decode):
         assert recipe.optimizer.learning_rate == 1e-3 and recipe.optimizer.weight_decay == 0
-        assert recipe.optimizer.warmup_steps == 20 and recipe.precision is DType.BFLOAT16
+        assert recipe.optimizer.warmup(recipe.steps) == 20 and recipe.precision is DType.BFLOAT16
     assert prefill.block_size == PrefillGateConfig().block_size == decode.block_size == 64
 
 

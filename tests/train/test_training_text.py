@@ -1,5 +1,6 @@
 """Documents from files, folders and datasets, tokens from documents, batches from rows."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from seer_jax.train.data.batches import DataConfig, batches, load_dataset
+from seer_jax.train.data.batches import DataConfig, batches, hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset, Packing
 from seer_jax.train.data.sources import SourceConfig, list_files, read_documents
 from seer_jax.train.data.tokens import ModelTokenizer, TokenStore, load_tokens
@@ -108,12 +109,12 @@ def test_source_errors(folder, settings, error, message):
         (
             "pyarrow.parquet",
             {"paths": ("{}/d.parquet",)},
-            r"needs the package pyarrow; it is not installed\. Run pip install 'seer-jax\[train\]'",
+            r"needs the package pyarrow; it is not installed\. Run pip install pyarrow\.$",
         ),
         (
             "datasets",
             {"dataset": "x"},
-            r"needs the package datasets; it is not installed\. Run pip install 'seer-jax\[data\]'",
+            r"needs the package datasets; it is not installed\. Run pip install datasets\.$",
         ),
     ],
 )
@@ -190,24 +191,34 @@ def test_token_store_is_read_back(tmp_path):
     (tmp_path / "b.txt").write_text("de")
     config, tokenizer, cache = SourceConfig(paths=(str(tmp_path),)), Letters(), tmp_path / "cache"
     fresh = load_tokens(config, tokenizer, cache)
-    (tmp_path / "a.txt").write_text("changed")
     again = load_tokens(config, tokenizer, cache)
-    memory = load_tokens(config, tokenizer)
-    assert tokenizer.calls == 4  # the second load read the store
+    assert tokenizer.calls == 2  # the second load read the store
     np.testing.assert_array_equal(again.tokens, [97, 98, 99, 100, 101])
     np.testing.assert_array_equal(again.ends, [3, 5])
     np.testing.assert_array_equal(again.lengths, [3, 2])
-    assert fresh.digest == again.digest != memory.digest
-    assert TokenStore.from_documents([[97, 98, 99], [], [100, 101]]).digest == fresh.digest
+    assert TokenStore.from_documents([[97, 98, 99], [], [100, 101]]).digest == fresh.digest == again.digest
+    said = []
+    (tmp_path / "a.txt").write_text("changed")
+    resumed = load_tokens(config, tokenizer, cache, resumes=True, say=said.append)
+    assert resumed.digest == fresh.digest and tokenizer.calls == 2
+    assert said == [f"{tmp_path}/a.txt changed since this run began; it goes on with the text as it was then."]
+    tokenizer.fingerprint = "other"
+    with pytest.raises(
+        ValueError, match=r"must hold the tokens of this run; they are of other tokenizer\. Restore the text"
+    ):
+        load_tokens(config, tokenizer, cache, resumes=True)
+    assert load_tokens(config, tokenizer, cache).digest != fresh.digest  # a run that starts reads changed text
 
 
-@pytest.mark.parametrize("torn", ["store.json", "settings"])
+@pytest.mark.parametrize("torn", ["store.json", "settings", "bit"])
 def test_torn_or_foreign_store_is_made_anew(tmp_path, torn):
     (tmp_path / "a.txt").write_text("abc")
     config, tokenizer, cache = SourceConfig(paths=(str(tmp_path),)), Letters(), tmp_path / "cache"
     load_tokens(config, tokenizer, cache)
     if torn == "settings":
         tokenizer.fingerprint = "other"
+    elif torn == "bit":
+        (cache / "tokens.int32").write_bytes(b"d" + (cache / "tokens.int32").read_bytes()[1:])
     else:
         (cache / torn).unlink()
     (tmp_path / "a.txt").write_text("new")
@@ -218,6 +229,34 @@ def test_max_tokens_ends_with_a_document(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "abcd"}) for _ in range(9)))
     config = SourceConfig(paths=(str(tmp_path / "a.jsonl"),), max_tokens=10)
     assert len(load_tokens(config, Letters()).tokens) == 12
+
+
+@pytest.mark.parametrize(
+    ("packing", "documents", "rows"),
+    [(Packing.CONCATENATE, 6, 3), (Packing.BEST_FIT, 8, 4)],  # best fit drops the remainder, 6 tokens, of each document
+)
+def test_no_more_is_read_than_the_run_takes(tmp_path, packing, documents, rows):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * 22}) for _ in range(999)))
+    config, said, tokenizer = DataConfig(paths=(str(tmp_path),), packing=packing, min_length=8), [], Letters()
+    settings = dict(model="", vocab_size=200, row_length=16 if packing is Packing.BEST_FIT else 40, block_size=8)
+    data = load_dataset(config, **settings, rows=rows * 2 if rows == 4 else rows, tokenizer=tokenizer, say=said.append)
+    assert data.report.documents == documents and len(data) >= rows and tokenizer.calls < 30
+    assert said == [
+        f"Read {documents} documents, {documents * 22} tokens: as many as the run takes. For a wider choice set data.max_tokens."
+    ]
+    wider = dataclasses.replace(config, max_tokens=2000)
+    assert load_dataset(wider, **settings, rows=rows, tokenizer=tokenizer).report.tokens == 2002
+
+
+def test_rows_held_out_are_not_trained_on():
+    data = PackedDataset.from_rows(np.arange(10)[:, None] + np.zeros((10, 3), int))
+    rest, held = hold_out(data, 3, seed=1)
+    assert held is not None and len(rest) == 7 and len(held) == 3
+    numbers = [[int(part[i].tokens[0]) for i in range(len(part))] for part in (rest, held)]
+    assert sorted(numbers[0] + numbers[1]) == list(range(10)) and numbers[1] != [7, 8, 9]
+    assert hold_out(data, 0, seed=1) == (data, None)
+    with pytest.raises(ValueError, match=r"held_out_rows must leave rows to train on; got 10 of 10 rows"):
+        hold_out(data, 10, seed=1)
 
 
 def test_load_dataset(model_folder, tmp_path):

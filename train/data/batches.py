@@ -1,7 +1,7 @@
 """Batches in a seeded order that can be resumed at any point."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from seer_jax.train.data.packing import PackedDataset, PackedRow, Packing, pack
+from seer_jax.checks import check_at_least
+from seer_jax.train.data.packing import PackedDataset, PackedRow, Packing, pack, shortest_sequence
 from seer_jax.train.data.sources import SourceConfig
 from seer_jax.train.data.tokens import ModelTokenizer, Tokenizer, load_tokens
+
+_HELD_OUT = 2**32 - 1  # beside the seed, where the order of an epoch has the epoch's number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +24,18 @@ class DataConfig(SourceConfig):
     Attributes:
       packing: see `Packing`.
       min_length: BEST_FIT drops shorter sequences, tokens; None: two blocks.
+      held_out_rows: rows that are not trained on, chosen at random; their loss is reported at each checkpoint.
     """
 
     packing: Packing = Packing.CONCATENATE
     min_length: int | None = None
+    held_out_rows: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(0, self, "held_out_rows")
+        if self.min_length is not None:
+            check_at_least(1, self, "min_length")
 
 
 class Batch(NamedTuple):
@@ -60,8 +71,11 @@ def load_dataset(
     vocab_size: int,
     row_length: int,
     block_size: int,
+    rows: int | None = None,
     cache: Path | None = None,
+    resumes: bool = False,
     tokenizer: Tokenizer | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> PackedDataset:
     """Reads, tokenizes and packs training text.
 
@@ -71,11 +85,51 @@ def load_dataset(
       vocab_size: of the model; tokens outside are refused.
       row_length: T.
       block_size: sequences start at its multiples.
-      cache: folder for the tokens, see `load_tokens`.
+      rows: where `config.max_tokens` is None, no more documents are read than fill so many rows. None: all are read.
+      cache, resumes, say: see `load_tokens`.
     """
     sources = SourceConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)})
-    store = load_tokens(sources, tokenizer or ModelTokenizer(model), cache).check_vocabulary(vocab_size)
-    return pack(store, config.packing, row_length=row_length, block_size=block_size, min_length=config.min_length)
+    min_length = shortest_sequence(config.min_length, row_length, block_size)
+    limit = None if rows is None or config.max_tokens is not None else [config.packing, rows, row_length, min_length]
+    store = load_tokens(
+        sources,
+        tokenizer or ModelTokenizer(model),
+        cache,
+        enough=None if limit is None else _fills(rows, config.packing, row_length, min_length),
+        limit=limit,
+        resumes=resumes,
+        say=say,
+    ).check_vocabulary(vocab_size)
+    return pack(store, config.packing, row_length=row_length, block_size=block_size, min_length=min_length)
+
+
+def _fills(rows: int, packing: Packing, row_length: int, min_length: int) -> Callable[[int], bool]:
+    """Whether the documents so far fill so many rows, called with the number of tokens of one after the other."""
+    left = rows * row_length
+
+    def enough(length: int) -> bool:
+        nonlocal left
+        rest = length % row_length  # BEST_FIT cuts long documents, and drops a short remainder
+        left -= length - (rest if packing is Packing.BEST_FIT and rest < min_length else 0)
+        return left <= 0
+
+    return enough
+
+
+def hold_out(dataset: PackedDataset, rows: int, *, seed: int) -> tuple[PackedDataset, PackedDataset | None]:
+    """(rows to train on, rows held out), the latter chosen at random; None where `rows` is 0.
+
+    Raises:
+      ValueError: no row would be left to train on.
+    """
+    if not rows:
+        return dataset, None
+    if rows >= len(dataset):
+        raise ValueError(
+            f"held_out_rows must leave rows to train on; got {rows} of {len(dataset)} rows. Lower it, or give more text."
+        )
+    chosen = np.random.default_rng((seed, _HELD_OUT)).permutation(len(dataset))[:rows]
+    return dataset.take(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.take(np.sort(chosen))
 
 
 def batches(

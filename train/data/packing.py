@@ -96,6 +96,18 @@ class PackedDataset:
         starts = np.arange(rows, dtype=np.int64) * length
         return cls(store.tokens, np.arange(1, rows + 1), starts, np.full(rows, length), length, 1, report, store.digest)
 
+    def take(self, rows: Int[np.ndarray, "some"]) -> "PackedDataset":
+        """The dataset of some of the rows, in the given order; the report stays that of all."""
+        firsts = np.concatenate([[0], self.row_ends[:-1]])
+        spans = [np.arange(firsts[row], self.row_ends[row]) for row in rows]
+        chosen = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        return dataclasses.replace(
+            self,
+            row_ends=np.cumsum([len(span) for span in spans], dtype=np.int64),
+            starts=self.starts[chosen],
+            lengths=self.lengths[chosen],
+        )
+
     def __len__(self) -> int:
         return len(self.row_ends)
 
@@ -133,7 +145,7 @@ def pack(
         raise ValueError(
             f"The row length must be a positive multiple of {block_size} tokens, a block; got {row_length}."
         )
-    min_length = min(2 * block_size, row_length) if min_length is None else min_length
+    min_length = shortest_sequence(min_length, row_length, block_size)
     if not 1 <= min_length <= row_length:
         raise ValueError(f"min_length must be at least 1 and at most the row length {row_length}; got {min_length}.")
     if not len(store.tokens):
@@ -143,6 +155,11 @@ def pack(
     if packing is Packing.CONCATENATE:
         return _concatenate(store, row_length, block_size)
     return _best_fit(store, row_length, block_size, min_length)
+
+
+def shortest_sequence(min_length: int | None, row_length: int, block_size: int) -> int:
+    """`min_length`, or its default: two blocks."""
+    return min(2 * block_size, row_length) if min_length is None else min_length
 
 
 def _concatenate(store: TokenStore, row_length: int, block_size: int) -> PackedDataset:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from seer_jax.settings import check_types
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 
@@ -41,6 +43,7 @@ class SourceConfig:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, or None to read everything; got {self.max_tokens}.")
 
@@ -131,7 +134,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    parquet = _import("pyarrow.parquet", "parquet files", "seer-jax[train]")
+    parquet = _import("pyarrow.parquet", "parquet files")
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         if field not in names:
@@ -141,7 +144,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_dataset(config: SourceConfig) -> Iterator[Document]:
-    datasets = _import("datasets", "Hugging Face datasets", "seer-jax[data]")
+    datasets = _import("datasets", "Hugging Face datasets")
     assert config.dataset is not None
     folder = Path(config.dataset)
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():  # as written by save_to_disk
@@ -168,11 +171,11 @@ def _document(row: Any, field: str, place: str) -> Iterator[Document]:
         yield value
 
 
-def _import(name: str, purpose: str, extra: str) -> Any:
+def _import(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
         raise ImportError(
-            f"Reading {purpose} needs the package {package}; it is not installed. Run pip install '{extra}'."
+            f"Reading {purpose} needs the package {package}; it is not installed. Run pip install {package}."
         ) from error

@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,10 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from seer_jax.convert.files import replacing_files
 from seer_jax.inference.text import TOKENIZER_PATTERNS
-from seer_jax.train.data.sources import Document, SourceConfig, read_documents
+from seer_jax.train.data.sources import Document, SourceConfig, list_files, read_documents
 
 DOCUMENTS_PER_BATCH = 256  # enough to keep the tokenizer's threads busy
+SECONDS_PER_LINE = 5.0  # from one line about the reading to the next
 
 
 @runtime_checkable
@@ -109,68 +111,160 @@ def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def load_tokens(config: SourceConfig, tokenizer: Tokenizer, cache: Path | None = None) -> TokenStore:
-    """Reads and tokenizes the sources, or reads back the tokens that an earlier run with the same settings kept in `cache`.
+def load_tokens(
+    config: SourceConfig,
+    tokenizer: Tokenizer,
+    cache: Path | None = None,
+    *,
+    enough: Callable[[int], bool] | None = None,
+    limit: Any = None,
+    resumes: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> TokenStore:
+    """Reads and tokenizes the sources, or reads back the tokens that the same run kept in `cache`.
 
-    A resumed run must see the same tokens, so cached ones are used even if the files have changed since; delete the folder to read the
-    files again.
+    A run that resumes must see the same tokens, so its cached ones are used even if files have changed since, which it says. A run that
+    starts reads changed files again.
 
     Args:
       config: the sources.
       tokenizer: of the model.
       cache: a folder; None: tokens are kept in memory only.
+      enough: called with each document's number of tokens; True ends the reading after it. None: all are read.
+      limit: what `enough` stands for, JSON: a run that starts uses cached tokens only if they were read up to the same limit.
+      resumes: whether a run goes on that has trained on these tokens.
+      say: shows a line about the progress.
+
+    Raises:
+      ValueError: a run resumes, and the cache has the tokens of other sources.
     """
-    fingerprint = json.dumps([dataclasses.asdict(config), tokenizer.fingerprint], sort_keys=True)
-    if cache is not None and (stored := _read_store(cache, fingerprint)):
-        return stored
-    chunks = _encoded(read_documents(config), tokenizer, config.max_tokens)
+    settings = {"sources": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint}
+    identity = _Identity(json.loads(json.dumps(settings)), limit, {})
+    stored = None if cache is None else _read_store(cache)
+    if stored is not None and (store := _usable(stored, identity, config, cache, resumes, say)):
+        return store
+    if resumes and cache is not None:
+        say(f"{cache} does not hold the run's tokens, or they are damaged; its text is read again.")
+    files = _stamps(config)
+    chunks = _encoded(read_documents(config), tokenizer, config.max_tokens, enough, say)
     if cache is None:
         return TokenStore.from_documents(chunks)
-    _write_store(cache, fingerprint, chunks)
-    stored = _read_store(cache, fingerprint)
-    assert stored is not None
-    return stored
+    return _write_store(cache, dataclasses.replace(identity, files=files), chunks)
 
 
-def _encoded(documents: Iterator[Document], tokenizer: Tokenizer, max_tokens: int | None) -> Iterator[np.ndarray]:
-    total = 0
-    for batch in itertools.batched(documents, DOCUMENTS_PER_BATCH):
+@dataclasses.dataclass(frozen=True)
+class _Identity:
+    """What a store on disk was made from.
+
+    Attributes:
+      settings: sources and tokenizer.
+      limit: up to where the sources were read.
+      files: size and time of change of each file when it was read.
+    """
+
+    settings: dict[str, Any]
+    limit: Any
+    files: dict[str, list[int]]
+
+
+def _usable(
+    stored: tuple[_Identity, TokenStore],
+    wanted: _Identity,
+    config: SourceConfig,
+    folder: Path,
+    resumes: bool,
+    say: Callable[[str], None],
+) -> TokenStore | None:
+    """The stored tokens where this run may train on them; None where its text must be read (again)."""
+    identity, store = stored
+    if not resumes:
+        same = (identity.settings, identity.limit) == (wanted.settings, wanted.limit)
+        return store if same and identity.files == _stamps(config) else None
+    if identity.settings != wanted.settings:
+        differing = [name for name in wanted.settings if identity.settings.get(name) != wanted.settings[name]]
+        raise ValueError(
+            f"{folder} must hold the tokens of this run; they are of other {' and '.join(differing)}. Restore the text and the "
+            "model's tokenizer, or give another output folder for a new run."
+        )
+    if changed := _changed(identity.files):
+        more = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
+        say(f"{changed[0]}{more} changed since this run began; it goes on with the text as it was then.")
+    return store
+
+
+def _stamps(config: SourceConfig) -> dict[str, list[int]]:
+    return {str(path): _stamp(path) for path in list_files(config)}
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _changed(files: dict[str, list[int]]) -> list[str]:
+    """The files that are no longer as they were read."""
+    return [name for name, stamp in files.items() if not Path(name).is_file() or _stamp(Path(name)) != stamp]
+
+
+def _encoded(
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    enough: Callable[[int], bool] | None,
+    say: Callable[[str], None],
+) -> Iterator[np.ndarray]:
+    total = number = 0
+    told = time.monotonic()
+    # Few at first, so that a run that needs little text doesn't wait for more.
+    sizes = itertools.chain((1, 4, 16, 64), itertools.repeat(DOCUMENTS_PER_BATCH))
+    while batch := tuple(itertools.islice(documents, next(sizes))):
         for tokens in tokenizer.encode(batch):
             yield np.asarray(tokens, np.int32)
-            total += len(tokens)
+            total, number = total + len(tokens), number + 1
             if max_tokens is not None and total >= max_tokens:
                 return
+            if max_tokens is None and enough is not None and enough(len(tokens)):
+                say(
+                    f"Read {number:,} documents, {total:,} tokens: as many as the run takes. For a wider choice set data.max_tokens."
+                )
+                return
+        if time.monotonic() - told >= SECONDS_PER_LINE:
+            told = time.monotonic()
+            say(f"Reading text: {number:,} documents, {total:,} tokens so far")
 
 
-def _write_store(folder: Path, fingerprint: str, documents: Iterator[np.ndarray]) -> None:
-    """Writes the tokens first and the description last, each renamed into place, so that an incomplete store is not read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "store.json").unlink(missing_ok=True)
+def _write_store(folder: Path, identity: _Identity, documents: Iterator[np.ndarray]) -> TokenStore:
+    """Writes tokens, ends of documents and description as one step; the old store stays until the new one is complete."""
     lengths = []
-    with (folder / "tokens.part").open("wb") as file:
-        for tokens in documents:
-            if len(tokens):
-                file.write(tokens.tobytes())
-                lengths.append(len(tokens))
-    os.replace(folder / "tokens.part", folder / "tokens.int32")
-    ends = np.cumsum(lengths, dtype=np.int64)
-    np.save(folder / "ends.npy", ends)
-    description = {"settings": fingerprint, "digest": _digest(_map_tokens(folder), ends)}
-    (folder / "store.part").write_text(json.dumps(description))
-    os.replace(folder / "store.part", folder / "store.json")
+    with replacing_files(folder, key="store.json") as files:
+        with files.path("tokens.int32").open("wb") as file:
+            for tokens in documents:
+                if len(tokens):
+                    file.write(tokens.tobytes())
+                    lengths.append(len(tokens))
+        ends = np.cumsum(lengths, dtype=np.int64)
+        with files.path("ends.npy").open("wb") as file:
+            np.save(file, ends)
+        digest = _digest(_map_tokens(files.partial("tokens.int32")), ends)
+        description = {**dataclasses.asdict(identity), "digest": digest}
+        files.path("store.json").write_text(json.dumps(description), encoding="utf-8")
+    return TokenStore(_map_tokens(folder / "tokens.int32"), ends, digest)
 
 
-def _read_store(folder: Path, fingerprint: str) -> TokenStore | None:
-    if not (folder / "store.json").exists():
+def _read_store(folder: Path) -> tuple[_Identity, TokenStore] | None:
+    """The store in a folder; None where there is none, or a damaged one, with which no run could go on."""
+    try:
+        description = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        identity = _Identity(description["settings"], description["limit"], description["files"])
+        tokens, ends = _map_tokens(folder / "tokens.int32"), np.load(folder / "ends.npy")
+        if _digest(tokens, ends) != description["digest"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    description: dict[str, Any] = json.loads((folder / "store.json").read_text())
-    if description["settings"] != fingerprint:
-        return None
-    return TokenStore(_map_tokens(folder), np.load(folder / "ends.npy"), description["digest"])
+    return identity, TokenStore(tokens, ends, description["digest"])
 
 
-def _map_tokens(folder: Path) -> np.ndarray:
-    path = folder / "tokens.int32"
+def _map_tokens(path: Path) -> np.ndarray:
     return np.memmap(path, np.int32, mode="r") if path.stat().st_size else np.zeros(0, np.int32)
 
 

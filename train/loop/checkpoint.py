@@ -1,13 +1,20 @@
 """Checkpoints of a run by Orbax: trained weights, optimizer, step and position in the data."""
 
 import dataclasses
+import json
+import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from seer_jax.convert.files import replace_file
 from seer_jax.train.data.batches import DataPosition
 from seer_jax.train.step import Weights
+
+CHECKSUMS = "checksums.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,81 +37,156 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints in one folder. An incomplete one, of a run that was killed while writing, is ignored and removed."""
+    """The checkpoints in one folder.
 
-    def __init__(self, folder: Path, *, keep: int, settings: dict[str, Any]):
+    An incomplete one, of a run that was killed while writing, is ignored and removed. A damaged one, whose files differ from their
+    checksums or cannot be read, is passed over for the one before; once that one is restored, it is moved to `damaged_checkpoints`
+    beside the folder.
+
+    Attributes:
+      folder: where they are.
+      step: of the newest checkpoint that is not damaged; None where there is none at all.
+      settings: of the run that made it.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, say: Callable[[str], None]):
         """
         Args:
           folder: created if it does not exist.
           keep: number of checkpoints to keep; older ones are deleted.
-          settings: of the run, JSON; checkpoints of a run with other settings are refused.
+          say: shows a warning.
+
+        Raises:
+          ValueError: there are checkpoints, and all are damaged.
         """
         import orbax.checkpoint as ocp  # takes seconds to import
 
-        self.folder, self.settings = folder.absolute(), settings  # Orbax accepts absolute paths only
+        self.folder = folder.absolute()  # Orbax accepts absolute paths only
         # Written synchronously: gates are small, and each checkpoint is complete before the next step.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
         self._manager = ocp.CheckpointManager(self.folder, item_names=("trained", "optimizer", "run"), options=options)
-        self._args = ocp.args
+        self._args, self._say = ocp.args, say
+        self._left = sorted(self._manager.all_steps())
+        self._damaged: dict[int, str] = {}
+        self.step: int | None = None
+        self._run: dict[str, Any] = {}
+        self._advance()
 
     @property
-    def latest(self) -> int | None:
-        """Step of the newest checkpoint."""
-        return self._manager.latest_step()
+    def settings(self) -> dict[str, Any]:
+        return self._run["settings"]
 
-    def save(self, state: RunState) -> None:
-        """Writes a checkpoint, unless there is one of this step."""
-        if self.latest == state.step:
+    def save(self, state: RunState, settings: dict[str, Any]) -> None:
+        """Writes a checkpoint with its checksums, unless there is one of this step."""
+        if self._manager.latest_step() == state.step:
             return
-        run = {"position": dataclasses.asdict(state.position), "tokens": state.tokens, "settings": self.settings}
+        run = {"position": dataclasses.asdict(state.position), "tokens": state.tokens, "settings": settings}
         items = self._args.Composite(
             trained=self._args.StandardSave(state.trained),
             optimizer=self._args.StandardSave(state.optimizer),
             run=self._args.JsonSave(run),
         )
         self._manager.save(state.step, args=items, force=True)
+        folder = self.folder / str(state.step)
+        replace_file(folder / CHECKSUMS, json.dumps(_checksums(folder)))
 
     def restore(self, like: RunState) -> RunState:
-        """The newest checkpoint, its arrays sharded as those of `like`; `like` itself where there is none.
+        """The newest checkpoint that is not damaged, its arrays sharded as those of `like`; `like` itself where there is none.
 
         Raises:
-          ValueError: the checkpoint is of a run with other settings.
+          ValueError: all checkpoints are damaged.
         """
-        if self.latest is None:
-            return like
-        run = self._manager.restore(self.latest, args=self._args.Composite(run=self._args.JsonRestore()))["run"]
-        self._check(run["settings"])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (like.trained, like.optimizer)
         )
-        items = self._manager.restore(
-            self.latest,
-            args=self._args.Composite(
-                trained=self._args.StandardRestore(abstract[0]), optimizer=self._args.StandardRestore(abstract[1])
-            ),
+        args = self._args.Composite(
+            trained=self._args.StandardRestore(abstract[0]), optimizer=self._args.StandardRestore(abstract[1])
         )
-        position = DataPosition(**run["position"])
-        return RunState(self.latest, items["trained"], items["optimizer"], position, run["tokens"])
+        while self.step is not None:
+            try:
+                items = self._manager.restore(self.step, args=args)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # Orbax raises errors of many kinds; each means that this one cannot be read
+                self._damaged[self.step] = _first_line(error)
+                self._advance()
+                continue
+            self._set_aside()
+            position = DataPosition(**self._run["position"])
+            return RunState(self.step, items["trained"], items["optimizer"], position, self._run["tokens"])
+        return like
 
     def close(self) -> None:
         """Ends Orbax's threads."""
         self._manager.close()
 
-    def _check(self, theirs: dict[str, Any]) -> None:
-        if differing := _differences(self.settings, theirs):
-            listed = "; ".join(f"{name} is {ours!r}, there {got!r}" for name, ours, got in differing)
+    def _set_aside(self) -> None:
+        """Moves the damaged checkpoints away, so that the run can write those steps again."""
+        for step in self._damaged:
+            place = self.folder.parent / "damaged_checkpoints" / str(step)
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(place)
+        if self._damaged:
+            self._manager.reload()
+            self._damaged = {}
+
+    def _advance(self) -> None:
+        """Finds the next older checkpoint that is not damaged."""
+        self.step = None
+        while self._left and self.step is None:
+            step = self._left.pop()
+            damage = self._examine(step)
+            if damage is None:
+                self.step = step
+            else:
+                self._damaged[step] = damage
+        if not self._damaged:
+            return
+        newest = max(self._damaged)
+        if self.step is None:
+            self.close()
             raise ValueError(
-                f"The checkpoints in {self.folder} must be of a run with the same settings; differing: {listed}. "
-                "Restore the settings, or give another output folder."
+                f"A checkpoint in {self.folder} must be readable; all are damaged: {self._damaged[newest]}. Restore them from a copy, "
+                "or give another output folder for a new run."
             )
+        self._say(
+            f"The checkpoint of step {newest} is damaged ({self._damaged[newest]}); going on from that of step {self.step}."
+        )
+
+    def _examine(self, step: int) -> str | None:
+        """Reads what a checkpoint says of its run; returns what is wrong with it, if anything is."""
+        folder = self.folder / str(step)
+        try:
+            # A run that was killed between the two leaves a complete checkpoint without checksums.
+            expected = json.loads((folder / CHECKSUMS).read_text()) if (folder / CHECKSUMS).exists() else {}
+            found = _checksums(folder)
+            if wrong := [name for name in expected if found.get(name) != expected[name]]:
+                return f"{wrong[0]} {'is not what was written' if wrong[0] in found else 'is missing'}"
+            run = self._manager.restore(step, args=self._args.Composite(run=self._args.JsonRestore()))["run"]
+            DataPosition(**run["position"]), run["tokens"], run["settings"]
+        except Exception as error:  # as above
+            return _first_line(error)
+        self._run = run
+        return None
 
 
-def _differences(ours: Any, theirs: Any, place: str = "") -> list[tuple[str, Any, Any]]:
-    """Leaves in which two JSON values differ, as (place, ours, theirs)."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        names = list(dict.fromkeys([*ours, *theirs]))
-        found = [_differences(ours.get(n), theirs.get(n), f"{place}.{n}".lstrip(".")) for n in names]
-        return [difference for part in found for difference in part]
-    return [] if ours == theirs else [(place, ours, theirs)]
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file below a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS]
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

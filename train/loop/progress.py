@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +19,7 @@ class StepReport:
       metrics: loss and further metrics of the task.
       tokens_per_second: mean over the last steps.
       seconds_left: at that speed.
+      epoch: passes over the data so far.
     """
 
     step: int
@@ -24,16 +27,23 @@ class StepReport:
     metrics: dict[str, float]
     tokens_per_second: float
     seconds_left: float
+    epoch: float = 0.0
 
     def __str__(self) -> str:
-        parts = [f"step {self.step}/{self.steps}", self.summary]
+        return "  ".join([f"step {self.step}/{self.steps}", self.summary, f"epoch {self.epoch:.2f}", self.time_left])
+
+    @property
+    def time_left(self) -> str:
+        """Hours, minutes and seconds."""
         minutes, seconds = divmod(round(self.seconds_left), 60)
-        return "  ".join([*parts, f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"])
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
 
     @property
     def summary(self) -> str:
         """Loss, block recall and speed in one line."""
         parts = [f"loss {self.metrics['loss']:.4f}"]
+        if "held_out_loss" in self.metrics:
+            parts.append(f"held-out loss {self.metrics['held_out_loss']:.4f}")
         for kind in ("prefill", "decode"):
             if f"{kind}_recall" in self.metrics:
                 parts.append(f"{kind} recall {self.metrics[f'{kind}_recall']:.3f}")
@@ -51,6 +61,8 @@ class ConsoleProgress:
         """
         self._console, self._interval = console or Console(), interval
         self._bar: Progress | None = None
+        self._live: Live | None = None
+        self._line = Text(overflow="fold")
         self._task: Any = None
 
     def __call__(self, report: StepReport) -> None:
@@ -60,17 +72,26 @@ class ConsoleProgress:
                 self.note(str(report))
             return
         if self._bar is None:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("", total=report.steps)
-            self._bar.start()
-        self._bar.update(self._task, completed=report.step, description=report.summary)
+            # The bar takes the room that is left of a line; the metrics have lines of their own.
+            columns = (
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("epoch {task.fields[epoch]:.2f}"),
+                TimeRemainingColumn(),
+            )
+            bar = Progress(*columns, console=self._console, expand=True)
+            self._task = bar.add_task("", total=report.steps, epoch=0.0)
+            self._live = Live(Group(bar, self._line), console=self._console, transient=False)
+            self._bar = bar
+            self._live.start()
+        self._bar.update(self._task, completed=report.step, epoch=report.epoch)
+        self._line.plain = report.summary
 
     def note(self, text: str) -> None:
         """Shows a line of its own."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends the bar."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()

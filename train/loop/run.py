@@ -3,10 +3,9 @@
 import collections
 import contextlib
 import dataclasses
-import json
 import math
+import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,20 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seer_jax.inference.memory import GIB, device_memory, laid_out_bytes
 from seer_jax.models.decoder import Transformer
-from seer_jax.train.config import TrainConfig, to_dict
 from seer_jax.train.data.batches import Batch, DataPosition, batches
 from seer_jax.train.data.packing import PackedDataset
-from seer_jax.train.loop.checkpoint import Checkpoints, RunState
+from seer_jax.train.loop.checkpoint import RunState
 from seer_jax.train.loop.metrics import MetricsLog
-from seer_jax.train.loop.progress import ConsoleProgress, StepReport
+from seer_jax.train.loop.progress import StepReport
+from seer_jax.train.loop.session import ProgressFunction, Session, out_of_memory
 from seer_jax.train.optimizer import make_optimizer, make_schedule
-from seer_jax.train.step import FrozenWeights, Step, Task, Weights, make_step
+from seer_jax.train.step import Evaluation, FrozenWeights, Step, Task, Weights, make_evaluation, make_step
 
 IN_FLIGHT = 2  # steps by which metrics lag, so that the device has the next step queued while the host reads them
 SPEED_WINDOW = 20  # steps over which tokens per second are averaged
 
-ProgressFunction = Callable[[StepReport], None]
+# Called after each checkpoint with the model and the number of steps that it is trained.
+OnCheckpoint = Callable[[Transformer, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +54,15 @@ class TrainResult:
     gates: tuple[Path, ...] = ()
 
 
-def run_folder(config: TrainConfig) -> Path | None:
-    """The output folder as an absolute path."""
-    return None if config.output is None else Path(config.output).expanduser().absolute()
-
-
 def run(
     task: Task,
     trained: Weights,
     frozen: FrozenWeights,
     dataset: PackedDataset,
-    config: TrainConfig,
-    settings: dict[str, Any],
+    session: Session,
     *,
-    progress: ProgressFunction | None,
+    held_out: PackedDataset | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
 ) -> TrainResult:
     """Trains until the last step, from the newest checkpoint if there is one.
 
@@ -74,70 +70,108 @@ def run(
       task: what to train.
       trained, frozen: the model's weights; the former are donated.
       dataset: rows to draw from.
-      config: settings of the run.
-      settings: further settings that determine its results, JSON.
-      progress: see `distill`.
+      session: of the run, which has accepted its settings.
+      held_out: rows whose metrics are reported at each checkpoint.
+      on_checkpoint: called after each checkpoint, and at the end of a run that had no step left to do.
     """
+    config = session.config
     optimizer = make_optimizer(config.optimizer, config.steps)
-    start = RunState(0, trained, optimizer.init(trained), DataPosition(), tokens=0)
+    start = session.start(RunState(0, trained, optimizer.init(trained), DataPosition(), tokens=0))
     parts = config.batch_size // config.micro_batch_size
     step = make_step(task, optimizer, make_schedule(config.optimizer, config.steps), parts)
-    folder, checkpoints, log = run_folder(config), None, None
+    evaluation = None if held_out is None else _evaluation(task, held_out, config.micro_batch_size)
+    state = start
     with contextlib.ExitStack() as stack:
-        if folder is not None:
-            data = {"digest": dataset.digest, "rows": len(dataset)}
-            settings = {"config": config.defining(), "data": data, **settings}
-            checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, settings=settings)
-            stack.callback(checkpoints.close)
-            start = checkpoints.restore(start)
-            (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-            log = MetricsLog(folder, step=start.step, tensorboard=config.tensorboard)
+        log = None
+        if session.folder is not None:
+            log = MetricsLog(session.folder, step=start.step, tensorboard=config.tensorboard)
             stack.callback(log.close)
-        if progress is None:
-            progress = ConsoleProgress(interval=config.log_interval)
-            stack.callback(progress.close)
-            progress.note(f"Training data: {dataset.report}")
-            if start.step:
-                progress.note(f"Resuming after step {start.step}.")
-        reporter = _Reporter(config.steps, start, log, progress)
-        stop = stack.enter_context(StopSignals())
-        state = start
-        for state, metrics in _steps(step, start, frozen, dataset, config):
-            reporter.add(state.step, state.tokens, metrics)
-            asked = stop.asked
-            if asked or state.step % config.checkpoint_interval == 0 or state.step == config.steps:
+        if start.step:
+            session.say(f"Resuming after step {start.step}.")
+        reporter = _Reporter(config.steps, start, len(dataset), log, session.show)
+        stop = stack.enter_context(StopSignals(session))
+        for state, metrics in _steps(step, start, frozen, dataset, session, stop):
+            last = stop.asked or state.step == config.steps
+            if last or state.step % config.checkpoint_interval == 0:
+                if evaluation is not None:
+                    found = evaluation(state.trained, frozen)
+                    metrics = metrics | {f"held_out_{name}": value for name, value in found.items()}
+                reporter.add(state, metrics)
                 reporter.flush()  # a step whose loss is not finite must not replace a good checkpoint
-                if checkpoints is not None:
-                    checkpoints.save(state)
-            if asked:
-                stop.leave(asked, state.step, saved=checkpoints is not None)
-    return TrainResult(task.parts.merge(state.trained, frozen), state.step, reporter.last, dataset)
+                session.save(state)
+                if on_checkpoint is not None:
+                    on_checkpoint(task.parts.merge(state.trained, frozen), state.step)
+            else:
+                reporter.add(state, metrics)
+            if stop.asked:
+                stop.leave(state.step)
+    model = task.parts.merge(state.trained, frozen)
+    if state is start and on_checkpoint is not None:
+        on_checkpoint(model, state.step)
+    return TrainResult(model, state.step, reporter.last, dataset)
 
 
-def _steps(step: Step, state: RunState, frozen: FrozenWeights, dataset: PackedDataset, config: TrainConfig) -> Iterator:
+def _steps(
+    step: Step, state: RunState, frozen: FrozenWeights, dataset: PackedDataset, session: Session, stop: "StopSignals"
+) -> Iterator:
     """Makes the remaining steps; yields (state after the step, its metrics, still on the device)."""
+    config = session.config
     stream = batches(dataset, config.batch_size, seed=config.seed, start=state.position)
+    program = None
     for number in range(state.step, config.steps):
         rows, position = next(stream)
         batch, tokens = Batch.of(rows), state.tokens + int(np.count_nonzero(rows.segment_ids))
-        trained, optimizer, metrics = step(state.trained, state.optimizer, frozen, batch, jnp.int32(number))
+        arguments = (state.trained, state.optimizer, frozen, batch, jnp.int32(number))
+        if program is None:
+            with stop.at_once():  # nothing is lost by it yet
+                program = _compile(step, arguments, session)
+            session.begin("training")
+        trained, optimizer, metrics = program(*arguments)
         state = RunState(number + 1, trained, optimizer, position, tokens)
         yield state, metrics
+
+
+def _compile(step: Step, arguments: tuple, session: Session) -> Step:
+    """The step as a program, whose memory the device has."""
+    session.begin("compiling the training step")
+    begun = time.monotonic()
+    program = step.lower(*arguments).compile()
+    session.say(f"Compiled in {time.monotonic() - begun:.1f} s.")
+    needed, device = laid_out_bytes(program), next(iter(arguments[3].tokens.devices()))
+    memory = device_memory(device)
+    if needed is not None and memory is not None and needed > memory.limit - memory.in_use:
+        free = (memory.limit - memory.in_use) / GIB
+        raise out_of_memory(
+            session.config, f"needs {needed / GIB:.3f} GiB beside weights and data, and {free:.3f} GiB are free"
+        )
+    return program
+
+
+def _evaluation(task: Task, held_out: PackedDataset, part: int) -> Callable[[Weights, FrozenWeights], dict]:
+    """The metrics of the rows held out, as a function of the weights."""
+    short = -len(held_out) % part
+    columns = zip(*(held_out[i] for i in range(len(held_out))), strict=True)
+    # Rows of padding alone, which count for nothing, make the parts equal.
+    padded = [np.pad(np.stack(column), ((0, short), (0, 0))) for column in columns]
+    batch = Batch(*(jnp.asarray(x, jnp.int32) for x in padded))
+    evaluate: Evaluation = make_evaluation(task, (len(held_out) + short) // part)
+    return lambda trained, frozen: evaluate(trained, frozen, batch)
 
 
 class _Reporter:
     """Reads metrics from the device `IN_FLIGHT` steps late, and passes them to log and display."""
 
-    def __init__(self, steps: int, start: RunState, log: MetricsLog | None, show: ProgressFunction):
-        self._steps, self._log, self._show = steps, log, show
+    def __init__(self, steps: int, start: RunState, rows: int, log: MetricsLog | None, show: ProgressFunction):
+        self._steps, self._rows, self._log, self._show = steps, rows, log, show
         self._pending: collections.deque = collections.deque()
         self._begun = (time.monotonic(), start.step, start.tokens)
         self._times: collections.deque = collections.deque(maxlen=SPEED_WINDOW)
         self.last: dict[str, float] = {}
 
-    def add(self, step: int, tokens: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, state: RunState, metrics: dict[str, jax.Array]) -> None:
         """Adds the metrics of a step, which may not be computed yet."""
-        self._pending.append((step, tokens, metrics))
+        epoch = state.position.epoch + state.position.index / self._rows
+        self._pending.append((state.step, state.tokens, epoch, metrics))
         while len(self._pending) > IN_FLIGHT:
             self._read()
 
@@ -147,7 +181,7 @@ class _Reporter:
             self._read()
 
     def _read(self) -> None:
-        step, tokens, metrics = self._pending.popleft()
+        step, tokens, epoch, metrics = self._pending.popleft()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if bad := {name: value for name, value in values.items() if not math.isfinite(value)}:
             raise FloatingPointError(
@@ -163,15 +197,17 @@ class _Reporter:
         speed = (tokens - since[2]) / seconds
         left = (self._steps - step) * seconds / max(step - since[1], 1)
         if self._log is not None:
-            self._log.write(step, {**values, "tokens": tokens, "tokens_per_second": round(speed, 1)})
-        self._show(StepReport(step, self._steps, values, speed, left))
+            line = {**values, "tokens": tokens, "epoch": round(epoch, 4), "tokens_per_second": round(speed, 1)}
+            self._log.write(step, line)
+        self._show(StepReport(step, self._steps, values, speed, left, epoch))
 
 
 class StopSignals:
     """Defers SIGINT and SIGTERM until the end of a step; a second signal acts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
         self.asked: int | None = None
+        self._session, self._waits = session, True
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -185,16 +221,29 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers = {}
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None:
-            self.__exit__()
-            signal.raise_signal(number)
-        self.asked = number
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Lets a first signal act at once meanwhile."""
+        self._waits = False
+        try:
+            yield
+        finally:
+            self._waits = True
 
-    def leave(self, number: int, step: int, *, saved: bool) -> NoReturn:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is None and self._waits:
+            self.asked = number
+            # Not `print`: the signal may have come while something was printed, which allows no second call.
+            os.write(2, b"Stopping at the end of this step; a second signal stops at once.\n")
+            return
+        self.__exit__()
+        if number == signal.SIGTERM:
+            self._session.stopped(f"while {self._session.doing}")
+        signal.raise_signal(number)
+
+    def leave(self, step: int) -> NoReturn:
         """Ends the run as the signal would have."""
-        note = "the same call resumes there" if saved else "without an output folder nothing is kept"
-        print(f"Stopped after step {step}; {note}.", file=sys.stderr)
-        if number == signal.SIGINT:
+        self._session.stopped(f"after step {step}")
+        if self.asked == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        raise SystemExit(128 + (self.asked or 0))

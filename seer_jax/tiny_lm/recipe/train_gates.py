@@ -7,7 +7,6 @@ gate compares with dense decoding, by several policies.
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.models.config import DType
 from seer_jax.convert import save_gates
 from seer_jax.models.hub import read_config
-from seer_jax.evaluate import EvalRows, SparsityLevel, all_methods, block_maps, compare, level_name, make_rows, score_line
+from seer_jax.evaluate import EvalRows, SparsityLevel, all_methods, block_maps, compare, level_name, make_rows, score_line, score_to_json
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import CumulativeMass, TokenBudget, TopK
@@ -83,7 +82,7 @@ def measure(model: Transformer, methods: tuple[Scorer, ...]) -> dict:
     levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, DENSITIES)]
     for score in compare(model, rows, levels, methods=methods, batch_size=13):
         print(score_line(score), flush=True)
-        scores.append(dataclasses.asdict(score))
+        scores.append(score_to_json(score))
     return {"device": jax.devices()[0].device_kind, "share_of_block_scores_by_layer": layers, "scores": scores}
 
 

@@ -26,6 +26,7 @@ from tests.pallas_kernels.suites.comparison import (
     softmax_weights,
     with_fillers,
 )
+from tests.pallas_kernels.suites.padding import IgnoresPadding, behind, fill, products_of_padding
 
 Run = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -99,10 +100,19 @@ def compare_with_nothing(run: Run, *, heads: Heads, dtype: str) -> None:
     assert np.isfinite(np.asarray(out, np.float32)).all() and not np.isnan(lse).any()
 
 
-class Definition:
+def padded(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    arguments = case.arguments(KEY)
+    keys = behind(arguments["lengths"], arguments["k"].shape[1])
+    return arguments, {"q": np.asarray(arguments["lengths"]) == 0, "k": keys, "v": keys}
+
+
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return padded(named("ragged"))
 
     def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
         return compiled(self.implementation)(**arguments)
@@ -165,10 +175,22 @@ class Conformance(Definition):
 QUICK = slow_but(HALF, "half-group-of-12", "half-ragged")
 
 
-class HalfPrecision:
+class HalfPrecision(IgnoresPadding):
     """Properties of backends for GPUs, which take bfloat16 and float16, and caches of a multiple of 8 tokens."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return padded(HALF[3])
+
+    @products_of_padding
+    def test_padding_reaches_no_result_of_dense_attention(self):
+        arguments, padding = padded(HALF[3])
+        clean, filled = (
+            self.run(**arguments | {n: fill(arguments[n], m, x) for n, m in padding.items()} | {"blocks": None})
+            for x in ((0.0,), (np.nan, np.inf))
+        )
+        assert_bitwise_equal(clean, filled)
 
     def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
         return compiled(self.implementation)(**arguments)

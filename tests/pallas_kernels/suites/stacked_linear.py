@@ -20,6 +20,7 @@ from tests.pallas_kernels.suites.comparison import (
     assert_bitwise_equal,
     compare_with_sharded,
 )
+from tests.pallas_kernels.suites.padding import IgnoresPadding
 
 
 @functools.cache
@@ -27,10 +28,17 @@ def compiled(implementation: Implementation) -> Callable[..., list[jax.Array]]:
     return jax.jit(functools.partial(stacked_linear, implementation=implementation))
 
 
-class Definition:
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return Case("padded", 256, (64, 128), rows=3).arguments(KEY), {"x": np.asarray([False, True, False])}
+
+    def told(self, result: Any) -> Any:
+        """A vector is its own row's alone."""
+        return [y[np.asarray([0, 2])] for y in result]
 
     def run(self, **arguments: Any) -> list[jax.Array]:
         return compiled(self.implementation)(**arguments)

@@ -64,6 +64,7 @@ def run(words: list[str], folder: Path) -> dict[tuple[str, str], dict]:
     return {(m["table"], m["case"]): m for m in lines}
 
 
+@pytest.mark.slow
 @shapes_stand_for_arrays
 def test_prefill(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """All parts but the odd cases."""

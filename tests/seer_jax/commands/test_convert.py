@@ -1,5 +1,6 @@
 """`seer-jax convert` and `seer-jax verify`."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_one_folder_can_hold_base_and_gates(tmp_path: Path):
     (base / "tokenizer.json").write_text("{}")
     (base / "notes.txt").touch()
     gates = write_gates(tmp_path / "gates", PREFILL)
-    convert(ConvertConfig(str(gates), tmp_path / "both", base=str(base), include_base=True))
+    convert(ConvertConfig(str(gates), tmp_path / "both", model=str(base), include_base=True))
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == [
         "attn_gate_weights.safetensors",
         "config.json",
@@ -58,7 +59,7 @@ def test_gates_are_checked_against_the_base(tmp_path: Path):
     base = write_base(tmp_path / "base", transformers_case(LLAMA))
     gates = write_gates(tmp_path / "gates", PREFILL)
     with pytest.raises(ValueError, match="head_dim must be 8; got 64"):
-        convert(ConvertConfig(str(gates), tmp_path / "out", base=str(base)))
+        convert(ConvertConfig(str(gates), tmp_path / "out", model=str(base)))
     assert not (tmp_path / "out").exists()
 
 
@@ -74,11 +75,30 @@ def test_what_is_read_is_not_written(tmp_path: Path):
         convert(ConvertConfig(str(gates), tmp_path / "x" / ".." / "gates"))
     base = write_base(tmp_path / "base", release(PREFILL))
     with pytest.raises(ValueError, match=r"output must differ from the folders that are read; got .*base\. Choose"):
-        convert(ConvertConfig(str(gates), base, base=str(base)))
+        convert(ConvertConfig(str(gates), base, model=str(base)))
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path):
+    """Neither a gate nor, by the second gate of a model, the base beside it."""
+    base = write_base(tmp_path / "base", release(PREFILL))
+    gates, out = str(write_gates(tmp_path / "gates", PREFILL)), tmp_path / "out"
+    settings = [dict(), dict(model=str(base)), dict(model=str(base), include_base=True)]
+    convert(ConvertConfig(gates, out, **settings[2]))
+    for config in (ConvertConfig(gates, out, GateFormat.SAFETENSORS, **extra) for extra in settings):
+        before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+        with pytest.raises(FileExistsError, match=r"output must not hold .* has attn_gate_weights.safetensors, config"):
+            convert(config)
+        assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+        convert(dataclasses.replace(config, force=True))
+    (out / "attn_gate_weights.safetensors").unlink()
+    with pytest.raises(FileExistsError, match=r"has config\.json, model\.safetensors\. Choose another folder"):
+        convert(ConvertConfig(gates, out, **settings[2]))
+    with pytest.raises(NotADirectoryError, match="must be a folder; got the file"):
+        convert(ConvertConfig(gates, out / "config.json"))
 
 
 def test_including_the_base_needs_one():
-    with pytest.raises(ValueError, match=r"include_base must come with base.*got None\. Give its folder"):
+    with pytest.raises(ValueError, match=r"include_base must come with the model to copy; got none\. Give model"):
         ConvertConfig("gates", Path("out"), include_base=True)
 
 
@@ -95,14 +115,14 @@ def test_convert_and_verify(saved: Path, tmp_path: Path, capsys: pytest.CaptureF
     logits = np.asarray(model(jnp.asarray(ids)))
     for name, factor, code in (("good", 1.0, 0), ("bad", 1.01, 1)):
         save_file(dict(input_ids=ids, logits=logits * np.float32(factor)), tmp_path / name)
-        words = ["verify", "--base", str(saved / "base"), "--reference", str(tmp_path / name)]
+        words = ["verify", "--model", str(saved / "base"), "--reference", str(tmp_path / name)]
         assert cli.main(words) == code
         assert ("PASS" if code == 0 else "FAIL") in capsys.readouterr().out
 
 
 def test_the_bundled_model_has_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Its name stands for two gates, of which one must be named."""
-    words = ["verify", "--base", "tiny-lm", "--reference", str(tiny_lm.path() / "logits_check.safetensors")]
+    words = ["verify", "--model", "tiny-lm", "--reference", str(tiny_lm.path() / "logits_check.safetensors")]
     assert cli.main(words) == 0 and "PASS" in capsys.readouterr().out
     assert cli.main(["convert", "--gates", "tiny-lm", "--output", str(tmp_path / "out")]) == 1
     assert "A single gate must be named" in capsys.readouterr().err

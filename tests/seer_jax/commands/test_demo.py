@@ -14,6 +14,7 @@ from seer_jax.evaluate import Phase, all_methods
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
     pytest.importorskip("matplotlib")
     out = io.StringIO()

@@ -1,58 +1,245 @@
-"""`seer-jax eval`: which levels it measures, and a whole run on a tiny model."""
+"""`seer-jax eval`: which levels it measures, a whole run on a tiny model, and that nothing of it is lost."""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 from seer_jax import from_pretrained
+from seer_jax.commands import eval as command
 from seer_jax.commands import main as cli
-from seer_jax.commands.eval import EvalConfig
-from seer_jax.evaluate import Phase
-from seer_jax.selection.policies import Dense
-from seer_jax.selection.rules import TokenBudget, TopK
+from seer_jax.commands.eval import EvalConfig, evaluate
+from seer_jax.evaluate import Phase, Score
+from seer_jax.evaluate.score import ESTIMATORS
+from seer_jax.selection.rules import TopK
+from seer_jax.selection.scorers import LearnedGate, SinkWindow
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+# Plans are made of shapes, which stand for arrays.
+pytestmark = pytest.mark.usefixtures("compile_quickly", "unchecked")
+
+SMALL = ["--phases", "decode", "--length", "256", "--windows", "2", "--passkeys", "2", "--decoded", "8"]
 
 
-@pytest.mark.usefixtures("unchecked")  # shapes stand for arrays
 def test_levels_are_densities_and_what_the_gates_recommend(saved: Path):
     model = from_pretrained(saved / "base", [saved / "prefill", saved / "decode"], abstract=True)
     both = tuple(Phase)
     levels = [(level.name, level.phases) for level in EvalConfig().levels(model)]
-    # The prefill gate recommends 40%, which is measured anyway.
-    assert levels == [("10%", both), ("20%", both), ("40%", both), ("budget:32", (Phase.DECODE,))]
+    # The prefill gate recommends topk:0.4, which is measured anyway.
+    densities = ["topk:0.1", "topk:0.2", "topk:0.4"]
+    assert levels == [*((name, both) for name in densities), ("budget:32", (Phase.DECODE,))]
     assert model.prefill_gate is not None
     model.prefill_gate.recommended = TopK(0.3)
     assert [level.name for level in EvalConfig().levels(model)][3:] == ["topk:0.3", "budget:32"]
-    named = EvalConfig(policies=(TopK(0.5), TokenBudget(64, dense_layers=1)))
-    assert [(level.name, level.phases) for level in named.levels(model)] == [
-        ("50%", both),
-        ("budget:64,dense_layers=1", both),
+    named = EvalConfig(policies=("topk:0.5:window", "budget:64,dense_layers=1"))
+    assert [(level.name, level.methods) for level in named.levels(model)] == [
+        ("topk:0.5", (SinkWindow(),)),
+        ("budget:64,dense_layers=1", None),
     ]
 
 
-def test_a_run_prints_and_writes_its_scores(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = ["eval", "--model", str(saved / "base"), "--gates", str(saved / "decode"), "--methods", "gate", "window"]
-    words += ["--phases", "decode", "--policies", "budget:64", "--length", "256", "--windows", "1", "--passkeys", "1"]
-    assert cli.main([*words, "--decoded", "8", "--output", str(tmp_path)]) == 0
+@pytest.fixture
+def words(saved: Path, tmp_path: Path) -> list[str]:
+    """Of a command with four scores."""
+    models = ["--model", str(saved / "base"), "--gates", str(saved / "decode")]
+    (tmp_path / "text.txt").write_text("x = 1\n" * 500)
+    models += ["--text", str(tmp_path / "text.txt")]
+    asked = ["--methods", "gate", "window", "--policies", "budget:64", "budget:64:oracle"]
+    return ["eval", *models, *asked, *SMALL, "--output", str(tmp_path / "out")]
+
+
+KEYS = [(None, "dense"), ("gate", "budget:64"), ("window", "budget:64"), ("oracle", "budget:64")]
+
+
+def written(path: Path) -> dict[str, Any]:
+    return json.loads((path / "out" / "scores.json").read_text(encoding="utf-8"))
+
+
+def without_time(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in score.items() if name != "seconds"} for score in scores]
+
+
+def test_a_run_is_shown_kept_and_can_be_repeated(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "The decode gate recommends budget:32." in out
-    assert "learned gate" in out and "sink+window" in out and "oracle" not in out
-    written = json.loads((tmp_path / "scores.json").read_text())
-    assert [(s["method"], s["level"]) for s in written["scores"]] == [
-        *((None, "dense"), ("gate", "budget:64"), ("window", "budget:64")),
-    ]
+    assert "Measuring: 2/4 (about" in out and "decode learned gate, budget:64: perplexity" in out
+    assert "sink+window" in out and "random" not in out.replace("as random ones", "")
+    report = written(tmp_path)
+    assert [(s["method"], s["level"]) for s in report["scores"]] == KEYS and report["complete"]
+    facts = ["command", "device", "platform", "versions", "config", "dtype", "model", "gates", "text", "rows", "levels"]
+    assert {*facts, "block_sizes", "started", "updated", "estimators", "legend"} <= report.keys()
+    assert report["text"]["bytes"] > 0 and len(report["text"]["sha256"]) == 64
+    for score in report["scores"]:
+        assert {*ESTIMATORS, *(f"{name}_stderr" for name in ESTIMATORS), "passkey_by_depth"} <= score.keys()
+        assert len(score["windows"]) == len(score["prompts"]) == 2
+
+    # Next month, from the file alone.
+    changes = {"output": str(tmp_path / "again" / "out")}
+    evaluate(EvalConfig.from_json(report["config"] | changes))
+    again = written(tmp_path / "again")
+    assert without_time(again["scores"]) == without_time(report["scores"])
+    assert again["identity"] == report["identity"]
+
+    # The same command measures nothing anew.
+    monkeypatch.setattr(command, "compare", None)
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "4 of 4 scores are in" in out and "budget:64" in out and written(tmp_path) == report
 
 
-BAD = [
+def stop_after(count: int, error: BaseException) -> Callable[..., Iterator[Score]]:
+    """`compare`, interrupted."""
+
+    def interrupted(*arguments: Any, **settings: Any) -> Iterator[Score]:
+        for number, score in enumerate(compare(*arguments, **settings)):
+            if number == count:
+                raise error
+            yield score
+
+    compare = command.compare
+    return interrupted
+
+
+def test_an_interrupted_run_goes_on(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "compare", stop_after(2, KeyboardInterrupt()))
+        assert cli.main(words) == 130
+    out = capsys.readouterr().out
+    assert "Interrupted: 2 of 4 scores are kept in" in out and "the same command goes on from there" in out
+    first = written(tmp_path)
+    assert len(first["scores"]) == 2 and not first["complete"]
+
+    for changed, message in (
+        (["--length", "320"], "settings.length was 256, now 320"),
+        (
+            ["--policies", "budget:32"],
+            r'settings.policies was \["budget:64", "budget:64:oracle"\], now \["budget:32"\]',
+        ),
+        (["--dtype", "bfloat16"], 'settings.dtype was "float32", now "bfloat16"'),
+        (["--gates", "tiny-lm", "--model", "tiny-lm"], 'model was "'),
+    ):
+        with pytest.raises(ValueError, match=f"scores of another evaluation.*{message}.*or pass --force"):
+            cli.main([*words, *changed, "--traceback"])
+    capsys.readouterr()
+
+    assert cli.main(words) == 0
+    assert "2 of 4 scores are in" in capsys.readouterr().out
+    whole = written(tmp_path)
+    assert whole["scores"][:2] == first["scores"] and whole["started"] == first["started"]
+    assert [(s["method"], s["level"]) for s in whole["scores"]] == KEYS and whole["complete"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"scores": []}', '{"identity": {}, "started": "", "scores": [{}]}']
+)
+def test_other_files_are_not_overwritten(words: list[str], tmp_path: Path, content: str):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scores.json").write_text(content)
+    with pytest.raises(ValueError, match=r"scores.json.*--force to start over"):
+        cli.main([*words, "--traceback"])
+    assert (tmp_path / "out" / "scores.json").read_text() == content
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore")
+    monkeypatch.setattr(command, "compare", stop_after(1, error))
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "allocating 123 bytes. Lower --length" in said and "--batch-size" in said
+
+
+class Measured(Exception):
+    """Raised in place of the work."""
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*arguments: Any, **settings: Any) -> None:
+        raise Measured
+
+    monkeypatch.setattr(command, "_measure", work)
+
+
+SETTINGS = [
     (dict(length=0), "length must be at least 1; got 0"),
+    (dict(windows=0), "windows must be at least 1; got 0"),
     (dict(passkeys=-1), "passkeys must be at least 0; got -1"),
-    (dict(policies=(Dense(),)), "policies must rank blocks.*got Dense"),
+    (dict(decoded=1), "decoded must be at least 2 and less than length = 4096; got 1"),
+    (dict(length=64, decoded=64), "less than length = 64; got 64"),
+    (dict(policies=()), "policies must name at least one; got none"),
+    (dict(methods=()), "methods must name at least one; got none"),
+    (dict(phases=()), "phases must name at least one; got none"),
+    (dict(policies=("dense",)), "policies must rank blocks.*got dense"),
+    (dict(policies=("topk:10%",)), "A policy is written.*got 'topk:10%'"),
+    (dict(methods=(LearnedGate(),)), "gates must be named, as topk:0.1 is to be measured with the learned gate alone"),
+    (dict(policies=("topk:0.3:gate",)), "gates must be named, as topk:0.3"),
+    (
+        dict(policies=("topk:0.5:oracle",), methods=(SinkWindow(),)),
+        "methods must be left out where every policy names its own scorer; got topk:0.5:oracle with window",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD, ids=[m for _, m in BAD])
+@pytest.mark.parametrize(("changes", "message"), SETTINGS, ids=[m for _, m in SETTINGS])
 def test_bad_settings_are_refused(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         EvalConfig(**changes)
+
+
+LINE = "x = 1\n"
+TEXTS = [
+    (LINE * 2000, dict(), None),
+    ("", dict(), "must fill at least one window of 256 tokens; got 0 tokens"),
+    (LINE, dict(), r"at least one window of 256 tokens; got \d tokens"),
+    ("x " * 2000, dict(), "must have several lines.*or set passkeys to 0"),
+    ("x " * 2000, dict(passkeys=0), None),
+    (LINE * 2000, dict(length=30), "room for -"),
+    (LINE * 2000, dict(distractors=20), "room for -.*fewer distractors"),
+    (LINE * 2000, dict(distractors=10**9), "fewer than the 256 tokens of a prompt; got 1000000000"),
+    (("x " * 60 + "\n") * 90, dict(length=80), "ends of lines between which the key is stated.*Use a greater length"),
+    (LINE * 2000, dict(decoded=4), "greater than the 5 tokens of the longest answer; got 4"),
+    (
+        LINE * 2000,
+        dict(length=20000),
+        "model's context, max_position_embeddings = 16384 tokens; got 20000.*--beyond-context",
+    ),
+    (LINE * 20000, dict(length=20000, beyond_context=True, windows=1), None),
+    (LINE * 2000, dict(policies=("budget:10:window",)), "at least one block of 64 tokens; got 10"),
+    (LINE * 2000, dict(policies=("topk:0.1:window,dense_layers=99",)), "must leave a sparse layer"),
+    (LINE * 2000, dict(output=Path("/proc/x")), "output must be writable; got /proc/x"),
+    (LINE * 2000, dict(output=Path(__file__)), "output must be a folder; got the file"),
+]
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(("text", "changes", "message"), TEXTS, ids=[f"{t[:4]!r} {c}" for t, c, _ in TEXTS])
+def test_what_does_not_fit_is_refused_before_the_work(tmp_path: Path, text: str, changes: dict, message: str | None):
+    (tmp_path / "text.txt").write_text(text)
+    settings: dict[str, Any] = dict(text=tmp_path / "text.txt", length=256, decoded=16) | changes
+    outcome = pytest.raises(Measured) if message is None else pytest.raises((ValueError, OSError), match=message)
+    with outcome:
+        evaluate(EvalConfig(**settings))
+
+
+@pytest.mark.usefixtures("no_work")
+def test_notes_come_before_the_work(capsys: pytest.CaptureFixture[str]):
+    config = EvalConfig(
+        policies=("topk:0.1", "topk:0.12", "topk:0.10"), length=512, windows=999, methods=(SinkWindow(),)
+    )
+    with contextlib.suppress(Measured):
+        evaluate(config)
+    out = capsys.readouterr().out
+    assert "topk:0.1 is named 2 times; it is measured once." in out
+    assert "prefill: topk:0.1 and topk:0.12 choose equally many blocks at 512 tokens, 1 of 8 per row" in out
+    assert "The text fills 196 windows of 512 tokens; 999 were asked for." in out

@@ -12,12 +12,9 @@ import pytest
 
 import seer_jax
 from pallas_kernels.backends import Operation
-from seer_jax import tiny_lm
 from seer_jax.commands import info
 from seer_jax.commands import main as cli
 from seer_jax.selection.scorers import SCORERS
-
-TINY_LM = str(tiny_lm.path())
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
@@ -70,77 +67,6 @@ def test_help_describes_the_scorers(name: str, capsys: pytest.CaptureFixture[str
         cli.main([name, "--help"])
     text = capsys.readouterr().out
     assert all(f"  {scorer.name}: {scorer.meaning}" in text for scorer in SCORERS.values())
-
-
-USAGE = [
-    (["generat"], "there is no command 'generat'; did you mean generate?"),
-    (["xyz"], "expected one of demo, convert"),
-    (["verify", "--base", "x"], "--reference"),
-    (["generate", "--prefill", "topk:2"], r"TopK.density, the share of the causal map +to keep, must lie in"),
-    (["generate", "--decode", "sparse"], "A policy is written"),
-    (["generate", "--decode", "topk:0.1,layers=2"], "no setting 'layers' of TopK"),
-    (["generate", "--prompt", "x", "--prompt-file", "y"], "from prompt or from prompt_file; got both"),
-    (["generate", "--system", "x"], "system must come with chat"),
-    (["generate", "--temperature", "-1"], r"temperature must be 0.*got -1"),
-    (["generate", "--top-k", "3"], "a temperature above 0; got temperature 0"),
-    (["generate", "--dtype", "int8"], "invalid choice 'int8'"),
-    (["generate", "--scorers"], "nrecognized"),
-    (["eval", "--methods", "gate", "best"], "invalid choice 'best'"),
-    (["eval", "--policies", "dense"], "policies must rank blocks"),
-    (["train", "--recipe", "both"], "invalid choice: 'both'"),
-    (["train", "--recipe", "decode", "--config", "x.yaml"], "choose one"),
-    (["train", "--steps", "0"], "steps must be at least 1; got 0"),
-    (["convert", "--gates", "x", "--output", "y", "--include-base"], "include_base must come with base"),
-    (["bench", "prefil"], "invalid choice: 'prefil'"),
-    (["info", "--all"], "unrecognized arguments: --all"),
-]
-
-
-@pytest.mark.parametrize(("words", "message"), USAGE, ids=[" ".join(words) for words, _ in USAGE])
-def test_wrong_usage_is_reported(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    try:
-        code = cli.main(words)
-    except SystemExit as end:
-        code = end.code
-    captured = capsys.readouterr()
-    # Boxes are drawn around messages, and lines broken.
-    text = " ".join((captured.out + captured.err).replace("│", " ").split())
-    assert code == 2
-    assert re.search(message, text), text
-
-
-FAILURES = [
-    (["generate", "--model", "/absent", "--prompt", "x"], "There is no folder '/absent'"),
-    (["generate", "--prompt-file", "/absent", "--model", TINY_LM], "No such file.*'/absent'"),
-    (["generate", "--model", TINY_LM, "--prompt", ""], "at least one token; got an empty text"),
-    (["generate", "--model", TINY_LM, "--prompt", "x", "--chat"], "needs a chat template"),
-    (["generate", "--model", TINY_LM, "--prompt", "x", "--max-new-tokens", "0"], "at least 1; got 0"),
-    (["generate", "--model", TINY_LM, "--prompt", "x", "--decode", "topk:0.5"], "has none of this kind"),
-    (
-        ["generate", "--model", TINY_LM, "--prompt", "x", "--decode", "budget:64:window,dense_layers=99"],
-        "dense_layers must leave a sparse layer",
-    ),
-    (
-        ["generate", "--model", TINY_LM, "--prompt", "x", "--report", "/absent/x"],
-        "folder of the report must exist; got /absent/x",
-    ),
-    (["generate", "--prompt", "x", "--scorers", "absent_module"], "No module named 'absent_module'"),
-    (["eval", "--scorers", "/absent.py"], "a module or a Python file; got '/absent.py'"),
-    (["train", "--config", "/absent.yaml"], "No such file"),
-    (["train", "--output", "/absent/run"], "needs a base model"),
-    (["train", "--model", TINY_LM], "output must be a folder.*got None"),
-    (["convert", "--gates", "/absent", "--output", "/also"], "There is no folder '/absent'"),
-]
-
-
-@pytest.mark.parametrize(("words", "message"), FAILURES, ids=[message for _, message in FAILURES])
-def test_failures_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(words) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"seer-jax {words[0]}: ") and error.count("\n") == 1
-    assert re.search(message, error), error
-    with pytest.raises((ValueError, OSError, ImportError), match=message):
-        cli.main([*words, "--traceback"])
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,27 @@
-"""Comparisons of scorers: which methods are measured at which levels, and tables and JSON of the scores."""
+"""Comparisons of scorers: which methods are measured at which levels, and what is not measured again."""
 
-import io
-import json
-import math
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 from seer_jax.evaluate import (
     EvalRows,
     PassKeyPrompt,
     Phase,
-    Score,
     SparsityLevel,
     all_methods,
     compare,
-    legend,
+    comparison,
     level_name,
+    parse_level,
+    plan_measurements,
     recommended_levels,
-    table_rows,
-    write_scores,
 )
-from seer_jax.evaluate.table import losses, print_scores
+from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
 from seer_jax.selection.policies import Dense
-from seer_jax.selection.rules import Threshold, TokenBudget, TopK
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Scorer, SinkWindow
 from tests.seer_jax.conftest import tiny_model
 
@@ -42,7 +36,7 @@ def rows(decoded: int = 16) -> EvalRows:
 
 
 @pytest.mark.slow
-def test_every_method_is_compared_at_every_level(tmp_path: Path):
+def test_every_method_is_compared_at_every_level():
     levels = [SparsityLevel("40%", TopK(0.4)), SparsityLevel("all", TopK(1.0))]
     scores = list(compare(tiny_model(), rows(), levels))
     names = [method.name for method in all_methods()]
@@ -57,10 +51,6 @@ def test_every_method_is_compared_at_every_level(tmp_path: Path):
         for name in names:
             assert of[name, "all"].perplexity == pytest.approx(dense.perplexity, rel=1e-4)
             assert of[name, "40%"].kept < of[name, "all"].kept == pytest.approx(1)
-    write_scores(tmp_path / "scores.json", scores, model="tiny")
-    written = json.loads((tmp_path / "scores.json").read_text())
-    assert written["model"] == "tiny"
-    assert [s["perplexity"] for s in written["scores"]] == [s.perplexity for s in scores]
 
 
 def test_methods_come_from_the_registry():
@@ -87,9 +77,99 @@ def test_a_level_makes_the_question_as_sparse_as_the_rest():
     assert policy == TokenBudget(64, Oracle(), dense_layers=2)
 
 
+LEVELS = [
+    ("topk:0.1", SparsityLevel("topk:0.1", TopK(0.1))),
+    ("topk:0.124", SparsityLevel("topk:0.124", TopK(0.124))),
+    ("topk:0.5:oracle", SparsityLevel("topk:0.5", TopK(0.5, Oracle()), methods=(Oracle(),))),
+    ("topk:0.5:gate", SparsityLevel("topk:0.5", TopK(0.5), methods=(LearnedGate(),))),
+    ("mass:0.9,dense_last_rows=2", SparsityLevel("mass:0.9,dense_last_rows=2", CumulativeMass(0.9), dense_last_rows=2)),
+    ("mass:0.9,dense_last_rows=0", SparsityLevel("mass:0.9", CumulativeMass(0.9, dense_last_rows=0))),
+    ("budget:64,dense_layers=1", SparsityLevel("budget:64,dense_layers=1", TokenBudget(64, dense_layers=1))),
+]
+
+
+@pytest.mark.parametrize(("text", "level"), LEVELS, ids=[text for text, _ in LEVELS])
+def test_a_level_keeps_all_that_its_policy_says(text: str, level: SparsityLevel):
+    """Its scorer and its dense rows too, which a comparison otherwise chooses."""
+    assert parse_level(text) == level
+    ran = level.policy_of((level.methods or (SinkWindow(),))[0])
+    assert getattr(ran, "dense_last_rows", 0) == level.dense_last_rows
+
+
 def test_names_tell_levels_apart():
-    assert level_name(TopK(0.1)) == "10%"
+    assert level_name(TopK(0.1, SinkWindow(), dense_last_rows=0)) == "topk:0.1"
     assert level_name(TopK(0.1, dense_layers=2)) == "topk:0.1,dense_layers=2"
+    assert level_name(Dense()) == "dense"
+
+
+METHODS = SinkWindow(), LearnedGate()
+
+
+def planned(*texts: str, methods: tuple[Scorer, ...] = METHODS, gates: bool = True) -> list[Any]:
+    levels = [parse_level(text) for text in texts]
+    return plan_measurements(tiny_model(gates=gates), levels, methods=methods, phases=(Phase.DECODE,))
+
+
+def test_a_policy_with_a_scorer_is_measured_with_it_alone_and_equal_ones_once():
+    got = [
+        (one.method, one.level)
+        for one in planned("topk:0.5", "topk:0.50:window", "topk:0.5:oracle", "budget:64:random")
+    ]
+    assert got == [
+        *[(None, "dense"), ("window", "topk:0.5"), ("gate", "topk:0.5")],
+        *[("oracle", "topk:0.5"), ("random", "budget:64")],
+    ]
+
+
+NOTES = [
+    (("topk:0.1", "topk:0.10"), True, ["topk:0.1 is named 2 times; it is measured once."]),
+    (("topk:0.5", "topk:0.5:oracle"), True, []),
+    (("topk:0.5", "topk:0.5:gate"), False, None),
+    (
+        ("topk:0.1", "topk:0.2", "topk:0.9", "budget:32", "budget:40"),
+        True,
+        [
+            "decode: topk:0.1 and topk:0.2 choose equally many blocks at 96 tokens, 2 of 6 per row, so their scores are equal.",
+            "decode: budget:32 and budget:40 choose equally many blocks at 96 tokens, 2 of 6 per row, so their scores are equal.",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("texts", "gates", "expected"), NOTES, ids=[" ".join(texts) for texts, _, _ in NOTES])
+def test_readers_are_told_what_a_table_would_hide(texts: tuple[str, ...], gates: bool, expected: list[str] | None):
+    levels, phases = [parse_level(text) for text in texts], (Phase.DECODE,)
+    plan = planned(*texts, gates=gates)
+    if expected is None:
+        with pytest.raises(ValueError, match="with the learned gate, but the model has no decode gate"):
+            left_out(plan, levels, METHODS, phases)
+        return
+    notes = left_out(plan, levels, METHODS, phases) + repeated(levels)
+    assert notes + equal_counts(tiny_model(), levels, phases, length=96, decoded=16) == expected
+
+
+def test_a_phase_that_lacks_the_gate_is_named():
+    model = tiny_model()
+    model.prefill_gate = None
+    assert model.decode_gate is not None
+    model.decode_gate.recommended = TokenBudget(64)
+    assert recommendations(model) == ["The decode gate recommends budget:64."]
+    levels = [parse_level("topk:0.5:gate")]
+    notes = left_out(plan_measurements(model, levels), levels, all_methods(), tuple(Phase))
+    assert notes == ["prefill: the model has no gate, so topk:0.5 is left out."]
+
+
+def test_scores_that_are_there_are_not_measured_again(monkeypatch: pytest.MonkeyPatch):
+    level, model, settings = (
+        parse_level("budget:32"),
+        tiny_model(),
+        dict(methods=(SinkWindow(),), phases=(Phase.PREFILL,)),
+    )
+    scores = list(compare(model, rows(), [level], **settings))
+    first, second = compare(model, rows(), [level], **settings, done=scores[:1])
+    assert first == scores[0] and (second.windows, second.prompts) == (scores[1].windows, scores[1].prompts)
+    monkeypatch.setattr(comparison, "score_prompts", None)
+    assert list(compare(model, rows(), [level], **settings, done=scores)) == scores
 
 
 def test_what_gates_recommend_is_a_level_of_their_phase():
@@ -106,74 +186,6 @@ def test_what_gates_recommend_is_a_level_of_their_phase():
     assert recommended_levels(tiny_model(gates=False)) == []
 
 
-def score(phase: Phase, method: str | None, level: str, perplexity: float, passkey: float) -> Score:
-    return Score(phase, method, level, 0.25, perplexity, 10, passkey, passkey, 3, 1.0)
-
-
-SCORES = [
-    score(Phase.PREFILL, None, "dense", 5.0, 1.0),
-    score(Phase.PREFILL, "gate", "10%", 6.0, 0.5),
-    score(Phase.PREFILL, "window", "10%", 6.0, 0.25),
-    score(Phase.DECODE, None, "dense", 4.0, math.nan),
-    score(Phase.DECODE, "gate", "10%", 4.5, 1.0),
-    score(Phase.DECODE, "random", "10%", 9.0, 1.0),
-    score(Phase.DECODE, "gate", "budget:64", 4.25, 1.0),
-]
-
-
-def test_the_table_as_data():
-    assert table_rows(SCORES) == [
-        ["phase", "method", "ppl 10%", "ppl budget:64", "keys 10%", "keys budget:64", "read 10%", "read budget:64"],
-        ["prefill", "dense", "5.00", "5.00", "100%", "100%", "25%", "25%"],
-        ["prefill", "learned gate", "6.00", "-", "50%", "-", "25%", "-"],
-        ["prefill", "sink+window", "6.00", "-", "25%", "-", "25%", "-"],
-        ["decode", "dense", "4.00", "4.00", "-", "-", "25%", "25%"],
-        ["decode", "learned gate", "4.50", "4.25", "100%", "100%", "25%", "25%"],
-        ["decode", "random", "9.00", "-", "100%", "-", "25%", "-"],
-    ]
-
-
-@pytest.mark.parametrize("levels", [0, 4, 9])
-def test_many_levels_have_a_row_each_and_fit_a_terminal(levels: int):
-    gate = [score(Phase.PREFILL, "gate", f"threshold:[{i} x 8]", 6.0 + i, 0.5) for i in range(levels)]
-    scores = [score(Phase.PREFILL, None, "dense", 5.0, 1.0), *gate]
-    head, dense, *rows = table_rows(scores)
-    assert head == ["phase", "method", "level", "ppl", "keys", "read"]
-    assert dense == ["prefill", "dense", "dense", "5.00", "100%", "25%"]
-    assert [row[2:4] for row in rows] == [[s.level, f"{s.perplexity:.2f}"] for s in gate]
-    out = io.StringIO()
-    print_scores(Console(file=out, width=80), scores)
-    assert "…" not in out.getvalue() and all(f"{s.perplexity:.2f}" in out.getvalue() for s in scores)
-
-
-def test_the_printed_table_explains_its_words():
-    out = io.StringIO()
-    print_scores(Console(file=out, width=120), SCORES)
-    assert list(legend(SCORES)) == [
-        *("ppl", "keys", "read", "prefill", "decode", "dense", "learned gate", "sink+window", "random"),
-    ]
-    for word, meaning in legend(SCORES).items():
-        assert f"{word}: {meaning}" in out.getvalue()
-    assert legend(SCORES)["sink+window"] == SinkWindow.meaning
-    assert "oracle" not in out.getvalue()
-
-
-def test_missing_pass_keys_are_null(tmp_path: Path):
-    write_scores(tmp_path / "scores.json", SCORES)
-    written = json.loads((tmp_path / "scores.json").read_text())
-    assert [s["passkey"] for s in written["scores"]] == [1.0, 0.5, 0.25, None, 1.0, 1.0, 1.0]
-    assert [s["method"] for s in written["scores"]][:3] == [None, "gate", "window"]
-    assert written["legend"] == legend(SCORES)
-
-
-def test_places_where_a_baseline_wins_are_listed():
-    assert losses(SCORES) == [
-        "prefill 10%: sink+window has perplexity 6.000, ours 6.000",
-        "decode 10%: random finds 100% of the pass keys, ours 100%",
-    ]
-    assert losses(SCORES, baselines=()) == []
-
-
 class Unregistered(Scorer):
     name, title, meaning = "unregistered", "unregistered", "nothing"
 
@@ -188,7 +200,14 @@ BAD = [
     (lambda: rows(decoded=5), "greater than the 5 tokens of the longest answer; got 5"),
     (lambda: rows(decoded=1), "at least 2 and less than the 96 tokens of a row; got 1"),
     (lambda: rows(decoded=96), "less than the 96 tokens of a row; got 96"),
-    (lambda: compare(tiny_model(), rows(), [], methods=[Unregistered()]), "registered scorers.*got <.*Unregistered"),
+    (lambda: planned("topk:0.5", methods=(Unregistered(),)), "registered scorers.*got <.*Unregistered"),
+    (lambda: planned("budget:8"), "at least one block of 16 tokens; got 8"),
+    (lambda: planned("topk:0.5,dense_layers=2"), "must leave a sparse layer: below 2"),
+    (lambda: parse_level("dense"), "policies must rank blocks.*got dense. Dense attention is measured anyway"),
+    (
+        lambda: plan_measurements(tiny_model(), [SparsityLevel("x", TopK(0.1)), SparsityLevel("x", TopK(0.2))]),
+        "a name of its own; got 'x' for TopK",
+    ),
 ]
 
 

@@ -368,6 +368,17 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(value: float):
     assert result.failed.tolist() == [-1, -1, 0, -1]
 
 
+def test_padding_that_is_not_finite_reaches_no_row():
+    """Prompts are padded with token 0, whatever the program's width."""
+    tokens = np.maximum(prompts()[0], 1)
+    for policies in (dict(max_new_tokens=12), dict(max_new_tokens=12, **SPARSE)):
+        expected = run(tokens=tokens, **policies, eos=())
+        assert not (np.asarray(expected.tokens) == 0).any()
+        for value in (np.nan, np.inf):
+            result = run(damaged(0, value), tokens=tokens, **policies, eos=())
+            assert result.rows() == expected.rows()
+
+
 def test_where_no_row_has_finite_logits_there_is_an_error():
     model = damaged(0)
     model.embed_tokens[...] = jnp.full_like(model.embed_tokens[...], jnp.nan)

@@ -1,4 +1,4 @@
-"""Tokenizers, streamed text and chat templates; transformers is the judge of templates."""
+"""Tokenizers and streamed text."""
 
 import json
 import shutil
@@ -115,63 +115,6 @@ def test_special_tokens_of_the_post_processor_are_added_unless_refused(folder: P
     assert tokenizer.encode("x", special_tokens=False) == BYTE_LEVEL.encode("x")
 
 
-QWEN = """
-{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(last=messages|length - 1) %}
-{%- for message in messages %}
-    {%- if message.role == 'system' %}{% continue %}{% endif %}
-    {%- set content = message.content if message.content is string else '' %}
-    {{- '<|im_start|>' + message.role + '\\n' + content.lstrip('\\n') + '<|im_end|>' + '\\n' }}
-    {%- if loop.index0 == ns.last and enable_thinking is defined and not enable_thinking %}
-        {{- '<think></think>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if tools %}{{ tools | tojson }}{% endif %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-LLAMA = """{{ bos_token }}
-{% for message in messages %}
-    {% if message['role'] not in ['user', 'assistant', 'system'] %}
-        {{ raise_exception('Unknown role ' + message['role']) }}
-    {% endif %}
-    {{ {'role': message['role'], 'date': strftime_now('%Y')} | tojson }}
-<|start|>{{ message['content'] | trim }}<|eot|>
-{% endfor %}
-"""
-CHAT = [
-    dict(role="system", content="Be brief. ünï <b>"),
-    dict(role="user", content="\nHi 'there'  "),
-    dict(role="assistant", content="Hello."),
-    dict(role="user", content="Bye"),
-]
-
-
-@pytest.mark.parametrize("template", [QWEN, LLAMA], ids=["qwen", "llama"])
-@pytest.mark.parametrize("variables", [{}, dict(enable_thinking=False), dict(tools=[dict(name="é")])], ids=str)
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_templates_render_as_in_transformers(folder: Path, template: str, variables: dict, add_generation_prompt: bool):
-    from transformers import AutoTokenizer
-
-    change(folder / "tokenizer_config.json", chat_template=template)
-    variables = dict(variables, add_generation_prompt=add_generation_prompt)
-    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT, tokenize=False, **variables)
-    tokenizer = Tokenizer.load(folder)
-    assert tokenizer.render_chat(CHAT, **variables) == expected
-    assert tokenizer.encode_chat(CHAT, **variables) == BYTE_LEVEL.encode(expected)
-
-
-def test_a_template_file_comes_first_and_default_is_the_name_of_the_usual_one(folder: Path):
-    named = [dict(name="tool_use", template="tools"), dict(name="default", template="usual {{ eos_token }}")]
-    change(folder / "tokenizer_config.json", chat_template=named, eos_token=dict(content="<end>"))
-    assert Tokenizer.load(folder).render_chat(CHAT) == "usual <end>"
-    (folder / "chat_template.jinja").write_text("file")
-    assert Tokenizer.load(folder).render_chat(CHAT) == "file"
-
-
 def test_older_tokenizer_files_are_converted(tmp_path: Path):
     vocabulary = {piece: number for number, piece in enumerate([*"abĠ", "ab", "<|endoftext|>"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
@@ -198,21 +141,3 @@ def test_damaged_folders_are_refused(tmp_path: Path, files: dict[str, str], erro
         (tmp_path / name).write_text(content)
     with pytest.raises(error, match=message):
         Tokenizer.load(tmp_path)
-
-
-BAD_CHATS = [
-    (None, CHAT, "needs a chat template.*base model: give plain text instead"),
-    ("{{ messages[0] }", CHAT, "does not accept this conversation"),
-    (LLAMA, [dict(role="tool", content="")], "Unknown role tool"),
-    (QWEN, [dict(role="user")], r"role and content; got \{'role': 'user'\}"),
-    # Templates come with the model, from anywhere: they must reach nothing of this process.
-    ("{{ messages.__class__.__base__.__subclasses__() }}", CHAT, "unsafe"),
-    ("{{ messages.clear() }}", CHAT, "unsafe"),
-]
-
-
-@pytest.mark.parametrize(("template", "messages", "message"), BAD_CHATS, ids=[message for *_, message in BAD_CHATS])
-def test_bad_conversations_are_refused(folder: Path, template: str | None, messages: list, message: str):
-    change(folder / "tokenizer_config.json", chat_template=template)
-    with pytest.raises(ValueError, match=message):
-        Tokenizer.load(folder).render_chat(messages)

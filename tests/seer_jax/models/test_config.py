@@ -255,8 +255,8 @@ REFUSED = {
     ),
     "activation": (LLAMA_8B | dict(hidden_act="gelu"), "activation must be 'silu'; got 'gelu'"),
     "sliding window": (
-        QWEN2_7B | dict(use_sliding_window=True),
-        "must attend to all earlier tokens: .*; got use_sliding_window=True, layer_types=None. Use a checkpoint without",
+        QWEN2_7B | dict(use_sliding_window=True, max_window_layers=27),
+        "must attend to all earlier tokens: .*; got use_sliding_window=True, .*layer_types=None. Use a checkpoint without",
     ),
     "sliding layers": (
         QWEN3_4B | dict(layer_types=["full_attention", "sliding_attention"]),
@@ -290,7 +290,8 @@ REFUSED = {
     ),
     "partial rope": (LLAMA_8B | dict(partial_rotary_factor=0.5), "must rotate all channels of a head; got .* 0.5"),
     "partial rope, new style": (
-        LLAMA_8B | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
+        without(LLAMA_8B, "rope_scaling")
+        | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
         "must rotate all channels of a head; got .* 0.25",
     ),
     "factor below 1": (

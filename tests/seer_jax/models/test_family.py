@@ -191,6 +191,7 @@ def test_decoding_continues_what_a_whole_pass_computes(model: Transformer):
         np.testing.assert_allclose(logits, whole[:, position], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gates_are_distilled_saved_and_used(model: Transformer, folder: Path, tmp_path: Path):
     sizes: dict[str, Any] = dict(block_size=BLOCK, gate_dim=CONFIG.head_dim)
     config = DistillConfig(

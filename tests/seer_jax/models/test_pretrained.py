@@ -3,13 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seer_jax import from_pretrained, load_tokenizer, tiny_lm
+from seer_jax import Greedy, Sample, from_pretrained, load_generation_settings, load_tokenizer, tiny_lm
 from seer_jax.convert import load_base, save_base, save_gates
 from seer_jax.train.data.tokens import ModelTokenizer
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
@@ -63,17 +64,91 @@ def test_a_model_of_shapes_has_everything_but_weights(saved: Path, tmp_path: Pat
         from_pretrained(saved / "base", saved / "other", abstract=True)
 
 
-@pytest.mark.parametrize(
-    ("generation", "expected"),
-    [(None, (5,)), ({}, (5,)), (dict(eos_token_id=7), (7,)), (dict(eos_token_id=[7, 9]), (7, 9))],
-)
-def test_the_generation_config_names_the_eos_tokens(saved: Path, tmp_path: Path, generation, expected: tuple[int, ...]):
-    folder = shutil.copytree(saved / "base", tmp_path / "base")
-    config = json.loads((folder / "config.json").read_text()) | dict(eos_token_id=5)
+NAMED = {"added_tokens_decoder": {"3": {"content": "<|end|>"}, "11": {"content": "</s>", "special": True}}}
+EOS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {  # generation_config.json, tokenizer_config.json, EOS tokens
+    "config.json alone": (None, None, (5,)),
+    "an empty generation_config.json": ({}, None, (5,)),
+    "one token": (dict(eos_token_id=7), None, (7,)),
+    "several": (dict(eos_token_id=[7, 9]), None, (7, 9)),
+    "the tokenizer's beside them": (dict(eos_token_id=[7, 9]), NAMED | dict(eos_token="</s>"), (7, 9, 11)),
+    "the tokenizer's beside config.json": (None, NAMED | dict(eos_token=dict(content="<|end|>")), (5, 3)),
+    "the tokenizer's among them": (dict(eos_token_id=[7, 11]), NAMED | dict(eos_token="</s>"), (7, 11)),
+    "the tokenizer's is not listed": (None, NAMED | dict(eos_token="<eos>"), (5,)),
+    "the tokenizer's in tokenizer.json": (None, dict(eos_token="<eos>", tokens=[dict(id=4, content="<eos>")]), (5, 4)),
+    "beyond the vocabulary": (None, dict(eos_token="<eos>", tokens=[dict(id=10**6, content="<eos>")]), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", EOS)
+def test_eos_tokens_are_those_of_the_generation_and_of_the_tokenizer(saved: Path, tmp_path: Path, name: str):
+    generation, tokenizer, expected = EOS[name]
+    folder = tmp_path / "base"
+    folder.mkdir()
+    config = json.loads((saved / "base" / "config.json").read_text()) | dict(eos_token_id=5)
     (folder / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    assert from_pretrained(folder).config.eos_token_ids == expected
+    if tokenizer is not None:
+        tokens = dict(added_tokens=tokenizer.get("tokens", []))
+        (folder / "tokenizer.json").write_text(json.dumps(tokens))
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert from_pretrained(folder, abstract=True).config.eos_token_ids == expected
+
+
+SAMPLING: dict[str, tuple[dict[str, Any], Any, str, dict[str, Any]]] = {
+    "nothing": ({}, None, "--temperature 0", {}),
+    "off": (dict(do_sample=False, temperature=0.6), None, "--temperature 0", {}),
+    "Qwen3": (
+        dict(do_sample=True, temperature=0.6, top_k=20, top_p=0.95),
+        Sample(0.6, top_k=20, top_p=0.95),
+        "--temperature 0.6 --top-k 20 --top-p 0.95",
+        {},
+    ),
+    "without do_sample": (dict(temperature=0.6, top_p=1.0, top_k=0), Sample(0.6), "--temperature 0.6", {}),
+    "without a temperature": (dict(do_sample=True), Sample(1.0), "--temperature 1.0", {}),
+    "temperature 0": (dict(do_sample=True, temperature=0.0), Greedy(), "--temperature 0", {}),
+    "Qwen2.5": (
+        dict(do_sample=True, temperature=0.7, repetition_penalty=1.05, num_beams=1, min_p=None, bad_words_ids=None),
+        Sample(0.7),
+        "--temperature 0.7",
+        dict(repetition_penalty=1.05),
+    ),
+    "other ends": (
+        dict(stop_strings=["END"], min_length=0, forced_eos_token_id=3),
+        None,
+        "--temperature 0",
+        dict(stop_strings=["END"], forced_eos_token_id=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_the_sampling_that_a_model_asks_for(tmp_path: Path, name: str):
+    hf, sampling, options, left = SAMPLING[name]
+    (tmp_path / "generation_config.json").write_text(json.dumps(hf))
+    settings = load_generation_settings(tmp_path)
+    assert (settings.sampling, settings.options, settings.not_available) == (sampling, options, left)
+
+
+WRONG_GENERATION: list[tuple[Any, str]] = [
+    ([], "generation_config.json must hold a JSON object; got a list"),
+    (dict(temperature="0.6"), "generation_config.json: temperature must be a number; got '0.6'"),
+    (dict(temperature=-1), "generation_config.json: A sampling temperature must be positive and finite; got -1"),
+    (dict(top_k=2.5), "generation_config.json: top_k must be an integer; got 2.5"),
+    (dict(top_p=2), r"generation_config.json: top_p must .*got 2"),
+    (
+        dict(eos_token_id="</s>"),
+        "generation_config.json: eos_token_id must be a token id, a list of token ids or null; got '</s>'",
+    ),
+    (dict(eos_token_id=[1, None]), r"eos_token_id must be a token id, .*got \[1, None\]"),
+]
+
+
+@pytest.mark.parametrize(("hf", "message"), WRONG_GENERATION, ids=range(len(WRONG_GENERATION)))
+def test_wrong_generation_configs_are_refused(tmp_path: Path, hf: Any, message: str):
+    (tmp_path / "generation_config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match=message):
+        load_generation_settings(tmp_path)
 
 
 def test_a_mesh_of_one_device_takes_the_model(saved: Path):

@@ -26,13 +26,19 @@ POLICIES = [
     ("mass:0.9,dense_last_rows=0", CumulativeMass(0.9, dense_last_rows=0)),
     ("budget:512:oracle,dense_layers=3", TokenBudget(512, Oracle(), dense_layers=3)),
     ("threshold:0.5,dense_layers=1,dense_last_rows=1", Threshold(0.5, dense_last_rows=1, dense_layers=1)),
+    ("topk:0.1:random,dense_layers=1,seed=7", TopK(0.1, Random(7), dense_layers=1)),
 ]
 
 
 @pytest.mark.parametrize(("text", "policy"), POLICIES, ids=[text for text, _ in POLICIES])
 def test_policies_are_written_as_words(text: str, policy: Policy):
     assert parse_policy(text) == policy
-    assert write_policy(policy) == text
+    assert write_policy(policy) == str(policy) == text
+
+
+@pytest.mark.parametrize("text", ["topk:10%", "mass:10%", "threshold:10%"])
+def test_shares_may_be_percentages(text: str):
+    assert parse_policy(text) == parse_policy(text.replace("10%", "0.1"))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,14 @@ def test_policies_are_written_as_words(text: str, policy: Policy):
         "topk:x",
         "budget:1.5",
         "budget:0",
+        "budget:10%",
+        "topk:%",
+        "topk:nan",
+        "mass:1e999",
+        "topk:0.1:",
         "topk:0.1:best",
+        "topk:0.5:oracle:x",
+        "topk:0.1,seed=1",
         "topk:0.1,",
         "topk:0.1,dense_layers",
         "topk:0.1,dense_layers=-1",
@@ -58,24 +71,28 @@ def test_policies_are_written_as_words(text: str, policy: Policy):
     ],
 )
 def test_other_words_are_no_policies(text: str):
-    with pytest.raises(ValueError, match=f"A policy is written dense.*got '{text}'"):
+    with pytest.raises(ValueError, match=f"^'{text}' is no policy: .*A policy is written dense"):
         parse_policy(text)
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("sparse", "no rule 'sparse'"),
+        ("sparse", "the rule must be one of dense, threshold, mass, topk, budget; got 'sparse'"),
         ("dense,dense_layers=1", "dense stands alone"),
-        ("topk:0.1,layers=1", "no setting 'layers' of TopK"),
-        ("topk:0.1,density=1", "no setting 'density' of TopK"),
-        ("budget:512,dense_last_rows=0", "no setting 'dense_last_rows' of TokenBudget"),
-        ("mass:0.9,dense_layers=1,dense_layers=1", "dense_layers twice"),
-        ("threshold:0.1,dense_last_rows=-1", "Threshold.dense_last_rows must be an integer of at least 0; got -1."),
+        ("topk:0.1,layers=1", "the settings of topk:DENSITY:gate are dense_layers, dense_last_rows; got 'layers'"),
+        ("topk:0.1,density=1", "the settings of topk:DENSITY:gate are dense_layers, dense_last_rows; got 'density'"),
+        ("budget:512,dense_last_rows=0", "the settings of budget:TOKENS:gate are dense_layers; got 'dense_last_rows'"),
+        ("topk:10", "density, the share of the causal map to keep, must lie in (0, 1]; got 10.0."),
+        ("topk:ten", "density must be a number such as 0.1, or a percentage such as 10%; got 'ten'."),
+        ("budget:512.5", "tokens must be a whole number; got '512.5'."),
+        ("topk:0.1:oracle:x", "the scorer must be one of gate, oracle, random, window; got 'oracle:x'."),
+        ("mass:0.9,dense_layers=1,dense_layers=1", "dense_layers must be given once; got it twice"),
+        ("threshold:0.1,dense_last_rows=-1", "dense_last_rows must be an integer of at least 0; got -1."),
     ],
 )
 def test_what_is_wrong_with_a_policy_is_reported(text: str, reason: str):
-    with pytest.raises(ValueError, match=re.escape(f"got {text!r} ({reason})")):
+    with pytest.raises(ValueError, match=re.escape(f"{text!r} is no policy: {reason}")):
         parse_policy(text)
 
 

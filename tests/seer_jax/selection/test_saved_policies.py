@@ -78,16 +78,35 @@ def test_a_saved_policy_is_read_inside_a_program():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rule="best"), "must name a rule out of dense, given, threshold, mass, topk, budget; got {'rule': 'best'"),
+        (dict(rule="best"), "must name a rule out of dense, given, threshold, mass, topk, budget; got 'best'."),
         (dict(rule=None), "must name a rule out of dense, given"),
         (
             dict(mass=0.5),
-            "A saved Threshold must have the fields dense_last_rows, dense_layers, scorer, threshold; got mass.",
+            "A saved threshold policy must have the fields threshold, scorer, dense_last_rows, dense_layers; got mass.",
         ),
         (dict(scorer={"name": "best"}), "must name a scorer out of gate, oracle, random, window; got 'best'."),
         (dict(threshold=2.0), "Threshold.threshold"),
         (dict(threshold=[[0.1], [1.5]]), "Threshold.threshold"),
         (dict(dense_layers=-1), "dense_layers"),
+        (dict(dense_last_rows=1.5), "A saved threshold policy: dense_last_rows must be a whole number; got 1.5."),
+        (dict(dense_layers=True), "dense_layers must be a whole number; got True."),
+        (dict(dense_layers=[1]), "dense_layers must be a whole number; got [1]."),
+        (dict(threshold="0.5"), "threshold must be a number or an array of numbers; got '0.5'."),
+        (dict(threshold=None), "threshold must be a number or an array of numbers; got None."),
+        (dict(threshold={}), "threshold must be a number or an array of numbers; got {}."),
+        (
+            dict(threshold=[0.1, [0.2]]),
+            "threshold must be a number or an array of numbers; got lists of unequal length.",
+        ),
+        (dict(threshold=["a"]), "threshold must be a number or an array of numbers; got ['a']."),
+        (dict(threshold=[True]), "threshold must be a number or an array of numbers; got [True]."),
+        (dict(scorer=3), "must name a scorer out of gate, oracle, random, window; got 3."),
+        (
+            dict(scorer={"name": "random", "seed": "x"}),
+            "A saved scorer 'random': seed must be a whole number; got 'x'.",
+        ),
+        (dict(scorer={"name": "random", "seeds": 1}), "A saved scorer 'random' must have the fields seed; got seeds."),
+        (dict(rule=["topk"]), "must name a rule out of dense"),
     ],
 )
 def test_what_is_no_saved_policy_is_refused(changes: dict[str, Any], message: str):
@@ -95,8 +114,34 @@ def test_what_is_no_saved_policy_is_refused(changes: dict[str, Any], message: st
         policy_from_json(policy_to_json(Threshold(0.5)) | changes)
 
 
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"rule": "budget", "tokens": [64]}, "A saved budget policy: tokens must be a whole number; got [64]."),
+        ({"rule": "budget", "tokens": 64.0}, "tokens must be a whole number; got 64.0."),
+        ({"rule": "budget", "tokens": True}, "tokens must be a whole number; got True."),
+        ({"rule": "topk", "density": [0.1]}, "density must be a number; got [0.1]."),
+        ({"rule": "topk", "density": False}, "density must be a number; got False."),
+        ({"rule": "given", "mask": 1}, "A saved given policy: mask must be nested lists of true and false; got 1."),
+        ({"rule": "given", "mask": [[1, 0]]}, "mask must be nested lists of true and false; got [[1, 0]]."),
+        ([1], "A saved policy must be a JSON object; got [1]."),
+        (None, "A saved policy must be a JSON object; got None."),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_values_of_another_type_are_refused(saved: Any, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        policy_from_json(saved)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_are_saved_as_numbers():
+    saved = json.dumps(policy_to_json(TopK(0.5, Random(np.int64(7)))))  # pyright: ignore[reportArgumentType]
+    assert policy_from_json(json.loads(saved)) == TopK(0.5, Random(7))
+
+
 def test_what_a_rule_needs_is_asked_for():
-    with pytest.raises(ValueError, match=r"A saved TopK must hold what its fields take; got \{.rule.: .topk.\}"):
+    with pytest.raises(ValueError, match=r"A saved topk policy must hold what its fields take; got \{\}"):
         policy_from_json({"rule": "topk"})
 
 

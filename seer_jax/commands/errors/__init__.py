@@ -1,0 +1,1 @@
+"""What goes wrong in a command, as one line in the words of its command line."""

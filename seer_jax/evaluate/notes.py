@@ -1,0 +1,101 @@
+"""What a reader of a comparison's table should know before it comes: levels left out, named twice, or alike."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from seer_jax.evaluate.comparison import Measurement
+from seer_jax.evaluate.levels import Phase, SparsityLevel, gates_by_phase
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.notation import write_policy
+from seer_jax.selection.rules import TokenBudget, TopK
+from seer_jax.selection.scorers import Scorer
+
+
+def recommendations(model: Transformer) -> list[str]:
+    """One line for each policy that a gate recommends."""
+    policies = {phase: None if gate is None else gate.recommended for phase, gate in gates_by_phase(model).items()}
+    return [
+        f"The {phase} gate recommends {write_policy(policy)}."
+        for phase, policy in policies.items()
+        if policy is not None
+    ]
+
+
+def left_out(
+    planned: Sequence[Measurement],
+    levels: Sequence[SparsityLevel],
+    methods: Sequence[Scorer],
+    phases: Sequence[Phase],
+) -> list[str]:
+    """One line for each level that is not measured in a phase, as all its methods need a gate that the model lacks.
+
+    Args:
+      planned: see `plan_measurements`.
+      levels, methods, phases: of the comparison.
+
+    Raises:
+      ValueError: a level is not measured in any phase.
+    """
+    measured, lines = {one.key for one in planned}, []
+    for level in levels:
+        names = [method.name for method in (methods if level.methods is None else level.methods)]
+        wanted = [phase for phase in phases if phase in level.phases]
+        missing = [phase for phase in wanted if not measured & {(phase, name, level.name) for name in names}]
+        if missing and missing == wanted:
+            raise ValueError(
+                f"{level.name} is to be measured with the learned gate, but the model has no {' or '.join(missing)} gate. Load one "
+                "(--gates), or add another scorer."
+            )
+        lines += [f"{phase}: the model has no gate, so {level.name} is left out." for phase in missing]
+    return lines
+
+
+def repeated(levels: Sequence[SparsityLevel]) -> list[str]:
+    """One line for each level that comes several times."""
+    counts = Counter((level.name, level.methods) for level in levels)
+    return [f"{name} is named {n} times; it is measured once." for (name, _), n in counts.items() if n > 1]
+
+
+def equal_counts(
+    model: Transformer, levels: Sequence[SparsityLevel], phases: Sequence[Phase], *, length: int, decoded: int
+) -> list[str]:
+    """One line for each group of top-k levels, or of budgets, that keep equally many blocks in every row at this length.
+
+    Args:
+      model: whose gates set the size of a block.
+      levels: of the comparison.
+      phases: of the comparison.
+      length, decoded: tokens of a row, and those of them that decoding appends.
+    """
+    lines = []
+    for phase in phases:
+        groups: dict[Any, list[str]] = {}
+        for level in levels:
+            if phase not in level.phases or not isinstance(level.policy, TopK | TokenBudget):
+                continue
+            block = level.policy.tokens_per_block(gates_by_phase(model)[phase])
+            counts = _counts(level.policy, phase, block, length, decoded)
+            kind = type(level.policy), level.policy.dense_layers, level.dense_last_rows, level.methods
+            groups.setdefault((*kind, tuple(counts), -(-length // block)), []).append(level.name)
+        for (*_, counts, total), names in groups.items():
+            if len(names := list(dict.fromkeys(names))) > 1:
+                alike = f"{', '.join(names[:-1])} and {names[-1]} choose equally many blocks"
+                lines.append(
+                    f"{phase}: {alike} at {length} tokens, {max(counts)} of {total} per row, so their scores are equal."
+                )
+    return lines
+
+
+def _counts(policy: TopK | TokenBudget, phase: Phase, block: int, length: int, decoded: int) -> list[int]:
+    """Blocks that the rule keeps in the longest row of a prompt, or for each appended token."""
+    total = -(-length // block)
+    if isinstance(policy, TokenBudget):
+        return [min(policy.blocks_per_row(block), total)]
+    if phase is Phase.PREFILL:
+        return [policy.blocks_per_row(total)]
+    visible = range((length - decoded) // block + 1, total + 1)
+    return [min(max(2, math.floor(np.float32(policy.density) * np.float32(n))), n) for n in visible]

@@ -1,0 +1,150 @@
+"""The record of an evaluation, scores.json: all that is needed to repeat it, and the scores, written as they come."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.devices import default_device
+from seer_jax.evaluate.score import ESTIMATORS, Score, score_from_json, score_to_json
+from seer_jax.evaluate.table import legend
+from seer_jax.outputs import write_json
+
+PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
+ENDS = 2**20  # bytes at the start and the end of a file that its fingerprint is made of
+IDENTITY = "identity"
+Facts = Mapping[str, Any]
+
+
+def write_scores(path: Path, scores: Sequence[Score], **facts: Any) -> None:
+    """Writes JSON in one step: the facts, `legend`, `estimators`, and `scores` with one object each; NaN becomes null."""
+    rows = [score_to_json(score) for score in scores]
+    write_json(path, {**facts, "legend": legend(scores), "estimators": ESTIMATORS, "scores": rows})
+
+
+class Record:
+    """scores.json of one evaluation, which an interrupted one goes on from.
+
+    Attributes:
+      path: of the file.
+      scores: that it holds.
+    """
+
+    def __init__(self, path: Path, facts: Facts, identity: Facts, *, force: bool = False):
+        """
+        Args:
+          path: of the file.
+          facts: for readers, JSON.
+          identity: settings and digests that decide the scores, JSON. A file with the same ones is continued.
+          force: start over whatever is there.
+
+        Raises:
+          ValueError: the file is of another evaluation, or none.
+        """
+        self.path, self.scores = path, []
+        self._facts = {**facts, IDENTITY: json.loads(json.dumps(identity)), "started": _now()}
+        if path.exists() and not force:
+            values = _read(path)
+            _check_same(path, values[IDENTITY], self._facts[IDENTITY])
+            self._facts["started"] = values["started"]
+            self.scores = [score_from_json(score) for score in values["scores"]]
+
+    def add(self, score: Score, *, planned: int) -> None:
+        """Keeps a score, unless it is there, and writes the file.
+
+        Args:
+          score: the next one.
+          planned: number of scores of the whole evaluation; the file says whether it is complete.
+        """
+        if score.key in {one.key for one in self.scores}:
+            return
+        self.scores.append(score)
+        state = {"updated": _now(), "complete": len(self.scores) >= planned}
+        write_scores(self.path, self.scores, **self._facts, **state)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, as far as they may change a score."""
+    versions, device = {"python": platform.python_version()}, default_device()
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"device": device.device_kind, "platform": device.platform, "versions": versions}
+
+
+def typed_command(program: str) -> str:
+    """The command line of this process, as it can be typed again."""
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Path, size and digest of a file."""
+    data = path.read_bytes()
+    return {"path": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def describe_folder(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, Any]:
+    """Name, revision on the hub if it has one, and fingerprint of a model or gate.
+
+    The fingerprint is the SHA-256 of the files' names, sizes, first and last MiB: it takes no time for large models, and weights
+    that were trained further differ in it.
+
+    Args:
+      name: as the user gave it.
+      folder: that it stands for.
+      patterns: of the files that count.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read(ENDS))
+    revision = folder.name if folder.parent.name == "snapshots" else None  # the layout of the hub's cache
+    return {"name": name, "revision": revision, "fingerprint": digest.hexdigest()}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    remedy = "Choose another output, or pass --force to start over."
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must hold the scores of an evaluation; it is no JSON ({error}). {remedy}") from error
+    if not isinstance(values, dict) or not all(
+        isinstance(values.get(name), kind) for name, kind in ((IDENTITY, dict), ("started", str), ("scores", list))
+    ):
+        raise ValueError(
+            f"{path} must hold the scores of an evaluation that can go on; it holds something else. {remedy}"
+        )
+    return values
+
+
+def _check_same(path: Path, old: Any, new: Any) -> None:
+    if different := list(_differences(old, new)):
+        more = f", and {len(different) - 3} more" if len(different) > 3 else ""
+        raise ValueError(
+            f"{path} holds scores of another evaluation: {', '.join(different[:3])}{more}. Repeat its settings to go on from it, choose "
+            "another output, or pass --force to start over."
+        )
+
+
+def _differences(old: Any, new: Any, place: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(name), new.get(name), f"{place}.{name}" if place else name)
+    elif old != new:
+        yield f"{place} was {json.dumps(old)}, now {json.dumps(new)}"

@@ -1,0 +1,88 @@
+"""What a folder holds: base weights, a gate, or a training run with the gates that it wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+GATE_WEIGHTS = "attn_gate_weights"  # name of a gate's weight file, before its suffix
+GATE_FOLDERS = ("prefill_gate", "decode_gate")  # where a training run writes its gates
+GATE_KEYS = ("seerattn_gate_type", "seerattn_k_seq_pooling_type", "seerattn_q_head_pooling_type")
+
+
+def holds_gate(folder: Path) -> bool:
+    """Whether the weights of a gate are there."""
+    return any((folder / f"{GATE_WEIGHTS}.{suffix}").is_file() for suffix in ("safetensors", "pth"))
+
+
+def holds_base(folder: Path) -> bool:
+    """Whether weights of a base model are there."""
+    return any(folder.glob("model*.safetensors")) or (folder / "model.safetensors.index.json").is_file()
+
+
+def gates_of_run(folder: Path) -> list[Path]:
+    """The gates that a training run wrote, the prefill gate first."""
+    return [folder / name for name in GATE_FOLDERS if holds_gate(folder / name)]
+
+
+def contents(folder: Path) -> str:
+    """What a folder holds, for messages."""
+    found = []
+    if holds_base(folder):
+        found.append("base weights")
+    if holds_gate(folder):
+        found.append(f"a gate of {_base_model(folder)}")
+    if _is_run(folder):
+        gates = [path.name for path in gates_of_run(folder)]
+        found.append(f"a training run {f'with gates in {" and ".join(gates)}' if gates else 'without gates so far'}")
+    if not found:
+        names = sorted(path.name for path in folder.iterdir())
+        found.append(f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''}" if names else "nothing")
+    return " and ".join(found)
+
+
+def check_is_base(folder: Path) -> None:
+    """Raises ValueError where a folder that is to be a base model is a gate or a training run."""
+    if holds_base(folder) or (folder / "tokenizer.json").is_file():
+        return
+    gates, values = gates_of_run(folder), _config(folder)
+    if _is_run(folder):
+        remedy = f"Give model={values.get('model', '...')}" + (f" and gates={folder}." if gates else ".")
+    elif holds_gate(folder) or any(key in values for key in GATE_KEYS):
+        remedy = f"Give model={values.get('base_model', '...')} and gates={folder}."
+    else:
+        return
+    what = contents(folder) if _is_run(folder) or holds_gate(folder) else f"a gate of {_base_model(folder)}"
+    raise ValueError(f"{folder} must hold a base model; got {what}. {remedy}")
+
+
+def check_is_gate(folder: Path) -> None:
+    """Raises FileNotFoundError where a folder that is to be a gate has none."""
+    if holds_gate(folder):
+        return
+    if _is_run(folder):
+        remedy = "Gates are written with the checkpoints of a run; wait for the first one."
+    elif holds_base(folder):
+        remedy = "Give it as the base model, and as gates the folder of a gate."
+    else:
+        remedy = "Check that the download is complete."
+    raise FileNotFoundError(
+        f"A gate folder must hold {GATE_WEIGHTS}.safetensors or {GATE_WEIGHTS}.pth; {folder} has neither but "
+        f"{contents(folder)}. {remedy}"
+    )
+
+
+def _is_run(folder: Path) -> bool:
+    return {"optimizer", "sequence_length"} <= set(_config(folder))
+
+
+def _base_model(folder: Path) -> str:
+    return repr(_config(folder).get("base_model") or "an unnamed model")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json where it can be read; what is wrong with it is told by what reads it for good."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,151 @@
+"""What goes wrong in a command is one line on standard error, reason first, in the command's own options, and an exit code."""
+
+import importlib
+import re
+
+import jax
+import pytest
+
+from seer_jax.commands import main as cli
+from tests.packaging.checkout import ROOT
+
+# Each command line with its one line of standard error after the program's name and the command's; "*" stands for any text.
+USAGE = [
+    ("generat", "there is no command 'generat'. Did you mean generate? See seer-jax --help."),
+    ("xyz", "there is no command 'xyz'. The commands are demo, convert, *"),
+    ("--verbose eval", "there is no option before the command '--verbose'. The *"),
+    ("verify --model x", "--reference must be given; got none. See seer-jax verify --help."),
+    ("verify --model", "--model must have a value; got none. *"),
+    ("eval --polices topk:0.1", "there is no option --polices. Did you mean --policies? *"),
+    (
+        "generate --prompt two words",
+        "'words' must belong to an option; got it alone. Put values with spaces into quotes. *",
+    ),
+    ("generate --prompt --max-new-tokens x", "*"),
+    (
+        "generate --prefill topk:2",
+        "--prefill: 'topk:2' is no policy: density, the share *, must lie in *; got 2.0. A policy *",
+    ),
+    ("generate --decode sparse", "--decode: 'sparse' is no policy: the rule must be one of dense, *"),
+    (
+        "generate --decode topk:0.1,layers=2",
+        "--decode: * the settings of topk:DENSITY:gate are *; got 'layers'. A policy *",
+    ),
+    ("generate --decode topk:0.5:oracle:x", "--decode: * the scorer must be one of gate, *; got 'oracle:x'. *"),
+    (
+        "generate --decode topk:0.1,dense_last_rows=1",
+        "--decode must leave out dense_last_rows, which concerns the rows of *",
+    ),
+    ("generate --prompt x --prompt-file y", "The prompt must come from prompt or from --prompt-file; got both. *"),
+    ("generate --system x", "--system must come with chat, * Add --chat. *"),
+    ("generate --temperature -1", "--temperature must be 0 *; got -1.0. *"),
+    ("generate --temperature hot", "--temperature must be a number; got 'hot'. *"),
+    ("generate --max-new-tokens many", "--max-new-tokens must be a whole number; got 'many'. *"),
+    ("generate --top-k 3", "--top-k and --top-p must come with a temperature above 0; got temperature 0, *"),
+    ("generate --dtype float33", "--dtype must be one of *; got 'float33'. Did you mean float32? *"),
+    ("generate --scorers", "--scorers must name a module or FILE.py; got none. *"),
+    ("eval --methods gate best", "--methods must be one of gate, oracle, random, window; got 'best'. *"),
+    ("eval --policies dense", "--policies must rank blocks *; got dense. *"),
+    ("train --recipe both", "--recipe must be one of *prefill*decode*; got 'both'. *"),
+    ("train --recipe decode --config x.yaml", "*choose one. *"),
+    ("train --steps 0", "--steps must be at least 1; got 0. *"),
+    (
+        "train --optimizer.warmup-steps -1",
+        "--optimizer.warmup-steps and --optimizer.weight-decay must be at least 0; got -1 and 0.0. *",
+    ),
+    ("train --decode.gate-dim 3", "**gate*dim must be even and positive, *; got 3. *"),
+    (
+        "convert --gates x --output y --include-base",
+        "--include-base must come with the model to copy; got none. Give --model *",
+    ),
+    (
+        "bench prefil",
+        "what to measure must be one of prefill, *; got 'prefil'. Did you mean prefill? See seer-jax bench --help.",
+    ),
+    ("bench decode --lengths 5", "--lengths must be at least 128 tokens; got (5,). See seer-jax bench decode --help."),
+    ("bench prefill --policies [a,b]", "'[a,b]' is no policy: the rule must be one of dense, *"),
+    ("info --all", "there is no option --all. See seer-jax info --help."),
+    ("generate --prompt \udcff", "a command line must be UTF-8; got '*xff'. *"),
+]
+FAILURES = [
+    ("generate --model /absent --prompt x", "There is no folder '/absent', *"),
+    ("generate --prompt-file /absent --model tiny-lm", "No such file or directory: '/absent'."),
+    ("generate --prompt ''", "The prompt must have at least one token; *"),
+    ("generate --prompt x --max-new-tokens 0", "--max-new-tokens must be at least 1; got 0."),
+    ("generate --prompt x --max-new-tokens 99999", "Prompt and new tokens must fit * or pass --beyond-context."),
+    (
+        "generate --prompt x --decode topk:0.5",
+        "topk:0.5 ranks blocks by a learned gate, * load one (--gates ...), * the policy dense.",
+    ),
+    ("generate --prompt x --decode budget:64:window,dense_layers=99", "dense_layers must leave a sparse layer: *"),
+    ("generate --prompt x --report /absent/x", "The folder of the report must exist; got /absent/x. *"),
+    ("generate --prompt x --scorers absent_module", "No module named 'absent_module'"),
+    ("generate --prompt x --gates seer_jax/tiny_lm", "A gate folder must hold *; * has neither but base weights. *"),
+    (
+        "generate --prompt x --model seer_jax/tiny_lm/gates/decode",
+        "* must hold a base model; got a gate of 'tiny-lm'. Give --model tiny-lm and --gates *",
+    ),
+    ("--scorers /absent.py eval", "--scorers must name a module or a Python file; got '/absent.py', *"),
+    ("eval --scorers=/absent.py", "--scorers must name a module or a Python file; got '/absent.py', *"),
+    ("train --config /absent.yaml", "No such file or directory: '/absent.yaml'."),
+    ("train --output /absent/run", "Training needs a base model; * Set --model to *"),
+    ("train --model tiny-lm", "*output must be a folder *"),
+    ("convert --gates /absent --output /also", "There is no folder '/absent', *"),
+    ("verify --base tiny-lm --reference README.md", "README.md: a reference must be a safetensors file; *"),
+]
+LINES = [(line, 2, text) for line, text in USAGE] + [(line, 1, text) for line, text in FAILURES]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("line", "code", "text"), LINES, ids=[line for line, *_ in LINES])
+def test_what_went_wrong_is_one_line(
+    line: str, code: int, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    words = ["" if word == "''" else word for word in line.split(" ")]
+    assert cli.main(words) == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    command = next((f" {word}" for word in words if word in cli.COMMANDS and words[0] != "--verbose"), "")
+    pattern = ".*".join(map(re.escape, f"seer-jax{command}: {text}".split("*")))
+    assert re.fullmatch(pattern, last), last
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes [tf-allocator]\n..."
+            ),
+            "the memory of the device or the host ran out, at an allocation of 4294967296 bytes. Lower *; on a GPU, "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 *",
+        ),
+        (
+            MemoryError(
+                "Unable to allocate 4.00 PiB for an array with shape (1125899906842624,) and data type float32"
+            ),
+            "the memory of the device or the host ran out, at an allocation of 4.00 PiB. Lower *",
+        ),
+        (MemoryError(), "the memory of the device or the host ran out. Lower *"),
+        (MemoryError("The run must fit in device memory: ..."), "The run must fit in device memory: ..."),
+        (ValueError("[a, b] must\n\tnot [/bold] be\x1b lost"), "[a, b] must not [/bold] be\\x1b lost"),
+        (FloatingPointError(), "FloatingPointError"),
+    ],
+    ids=["XLA", "NumPy", "Python", "plan", "markup", "nameless"],
+)
+def test_failures_of_every_command(
+    name: str, error: Exception, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module(f"seer_jax.commands.{name}"), "run", fail)
+    assert cli.main([name]) == 1
+    line = capsys.readouterr().err
+    assert re.fullmatch(".*".join(map(re.escape, f"seer-jax {name}: {text}\n".split("*"))), line), line
+
+
+def test_an_error_can_be_traced():
+    with pytest.raises(FileNotFoundError, match="There is no folder '/absent'"):
+        cli.main(["generate", "--model", "/absent", "--prompt", "x", "--traceback"])

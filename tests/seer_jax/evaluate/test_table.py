@@ -1,0 +1,148 @@
+"""Scores as estimates with standard errors, as tables and as JSON."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from seer_jax.evaluate import (
+    Phase,
+    PromptScore,
+    Score,
+    WindowScore,
+    legend,
+    passkey_difference,
+    perplexity_difference,
+    score_from_json,
+    score_line,
+    score_to_json,
+    table_rows,
+    write_scores,
+)
+from seer_jax.evaluate.score import ESTIMATORS
+from seer_jax.evaluate.table import losses, narrow_leads, print_scores
+from seer_jax.selection.scorers import SinkWindow
+
+
+def score(phase: Phase, method: str | None, level: str, perplexities: list[float], found: list[int]) -> Score:
+    """Of windows with these perplexities and prompts with these outcomes."""
+    return Score(
+        phase,
+        method,
+        level,
+        tuple(WindowScore(math.log(p), 0.25) for p in perplexities),
+        tuple(PromptScore(0.1 * (i + 1), bool(f), float(f), 0.35) for i, f in enumerate(found)),
+        tokens=10,
+        seconds=1.0,
+    )
+
+
+SCORES = [
+    score(Phase.PREFILL, None, "dense", [4.0, 6.25], [1, 1, 1, 1]),
+    score(Phase.PREFILL, "gate", "topk:0.1", [6.0, 6.0], [1, 1, 0, 0]),
+    score(Phase.PREFILL, "window", "topk:0.1", [6.0, 6.0], [1, 0, 0, 0]),
+    score(Phase.DECODE, None, "dense", [4.0], []),
+    score(Phase.DECODE, "gate", "topk:0.1", [4.5, 4.5], [1]),
+    score(Phase.DECODE, "random", "topk:0.1", [9.0, 9.0], [1]),
+    score(Phase.DECODE, "gate", "budget:64", [4.25], [1]),
+]
+
+
+def test_every_estimate_has_the_standard_error_of_its_sample():
+    of = SCORES[0].estimates
+    assert of.keys() == ESTIMATORS.keys()
+    deviation = (math.log(6.25) - math.log(4)) / math.sqrt(2)  # sample deviation of two
+    assert of["perplexity"] == pytest.approx((5, 5 * deviation / math.sqrt(2)))
+    assert SCORES[1].estimates["passkey"] == pytest.approx((0.5, math.sqrt(0.5 * 0.5 / 3)))
+    assert SCORES[1].estimates["kept"] == pytest.approx(
+        (0.3166667, np.std([0.25] * 2 + [0.35] * 4, ddof=1) / math.sqrt(6))
+    )
+    assert math.isnan(SCORES[3].estimates["perplexity"].stderr) and math.isnan(SCORES[3].passkey)
+    assert SCORES[1].passkey_by_depth[0.1].value == 1 and len(SCORES[1].passkey_by_depth) == 4
+
+
+def test_differences_are_of_the_same_rows():
+    """Windows that are hard for both scores do not make their difference uncertain."""
+    easy_and_hard = score(Phase.PREFILL, "gate", "x", [2.0, 50.0], [1, 0])
+    worse = score(Phase.PREFILL, "window", "x", [2.2, 55.0], [1, 0])
+    value, stderr = perplexity_difference(worse, easy_and_hard)
+    assert value == pytest.approx(1.0) and stderr < 0.1 * worse.estimates["perplexity"].stderr
+    assert passkey_difference(worse, easy_and_hard) == (0, 0)
+
+
+def test_a_row_per_method_and_policy_and_a_column_per_figure():
+    assert table_rows(SCORES) == [
+        ["phase", "method", "policy", "ppl", "±", "keys", "±", "read", "±"],
+        ["prefill", "dense", "-", "5.00", "1.12", "100%", "0%", "31.7%", "2.1%"],
+        ["prefill", "learned gate", "topk:0.1", "6.00", "0.00", "50%", "29%", "31.7%", "2.1%"],
+        ["prefill", "sink+window", "topk:0.1", "6.00", "0.00", "25%", "25%", "31.7%", "2.1%"],
+        ["decode", "dense", "-", "4.00", "-", "-", "-", "25.0%", "-"],
+        ["decode", "learned gate", "topk:0.1", "4.50", "0.00", "100%", "-", "28.3%", "3.3%"],
+        ["decode", "random", "topk:0.1", "9.00", "0.00", "100%", "-", "28.3%", "3.3%"],
+        ["decode", "learned gate", "budget:64", "4.25", "-", "100%", "-", "30.0%", "5.0%"],
+    ]
+
+
+def test_a_line_of_a_score():
+    assert score_line(SCORES[1]) == (
+        "prefill learned gate, topk:0.1: perplexity 6.000 ± 0.000, pass keys 50% ± 29%, blocks read 31.7% (1.0 s)"
+    )
+    assert score_line(SCORES[3]) == "decode dense: perplexity 4.000, blocks read 25.0% (1.0 s)"
+
+
+@pytest.mark.parametrize("policies", [1, 9])
+@pytest.mark.parametrize("name", ["threshold:[{} x 8]", "threshold:0.00{}05,dense_layers=12,dense_last_rows=2"])
+def test_tables_fit_a_terminal_of_80_characters(policies: int, name: str):
+    gate = [score(Phase.PREFILL, "gate", name.format(i), [116.0 + i], [1, 0]) for i in range(policies)]
+    out = io.StringIO()
+    print_scores(Console(file=out, width=80), [score(Phase.PREFILL, None, "dense", [115.0], [1, 1]), *gate])
+    table = out.getvalue().partition("\n\n")[0]
+    assert "…" not in table and max(map(len, table.splitlines())) <= 80
+    rows = [line.split() for line in table.splitlines()]
+    assert [row for row in rows if "50%" in row and f"{115 + policies}.00" in row]
+    assert name.format(0) in table or "last_rows=2" in table
+
+
+def test_the_printed_table_explains_its_words():
+    out = io.StringIO()
+    print_scores(Console(file=out, width=120), SCORES)
+    words = ["ppl", "keys", "read", "±", "prefill", "decode", "dense", "learned gate", "sink+window", "random"]
+    assert list(legend(SCORES)) == words
+    for word, meaning in legend(SCORES).items():
+        assert f"{word}: {meaning}" in out.getvalue()
+    assert legend(SCORES)["sink+window"] == SinkWindow.meaning
+    assert "oracle" not in out.getvalue()
+
+
+def test_json_holds_every_row_and_null_for_what_is_missing(tmp_path: Path):
+    broken = score(Phase.DECODE, "random", "topk:0.5", [math.nan, math.inf], [0])
+    write_scores(tmp_path / "a" / "scores.json", [*SCORES, broken], model="tiny")
+    text = (tmp_path / "a" / "scores.json").read_text(encoding="utf-8")
+    written = json.loads(text)
+    assert "NaN" not in text and "Infinity" not in text
+    assert [s["passkey"] for s in written["scores"]] == [1.0, 0.5, 0.25, None, 1.0, 1.0, 1.0, 0.0]
+    assert [s["method"] for s in written["scores"]][:3] == [None, "gate", "window"]
+    assert written["legend"] == legend(SCORES) and written["estimators"] == ESTIMATORS and written["model"] == "tiny"
+    assert written["scores"][1]["passkey_by_depth"]["0.2"] == {"value": 1.0, "stderr": None}
+    for one in SCORES:
+        values = score_to_json(one)
+        assert score_from_json(json.loads(json.dumps(values))) == one
+        assert {f"{name}_stderr" for name in ESTIMATORS} < values.keys()
+    with pytest.raises(ValueError, match="must have the fields that seer-jax eval writes"):
+        score_from_json({"phase": "prefill"})
+
+
+def test_places_where_a_baseline_wins_are_listed():
+    assert losses(SCORES) == [
+        "prefill topk:0.1: sink+window has perplexity 6.000, ours 6.000 (higher by 0.000 ± 0.000)",
+        "decode topk:0.1: random finds 100% of the pass keys, ours 100% (fewer by 0%)",
+    ]
+    assert losses(SCORES, baselines=()) == []
+
+
+def test_leads_that_may_be_chance_are_listed():
+    assert narrow_leads(SCORES) == ["prefill topk:0.1: sink+window: its share of pass keys is lower by 25% ± 25%"]

@@ -1,0 +1,76 @@
+"""Which settings a run may have when it goes on in the folder of an earlier one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_WHAT = {"data": "training data", "model": "base model"}
+
+
+def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: int, folder: Path) -> str | None:
+    """Compares the settings of a run with those it was started with.
+
+    Args:
+      ours: of this run, JSON: `config` and what follows from model and data.
+      theirs: of the newest checkpoint; keys that `ours` lacks are not compared.
+      step: of that checkpoint.
+      folder: of the run, for errors.
+
+    Returns:
+      What changes because the number of steps does; None where it does not.
+
+    Raises:
+      ValueError: another setting differs, or the run has done more steps than it is to have.
+    """
+    differing = [difference for key in ours for difference in _differences(ours[key], theirs.get(key), key)]
+    steps = next((d for d in differing if d[0] == "config.steps"), None)
+    differing = [d for d in differing if d[0] != "config.steps"]
+    if differing:
+        raise ValueError(_refusal(differing, folder))
+    if steps is None:
+        return None
+    _, now, before = steps
+    if now < step:
+        raise ValueError(
+            f"steps: this run was started with {before} and has done {step}; got {now}. Set steps (--steps) to {step} or more, or give "
+            f"another output folder (--output) for a new run; this one is {folder}."
+        )
+    return (
+        f"steps: this run was started with {before}, and now has {now}. From step {step + 1} on, the learning rate is that of a run of "
+        f"{now} steps; the rows of data stay the same."
+    )
+
+
+def _refusal(differing: list[tuple[str, Any, Any]], folder: Path) -> str:
+    parts, options = [], []
+    for place, now, before in differing:
+        name = place.removeprefix("config.")
+        if place.startswith("config."):
+            parts.append(f"{name}: this run was started with {before!r}; got {now!r}")
+            options.append(_option(name, before))
+        else:
+            kind, _, rest = place.partition(".")
+            parts.append(
+                f"{_WHAT.get(kind, kind)}: {rest or kind} was {before!r} when this run was started; got {now!r}"
+            )
+    remedy = f"Restore it ({' '.join(options)})" if options else "Restore it"
+    return f"{'; '.join(parts)}. {remedy} to go on with the run in {folder}, or give another output folder (--output) for a new run."
+
+
+def _option(name: str, value: Any) -> str:
+    """A setting as it is typed on the command line."""
+    *groups, last = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        last = last if value else f"no-{last}"
+        value = ()
+    words = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return " ".join([f"--{'.'.join([*groups, last])}", *words])
+
+
+def _differences(ours: Any, theirs: Any, place: str) -> list[tuple[str, Any, Any]]:
+    """Leaves in which two JSON values differ, as (place, ours, theirs)."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = list(dict.fromkeys([*ours, *theirs]))
+        found = [_differences(ours.get(name), theirs.get(name), f"{place}.{name}") for name in names]
+        return [difference for part in found for difference in part]
+    return [] if ours == theirs else [(place, ours, theirs)]

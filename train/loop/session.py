@@ -1,0 +1,148 @@
+"""A run from its first second to its last: its folder, its lock, what it says, and the one line that it ends with when it is stopped."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from seer_jax.convert.files import replace_file
+from seer_jax.train.config import TrainConfig, to_dict
+from seer_jax.train.loop.checkpoint import Checkpoints, RunState
+from seer_jax.train.loop.lock import locked
+from seer_jax.train.loop.progress import ConsoleProgress, StepReport
+from seer_jax.train.loop.resuming import check_resumed
+
+ProgressFunction = Callable[[StepReport], None]
+
+
+class Session:
+    """What a run has beside its model and data.
+
+    Attributes:
+      config: settings of the run.
+      folder: of its output; None: nothing is written.
+      show: called after each step.
+      say: shows a line.
+      doing: what the run is at, for the line it is stopped with.
+      settings: all that determines the results of the run, JSON; see `accept`.
+      step: that it resumes from; 0 at its start.
+    """
+
+    def __init__(self, config: TrainConfig, show: ProgressFunction, say: Callable[[str], None]):
+        self.config, self.show, self.say = config, show, say
+        self.folder = None if config.output is None else Path(config.output)
+        self.doing, self.step, self.told = "starting", 0, False
+        self.settings: dict[str, Any] = {}
+        self._checkpoints: Checkpoints | None = None
+
+    def begin(self, doing: str) -> None:
+        """Says what the run does next."""
+        self.doing = doing
+        self.say(f"{doing[0].upper()}{doing[1:]} ...")
+
+    def accept(self, **settings: Any) -> None:
+        """Adds settings that determine the results of the run, and compares them with those of the run whose folder it is.
+
+        Nothing in the folder is changed before.
+
+        Raises:
+          ValueError: the folder is another run's.
+        """
+        self.settings |= settings
+        if self.folder is None:
+            return
+        if self._checkpoints is None:
+            self._checkpoints = Checkpoints(
+                self.folder / "checkpoints", keep=self.config.keep_checkpoints, say=self.warn
+            )
+        if self._checkpoints.step is None:
+            return
+        self.step = self._checkpoints.step
+        note = check_resumed(settings, self._checkpoints.settings, step=self.step, folder=self.folder)
+        if note is not None:
+            self.say(note)
+
+    def start(self, like: RunState) -> RunState:
+        """The state to go on from, see `Checkpoints.restore`; records the settings in the folder."""
+        if self._checkpoints is None or self.folder is None:
+            return like
+        state = self._checkpoints.restore(like)
+        self.step = state.step
+        replace_file(self.folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+        return state
+
+    def save(self, state: RunState) -> None:
+        """Writes a checkpoint."""
+        if self._checkpoints is not None:
+            self._checkpoints.save(state, self.settings)
+            self.step = state.step
+
+    def warn(self, text: str) -> None:
+        """Shows a line on standard error, whatever shows the progress."""
+        print(text, file=sys.stderr, flush=True)
+
+    def stopped(self, when: str) -> None:
+        """Says once, as the run is stopped, what is kept of it."""
+        if self.told:
+            return
+        self.told = True
+        if self.folder is None:
+            kept = "without an output folder nothing is kept"
+        elif self.step:
+            kept = f"the checkpoint of step {self.step} is kept, and the same call resumes there"
+        else:
+            kept = "no checkpoint was written yet, and the same call starts anew"
+        self.warn(f"Stopped {when}; {kept}.")
+
+    def close(self) -> None:
+        """Ends the checkpoints' threads."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+
+@contextlib.contextmanager
+def open_session(config: TrainConfig, progress: ProgressFunction | None) -> Iterator[Session]:
+    """The session of a run, which has the output folder for itself.
+
+    Args:
+      config: settings of the run.
+      progress: called after each step; None: a bar or plain lines are shown, and what the run does before its first step.
+
+    Raises:
+      BlockingIOError: another run is using the folder.
+      MemoryError: the device has no memory for the run.
+    """
+    console = ConsoleProgress(interval=config.log_interval) if progress is None else None
+    with contextlib.ExitStack() as stack:
+        if config.output is not None:
+            stack.enter_context(locked(Path(config.output)))
+        if console is not None:
+            stack.callback(console.close)
+        session = Session(config, progress or console, console.note if console is not None else _silent)
+        stack.callback(session.close)
+        try:
+            yield session
+        except KeyboardInterrupt:
+            session.stopped(f"while {session.doing}")
+            raise
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise out_of_memory(config, f"ran out while {session.doing}") from error
+
+
+def out_of_memory(config: TrainConfig, what: str) -> MemoryError:
+    """The error of a run that does not fit, with its remedies."""
+    smaller = "" if config.micro_batch_size == 1 else f"micro_batch_size (now {config.micro_batch_size}) or "
+    return MemoryError(
+        f"Training must fit in device memory; it {what}. Lower {smaller}sequence_length (now {config.sequence_length}), or let JAX take "
+        "more of the device: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (its default is 0.75)."
+    )
+
+
+def _silent(text: str) -> None:
+    """Shows nothing: the caller's own progress function takes reports of steps alone."""
