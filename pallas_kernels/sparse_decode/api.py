@@ -7,7 +7,9 @@ from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_attention_inputs, check_integers, check_shape, resolve_scale
 
-_run = Operation("sparse_decode_attention", "pallas_kernels.sparse_decode")
+_run = Operation(
+    "sparse_decode_attention", "pallas_kernels.sparse_decode", gradients="sparse_decode_attention_gradients"
+)
 
 
 def sparse_decode_attention(
@@ -26,7 +28,7 @@ def sparse_decode_attention(
 
       out[h] = sum_s softmax_s(scale * q[h] . k[s]) v[s],  s < lengths,  s // b on the list of key/value head h // (H / K)
 
-    Sums run in float32 for every dtype of q. A head that sees no key has output 0 and lse -inf.
+    Sums run in float32 for every dtype of q. A head that sees no key has output 0 and lse -inf. Differentiable in q, k and v.
 
     Args:
       q: the query of the newest token; H is a multiple of K.
@@ -38,8 +40,8 @@ def sparse_decode_attention(
         array of L * B rows, a layer reads its rows layer * B + arange(B) without a copy.
       scale: factor on the scores; 1 / sqrt(D) if None.
       return_lse: whether to return the natural logarithm of the sum of exp(scores) as well.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, S a multiple of 8; not
-        differentiable), or None for the fastest that takes these arguments on their device.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, S a multiple of 8), or
+        None for the fastest that takes these arguments on their device.
 
     Returns:
       out [B, H, D] of q's dtype, or (out, lse [B, H] float32).

@@ -76,6 +76,28 @@ def compare_with_poisoned(arguments: dict[str, Any], run: Run) -> None:
         assert_bitwise_equal(clean, run(**arguments | {"blocks": with_fillers(arguments["blocks"], filler)}))
 
 
+def compare_gradients(case: Case, implementation: Implementation) -> None:
+    """Of output and lse, in q, k and v: those of the definition in float32, within the rounding of the arguments' dtype."""
+    arguments = case.arguments(KEY)
+    qkv = {name: arguments.pop(name) for name in ("q", "k", "v")}
+
+    def loss(qkv: dict[str, jax.Array], implementation: Implementation) -> jax.Array:
+        call = functools.partial(sparse_decode_attention, return_lse=True, implementation=implementation)
+        out, lse = call(**qkv, **arguments)
+        return (out.astype("float32") ** 2).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
+
+    def gradients(qkv: dict[str, jax.Array], implementation: Implementation) -> dict[str, jax.Array]:
+        return jax.jit(jax.grad(functools.partial(loss, implementation=implementation)))(qkv)
+
+    dtype = qkv["q"].dtype
+    got = gradients(qkv, implementation)
+    truth = gradients(jax.tree.map(lambda x: x.astype("float32"), qkv), "reference")
+    tolerance = (64 if dtype == "float32" else 16) * float(jnp.finfo(dtype).eps)
+    for name in qkv:
+        x, y = (np.asarray(of[name], np.float64) for of in (got, truth))
+        assert np.abs(x - y).max() <= tolerance * max(1, np.abs(y).max())
+
+
 def compare_with_own_rows(arguments: dict[str, Any], run: Run) -> None:
     """As a layer reads its rows of the caches of all layers, in any order."""
     alone = run(**arguments)
@@ -156,6 +178,9 @@ class Conformance(Definition):
     def test_fillers_and_unlisted_blocks_are_not_read(self):
         compare_with_poisoned(named("no-groups").arguments(KEY), self.run)
 
+    def test_gradients(self):
+        compare_gradients(named("ragged"), self.implementation)
+
     def test_runs_under_shard_map(self):
         """Each device has key/value heads of its own, the query heads that read them, and their lists."""
         keys = P(None, None, "model")
@@ -214,6 +239,9 @@ class HalfPrecision(IgnoresPadding):
 
     def test_heads_that_see_no_key_have_output_zero(self):
         compare_with_nothing(self.run, heads=Heads(4, 2, 64), dtype="bfloat16")
+
+    def test_gradients(self):
+        compare_gradients(Case("gradients", Heads(2, 1, 64), 128, batch=2, lengths=(128, 70)), self.implementation)
 
     @pytest.mark.parametrize("scale", [-0.3, 0.0])
     def test_any_scale(self, scale: float):

@@ -53,6 +53,20 @@ class Definition(IgnoresPadding):
             truth = array(x) @ array(w[layer]).T
             assert_as_good_as(jnp.asarray(truth, x.dtype), y, truth)
 
+    def test_gradients(self):
+        case = Case("gradients", 128, (64, 128), rows=2, layers=3)
+        x, weights, layer = (case.arguments(KEY)[name] for name in ("x", "weights", "layer"))
+        call = functools.partial(stacked_linear, layer=layer, implementation=self.implementation)
+        loss = jax.jit(jax.grad(lambda x, weights: sum(y.astype("float32").sum() for y in call(x, weights)), (0, 1)))
+        in_x, in_weights = loss(x, weights)
+        np.testing.assert_allclose(
+            array(in_x), sum(array(w[layer]).sum(0) for w in weights)[None].repeat(2, 0), rtol=0.02, atol=0.1
+        )
+        for w, got in zip(weights, in_weights, strict=True):
+            expected = np.zeros(w.shape)
+            expected[int(layer)] = array(x).sum(0)
+            np.testing.assert_allclose(array(got), expected, rtol=0.01, atol=0.01)
+
     def test_reads_no_other_layer(self):
         arguments = Case("poisoned", 256, (64, 64), layers=4).arguments(KEY)
         clean = self.run(**arguments)
