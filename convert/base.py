@@ -59,8 +59,7 @@ def load_base(
       ValueError: the model type or RoPE is not supported, or the checkpoint is incomplete, has further tensors, or tensors of a wrong
         shape or dtype or with NaN.
     """
-    if jnp.dtype(dtype) not in map(jnp.dtype, DType):
-        raise ValueError(f"Base weights must be bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
+    dtype = DType.of(dtype)
     folder = resolve(location, BASE_PATTERNS, **hub)
     check_is_base(folder)
     hf = read_config(folder)
