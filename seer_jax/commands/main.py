@@ -14,9 +14,9 @@ from pathlib import Path
 
 from seer_jax import tiny_lm
 from seer_jax.commands.arguments import OPTIONS, PROGRAM, ExitCode, import_scorers
-from seer_jax.commands.compilation_cache import use_compilation_cache
 from seer_jax.commands.errors.failures import failure, one_line
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
+from seer_jax.compilation_cache import use_compilation_cache
 
 COMMANDS = ("demo", "convert", "verify", "train", "generate", "eval", "bench", "info")
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"

@@ -213,7 +213,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
+def _content(token: Any) -> str:
     content = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(content, str):
         raise ValueError(f"A special token of tokenizer_config.json must be a text or have content; got {token!r}.")

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pallas_kernels.devices import default_device
 from seer_jax.checks import check_positive
 from seer_jax.models.config_json import typed
@@ -16,6 +18,18 @@ class DType(enum.StrEnum):
 
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+
+    @classmethod
+    def of(cls, dtype: Any) -> "DType":
+        """The one that a name, a NumPy or a JAX dtype means.
+
+        Raises:
+          ValueError: it is another one, or none.
+        """
+        try:
+            return cls(np.dtype(dtype).name)
+        except (TypeError, ValueError):
+            raise ValueError(f"dtype must be {' or '.join(cls)}; got {dtype!r}.") from None
 
     @classmethod
     def default(cls) -> "DType":

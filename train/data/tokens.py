@@ -359,7 +359,7 @@ def _read_store(folder: Path) -> tuple[_Identity, TokenStore] | None:
         tokens, ends = _map_tokens(folder / "tokens.int32"), np.load(folder / "ends.npy")
         if _digest(tokens, ends) != description["digest"]:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return identity, TokenStore(tokens, ends, description["digest"])
 
