@@ -55,7 +55,7 @@ class ModelTokenizer:
         end = self._tokenizer.special.get("eos_token")
         self._end = [] if end is None else self._tokenizer.encode(end, special_tokens=False)
         folder, digest = Path(self._tokenizer.place), hashlib.sha256()
-        for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}):
+        for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}):
             digest.update(path.read_bytes())
         if chat_template is not None:
             template = read_template(chat_template)
