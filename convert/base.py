@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert.files import Replacement, replacing_files
-from seer_jax.convert.formats.sources import SafetensorsSource
+from seer_jax.convert.formats.sources import SafetensorsSource, TensorSource
 from seer_jax.convert.rules import ROTARY_BUFFERS, TIED_HEAD, base_rules
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.folders import check_is_base
@@ -32,6 +32,8 @@ TEXT_PATTERNS = (
     "generation_config.json",
 )  # what a model needs besides weights to read and write text
 SHARD_BYTES = 5 * 10**9
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPARED_ROWS = 64
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -66,6 +68,8 @@ def load_base(
     files = _weight_files(folder)
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
     with SafetensorsSource(files) as source:
+        if config.tie_word_embeddings:
+            _check_tied(source)
         return load_parameters(
             abstract_model(config, dtype), base_rules(config), source, ignored=ignored, sharding=sharding
         )
@@ -142,6 +146,21 @@ def _tokenizer_folder(location: Location) -> Path:
 
 def _without_eos(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, eos_token_ids=())  # they concern text, not weights
+
+
+def _check_tied(source: TensorSource) -> None:
+    """Raises ValueError where a head is there that is not the embedding, though config.json ties them; some rows are compared."""
+    if not {EMBEDDING, HEAD} <= set(source.tensors):
+        return
+    rows, *_ = source.tensors[HEAD].shape or (0,)
+    same = source.tensors[HEAD] == source.tensors[EMBEDDING]
+    for row in range(0, rows, max(rows // COMPARED_ROWS, 1)) if same else ():
+        same &= source.read(HEAD, row, row + 1).tobytes() == source.read(EMBEDDING, row, row + 1).tobytes()
+    if not same:
+        raise ValueError(
+            f"{source.place}: {HEAD} must be {EMBEDDING}, as config.json has tie_word_embeddings true; got another one. Set it to false "
+            "where the head is the one to use, as transformers does; otherwise remove the head."
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -9,8 +9,10 @@ from typing import Any
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least, check_positive
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
+from seer_jax.inference.chat import is_template_text
 from seer_jax.models.config import DType
 from seer_jax.settings import check_types, parse_setting
+from seer_jax.text_files import read_text
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing
 
@@ -127,10 +129,12 @@ class TrainConfig:
 
     def absolute(self) -> "TrainConfig":
         """The same run with absolute paths, so that it goes on from any folder; names on the hub stay as they are."""
+        template = self.data.chat_template
         data = dataclasses.replace(
             self.data,
             paths=tuple(map(_absolute, self.data.paths)),
             dataset=_absolute_folder(self.data.dataset),
+            chat_template=template if template is None or is_template_text(template) else _absolute(template),
         )
         output = None if self.output is None else _absolute(self.output)
         return dataclasses.replace(self, model=_absolute_folder(self.model), output=output, data=data)
@@ -261,10 +265,7 @@ def load_config[C](kind: type[C], path: str | Path) -> C:
 
 def _read(path: Path) -> Any:
     """The contents of a YAML or JSON file; no settings where it is empty."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text; {error}. Save it as UTF-8.") from error
+    text = read_text(path)
     if path.suffix == ".json":
         try:
             return json.loads(text or "{}")

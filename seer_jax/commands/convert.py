@@ -4,13 +4,15 @@ import dataclasses
 from pathlib import Path
 
 from seer_jax.commands.arguments import ExitCode, HubOptions, parse
+from seer_jax.convert import push_gates
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates
 from seer_jax.folders import check_is_base, check_is_gate
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import read_config, resolve, resolve_gate
+from seer_jax.models.hub import is_hub_id, read_config, resolve, resolve_gate
+from seer_jax.outputs import check_output_folder
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
 
@@ -28,6 +30,8 @@ class ConvertConfig(HubOptions):
         as gates.
       dtype: dtype of the gates in the file; float32 keeps them exactly.
       force: overwrite gates and models that the output folder has.
+      push_to_hub: repository owner/name to upload the written gates to, with a model card; the token is that of `hf auth login` or
+        HF_TOKEN. None: they stay here.
     """
 
     gates: str
@@ -37,14 +41,20 @@ class ConvertConfig(HubOptions):
     include_base: bool = False
     dtype: DType = DType.FLOAT32
     force: bool = False
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
+        if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
+            raise ValueError(f"push_to_hub must name a repository, owner/name; got {self.push_to_hub!r}.")
         if self.include_base and self.model is None:
             raise ValueError("include_base must come with the model to copy; got none. Give model=...")
 
 
 def run(words: list[str]) -> int:
-    print(convert(parse(ConvertConfig, "convert", words, aliases={"--base": "--model"})))
+    config = parse(ConvertConfig, "convert", words, aliases={"--base": "--model"})
+    print(convert(config))
+    if config.push_to_hub is not None:
+        print(push_gates(config.output, config.push_to_hub))
     return ExitCode.OK
 
 
@@ -82,8 +92,7 @@ def _check_output(config: ConvertConfig, read: list[Path], copied: list[str]) ->
     output = config.output
     if any(output.resolve() == folder.resolve() for folder in read):
         raise ValueError(f"output must differ from the folders that are read; got {output}. Choose another folder.")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output must be a folder; got the file {str(output)!r}. Choose another name.")
+    check_output_folder(output)
     there = [
         name for name in dict.fromkeys((config.format.file_name, "config.json", *copied)) if (output / name).exists()
     ]

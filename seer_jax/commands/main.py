@@ -26,7 +26,7 @@ LOWER = {
     "verify": "the rows of the reference",
     "train": "--sequence-length or --micro-batch-size",
     "generate": "--max-new-tokens, or shorten the prompt",
-    "eval": "--length or --batch-size",
+    "eval": "--length, and for decoding --windows, --passkeys or --batch-size, whose caches are held at once",
     "bench": "--lengths",
 }
 

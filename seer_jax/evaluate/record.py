@@ -119,7 +119,7 @@ def _now() -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    remedy = "Choose another output, or pass --force to start over."
+    remedy = "Choose another output, or pass force=True to start over."
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -138,7 +138,7 @@ def _check_same(path: Path, old: Any, new: Any) -> None:
         more = f", and {len(different) - 3} more" if len(different) > 3 else ""
         raise ValueError(
             f"{path} holds scores of another evaluation: {', '.join(different[:3])}{more}. Repeat its settings to go on from it, choose "
-            "another output, or pass --force to start over."
+            "another output, or pass force=True to start over."
         )
 
 

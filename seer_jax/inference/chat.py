@@ -1,6 +1,8 @@
 """Chat templates: where a model keeps them, and conversations rendered by transformers' own renderer."""
 
+import functools
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ REASONING = (
     "reasoning",
 )  # keys of a message that hold its reasoning, as transformers knows them
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+_IMPORTING = threading.Lock()
 
 # What the evaluation of a template may raise besides jinja2's own errors.
 _TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -35,6 +38,26 @@ def load_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     found = {name: read_text(path) for name, path in files.items() if path.is_file()}
     return found or _named(config.get("chat_template"), f"{folder / 'tokenizer_config.json'}: chat_template")
+
+
+def is_template_text(source: str) -> bool:
+    """Whether a template is given as Jinja text, which has a brace or several lines, and not as the path of a file."""
+    return "{" in source or "\n" in source
+
+
+def read_template(source: str) -> str:
+    """A chat template given as Jinja text or as the path of a file.
+
+    Raises:
+      FileNotFoundError: it is neither.
+      ValueError: the file is no UTF-8 text.
+    """
+    if is_template_text(source):
+        return source
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"chat_template must be Jinja text or a file of it; got {source!r}, which is no file.")
+    return read_text(path)
 
 
 def _named(entry: Any, place: str) -> dict[str, str]:
@@ -104,6 +127,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return chat
 
 
+@functools.cache
 def _renderer() -> Any:
     with quiet_transformers():
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -113,15 +137,16 @@ def _renderer() -> Any:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """While transformers is imported here, it does not say that PyTorch is missing: it is not needed."""
-    before = os.environ.get(_QUIET)
-    os.environ[_QUIET] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_QUIET]
-        else:
-            os.environ[_QUIET] = before
+    with _IMPORTING:  # documents are rendered by several threads, which share the environment
+        before = os.environ.get(_QUIET)
+        os.environ[_QUIET] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_QUIET]
+            else:
+                os.environ[_QUIET] = before
 
 
 def content_of(message: Message) -> str:

@@ -20,6 +20,7 @@ _HARMLESS = (
     ),
     *(
         "*flash*",
+        "*fused*",
         "*_implementation*",
         "*checkpoint*",
         "*loss*",
@@ -127,7 +128,7 @@ def token_ids(key: str, value: Any) -> tuple[int, ...]:
 
 def check_unquantised(hf: Mapping[str, Any]) -> None:
     """Raises ValueError where config.json says that the weights are quantised."""
-    for key in ("quantization_config", "compression_config"):
+    for key in ("quantization_config", "compression_config", "quantization"):
         if hf.get(key):
             method = hf[key].get("quant_method") if isinstance(hf[key], Mapping) else hf[key]
             raise ValueError(

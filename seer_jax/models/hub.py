@@ -1,8 +1,9 @@
 """Names of models and gates: the bundled model, local folders, and repositories of the Hugging Face hub."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -50,7 +51,7 @@ def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettin
             f"A model must be named by its folder; got the file {name!r}. Give the folder that holds it."
         )
     repo, _, revision = name.partition("@")
-    if not _is_hub_id(repo):
+    if not is_hub_id(repo):
         raise FileNotFoundError(
             f"There is no folder {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a hub id, or "
             f"{tiny_lm.NAME!r} for the bundled model."
@@ -113,11 +114,12 @@ def resolve_gate(location: Location, patterns: Sequence[str], **hub: Unpack[HubS
 def is_name(name: str) -> bool:
     """Whether a model may be found by this name: the bundled one, a folder that is there, or the form of a hub id."""
     return (
-        name == tiny_lm.NAME or (bool(name) and Path(name).expanduser().is_dir()) or _is_hub_id(name.partition("@")[0])
+        name == tiny_lm.NAME or (bool(name) and Path(name).expanduser().is_dir()) or is_hub_id(name.partition("@")[0])
     )
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form "owner/name"."""
     parts = name.split("/")
     return len(parts) == 2 and all(p and p[0] not in ".~-" for p in parts) and "\\" not in name
 
@@ -151,6 +153,28 @@ def _download(repo: str, patterns: Sequence[str], hub: HubSettings) -> str:
             f"{repo!r} is not a local folder, is not complete in the cache, and the hub can't be reached"
             f"{' because HF_HUB_OFFLINE is set' if huggingface_hub.constants.is_offline_mode() else ''}. "
             "Download it where there is a connection, or give a local folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def writing_errors(repo: str) -> Iterator[None]:
+    """Raises what the hub says against writing to a repository as PermissionError or ConnectionError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"A revision must exist on the hub; {repo!r} has not this one. Make the branch."
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
+        raise PermissionError(
+            f"{repo!r} must be a repository that the user may write to; the hub says: {error}. Log in with a token that can write "
+            "(`hf auth login`, or HF_TOKEN)."
+        ) from error
+    except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+        raise ConnectionError(
+            f"The hub can't be reached to write {repo!r} ({error}). Try again where there is a connection, without HF_HUB_OFFLINE."
         ) from error
 
 

@@ -246,6 +246,19 @@ def test_a_tied_model_needs_no_head_but_an_untied_one_may_not_have_two(tmp_path:
         load_base(write_base(tmp_path, golden, tie_word_embeddings=False))
 
 
+def test_a_head_beside_a_tied_embedding_must_be_the_embedding(tmp_path: Path):
+    folder, embedding = write_base(tmp_path, transformers_case(QWEN2)), "model.embed_tokens.weight"
+    expected = load_base(folder)
+    rewrite(folder, lambda w: w.update({"lm_head.weight": w[embedding].copy()}))
+    assert_same(load_base(folder), expected)
+    for change in (lambda w: w["lm_head.weight"] * 2, lambda w: w["lm_head.weight"][:-1].copy()):
+        rewrite(folder, lambda w, change=change: w.update({"lm_head.weight": change(w)}))
+        with pytest.raises(
+            ValueError, match=r"lm_head.weight must be model.embed_tokens.weight, .* Set it to false where"
+        ):
+            load_base(folder)
+
+
 def header(path: Path, change: Callable[[dict], Any], *, data: bytes | None = None) -> None:
     """Rewrites the header of a safetensors file, whatever the safetensors package would say."""
     raw = path.read_bytes()

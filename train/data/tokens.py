@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 from jaxtyping import Int
 
 from seer_jax.convert.files import replacing_files
+from seer_jax.inference.chat import DEFAULT, content_of, read_template
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.train.data.sources import Document, SourceConfig, list_files, read_documents
 
 DOCUMENTS_PER_BATCH = 256  # enough to keep the tokenizer's threads busy
+LOST_SHARE = 0.1  # of the messages' characters, from which on a template that leaves them out is told
 PIECE_LENGTH = 2**20  # characters of a long text that are tokenized at once
 SECONDS_PER_LINE = 5.0  # from one line about the reading to the next
 
@@ -39,33 +42,60 @@ class ModelTokenizer:
     template, which includes them. The end-of-text token is appended to each document that does not end in it.
     """
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, chat_template: str | None = None):
         """
         Args:
           model: its folder or hub id.
+          chat_template: Jinja text, or the file of it, in place of the model's own.
         """
         from seer_jax.models.pretrained import load_tokenizer
 
         self._tokenizer = load_tokenizer(model)
+        self._warned = False
         end = self._tokenizer.special.get("eos_token")
         self._end = [] if end is None else self._tokenizer.encode(end, special_tokens=False)
         folder, digest = Path(self._tokenizer.place), hashlib.sha256()
         for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}):
             digest.update(path.read_bytes())
+        if chat_template is not None:
+            template = read_template(chat_template)
+            self._tokenizer.chat_templates = {DEFAULT: template}
+            digest.update(template.encode())
         self.fingerprint = digest.hexdigest()
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Tokens of each document."""
-        with ThreadPoolExecutor() as threads:  # the tokenizer releases Python's lock
-            return list(threads.map(self._encode, documents))
+        """Tokens of each document.
 
-    def _encode(self, document: Document) -> list[int]:
+        Warns, once, where the chat template leaves out much of what the messages say.
+        """
+        with ThreadPoolExecutor() as threads:  # the tokenizer releases Python's lock
+            texts = list(threads.map(self._render, documents))
+            self._check_rendered(documents, texts)
+            return list(threads.map(self._encode, documents, texts))
+
+    def _render(self, document: Document) -> str:
+        if isinstance(document, str):
+            return document
+        return self._tokenizer.render_chat(document, add_generation_prompt=False)
+
+    def _check_rendered(self, documents: Sequence[Document], texts: Sequence[str]) -> None:
+        """Counts the characters of messages that exceed the rendered text, and so are certainly not in it."""
+        chats = [(d, text) for d, text in zip(documents, texts, strict=True) if not isinstance(d, str)]
+        said = [sum(len(content_of(message)) for message in chat) for chat, _ in chats]
+        lost = [max(0, count - len(text)) for count, (_, text) in zip(said, chats, strict=True)]
+        if not self._warned and sum(lost) > LOST_SHARE * sum(said):
+            self._warned = True
+            warnings.warn(
+                f"The chat template of {self._tokenizer.place} leaves out at least {sum(lost):,} of {sum(said):,} characters of the "
+                f"first {len(chats):,} conversations, in {sum(n > 0 for n in lost):,} of them: those of reasoning models remove what stands "
+                "before </think>. To train on it, set chat_template (--data.chat-template) to a file with a template that keeps it.",
+                stacklevel=2,
+            )
+
+    def _encode(self, document: Document, text: str) -> list[int]:
         if isinstance(document, Piece):
             return self._encode_piece(document)
-        if isinstance(document, str):
-            tokens = self._tokenizer.encode(document)
-        else:
-            tokens = self._tokenizer.encode_chat(document, add_generation_prompt=False)
+        tokens = self._tokenizer.encode(text, special_tokens=isinstance(document, str))
         return tokens if tokens[-len(self._end) :] == self._end else tokens + self._end
 
     def _encode_piece(self, piece: "Piece") -> list[int]:

@@ -198,6 +198,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "a Llama with the switch off": LLAMA | dict(sliding_window=4096, use_sliding_window=False),
     "Qwen2 that names its biases": QWEN2 | dict(attention_bias=True),
     "swish": LLAMA | dict(hidden_act="swish"),
+    "PaddleNLP": LLAMA | dict(alibi=False, rope_scaling_factor=1.0, rope_scaling_type=None, use_fused_rope=True),
     "custom code": LLAMA | dict(auto_map={"AutoModelForCausalLM": "modeling.Model"}),
     "a gate of the release": QWEN3
     | dict(architectures=["SeerAttnQwen3ForCausalLM"], use_flash_rope=True, fused_norm=True, pruned_heads={}),
@@ -332,6 +333,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
         "must be a multiple of num_attention_heads where head_dim is absent; got 34 and 4",
     ),
     (dict(quantization_config=dict(quant_method="gptq")), r"must not be quantised; .*quantization_config \(gptq\)"),
+    (dict(quantization=dict(group_size=64, bits=4)), r"must not be quantised; config.json has a quantization "),
     (dict(compression_config={"format": "int"}), r"must not be quantised; .*compression_config"),
 ]
 
