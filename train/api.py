@@ -14,7 +14,7 @@ from seer_jax.gates.configs import GateConfig, PrefillGateConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_to_hf
 from seer_jax.models.hub import read_config, resolve
-from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
+from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.data.tokens import check_tokens
@@ -56,7 +56,7 @@ def distill(
       FloatingPointError: the loss is no longer finite.
       KeyboardInterrupt, SystemExit: the process was asked to stop (SIGINT, SIGTERM), and has written a checkpoint.
     """
-    config = config.absolute()
+    config = absolute(config)
     with open_session(config, progress) as session:
         given, model = model, _load_model(config, model, session)
         hf_config = None
@@ -116,7 +116,7 @@ def finetune(
     float32, so that a weight takes 16 bytes with its gradient; the arithmetic is of the model's dtype. Only the hidden states between
     layers are kept for the backward pass, which computes the layers again.
     """
-    config = config.absolute()
+    config = absolute(config)
     with open_session(config, progress) as session:
         model = _load_model(config, model, session)
         session.accept(config=config.defining(), model=to_dict(model.config))
