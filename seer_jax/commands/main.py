@@ -8,6 +8,7 @@ import ast
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,7 +110,9 @@ def _run(name: str, words: list[str], scorers: list[str]) -> int:
     for module in scorers:
         import_scorers(module)
     use_compilation_cache()
-    return importlib.import_module(f"seer_jax.commands.{name}").run(words)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place: _say(name, f"warning: {message}")
+        return importlib.import_module(f"seer_jax.commands.{name}").run(words)
 
 
 def _help() -> str:

@@ -109,7 +109,7 @@ class Tokenizer:
         Raises:
           ValueError: the model has no chat template, or the template refuses the messages.
         """
-        given = dict(self.special, add_generation_prompt=add_generation_prompt) | variables
+        given: dict[str, Any] = dict(self.special, add_generation_prompt=add_generation_prompt) | variables
         return chat.render(self.chat_templates, messages, place=self.place, **given)
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:

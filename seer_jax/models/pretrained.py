@@ -12,7 +12,7 @@ from seer_jax.folders import check_is_base
 from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
 from seer_jax.inference.generation_config import GenerationSettings, read_generation_settings
 from seer_jax.inference.text import TOKENIZER_CONFIG, TOKENIZER_PATTERNS, Tokenizer, eos_token_of
-from seer_jax.models.config import ModelConfig
+from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
 from seer_jax.models.hub import HubSettings, Location, read_config, resolve, resolve_gates
@@ -59,6 +59,7 @@ def from_pretrained(
     from seer_jax.convert.base import BASE_PATTERNS
     from seer_jax.convert.gates import GATE_PATTERNS
 
+    dtype = DType.of(dtype)
     sharding = None if mesh is None else _place_on(mesh)
     weights = (CONFIG,) if abstract else BASE_PATTERNS
     folder = resolve(base, (*weights, GENERATION_CONFIG, TOKENIZER_CONFIG), **hub)
