@@ -12,6 +12,7 @@ from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedG
 from seer_jax.inference.chat import is_template_text
 from seer_jax.models.config import DType
 from seer_jax.settings import check_types, parse_setting
+from seer_jax.text_files import read_text
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing
 
@@ -264,10 +265,7 @@ def load_config[C](kind: type[C], path: str | Path) -> C:
 
 def _read(path: Path) -> Any:
     """The contents of a YAML or JSON file; no settings where it is empty."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text; {error}. Save it as UTF-8.") from error
+    text = read_text(path)
     if path.suffix == ".json":
         try:
             return json.loads(text or "{}")
