@@ -1,6 +1,7 @@
 """Base models: Hugging Face safetensors folders in and out."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import HubSettings, Location, config_text, read_config, resolve
+from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, resolve
 from seer_jax.models.layers import BaseParam
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -36,6 +37,7 @@ COMPARED_ROWS = 64
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SHARDS = "model*.safetensors"
 
 
 def load_base(
@@ -57,8 +59,7 @@ def load_base(
       ValueError: the model type or RoPE is not supported, or the checkpoint is incomplete, has further tensors, or tensors of a wrong
         shape or dtype or with NaN.
     """
-    if jnp.dtype(dtype) not in map(jnp.dtype, DType):
-        raise ValueError(f"Base weights must be bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
+    dtype = DType.of(dtype)
     folder = resolve(location, BASE_PATTERNS, **hub)
     check_is_base(folder)
     hf = read_config(folder)
@@ -115,14 +116,22 @@ def save_base(
     with replacing_files(folder) as files:
         _write_shards(files, tensors_of(model, BaseParam, base_rules(model.config)), shard_bytes)
         if source is not None and source.resolve() != folder.resolve():
-            copy_files(files, source, TEXT_PATTERNS)
+            copy_files(files, {path for pattern in TEXT_PATTERNS for path in source.glob(pattern)})
         files.path("config.json").write_text(config_text(hf), encoding="utf-8")
 
 
-def copy_files(files: Replacement, source: Path, patterns: Iterable[str]) -> None:
-    """Copies the files of a folder whose names match; links into the hub's cache are copied as files."""
-    for name in sorted({path.name for pattern in patterns for path in source.glob(pattern)}):
-        shutil.copyfile(os.path.realpath(source / name), files.path(name))
+def copy_files(files: Replacement, paths: Iterable[Path]) -> None:
+    """Copies files into a folder; links into the hub's cache are copied as files. Weights among them take the place of all old ones."""
+    names = []
+    for path in paths:
+        shutil.copyfile(os.path.realpath(path), files.path(path.name))
+        names.append(path.name)
+    if any(fnmatch.fnmatchcase(name, _SHARDS) for name in names):
+        _remove_weights(files)
+
+
+def _remove_weights(files: Replacement) -> None:
+    files.remove(*files.folder.glob(_SHARDS), files.folder / _INDEX)
 
 
 def _tokenizer_folder(location: Location) -> Path:
@@ -157,7 +166,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} must be JSON with a weight_map from tensors to files; got {error!r}.") from error
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
@@ -179,7 +188,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _write_shards(files: Replacement, tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> None:
     """Writes one file where all weights fit, otherwise numbered ones with an index; the weights that the folder had are to go."""
-    files.remove(*files.folder.glob("model*.safetensors"), files.folder / _INDEX)
+    _remove_weights(files)
     shards: list[list[str]] = []
     total = 0
     for shard in _group(tensors, shard_bytes):

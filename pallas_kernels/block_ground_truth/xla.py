@@ -33,6 +33,7 @@ def attention_with_block_scores(
     (batch, length, heads, head_dim), kv_heads, b = q.shape, k.shape[2], block_size
     num_rows, num_blocks = -(-length // b), -(-k.shape[1] // b)
     tile = min(_TILE, num_rows * b)
+    v = jnp.where((segment_ids > 0)[..., None, None], v, 0)  # padding may hold NaN, which a weight of 0 would keep
     padded = length + -length % tile
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -k.shape[1] % tile + tile)))  # a tile of queries may reach that far
     query_ids = jax.lax.dynamic_slice_in_dim(segment_ids, query_offset, padded, axis=1)

@@ -1,8 +1,6 @@
 """Write gates in another format, alone or with their base model."""
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 
 from seer_jax.commands.arguments import ExitCode, HubOptions, parse
@@ -78,7 +76,6 @@ def convert(config: ConvertConfig) -> Path:
     copied = _files(base) if base is not None and config.include_base else []
     _check_output(config, [folder for folder in (source, base) if folder is not None], [path.name for path in copied])
     gate = load_gates(source, config_from_hf(hf))
-    _copy(copied, config.output)
     return save_gates(
         gate,
         config.output,
@@ -86,6 +83,7 @@ def convert(config: ConvertConfig) -> Path:
         hf_config=hf,
         format=config.format,
         dtype=config.dtype,
+        copies=copied,
     )
 
 
@@ -108,10 +106,3 @@ def _check_output(config: ConvertConfig, read: list[Path], copied: list[str]) ->
 def _files(base: Path) -> list[Path]:
     """Files of a model and its tokenizer."""
     return sorted({path for pattern in _MODEL_PATTERNS for path in base.glob(pattern)})
-
-
-def _copy(files: list[Path], output: Path) -> None:
-    """Copies files; links into the hub's cache are copied as files."""
-    output.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        shutil.copyfile(os.path.realpath(path), output / path.name)

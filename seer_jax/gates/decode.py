@@ -54,6 +54,10 @@ class DecodeGate(Recommending, nnx.Module):
         self.k_norm = GateParam(jnp.ones((layers, gate_dim))) if config.use_qk_norm else None
 
     @property
+    def num_lists(self) -> int:
+        return self.model.num_kv_heads
+
+    @property
     def num_key_heads(self) -> int:
         """Heads of the compressed keys: K."""
         return self.model.num_kv_heads

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pallas_kernels.devices import default_device
 from seer_jax.checks import check_positive
 from seer_jax.models.config_json import typed
@@ -16,6 +18,18 @@ class DType(enum.StrEnum):
 
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+
+    @classmethod
+    def of(cls, dtype: Any) -> "DType":
+        """The one that a name, a NumPy or a JAX dtype means.
+
+        Raises:
+          ValueError: it is another one, or none.
+        """
+        try:
+            return cls(np.dtype(dtype).name)
+        except (TypeError, ValueError):
+            raise ValueError(f"dtype must be {' or '.join(cls)}; got {dtype!r}.") from None
 
     @classmethod
     def default(cls) -> "DType":
@@ -32,6 +46,7 @@ class RopeKind(enum.StrEnum):
     YARN = "yarn"
 
 
+MAX_LAYERS = 10_000  # no model has as many; a damaged number must not be counted up to
 # Keys that a scaling must have; defaults in their place would give a model that runs and is wrong.
 _ROPE_NEEDS = {
     RopeKind.DEFAULT: (),
@@ -251,6 +266,8 @@ class ModelConfig:
             *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
             *("rms_norm_eps", "max_position_embeddings"),
         )
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"ModelConfig.num_layers must be at most {MAX_LAYERS}; got {self.num_layers}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "Key/value heads must divide the query heads (each serves a group of equal size); "

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from seer_jax import load_tokenizer, tiny_lm
 from seer_jax.convert import compare_logits, load_base, save_base
 from seer_jax.convert.base import abstract_model
 from seer_jax.convert.formats.sources import TensorInfo
@@ -128,6 +129,21 @@ def test_saving_again_leaves_no_old_weights(tmp_path: Path):
     save_base(model, tmp_path / "b", shard_bytes=5000)
     assert not (tmp_path / "b" / "model.safetensors").exists()
     assert_same(load_base(tmp_path / "b"), model)
+
+
+def test_the_tokenizer_comes_with_the_model(tmp_path: Path):
+    model = load_base(write_base(tmp_path / "a", transformers_case(LLAMA)))
+    save_base(model, tmp_path / "b", tokenizer="tiny-lm")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tiny_lm.path() / name).read_bytes()
+    assert load_tokenizer(tmp_path / "b").encode("import os") == load_tokenizer("tiny-lm").encode("import os")
+    save_base(model, tmp_path / "b", tokenizer=tmp_path / "b")  # onto itself
+    assert_same(load_base(tmp_path / "b"), model)
+    with pytest.raises(
+        FileNotFoundError, match=r"The folder of `tokenizer` must hold a tokenizer; .*/a has none of tokenizer\.json"
+    ):
+        save_base(model, tmp_path / "c", tokenizer=tmp_path / "a")
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_saved_model_holds_no_gates(tmp_path: Path):
@@ -417,7 +433,7 @@ def test_a_configuration_of_other_sizes_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, np.int8, "float64"])
 def test_other_dtypes_are_refused(dtype: Any, folder: Path):
-    with pytest.raises(ValueError, match=f"Base weights must be bfloat16 or float32; got dtype={np.dtype(dtype)}"):
+    with pytest.raises(ValueError, match=f"dtype must be bfloat16 or float32; got .*{np.dtype(dtype)}"):
         load_base(folder, dtype=dtype)
 
 

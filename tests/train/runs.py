@@ -1,17 +1,21 @@
-"""Short runs, and what tests look at in their folders."""
+"""Short runs, and what tests look at in their folders. One in a process of its own, to be killed: `python -m tests.train.runs FOLDER`."""
 
 import dataclasses
+import json
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from seer_jax.gates.configs import TrainedGates
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.train import StepReport, TrainResult, distill
 from seer_jax.train.loop.metrics import read_metrics
-from tests.train.killable_run import CONFIG as RUN
-from tests.train.tiny import make_model, make_rows
+from tests.train.tiny import distill_config, make_model, make_rows
+
+RUN = distill_config(gates=TrainedGates.DECODE, steps=10, checkpoint_interval=1)
 
 
 def ignore(_: StepReport) -> None:
@@ -53,3 +57,8 @@ def raising(number: int, error: BaseException | signal.Signals):
                 raise error
 
     return progress
+
+
+if __name__ == "__main__":
+    distill(dataclasses.replace(RUN, output=sys.argv[1]), model=make_model(), dataset=make_rows())
+    (Path(sys.argv[1]) / "done.json").write_text(json.dumps(RUN.steps))

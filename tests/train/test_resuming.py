@@ -22,8 +22,7 @@ from seer_jax.train import distill
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.loop.lock import locked
 from seer_jax.train.optimizer import make_schedule
-from tests.train.killable_run import CONFIG as RUN
-from tests.train.runs import contents, ignore, keys_of, lines, raising, run_to
+from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
 from tests.train.tiny import DECODE, make_model, make_rows
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "compilation_cache")

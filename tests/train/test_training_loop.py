@@ -28,8 +28,7 @@ from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.data.tokens import TokenStore
 from seer_jax.train.loop.metrics import MetricsLog, read_metrics
-from tests.train.killable_run import CONFIG as RUN
-from tests.train.runs import contents, ignore, keys_of, lines, raising, run_to
+from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
 from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +88,7 @@ def kill_when(condition, folder: Path) -> bool:
     """Starts the run in a process of its own and kills it when `condition()` holds; False if it ended before."""
     log = (folder.parent / f"{folder.name}.log").open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.train.killable_run", folder],
+        [sys.executable, "-m", "tests.train.runs", folder],
         cwd=ROOT,
         env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # four programs, each run for a moment
         stderr=log,

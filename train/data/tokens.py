@@ -86,9 +86,9 @@ class ModelTokenizer:
         if not self._warned and sum(lost) > LOST_SHARE * sum(said):
             self._warned = True
             warnings.warn(
-                f"The chat template of {self._tokenizer.place} leaves out at least {sum(lost):,} of {sum(said):,} characters of the "
-                f"first {len(chats):,} conversations, in {sum(n > 0 for n in lost):,} of them: those of reasoning models remove what stands "
-                "before </think>. To train on it, set chat_template (--data.chat-template) to a file with a template that keeps it.",
+                f"The chat template of {self._tokenizer.place} leaves out at least {sum(lost):,} of {sum(said):,} characters, in "
+                f"{sum(n > 0 for n in lost):,} of the first {len(chats):,} chats: those of reasoning models remove what stands before "
+                "</think>. To train on it, set chat_template (--data.chat-template) to a file with a template that keeps it.",
                 stacklevel=2,
             )
 
@@ -359,7 +359,7 @@ def _read_store(folder: Path) -> tuple[_Identity, TokenStore] | None:
         tokens, ends = _map_tokens(folder / "tokens.int32"), np.load(folder / "ends.npy")
         if _digest(tokens, ends) != description["digest"]:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return identity, TokenStore(tokens, ends, description["digest"])
 

@@ -115,6 +115,7 @@ def open_session(config: TrainConfig, progress: ProgressFunction | None) -> Iter
 
     Raises:
       BlockingIOError: another run is using the folder.
+      OSError: the folder cannot be written to.
       MemoryError: the device has no memory for the run.
     """
     console = ConsoleProgress(interval=config.log_interval) if progress is None else None

@@ -504,11 +504,11 @@ BAD_POLICIES = [
     (lambda: CumulativeMass(1.1), r"got 1.1"),
     (lambda: TopK(0.0), r"\(0, 1\]; got 0.0"),
     (lambda: TopK(1.5), r"got 1.5"),
-    (lambda: TokenBudget(0), "must be at least 1; got 0"),
-    (lambda: TokenBudget(64, dense_layers=-1), "dense_layers must be at least 0; got -1"),
-    (lambda: TopK(0.1, dense_layers=-2), "dense_layers must be at least 0; got -2"),
-    (lambda: CumulativeMass(0.1, dense_last_rows=-1), "dense_last_rows must be at least 0; got -1"),
-    (lambda: Threshold(0.1, dense_last_rows=-3), "dense_last_rows must be at least 0; got -3"),
+    (lambda: TokenBudget(0), "must be an integer of at least 1; got 0"),
+    (lambda: TokenBudget(64, dense_layers=-1), "dense_layers must be an integer of at least 0; got -1"),
+    (lambda: TopK(0.1, dense_layers=-2), "dense_layers must be an integer of at least 0; got -2"),
+    (lambda: CumulativeMass(0.1, dense_last_rows=-1), "dense_last_rows must be an integer of at least 0; got -1"),
+    (lambda: Threshold(0.1, dense_last_rows=-3), "dense_last_rows must be an integer of at least 0; got -3"),
 ]
 
 
