@@ -166,11 +166,8 @@ def test_a_phase_that_lacks_the_gate_is_named():
 
 
 def test_scores_that_are_there_are_not_measured_again(monkeypatch: pytest.MonkeyPatch):
-    level, model, settings = (
-        parse_level("budget:32"),
-        tiny_model(),
-        dict(methods=(SinkWindow(),), phases=(Phase.PREFILL,)),
-    )
+    level, model = parse_level("budget:32"), tiny_model()
+    settings: dict[str, Any] = dict(methods=(SinkWindow(),), phases=(Phase.PREFILL,))
     scores = list(compare(model, rows(), [level], **settings))
     first, second = compare(model, rows(), [level], **settings, done=scores[:1])
     assert first == scores[0] and (second.windows, second.prompts) == (scores[1].windows, scores[1].prompts)
