@@ -3,6 +3,7 @@
 from seer_jax.convert.base import load_base, save_base
 from seer_jax.convert.gates import GateFormat, base_model, load_gates, recommended_policy, save_gates
 from seer_jax.convert.logits import Bounds, LogitsReport, compare_logits, verify_logits
+from seer_jax.convert.push import push_gates
 
 __all__ = [
     "Bounds",
@@ -12,6 +13,7 @@ __all__ = [
     "compare_logits",
     "load_base",
     "load_gates",
+    "push_gates",
     "recommended_policy",
     "save_base",
     "save_gates",

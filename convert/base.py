@@ -1,6 +1,7 @@
 """Base models: Hugging Face safetensors folders in and out."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert.files import Replacement, replacing_files
-from seer_jax.convert.formats.sources import SafetensorsSource
+from seer_jax.convert.formats.sources import SafetensorsSource, TensorSource
 from seer_jax.convert.rules import ROTARY_BUFFERS, TIED_HEAD, base_rules
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.folders import check_is_base
@@ -22,7 +23,7 @@ from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import HubSettings, Location, config_text, read_config, resolve
+from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, resolve
 from seer_jax.models.layers import BaseParam
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -31,9 +32,12 @@ TEXT_PATTERNS = (
     "generation_config.json",
 )  # what a model needs besides weights to read and write text
 SHARD_BYTES = 5 * 10**9
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPARED_ROWS = 64
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SHARDS = "model*.safetensors"
 
 
 def load_base(
@@ -63,6 +67,8 @@ def load_base(
     files = _weight_files(folder)
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
     with SafetensorsSource(files) as source:
+        if config.tie_word_embeddings:
+            _check_tied(source)
         return load_parameters(
             abstract_model(config, dtype), base_rules(config), source, ignored=ignored, sharding=sharding
         )
@@ -110,14 +116,22 @@ def save_base(
     with replacing_files(folder) as files:
         _write_shards(files, tensors_of(model, BaseParam, base_rules(model.config)), shard_bytes)
         if source is not None and source.resolve() != folder.resolve():
-            copy_files(files, source, TEXT_PATTERNS)
+            copy_files(files, {path for pattern in TEXT_PATTERNS for path in source.glob(pattern)})
         files.path("config.json").write_text(config_text(hf), encoding="utf-8")
 
 
-def copy_files(files: Replacement, source: Path, patterns: Iterable[str]) -> None:
-    """Copies the files of a folder whose names match; links into the hub's cache are copied as files."""
-    for name in sorted({path.name for pattern in patterns for path in source.glob(pattern)}):
-        shutil.copyfile(os.path.realpath(source / name), files.path(name))
+def copy_files(files: Replacement, paths: Iterable[Path]) -> None:
+    """Copies files into a folder; links into the hub's cache are copied as files. Weights among them take the place of all old ones."""
+    names = []
+    for path in paths:
+        shutil.copyfile(os.path.realpath(path), files.path(path.name))
+        names.append(path.name)
+    if any(fnmatch.fnmatchcase(name, _SHARDS) for name in names):
+        _remove_weights(files)
+
+
+def _remove_weights(files: Replacement) -> None:
+    files.remove(*files.folder.glob(_SHARDS), files.folder / _INDEX)
 
 
 def _tokenizer_folder(location: Location) -> Path:
@@ -133,11 +147,26 @@ def _without_eos(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, eos_token_ids=())  # they concern text, not weights
 
 
+def _check_tied(source: TensorSource) -> None:
+    """Raises ValueError where a head is there that is not the embedding, though config.json ties them; some rows are compared."""
+    if not {EMBEDDING, HEAD} <= set(source.tensors):
+        return
+    rows, *_ = source.tensors[HEAD].shape or (0,)
+    same = source.tensors[HEAD] == source.tensors[EMBEDDING]
+    for row in range(0, rows, max(rows // COMPARED_ROWS, 1)) if same else ():
+        same &= source.read(HEAD, row, row + 1).tobytes() == source.read(EMBEDDING, row, row + 1).tobytes()
+    if not same:
+        raise ValueError(
+            f"{source.place}: {HEAD} must be {EMBEDDING}, as config.json has tie_word_embeddings true; got another one. Set it to false "
+            "where the head is the one to use, as transformers does; otherwise remove the head."
+        )
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} must be JSON with a weight_map from tensors to files; got {error!r}.") from error
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
@@ -159,7 +188,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _write_shards(files: Replacement, tensors: Iterator[tuple[str, jax.Array]], shard_bytes: int) -> None:
     """Writes one file where all weights fit, otherwise numbered ones with an index; the weights that the folder had are to go."""
-    files.remove(*files.folder.glob("model*.safetensors"), files.folder / _INDEX)
+    _remove_weights(files)
     shards: list[list[str]] = []
     total = 0
     for shard in _group(tensors, shard_bytes):

@@ -7,7 +7,7 @@ A folder holds one gate: `config.json` (the base model's, `base_model`, and the 
 import enum
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seer_jax.convert.base import write_safetensors
+from seer_jax.convert.base import copy_files, write_safetensors
 from seer_jax.convert.files import replacing_files
 from seer_jax.convert.formats.sources import ArraySource, SafetensorsSource
 from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
@@ -40,6 +40,7 @@ from seer_jax.models.hub import HubSettings, Location, config_text, read_config,
 from seer_jax.models.layers import GateParam
 from seer_jax.models.rope import same_rope
 from seer_jax.selection.policies import Policy
+from seer_jax.text_files import parse_json
 
 # Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the widths tell their base models apart. What changes the queries and keys
 # that a gate was distilled on must agree too; vocabulary and context may differ.
@@ -147,6 +148,7 @@ def save_gates(
     policy: Policy | None = None,
     dtype: Any = jnp.float32,
     training: Mapping[str, Any] | None = None,
+    copies: Iterable[Path] = (),
 ) -> Path:
     """Writes a gate in the release's layout.
 
@@ -162,6 +164,7 @@ def save_gates(
       policy: recommended with the gate; None: `gate.recommended`.
       dtype: of the file, float32 (exact) or bfloat16 (rounded, half the size).
       training: how far the gate is trained, JSON, for readers of the folder; it becomes `seer_jax_training` in `config.json`.
+      copies: files to copy into the folder in the same step, such as the base model's; a `config.json` among them is left out.
 
     Returns:
       The weight file.
@@ -192,6 +195,7 @@ def save_gates(
             write_torch_zip(files.path(format.file_name), arrays)
         else:
             write_safetensors(files.path(format.file_name), arrays, **{_WRITTEN_FOR: json.dumps(_description(gate))})
+        copy_files(files, (path for path in copies if path.name != "config.json"))
         files.path("config.json").write_text(config_text(hf), encoding="utf-8")
     return folder / format.file_name
 
@@ -206,16 +210,16 @@ def _check_written_for(folder: Path, written: object, gate: PrefillGate | Decode
     if written is None:
         return
     try:
-        found = dict(json.loads(str(written)))
+        found = dict(parse_json(str(written), "it"))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{folder}: {_WRITTEN_FOR} in the metadata of the weights must be a JSON object; {error}."
         ) from error
     expected = _description(gate)
-    differing = [name for name in expected if found.get(name) != expected[name]]
+    differing = [name for name in expected if name in found and found[name] != expected[name]]
     if differing:
         listed = "; ".join(
-            f"{name} is {expected[name]!r} in config.json, {found.get(name)!r} in the weights" for name in differing
+            f"{name} is {expected[name]!r} in config.json, {found[name]!r} in the weights" for name in differing
         )
         raise ValueError(
             f"{folder}: config.json and weights must be of one gate; {listed}. Save the gate again, or restore the file that was replaced."

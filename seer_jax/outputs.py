@@ -62,7 +62,9 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("Plots need matplotlib, which is not installed: pip install matplotlib.") from error
+        raise ImportError(
+            "Plots need the package matplotlib; it is not installed. Run pip install matplotlib."
+        ) from error
 
 
 def check_plot_file(path: Path, *, setting: str = "plot") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least, check_positive
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
+from seer_jax.inference.chat import is_template_text
 from seer_jax.models.config import DType
 from seer_jax.settings import check_types, parse_setting
 from seer_jax.train.data.batches import DataConfig
@@ -127,10 +128,12 @@ class TrainConfig:
 
     def absolute(self) -> "TrainConfig":
         """The same run with absolute paths, so that it goes on from any folder; names on the hub stay as they are."""
+        template = self.data.chat_template
         data = dataclasses.replace(
             self.data,
             paths=tuple(map(_absolute, self.data.paths)),
             dataset=_absolute_folder(self.data.dataset),
+            chat_template=template if template is None or is_template_text(template) else _absolute(template),
         )
         output = None if self.output is None else _absolute(self.output)
         return dataclasses.replace(self, model=_absolute_folder(self.model), output=output, data=data)

@@ -1,18 +1,18 @@
 """Write gates in another format, alone or with their base model."""
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 
 from seer_jax.commands.arguments import ExitCode, HubOptions, parse
+from seer_jax.convert import push_gates
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates
 from seer_jax.folders import check_is_base, check_is_gate
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.families import config_from_hf
-from seer_jax.models.hub import read_config, resolve, resolve_gate
+from seer_jax.models.hub import is_hub_id, read_config, resolve, resolve_gate
+from seer_jax.outputs import check_output_folder
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
 
@@ -30,6 +30,8 @@ class ConvertConfig(HubOptions):
         as gates.
       dtype: dtype of the gates in the file; float32 keeps them exactly.
       force: overwrite gates and models that the output folder has.
+      push_to_hub: repository owner/name to upload the written gates to, with a model card; the token is that of `hf auth login` or
+        HF_TOKEN. None: they stay here.
     """
 
     gates: str
@@ -39,14 +41,20 @@ class ConvertConfig(HubOptions):
     include_base: bool = False
     dtype: DType = DType.FLOAT32
     force: bool = False
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
+        if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
+            raise ValueError(f"push_to_hub must name a repository, owner/name; got {self.push_to_hub!r}.")
         if self.include_base and self.model is None:
             raise ValueError("include_base must come with the model to copy; got none. Give model=...")
 
 
 def run(words: list[str]) -> int:
-    print(convert(parse(ConvertConfig, "convert", words, aliases={"--base": "--model"})))
+    config = parse(ConvertConfig, "convert", words, aliases={"--base": "--model"})
+    print(convert(config))
+    if config.push_to_hub is not None:
+        print(push_gates(config.output, config.push_to_hub))
     return ExitCode.OK
 
 
@@ -68,7 +76,6 @@ def convert(config: ConvertConfig) -> Path:
     copied = _files(base) if base is not None and config.include_base else []
     _check_output(config, [folder for folder in (source, base) if folder is not None], [path.name for path in copied])
     gate = load_gates(source, config_from_hf(hf))
-    _copy(copied, config.output)
     return save_gates(
         gate,
         config.output,
@@ -76,6 +83,7 @@ def convert(config: ConvertConfig) -> Path:
         hf_config=hf,
         format=config.format,
         dtype=config.dtype,
+        copies=copied,
     )
 
 
@@ -84,8 +92,7 @@ def _check_output(config: ConvertConfig, read: list[Path], copied: list[str]) ->
     output = config.output
     if any(output.resolve() == folder.resolve() for folder in read):
         raise ValueError(f"output must differ from the folders that are read; got {output}. Choose another folder.")
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"output must be a folder; got the file {str(output)!r}. Choose another name.")
+    check_output_folder(output)
     there = [
         name for name in dict.fromkeys((config.format.file_name, "config.json", *copied)) if (output / name).exists()
     ]
@@ -99,10 +106,3 @@ def _check_output(config: ConvertConfig, read: list[Path], copied: list[str]) ->
 def _files(base: Path) -> list[Path]:
     """Files of a model and its tokenizer."""
     return sorted({path for pattern in _MODEL_PATTERNS for path in base.glob(pattern)})
-
-
-def _copy(files: list[Path], output: Path) -> None:
-    """Copies files; links into the hub's cache are copied as files."""
-    output.mkdir(parents=True, exist_ok=True)
-    for path in files:
-        shutil.copyfile(os.path.realpath(path), output / path.name)

@@ -1,6 +1,7 @@
 """Distil gates for the bundled model and compare them with other ways to choose blocks."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.outputs import check_matplotlib, check_output_folder
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import TopK
+from seer_jax.settings import check_types
 from seer_jax.tiny_lm.corpus import training_rows
 from seer_jax.train import DistillConfig, OptimizerConfig, distill
 
@@ -75,6 +77,7 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.densities or not all(0 < density <= 1 for density in self.densities):
             raise ValueError(f"densities must be at least one share of the blocks in (0, 1]; got {self.densities}.")
         if self.bundled_gates and self.tokens_per_block != BUNDLED_BLOCK_SIZE:
@@ -115,7 +118,7 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
         return _demo(config, stages)
     except KeyboardInterrupt:
         files = [str(path) for path in sorted(config.output.glob("*")) if not path.name.startswith(".")]
-        stages.say(f"\nInterrupted. Kept so far: {', '.join(files) or 'nothing'}.")
+        print(f"\nInterrupted. Kept so far: {', '.join(files) or 'nothing'}.", file=sys.stderr)
         raise
 
 

@@ -1,6 +1,7 @@
 """Measure a model's quality with fewer blocks, by perplexity and pass keys."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from seer_jax.evaluate.record import Record, describe_file, describe_folder, env
 from seer_jax.evaluate.rows import EvalRows, make_rows
 from seer_jax.evaluate.score import Score
 from seer_jax.evaluate.table import print_scores, score_line
+from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
@@ -34,20 +36,14 @@ from seer_jax.models.hub import resolve, resolve_gates
 from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.outputs import check_output_folder
 from seer_jax.selection.scorers import SCORERS, Scorer
+from seer_jax.settings import check_types
 from seer_jax.text_files import read_text
 
 DENSITIES = (0.1, 0.2, 0.4)
 SCORES = "scores.json"
-NOT_IDENTITY = (
-    "output",
-    "force",
-    "model",
-    "gates",
-    "text",
-    "dtype",
-    "revision",
-    "cache_dir",
-)  # digests stand for some, the others change no score
+ROW_SETTINGS = ("length", "windows", "passkeys", "distractors", "decoded", "seed")
+# Digests stand for some settings, the others change no score.
+NOT_IDENTITY = ("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir")
 
 DESCRIPTION = """Measures perplexity on a text and the share of pass keys that are found, with dense attention and with each method
 of choosing blocks.
@@ -104,6 +100,7 @@ class EvalConfig(HubOptions):
     force: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_at_least(1, self, "length", "windows", "batch_size")
         check_at_least(0, self, "passkeys", "distractors", "seed")
         if not 2 <= self.decoded < self.length:
@@ -120,7 +117,7 @@ class EvalConfig(HubOptions):
         for level in named or [parse_level(f"topk:{DENSITIES[0]}")]:
             if not self.gates and all(method.needs_gate for method in level.methods or self.methods):
                 raise ValueError(
-                    f"gates must be named, as {level.name} is to be measured with the learned gate alone; got none. Pass --gates, or "
+                    f"gates must be named, as {level.name} is to be measured with the learned gate alone; got none. Pass `gates`, or "
                     "another scorer."
                 )
 
@@ -141,11 +138,15 @@ class EvalConfig(HubOptions):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "EvalConfig":
         """The settings that `to_json` wrote, to repeat an evaluation."""
-        given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
-        kinds: dict[str, Any] = dict(text=Path, output=Path, cache_dir=Path, dtype=DType)
-        given |= {name: kind(given[name]) for name, kind in kinds.items() if given.get(name) is not None}
-        kinds = dict(methods=lambda name: SCORERS[name](), phases=Phase)
-        given |= {name: tuple(map(kind, given[name])) for name, kind in kinds.items() if name in given}
+        given, known = dict(values), {field.name for field in dataclasses.fields(cls)}
+        if unknown := [*(set(given) - known), *(set(given.get("methods", ())) - SCORERS.keys())]:
+            raise ValueError(
+                f"Saved settings must be those of EvalConfig, with registered scorers; got {', '.join(sorted(unknown))}. Import the module "
+                "of a scorer of your own first."
+            )
+        given |= {name: Path(given[name]) for name in ("text", "output", "cache_dir") if given.get(name) is not None}
+        if "methods" in given:
+            given["methods"] = tuple(SCORERS[name]() for name in given["methods"])
         return cls(**given)
 
 
@@ -164,73 +165,128 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
       FileNotFoundError, PermissionError, ConnectionError: model, gates or text are not there.
       OSError: the output can't be written.
       ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
-      MemoryError: the device has no memory for it.
+      MemoryError: the device has no room for it.
     """
     if config.output is not None:
         check_output_folder(config.output)
-    name = model_of(config.model, config.gates, config.hub)
-    stages, dtype = Stages(console or Console()), config.dtype or DType.default()
-    source = tiny_lm.path() / "eval_text.txt" if config.text is None else config.text
-    text = read_text(source)
-    shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
-    _check_context(config, shapes)
-    levels = config.levels(shapes)
-    planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
-    notes = recommendations(shapes) + left_out(planned, levels, config.methods, config.phases) + repeated(levels)
-    notes += equal_counts(shapes, levels, config.phases, length=config.length, decoded=config.decoded)
-    rows = make_rows(
-        load_tokenizer(name, **config.hub),
-        text,
-        vocab_size=shapes.config.vocab_size,
-        length=config.length,
-        windows=config.windows,
-        passkeys=config.passkeys,
-        distractors=config.distractors,
-        decoded=config.decoded,
-        seed=config.seed,
-    )
-    if len(rows.windows) < config.windows:
-        notes.append(
-            f"The text fills {len(rows.windows)} windows of {config.length} tokens; {config.windows} were asked for."
-        )
-    record = None
-    if config.output is not None:
-        facts, identity = _facts(config, name, dtype, source, shapes, levels, rows)
-        record = Record(config.output / SCORES, facts, identity, force=config.force)
-    for note in notes:
+    stages, job = Stages(console or Console()), Job.of(config)
+    job.check_memory()
+    record = None if config.output is None else job.record(config.output / SCORES)
+    for note in job.notes():
         stages.say(note)
-    scores = _measure(config, name, dtype, stages, rows, levels, planned, record)
+    scores = _measure(job, stages, record)
     print_scores(stages.console, scores)
     if record is not None:
         stages.say(f"Written: {record.path}")
     return scores
 
 
-def _measure(
-    config: EvalConfig,
-    name: str,
-    dtype: DType,
-    stages: Stages,
-    rows: EvalRows,
-    levels: Sequence[SparsityLevel],
-    planned: Sequence[Measurement],
-    record: Record | None,
-) -> list[Score]:
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is measured, checked before weights are loaded.
+
+    Attributes:
+      config: as the user wrote it.
+      name: of the base model.
+      dtype: of its weights.
+      source: file of the text.
+      shapes: the model without weights.
+      levels, planned, rows: see `compare` and `plan_measurements`.
+    """
+
+    config: EvalConfig
+    name: str
+    dtype: DType
+    source: Path
+    shapes: Transformer
+    levels: Sequence[SparsityLevel]
+    planned: Sequence[Measurement]
+    rows: EvalRows
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> "Job":
+        source, dtype = config.text or tiny_lm.path() / "eval_text.txt", config.dtype or DType.default()
+        text, name = read_text(source), model_of(config.model, config.gates, config.hub)
+        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
+        _check_context(config, shapes)
+        levels = config.levels(shapes)
+        planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
+        settings = {field: getattr(config, field) for field in ROW_SETTINGS}
+        rows = make_rows(load_tokenizer(name, **config.hub), text, vocab_size=shapes.config.vocab_size, **settings)
+        return cls(config, name, dtype, source, shapes, levels, planned, rows)
+
+    def load(self) -> Transformer:
+        """The model with its weights."""
+        return from_pretrained(self.name, self.config.gates, dtype=self.dtype, **self.config.hub)
+
+    def check_memory(self) -> None:
+        """Raises MemoryError where the device has no room for weights and caches, even without what programs need besides."""
+        memory, weights = available_memory(self.shapes), tree_bytes(self.shapes)
+        rows = len(self.rows.tokens) if Phase.DECODE in self.config.phases else 0
+        caches = rows * tree_bytes(jax.eval_shape(lambda: self.shapes.make_cache(1, self.rows.length)))
+        if memory is not None and weights + caches > memory.free:
+            raise MemoryError(
+                f"The evaluation must fit in device memory: needs {(weights + caches) / GIB:.3f} GiB (weights {weights / GIB:.3f}, caches of "
+                f"{rows} rows {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length`, `windows` or `passkeys`, or "
+                "measure `phases` prefill alone, which needs no caches."
+            )
+
+    def notes(self) -> list[str]:
+        """What a reader of the table should know before it comes."""
+        config, levels = self.config, self.levels
+        notes = recommendations(self.shapes) + left_out(self.planned, levels, config.methods, config.phases)
+        notes += repeated(levels)
+        notes += equal_counts(self.shapes, levels, config.phases, length=config.length, decoded=config.decoded)
+        if (found := len(self.rows.windows)) < config.windows:
+            notes.append(f"The text fills {found} windows of {config.length} tokens; {config.windows} were asked for.")
+        return notes
+
+    def record(self, path: Path) -> Record:
+        """The record in a file, new or to go on from, with all that is needed to repeat the evaluation."""
+        patterns, hub = (*BASE_PATTERNS, *TOKENIZER_PATTERNS), self.config.hub
+        model = describe_folder(self.name, resolve(self.name, patterns, **hub), patterns)
+        folders = resolve_gates(self.config.gates, GATE_PATTERNS, cache_dir=self.config.cache_dir)
+        gates = [describe_folder(str(folder), folder, GATE_PATTERNS) for folder in folders]
+        text, here, settings = describe_file(self.source), environment(), self.config.to_json()
+        facts = {
+            "command": typed_command(PROGRAM),
+            **here,
+            "config": settings,
+            "dtype": self.dtype.value,
+            "model": model,
+            "gates": gates,
+            "text": text | {"windows": len(self.rows.windows)},
+            "block_sizes": {phase.value: size for phase, size in block_sizes(self.shapes).items()},
+        }
+        identity = {
+            "settings": {name: value for name, value in settings.items() if name not in NOT_IDENTITY},
+            "dtype": self.dtype.value,
+            "model": model["fingerprint"],
+            "gates": sorted(gate["fingerprint"] for gate in gates),
+            "text": text["sha256"],
+            "device": here["device"],
+            "versions": {name: version for name, version in here["versions"].items() if name != "python"},
+        }
+        return Record(path, facts, identity, force=self.config.force)
+
+
+def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
     """The scores that are there, and those that are measured, each shown and kept as it comes."""
+    config, planned = job.config, job.planned
     scores = [] if record is None else list(record.scores)
     if record is not None and scores:
         stages.say(f"{len(scores)} of {len(planned)} scores are in {record.path}; --force measures them anew.")
     if len(scores) == len(planned):
         return scores
     with stages.stage("Loading the model"):
-        model = from_pretrained(name, config.gates, dtype=dtype, **config.hub)
+        model = job.load()
     done = {score.key for score in scores}
     settings: dict[str, Any] = dict(
         methods=config.methods, phases=config.phases, batch_size=config.batch_size, done=tuple(scores)
     )
     try:
         with stages.stage("Measuring", len(planned) - len(done), every_step=True) as advance:
-            for score in compare(model, rows, levels, **settings):
+            for score in compare(model, job.rows, job.levels, **settings):
                 if score.key not in done:
                     scores.append(score)
                     if record is not None:
@@ -242,81 +298,16 @@ def _measure(
             if record is not None and scores
             else "no score is kept; with --output FOLDER each is, and the same command goes on."
         )
-        stages.say(f"\nInterrupted: {kept}")
+        print(f"\nInterrupted: {kept}", file=sys.stderr)
         raise
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError(
-            f"The evaluation must fit in device memory; got {str(error).partition(chr(10))[0]} Lower --length; for decoding, whose "
-            "caches hold all rows, also --windows, --passkeys and --batch-size, or measure --phases prefill alone."
-        ) from error
     by_key = {score.key: score for score in scores}
     return [by_key[one.key] for one in planned]
 
 
 def _check_context(config: EvalConfig, model: Transformer) -> None:
-    context = model.config.max_position_embeddings
+    context = model.config.context
     if config.length > context and not config.beyond_context:
         raise ValueError(
-            f"length must fit the model's context, max_position_embeddings = {context} tokens; got {config.length}. Lower --length, "
-            "load the model with a RoPE scaling for longer contexts, or pass --beyond-context."
+            f"length must fit the model's context of {context} tokens; got {config.length}. Lower `length`, "
+            "load the model with a RoPE scaling for longer contexts, or pass beyond_context=True."
         )
-
-
-def _facts(
-    config: EvalConfig,
-    name: str,
-    dtype: DType,
-    source: Path,
-    model: Transformer,
-    levels: Sequence[SparsityLevel],
-    rows: EvalRows,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What scores.json says besides the scores, and the part of it that decides them."""
-    base = describe_folder(
-        name,
-        resolve(name, (*BASE_PATTERNS, *TOKENIZER_PATTERNS), **config.hub),
-        (*BASE_PATTERNS, *TOKENIZER_PATTERNS),
-    )
-    gates = [
-        describe_folder(str(folder), folder, GATE_PATTERNS)
-        for folder in resolve_gates(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
-    ]
-    text, here = describe_file(source), environment()
-    settings = config.to_json()
-    facts = {
-        "command": typed_command(PROGRAM),
-        **here,
-        "config": settings,
-        "dtype": dtype.value,
-        "model": base,
-        "gates": gates,
-        "text": text,
-        "rows": {
-            "length": rows.length,
-            "windows": len(rows.windows),
-            "prompts": len(rows.prompts),
-            "decoded": rows.decoded,
-        },
-        "block_sizes": {phase.value: size for phase, size in block_sizes(model).items()},
-        "levels": [
-            {
-                "name": level.name,
-                "phases": level.phases,
-                "methods": None if level.methods is None else [method.name for method in level.methods],
-            }
-            for level in levels
-        ],
-    }
-    versions = {name: version for name, version in here["versions"].items() if name != "python"}
-    identity = {
-        "settings": {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
-        | {"dtype": dtype.value},
-        "model": base["fingerprint"],
-        "gates": sorted(gate["fingerprint"] for gate in gates),
-        "text": text["sha256"],
-        "device": here["device"],
-        "versions": versions,
-    }
-    return facts, identity

@@ -1,6 +1,9 @@
 """Distil gates: --config FILE or --recipe prefill|decode, then single settings."""
 
+import dataclasses
+import enum
 from pathlib import Path
+from typing import Any
 
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
 from seer_jax.commands.errors.usage import UsageParser
@@ -10,29 +13,57 @@ from seer_jax.train.config import load_config
 DESCRIPTION = """Distils gates from a frozen model.
 
 --config FILE (.yaml or .json) or --recipe prefill|decode (the settings of the papers) gives the settings to start from; the
-options below change single ones. The gates are written to OUTPUT/prefill_gate and OUTPUT/decode_gate."""
+other options change single ones. The gates are written to OUTPUT/prefill_gate and OUTPUT/decode_gate at every checkpoint. The same
+command goes on with a run that was stopped, also with more or fewer --steps."""
+
+
+class Recipe(enum.StrEnum):
+    """Settings of the papers."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(DistillConfig):
+    """Distils gates from a frozen model.
+
+    Attributes:
+      config: file with settings, .yaml or .json, such as OUTPUT/config.json of another run; the other options change single ones.
+      recipe: the settings of the papers, in place of a file; without either, those for prefill gates.
+    """
+
+    config: Path | None = None
+    recipe: Recipe | None = None
 
 
 def run(words: list[str]) -> int:
-    start, rest = starting_settings(words)
-    config = parse(DistillConfig, "train", rest, default=start, description=DESCRIPTION)
-    if config.output is None:
+    options = parse(TrainOptions, "train", words, default=starting_options(words), description=DESCRIPTION)
+    if options.output is None:
         raise ValueError("output must be a folder for the gates and checkpoints; got None. Pass --output FOLDER.")
+    config = DistillConfig(**_settings(options))
     _print_usage(config, distill(config))
     return ExitCode.OK
 
 
-def starting_settings(words: list[str]) -> tuple[DistillConfig, list[str]]:
-    """The settings of a configuration file or a recipe, and the options that are left for single settings."""
+def starting_options(words: list[str]) -> TrainOptions:
+    """The settings of the configuration file or the recipe that a command line names."""
     parser = UsageParser(f"{PROGRAM} train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--recipe", choices=["prefill", "decode"])
-    given, rest = parser.parse_known_args(words)
+    parser.add_argument("--recipe", choices=list(Recipe))
+    given, _ = parser.parse_known_args(words)
     if given.config is not None and given.recipe is not None:
         parser.error("--config and --recipe both give the settings to start from; choose one")
     if given.config is not None:
-        return load_config(DistillConfig, given.config), rest
-    return (DistillConfig.decode_recipe() if given.recipe == "decode" else DistillConfig.prefill_recipe()), rest
+        start = load_config(DistillConfig, given.config)
+    else:
+        start = DistillConfig.decode_recipe() if given.recipe == Recipe.DECODE else DistillConfig.prefill_recipe()
+    return TrainOptions(**_settings(start))
+
+
+def _settings(config: DistillConfig) -> dict[str, Any]:
+    """The settings of a run, without the options that say where they come from."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(DistillConfig)}
 
 
 def _print_usage(config: DistillConfig, result: TrainResult) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import parse_policy, write_policy
 from seer_jax.selection.policies import Policy
-from seer_jax.selection.rules import RankingPolicy, TopK
+from seer_jax.selection.rules import RankingPolicy, TopK, settings_of
 from seer_jax.selection.scorers import LearnedGate, Scorer
 
 ROWS = "dense_last_rows"
@@ -70,8 +70,10 @@ def parse_level(text: str) -> SparsityLevel:
     named = rule.count(":") > 1 and not rule.endswith(":")
     written = any(setting.startswith(f"{ROWS}=") for setting in settings)
     rows = getattr(policy, ROWS) if written else 0
+    # The scorer is told by the method, but not its settings.
+    told = [f"{name}={getattr(policy.scorer, name)}" for name in settings_of(type(policy.scorer)) if f"{name}=" in text]
     return SparsityLevel(
-        level_name(policy) + (f",{ROWS}={rows}" if rows else ""),
+        ",".join([level_name(policy), *told, *([f"{ROWS}={rows}"] if rows else [])]),
         policy,
         methods=(policy.scorer,) if named else None,
         dense_last_rows=rows,

@@ -48,7 +48,7 @@ def left_out(
         if missing and missing == wanted:
             raise ValueError(
                 f"{level.name} is to be measured with the learned gate, but the model has no {' or '.join(missing)} gate. Load one "
-                "(--gates), or add another scorer."
+                "(gates=...), or add another scorer."
             )
         lines += [f"{phase}: the model has no gate, so {level.name} is left out." for phase in missing]
     return lines

@@ -1,6 +1,8 @@
 """Chat templates: where a model keeps them, and conversations rendered by transformers' own renderer."""
 
+import functools
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +18,10 @@ REASONING = (
     "reasoning",
 )  # keys of a message that hold its reasoning, as transformers knows them
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+_IMPORTING = threading.Lock()
 
 # What the evaluation of a template may raise besides jinja2's own errors.
-_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def load_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -37,6 +40,26 @@ def load_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return found or _named(config.get("chat_template"), f"{folder / 'tokenizer_config.json'}: chat_template")
 
 
+def is_template_text(source: str) -> bool:
+    """Whether a template is given as Jinja text, which has a brace or several lines, and not as the path of a file."""
+    return "{" in source or "\n" in source
+
+
+def read_template(source: str) -> str:
+    """A chat template given as Jinja text or as the path of a file.
+
+    Raises:
+      FileNotFoundError: it is neither.
+      ValueError: the file is no UTF-8 text.
+    """
+    if is_template_text(source):
+        return source
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"chat_template must be Jinja text or a file of it; got {source!r}, which is no file.")
+    return read_text(path)
+
+
 def _named(entry: Any, place: str) -> dict[str, str]:
     match entry:
         case None:
@@ -44,9 +67,10 @@ def _named(entry: Any, place: str) -> dict[str, str]:
         case str():
             return {DEFAULT: entry}
         case list():
-            named = {e.get("name"): e.get("template") for e in entry if isinstance(e, dict)}
-            if len(named) == len(entry) and all(isinstance(x, str) for pair in named.items() for x in pair):
-                return named
+            named = [(e.get("name"), e.get("template")) for e in entry if isinstance(e, dict)]
+            texts = {name: source for name, source in named if isinstance(name, str) and isinstance(source, str)}
+            if len(texts) == len(entry):
+                return texts
     raise ValueError(f"{place} must be a text, or a list of objects with name and template; got {str(entry)[:60]!r}.")
 
 
@@ -104,6 +128,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return chat
 
 
+@functools.cache
 def _renderer() -> Any:
     with quiet_transformers():
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -113,15 +138,16 @@ def _renderer() -> Any:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """While transformers is imported here, it does not say that PyTorch is missing: it is not needed."""
-    before = os.environ.get(_QUIET)
-    os.environ[_QUIET] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_QUIET]
-        else:
-            os.environ[_QUIET] = before
+    with _IMPORTING:  # documents are rendered by several threads, which share the environment
+        before = os.environ.get(_QUIET)
+        os.environ[_QUIET] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_QUIET]
+            else:
+                os.environ[_QUIET] = before
 
 
 def content_of(message: Message) -> str:

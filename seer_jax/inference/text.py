@@ -109,7 +109,7 @@ class Tokenizer:
         Raises:
           ValueError: the model has no chat template, or the template refuses the messages.
         """
-        given = dict(self.special, add_generation_prompt=add_generation_prompt) | variables
+        given: dict[str, Any] = dict(self.special, add_generation_prompt=add_generation_prompt) | variables
         return chat.render(self.chat_templates, messages, place=self.place, **given)
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
@@ -213,8 +213,8 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
-    content = token if isinstance(token, str) else token.get("content")
+def _content(token: Any) -> str:
+    content = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(content, str):
         raise ValueError(f"A special token of tokenizer_config.json must be a text or have content; got {token!r}.")
     return content

@@ -46,6 +46,7 @@ class RopeKind(enum.StrEnum):
     YARN = "yarn"
 
 
+MAX_LAYERS = 10_000  # no model has as many; a damaged number must not be counted up to
 # Keys that a scaling must have; defaults in their place would give a model that runs and is wrong.
 _ROPE_NEEDS = {
     RopeKind.DEFAULT: (),
@@ -265,6 +266,8 @@ class ModelConfig:
             *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
             *("rms_norm_eps", "max_position_embeddings"),
         )
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"ModelConfig.num_layers must be at most {MAX_LAYERS}; got {self.num_layers}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "Key/value heads must divide the query heads (each serves a group of equal size); "

@@ -48,7 +48,8 @@ def check_full_attention(hf: HFConfig) -> None:
 
     Without `layer_types`, a window is one where `use_sliding_window` is true, or absent beside a `sliding_window`.
     """
-    kinds, window = hf.get("layer_types"), hf.get("sliding_window")
+    kinds = typed("layer_types", hf.get("layer_types") or [], list)
+    window = hf.get("sliding_window")
     switch = typed("use_sliding_window", hf.get("use_sliding_window", window is not None), bool)
     slides = (
         any(k != "full_attention" for k in kinds) if kinds else switch and hf.get("sliding_window", True) is not None
@@ -56,7 +57,7 @@ def check_full_attention(hf: HFConfig) -> None:
     if slides:
         raise ValueError(
             "Every layer must attend to all earlier tokens: config.json must have use_sliding_window false and only full_attention "
-            f"layers; got use_sliding_window={hf.get('use_sliding_window')}, sliding_window={window}, layer_types={kinds}. Use a "
+            f"layers; got use_sliding_window={hf.get('use_sliding_window')}, sliding_window={window}, layer_types={kinds or None}. Use a "
             "checkpoint without sliding-window layers."
         )
 
@@ -64,7 +65,9 @@ def check_full_attention(hf: HFConfig) -> None:
 def _check_qwen(hf: HFConfig) -> None:
     """The layers from `max_window_layers` on attend within the window, where `use_sliding_window` is true."""
     off = not typed("use_sliding_window", hf["use_sliding_window"], bool)
-    full = typed("max_window_layers", hf["max_window_layers"], int) >= hf["num_hidden_layers"]
+    full = typed("max_window_layers", hf["max_window_layers"], int) >= typed(
+        "num_hidden_layers", hf["num_hidden_layers"], int
+    )
     check_full_attention(dict(hf, use_sliding_window=False) if off or full else hf)
 
 
@@ -218,7 +221,8 @@ def config_from_hf(hf: HFConfig) -> ModelConfig:
       ValueError: the model can't be computed exactly here, or a required key is missing. The message names the key.
     """
     check_unquantised(hf)
-    family = family_of(hf.get("model_type"))
+    name = hf.get("model_type")
+    family = family_of(name if name is None else typed("model_type", name, str))
     missing = [key for key in family.required_keys if hf.get(key) is None]
     if missing:
         raise ValueError(
@@ -255,7 +259,8 @@ def _values(hf: HFConfig, family: Family) -> dict[str, Any]:
         values["head_dim"] = family.head_dim or _even_share(values["hidden_size"], values["num_heads"])
     # Beyond this length such models attend in chunks, which is another computation; up to it they attend as all others.
     if chunks := hf.get("dual_chunk_attention_config"):
-        exact = typed("original_max_position_embeddings", chunks.get("original_max_position_embeddings", 0), int)
+        name = "original_max_position_embeddings"
+        exact = typed(name, typed("dual_chunk_attention_config", chunks, dict).get(name), int)
         values["max_position_embeddings"] = min(exact, values["max_position_embeddings"])
     return values
 
@@ -271,7 +276,7 @@ def _even_share(width: int, heads: int) -> int:
 def _check_architecture(hf: HFConfig, family: Family) -> None:
     """Raises ValueError where `architectures` names no class of the family."""
     names = hf.get("architectures") or []
-    names = [names] if isinstance(names, str) else names
+    names = [names] if isinstance(names, str) else typed("architectures", names, list)
     stem = family.architecture.removesuffix("ForCausalLM").lower()
     if names and not any(re.search(rf"{stem}(for|model|$)", str(name).lower()) for name in names):
         raise ValueError(

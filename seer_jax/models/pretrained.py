@@ -66,7 +66,7 @@ def from_pretrained(
     check_is_base(folder)
     model = _abstract_base(folder, dtype) if abstract else load_base(folder, dtype=dtype, sharding=sharding)
     model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config))
-    of_gates = HubSettings(**{name: value for name, value in hub.items() if name != "revision"})
+    of_gates: HubSettings = {**hub, "revision": None}
     folders = resolve_gates(gates, (CONFIG,) if abstract else GATE_PATTERNS, **of_gates)
     loaded = [_abstract_gate(f) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders]
     _check_one_of_each(loaded, folders)

@@ -81,13 +81,13 @@ class RankingPolicy(Policy):
         return max(super().dense_first_layers(gate), self.dense_layers)
 
 
-def settings_of(kind: type[RankingPolicy] | type[Scorer]) -> list[str]:
+def settings_of(kind: Any) -> list[str]:
     """Fields of a rule or a scorer that are written by name, where they differ from their default."""
     names = [field.name for field in reversed(dataclasses.fields(kind))]
     return [name for name in names if name not in (getattr(kind, "value", ""), "scorer")]
 
 
-def _is_changed(owner: RankingPolicy | Scorer, name: str) -> bool:
+def _is_changed(owner: Any, name: str) -> bool:
     (default,) = (field.default for field in dataclasses.fields(owner) if field.name == name)
     value = getattr(owner, name)
     return bool(np.ndim(value)) or value != default

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from seer_jax import load_tokenizer, tiny_lm
 from seer_jax.convert import compare_logits, load_base, save_base
 from seer_jax.convert.base import abstract_model
 from seer_jax.convert.formats.sources import TensorInfo
@@ -130,6 +131,21 @@ def test_saving_again_leaves_no_old_weights(tmp_path: Path):
     assert_same(load_base(tmp_path / "b"), model)
 
 
+def test_the_tokenizer_comes_with_the_model(tmp_path: Path):
+    model = load_base(write_base(tmp_path / "a", transformers_case(LLAMA)))
+    save_base(model, tmp_path / "b", tokenizer="tiny-lm")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tiny_lm.path() / name).read_bytes()
+    assert load_tokenizer(tmp_path / "b").encode("import os") == load_tokenizer("tiny-lm").encode("import os")
+    save_base(model, tmp_path / "b", tokenizer=tmp_path / "b")  # onto itself
+    assert_same(load_base(tmp_path / "b"), model)
+    with pytest.raises(
+        FileNotFoundError, match=r"The folder of `tokenizer` must hold a tokenizer; .*/a has none of tokenizer\.json"
+    ):
+        save_base(model, tmp_path / "c", tokenizer=tmp_path / "a")
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_saved_model_holds_no_gates(tmp_path: Path):
     from seer_jax.gates.configs import PrefillGateConfig
 
@@ -228,6 +244,19 @@ def test_a_tied_model_needs_no_head_but_an_untied_one_may_not_have_two(tmp_path:
     golden = transformers_case(QWEN2)
     with pytest.raises(ValueError, match=r"missing: lm_head\.weight; left over: none"):
         load_base(write_base(tmp_path, golden, tie_word_embeddings=False))
+
+
+def test_a_head_beside_a_tied_embedding_must_be_the_embedding(tmp_path: Path):
+    folder, embedding = write_base(tmp_path, transformers_case(QWEN2)), "model.embed_tokens.weight"
+    expected = load_base(folder)
+    rewrite(folder, lambda w: w.update({"lm_head.weight": w[embedding].copy()}))
+    assert_same(load_base(folder), expected)
+    for change in (lambda w: w["lm_head.weight"] * 2, lambda w: w["lm_head.weight"][:-1].copy()):
+        rewrite(folder, lambda w, change=change: w.update({"lm_head.weight": change(w)}))
+        with pytest.raises(
+            ValueError, match=r"lm_head.weight must be model.embed_tokens.weight, .* Set it to false where"
+        ):
+            load_base(folder)
 
 
 def header(path: Path, change: Callable[[dict], Any], *, data: bytes | None = None) -> None:

@@ -4,9 +4,11 @@ import dataclasses
 import enum
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,12 +154,15 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     config = DistillConfig(
         model="base",
         output="run",
-        data=DataConfig(paths=("a.txt", "/b"), dataset="org/set"),
+        data=DataConfig(paths=("a.txt", "/b"), dataset="org/set", chat_template="own.jinja"),
         initial_gates=("org/gate",),
     ).absolute()
     assert config.model == f"{tmp_path}/base" and config.output == f"{tmp_path}/run"
     assert config.data.paths == (f"{tmp_path}/a.txt", "/b") and config.data.dataset == "org/set"
     assert config.initial_gates == ("org/gate",) and config.absolute() == config
+    assert config.data.chat_template == f"{tmp_path}/own.jinja"
+    inline = dataclasses.replace(config, data=DataConfig(paths=("/b",), chat_template="{{ messages }}"))
+    assert inline.absolute() == inline
 
 
 FULL = DistillConfig(
@@ -214,6 +219,14 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, name):
     with pytest.raises(ValueError, match=message) as error:
         load_config(DistillConfig, tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_the_example_of_the_documentation_is_read(tmp_path):
+    readme = (Path(__file__).parents[2] / "train" / "README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(example)
+    config = load_config(DistillConfig, tmp_path / "run.yaml")
+    assert config.gates is TrainedGates.BOTH and config.data.held_out_rows == 8 and len(config.data.paths) == 2
 
 
 def test_recipes_are_those_of_the_papers():

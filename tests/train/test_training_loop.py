@@ -1,11 +1,11 @@
 """Whole runs: they learn, stop, go on, refuse what does not fit, and leave behind what they should."""
 
 import dataclasses
-import functools
 import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
 from seer_jax.convert import load_gates
 from seer_jax.gates.configs import TrainedGates
-from seer_jax.gates.decode import DecodeGate
-from seer_jax.gates.prefill import PrefillGate
 from seer_jax.selection.rules import CumulativeMass
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import OptimizerConfig
@@ -31,59 +28,12 @@ from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.data.tokens import TokenStore
 from seer_jax.train.loop.metrics import MetricsLog, read_metrics
-from tests.train.killable_run import CONFIG as RUN
+from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
 from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
-def ignore(_: StepReport) -> None:
-    """Shows nothing."""
-
-
-def keys_of(gate: PrefillGate | DecodeGate | None) -> np.ndarray:
-    """A copy of the gate's key projection."""
-    assert gate is not None
-    return np.array(gate.linear_k[...])
-
-
-def lines(folder: Path) -> list[dict]:
-    """What the run's metrics must be bit for bit, however often it was stopped."""
-    return [
-        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(folder / "metrics.jsonl")
-    ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Most runs here are of the same program, which takes seconds to compile; processes of the tests share it too."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """(folder, result) of the run that others are compared with."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, run_to(folder)
-
-
-def run_to(folder: Path, *, progress=ignore, **changes):
-    config = dataclasses.replace(RUN, output=str(folder), **changes)
-    return distill(config, model=make_model(), dataset=make_rows(), progress=progress)
+pytestmark = pytest.mark.usefixtures("compile_quickly", "compilation_cache")
 
 
 def test_gates_learn_and_the_base_stays(undisturbed):
@@ -94,7 +44,8 @@ def test_gates_learn_and_the_base_stays(undisturbed):
     assert metrics[-1]["decode_loss"] < 0.8 * metrics[0]["decode_loss"]
     assert metrics[-1]["decode_recall"] > metrics[0]["decode_recall"]
     assert metrics[-1]["tokens"] == RUN.steps * RUN.batch_size * LENGTH
-    assert metrics[-1] == {"step": RUN.steps, "tokens": metrics[-1]["tokens"], **result.metrics}
+    assert metrics[-1]["epoch"] == pytest.approx(RUN.steps * RUN.batch_size / 12, abs=1e-4)
+    assert metrics[-1] == {name: metrics[-1][name] for name in ("step", "tokens", "epoch")} | result.metrics
     assert result.model.decode_gate.config == DECODE and model.decode_gate is None
     base = nnx.state(model)
     ours = nnx.state(result.model)
@@ -137,7 +88,7 @@ def kill_when(condition, folder: Path) -> bool:
     """Starts the run in a process of its own and kills it when `condition()` holds; False if it ended before."""
     log = (folder.parent / f"{folder.name}.log").open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.train.killable_run", folder],
+        [sys.executable, "-m", "tests.train.runs", folder],
         cwd=ROOT,
         env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # four programs, each run for a moment
         stderr=log,
@@ -177,19 +128,6 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path):
     assert json.loads((folder / "done.json").read_text()) == RUN.steps
 
 
-def raising(number: int, error: BaseException | signal.Signals):
-    """A progress function that fails, or is interrupted by a signal, at a step."""
-
-    def progress(report: StepReport) -> None:
-        if report.step == number:
-            if isinstance(error, signal.Signals):
-                signal.raise_signal(error)
-            else:
-                raise error
-
-    return progress
-
-
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
@@ -208,7 +146,11 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, r
     else:
         done = len(lines(tmp_path))
         assert saved == [str(done)] and 4 <= done <= 7  # the steps under way are finished, and no more
-        assert f"Stopped after step {done}; the same call resumes there" in capsys.readouterr().err
+        said = f"Stopped after step {done}; the checkpoint of step {done} is kept, and the same call resumes there.\n"
+        assert said in capsys.readouterr().err
+        gate = json.loads((tmp_path / "decode_gate" / "config.json").read_text())
+        assert gate["seer_jax_training"] == {"step": done, "steps": RUN.steps, "finished": False}
+        load_gates(tmp_path / "decode_gate", make_model().config)
     if raised is SystemExit:
         assert stopped.value.code == 143
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
@@ -222,36 +164,6 @@ def test_without_output_nothing_is_written(tmp_path, monkeypatch, capsys):
         distill(RUN, model=make_model(), dataset=make_rows(), progress=raising(2, signal.SIGTERM))
     assert "without an output folder nothing is kept" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def other_runs():
-    changed = functools.partial(dataclasses.replace, RUN)
-    yield (
-        {"config": changed(seed=1)},
-        r"must be of a run with the same settings; differing: config\.seed is 1, there 0\. Restore",
-    )
-    yield {"config": changed(steps=99)}, r"config\.steps is 99, there 10"
-    yield {"config": changed(gates=TrainedGates.PREFILL)}, r"config\.gates is 'prefill', there 'decode'; gates is "
-    yield {"model": make_model(layers=3)}, r"model\.num_layers is 3, there 2"
-    yield {"dataset": make_rows() + 0 * make_rows()[::-1]}, None
-    yield (
-        {"dataset": make_rows(rows=11)},
-        r"data\.digest is .*; data\.rows is 11, there 12\. Restore the settings",
-    )
-
-
-@pytest.mark.parametrize(("changes", "message"), list(other_runs()))
-def test_checkpoints_of_another_run_are_refused(undisturbed, changes, message):
-    folder, _ = undisturbed
-    settings = {"config": RUN, "model": make_model(), "dataset": make_rows(), "progress": ignore} | changes
-    settings["config"] = dataclasses.replace(settings["config"], output=str(folder))
-    if message is None:
-        assert distill(**settings).step == RUN.steps
-        return
-    before = (folder / "config.json").read_text()
-    with pytest.raises(ValueError, match=message):
-        distill(**settings)
-    assert (folder / "config.json").read_text() == before
 
 
 def test_settings_that_change_no_number_may_change(undisturbed, tmp_path):
@@ -305,16 +217,7 @@ def test_rows_packed_for_smaller_blocks_are_refused():
         distill(RUN, model=make_model(), dataset=data, progress=ignore)
 
 
-def test_a_gate_of_the_model_is_trained_further(undisturbed):
-    _, first = undisturbed
-    config = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, learning_rate=1e-6))
-    before = keys_of(first.model.decode_gate)
-    second = distill(config, model=first.model, dataset=make_rows(), progress=ignore)
-    np.testing.assert_allclose(keys_of(second.model.decode_gate), before, atol=1e-4)
-    np.testing.assert_array_equal(keys_of(first.model.decode_gate), before)
-
-
-def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch):
+def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch, capsys):
     class Letters:
         fingerprint = "letters"
 
@@ -331,7 +234,16 @@ def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch):
     first = distill(config, model=make_model(), progress=ignore)
     assert len(first.dataset) == 10 and first.dataset.report.dropped_tokens == 20
     (tmp_path / "text.txt").write_text("changed")
-    assert distill(config, model=make_model(), progress=ignore).step == RUN.steps  # reads what the first run kept
+    assert distill(config, model=make_model()).step == RUN.steps  # reads what the first run kept
+    assert f"{tmp_path}/text.txt changed since this run began; it goes on with the text" in capsys.readouterr().out
+    (tmp_path / "other.txt").write_text("zyxwvutsrqponmlkjihgfedcba" * 50)
+    other = dataclasses.replace(config, data=DataConfig(paths=(str(tmp_path / "other.txt"),)))
+    before = contents(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"^data\.paths: this run was started with .*text\.txt'\]; got .*other\.txt'\]"
+    ):
+        distill(other, model=make_model(), progress=ignore)
+    assert contents(tmp_path / "out") == before
 
 
 def test_finetuning_overfits(tmp_path):
@@ -399,7 +311,21 @@ def test_default_progress_tells_of_data_and_resumption(undisturbed, capsys):
     assert "Training data: 12 documents, 1,536 tokens -> 12 rows" in told and "Resuming after step 10." in told
 
 
-REPORT = StepReport(5, 20, {"loss": 1.25, "prefill_recall": 0.5, "decode_recall": 0.75}, 12345.6, 3725.2)
+def test_a_run_says_what_it_does_from_its_first_second(capsys):
+    distill(dataclasses.replace(RUN, data=DataConfig(held_out_rows=3)), model=make_model(), dataset=make_rows())
+    told = capsys.readouterr().out
+    order = [
+        "Training data: 12 documents",
+        "Compiling the training step ...",
+        "Compiled in",
+        "Training ...",
+        "step 10/10  loss",
+    ]
+    places = [told.index(text) for text in order]
+    assert places == sorted(places) and "held-out loss" in told and "epoch 4.44" in told
+
+
+REPORT = StepReport(5, 20, {"loss": 1.25, "prefill_recall": 0.5, "decode_recall": 0.75}, 12345.6, 3725.2, 1.5)
 
 
 def test_progress_in_lines():
@@ -408,15 +334,27 @@ def test_progress_in_lines():
     for step in (4, 5, 19, 20):
         progress(dataclasses.replace(REPORT, step=step))
     progress.close()
-    rest = "/20  loss 1.2500  prefill recall 0.500  decode recall 0.750  12,346 tokens/s  1:02:05 left\n"
+    rest = "/20  loss 1.2500  prefill recall 0.500  decode recall 0.750  12,346 tokens/s  epoch 1.50  1:02:05 left\n"
     assert file.getvalue() == f"step 5{rest}step 20{rest}"
 
 
-def test_progress_on_a_terminal():
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_progress_on_a_terminal(width):
     file = io.StringIO()
-    progress = ConsoleProgress(interval=5, console=Console(file=file, force_terminal=True, width=160))
-    progress(REPORT)
-    progress.note("a line")
+    progress = ConsoleProgress(interval=5, console=Console(file=file, force_terminal=True, width=width))
+    held_out = REPORT.metrics | {"held_out_loss": 1.5}
+    progress(dataclasses.replace(REPORT, metrics=held_out))
+    progress.note("a [line]")
     progress.close()
-    assert "a line" in file.getvalue()
-    assert "5/20" in file.getvalue() and "loss 1.2500" in file.getvalue() and "12,346 tokens/s" in file.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").replace("\n", " ")
+    for part in (
+        "a [line]",
+        "5/20",
+        "epoch 1.50",
+        "loss 1.2500",
+        "held-out loss 1.5000",
+        "prefill recall 0.500",
+        "12,346 tokens/s",
+    ):
+        assert part in " ".join(shown.split()), part
+    assert "0:00:00" in shown or "-:--:--" in shown  # time left

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from seer_jax.train.data.batches import DataConfig, batches, hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset, Packing
 from seer_jax.train.data.sources import SourceConfig, list_files, read_documents
-from seer_jax.train.data.tokens import ModelTokenizer, TokenStore, load_tokens
+from seer_jax.train.data.tokens import ModelTokenizer, Piece, TokenStore, load_tokens
 
 CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
@@ -26,7 +26,7 @@ def folder(tmp_path):
     root = tmp_path / "text"
     (root / "sub").mkdir(parents=True)
     (root / "z.txt").write_text("text z")
-    (root / "b.py").write_bytes(b"code = '\xff'\n")
+    (root / "b.py").write_bytes(b"\xef\xbb\xbfcode = 1\r\n")
     (root / "empty.txt").write_text(" \n")
     (root / "sub" / "a.md").write_text("text a")
     (root / "c.jsonl").write_text('{"text": "row 1"}\n\n{"text": "", "n": 1}\n{"text": "row 2"}\n')
@@ -40,7 +40,7 @@ def documents(**settings):
 
 
 def test_folder_is_read_in_sorted_order(folder):
-    expected = ["code = '\ufffd'\n", "row 1", "row 2", "cell 1", "cell 2", "text a", "text z"]
+    expected = ["code = 1\r\n", "row 1", "row 2", "cell 1", "cell 2", "text a", "text z"]
     assert documents(paths=(str(folder),)) == expected
 
 
@@ -91,6 +91,44 @@ BAD_SOURCES = [
     ({"paths": ("{}/broken.jsonl",)}, ValueError, r"must be a JSON object; .*broken.jsonl:2 is not"),
     ({"paths": ("{}/list.jsonl",)}, ValueError, r"list.jsonl:1: .*got list"),
 ]
+# Files of each kind whose content is not what it should be, in a folder of others.
+DAMAGED = {
+    "latin.txt": (
+        "ünï".encode("latin-1"),
+        r"latin.txt must be UTF-8 text; byte 0xfc at position 0 .*iconv.* name it in `exclude`",
+    ),
+    "picture.md": (
+        b"\x89PNG\x00",
+        r"picture.md must be UTF-8 text; got a zero byte at position 4.* name it in `exclude`",
+    ),
+    "wide.txt": ("ünï".encode("utf-16"), "wide.txt must be UTF-8 text; it is UTF-16"),
+    "latin.jsonl": (b'{"text": "x"}\n{"text": "\xfc"}\n', "latin.jsonl:2 must be UTF-8 text; byte 0xfc at position 10"),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1 is not .*recursion"),
+    "surrogate.jsonl": (
+        rb'{"text": "a\ud800"}',
+        r"surrogate.jsonl:1: .*valid Unicode; got the lone surrogate '\\ud800'",
+    ),
+    "sharegpt.jsonl": (
+        b'{"text": [{"from": "human", "value": "x"}]}',
+        "sharegpt.jsonl:1: .*with `role` and `content`; got a list whose messages have from, value",
+    ),
+    "null.jsonl": (b'{"text": null}', "null.jsonl:1: .*got NoneType"),
+    "text.parquet": (b"text", "text.parquet must be a parquet file; .*Download or write it again"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_refused_by_name(folder, name):
+    data, message = DAMAGED[name]
+    (folder / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        documents(paths=(str(folder),))
+
+
+def test_columns_of_bytes_are_refused_by_row(tmp_path):
+    pq.write_table(pa.table({"text": ["x", "y"], "raw": [b"x", b"y"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet, row 1: .*got bytes \(cast the column to text\)"):
+        documents(paths=(str(tmp_path),), field="raw")
 
 
 @pytest.mark.parametrize(("settings", "error", "message"), BAD_SOURCES)
@@ -170,6 +208,43 @@ def test_tokenizer_without_end_or_template(model_folder):
         plain.encode([CHAT])
 
 
+KEEPS = "{% for m in messages %}{{ m['role'] }} {{ m['reasoning_content'] }} {{ m['content'] }} {% endfor %}"
+CUTS = "{% for m in messages %}{{ m['role'] }} {{ m['content'].split('</think>')[-1] }} <eos> {% endfor %}"
+
+
+def thoughts(length):
+    return [CHAT[0], {"role": "assistant", "content": "<think>" + "three " * length + "</think> two"}]
+
+
+def test_a_template_that_leaves_out_thoughts_is_told_once(model_folder):
+    settings = json.loads((model_folder / "tokenizer_config.json").read_text()) | {"chat_template": CUTS}
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = ModelTokenizer(str(model_folder))
+    with pytest.warns(
+        UserWarning, match=r"at least 5[\d,]+ of 6[\d,]+ char.*, in 1 of the first 3 chats: .*--data.chat-template"
+    ) as told:
+        assert tokenizer.encode([CHAT, thoughts(1000), "one", CHAT])[1] == [6, 3, 2, 7, 4, 2]
+        tokenizer.encode([thoughts(1000)])
+    assert len(told) == 1
+    ModelTokenizer(str(model_folder)).encode([CHAT, thoughts(1)])  # little
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_run_has_its_own_template(model_folder, tmp_path, as_file):
+    (tmp_path / "own.jinja").write_text(KEEPS)
+    plain = ModelTokenizer(str(model_folder))
+    own = ModelTokenizer(str(model_folder), str(tmp_path / "own.jinja") if as_file else KEEPS)
+    chat = [CHAT[0], CHAT[1] | {"reasoning_content": "three " * 3}]
+    assert own.encode([chat]) == [[6, 3, 7, 5, 5, 5, 4, 2]]
+    assert own.fingerprint == ModelTokenizer(str(model_folder), KEEPS).fingerprint != plain.fingerprint
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"text": chat}))
+    config = DataConfig(paths=(str(tmp_path / "chats.jsonl"),), chat_template=KEEPS, packing=Packing.BEST_FIT)
+    sizes = {"vocab_size": 8, "row_length": 16, "block_size": 4}
+    assert load_dataset(config, model=str(model_folder), **sizes)[0].tokens[:8].tolist() == [6, 3, 7, 5, 5, 5, 4, 2]
+    with pytest.raises(FileNotFoundError, match=r"chat_template must be Jinja text or a file of it; got 'none.jinja'"):
+        ModelTokenizer(str(model_folder), "none.jinja")
+
+
 def test_model_without_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected tokenizer.json in"):
         ModelTokenizer(str(tmp_path))
@@ -240,12 +315,33 @@ def test_no_more_is_read_than_the_run_takes(tmp_path, packing, documents, rows):
     config, said, tokenizer = DataConfig(paths=(str(tmp_path),), packing=packing, min_length=8), [], Letters()
     settings = dict(model="", vocab_size=200, row_length=16 if packing is Packing.BEST_FIT else 40, block_size=8)
     data = load_dataset(config, **settings, rows=rows * 2 if rows == 4 else rows, tokenizer=tokenizer, say=said.append)
-    assert data.report.documents == documents and len(data) >= rows and tokenizer.calls < 30
+    assert data.report.documents == documents and len(data) >= rows and tokenizer.calls < 999
     assert said == [
         f"Read {documents} documents, {documents * 22} tokens: as many as the run takes. For a wider choice set data.max_tokens."
     ]
     wider = dataclasses.replace(config, max_tokens=2000)
     assert load_dataset(wider, **settings, rows=rows, tokenizer=tokenizer).report.tokens == 2002
+
+
+def test_long_texts_are_tokenized_in_pieces(model_folder, tmp_path, monkeypatch):
+    text = "one two three\n" * 9 + "one " * 9
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("two")
+    config, tokenizer = (
+        SourceConfig(paths=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))),
+        ModelTokenizer(str(model_folder)),
+    )
+    whole = load_tokens(config, tokenizer)
+    monkeypatch.setattr("seer_jax.train.data.tokens.PIECE_LENGTH", 30)
+    pieces = list(Piece.split(text))
+    assert "".join(pieces) == text and [p[-1] for p in pieces[:4]] == ["\n"] * 4 and max(map(len, pieces)) <= 30
+    assert [(p.first, p.last) for p in pieces] == [(True, False)] + [(False, False)] * (len(pieces) - 2) + [
+        (False, True)
+    ]
+    for store in (load_tokens(config, tokenizer), load_tokens(config, tokenizer, tmp_path / "cache")):
+        assert store.digest == whole.digest and len(store.ends) == 2
+    few = load_tokens(dataclasses.replace(config, max_tokens=5), tokenizer)
+    assert 5 <= len(few.tokens) < 12
 
 
 def test_rows_held_out_are_not_trained_on():

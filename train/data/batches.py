@@ -25,10 +25,13 @@ class DataConfig(SourceConfig):
       packing: see `Packing`.
       min_length: BEST_FIT drops shorter sequences, tokens; None: two blocks.
       held_out_rows: rows that are not trained on, chosen at random; their loss is reported at each checkpoint.
+      chat_template: Jinja text, or the file of it, that renders chats; None: the model's own. Those of reasoning models leave out what
+        stands before </think>.
     """
 
     packing: Packing = Packing.CONCATENATE
     min_length: int | None = None
+    chat_template: str | None = None
     held_out_rows: int = 0
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ def load_dataset(
     limit = None if rows is None or config.max_tokens is not None else [config.packing, rows, row_length, min_length]
     store = load_tokens(
         sources,
-        tokenizer or ModelTokenizer(model),
+        tokenizer or ModelTokenizer(model, config.chat_template),
         cache,
         enough=None if limit is None else _fills(rows, config.packing, row_length, min_length),
         limit=limit,

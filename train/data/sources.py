@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from seer_jax.settings import check_types
+from seer_jax.text_files import decode_text
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 
 # A text, or the messages of a chat, which the tokenizer's chat template renders.
-Document = str | list[dict[str, str]]
+Document = str | list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,8 @@ class SourceConfig:
       field: column of JSONL, parquet and datasets that holds the text, or the list of messages of a chat.
       include: globs on paths relative to a folder; empty: every file of a known kind.
       exclude: globs on paths relative to a folder, which override `include`.
-      max_tokens: stop reading after the document that reaches this many tokens; None: read everything.
+      max_tokens: stop reading after the document that reaches this many tokens (of a document of more than a million characters, after
+        the part that does). None: a run reads as many as it takes, in the order of the sources; anything else reads everything.
     """
 
     paths: tuple[str, ...] = ()
@@ -111,8 +113,7 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
     elif path.suffix == ".parquet":
         rows = _parquet_rows(path, field)
     else:
-        # Invalid bytes in one file must not stop a run over many.
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = _decoded(path.read_bytes(), str(path))
         if text.strip():
             yield text
         return
@@ -120,14 +121,22 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
         yield from _document(row, field, place)
 
 
+def _decoded(data: bytes, place: str) -> str:
+    try:
+        return decode_text(data, place)
+    except ValueError as error:
+        raise ValueError(f"{error} To train without it, name it in `exclude`.") from None
+
+
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            text = _decoded(line, f"{path}:{number}")
+            if not text.strip():
                 continue
             try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
+                yield f"{path}:{number}", json.loads(text)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"Each line of a JSONL file must be a JSON object; {path}:{number} is not ({error})."
                 ) from error
@@ -135,12 +144,16 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     parquet = _import("pyarrow.parquet", "parquet files")
-    with parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if field not in names:
-            yield str(path), dict.fromkeys(names)  # refused by `_document`, which lists the columns
-        else:
-            yield from ((str(path), row) for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                yield str(path), dict.fromkeys(names)  # refused by `_document`, which lists the columns
+                return
+            rows = (row for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    except (ValueError, OSError) as error:  # of pyarrow; the readers of the rows are outside
+        raise ValueError(f"{path} must be a parquet file; {error}. Download or write it again.") from error
 
 
 def _read_dataset(config: SourceConfig) -> Iterator[Document]:
@@ -161,14 +174,33 @@ def _document(row: Any, field: str, place: str) -> Iterator[Document]:
         got = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"{place}: each row must have the field {field!r}; got {got}. Set `field` to another name.")
     value = row[field]
-    is_chat = isinstance(value, list) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value)
-    if not (isinstance(value, str) or is_chat):
+    if not (isinstance(value, str) or _is_chat(value)):
         raise ValueError(
-            f"{place}: the field {field!r} must hold a text or a list of chat messages with `role` and `content`; "
-            f"got {type(value).__name__}."
+            f"{place}: the field {field!r} must hold a text or a list of chat messages with `role` and `content`; got {_described(value)}."
+        )
+    if (
+        isinstance(value, str)
+        and not value.isascii()
+        and (bad := next((c for c in value if "\ud800" <= c <= "\udfff"), None))
+    ):
+        raise ValueError(
+            f"{place}: the field {field!r} must hold valid Unicode; got the lone surrogate {bad!a}. Remove it."
         )
     if value.strip() if isinstance(value, str) else value:
         yield value
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether each message has a role and something besides it, such as its content or its tool calls."""
+    return isinstance(value, list) and all(isinstance(m, Mapping) and "role" in m and len(m) > 1 for m in value)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, bytes):
+        return "bytes (cast the column to text)"
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return f"a list whose messages have {', '.join(map(str, value[0]))}"
+    return type(value).__name__
 
 
 def _import(name: str, purpose: str) -> Any:

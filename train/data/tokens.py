@@ -2,9 +2,9 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +14,13 @@ import numpy as np
 from jaxtyping import Int
 
 from seer_jax.convert.files import replacing_files
+from seer_jax.inference.chat import DEFAULT, content_of, read_template
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.train.data.sources import Document, SourceConfig, list_files, read_documents
 
 DOCUMENTS_PER_BATCH = 256  # enough to keep the tokenizer's threads busy
+LOST_SHARE = 0.1  # of the messages' characters, from which on a template that leaves them out is told
+PIECE_LENGTH = 2**20  # characters of a long text that are tokenized at once
 SECONDS_PER_LINE = 5.0  # from one line about the reading to the next
 
 
@@ -39,32 +42,93 @@ class ModelTokenizer:
     template, which includes them. The end-of-text token is appended to each document that does not end in it.
     """
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, chat_template: str | None = None):
         """
         Args:
           model: its folder or hub id.
+          chat_template: Jinja text, or the file of it, in place of the model's own.
         """
         from seer_jax.models.pretrained import load_tokenizer
 
         self._tokenizer = load_tokenizer(model)
+        self._warned = False
         end = self._tokenizer.special.get("eos_token")
         self._end = [] if end is None else self._tokenizer.encode(end, special_tokens=False)
         folder, digest = Path(self._tokenizer.place), hashlib.sha256()
         for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}):
             digest.update(path.read_bytes())
+        if chat_template is not None:
+            template = read_template(chat_template)
+            self._tokenizer.chat_templates = {DEFAULT: template}
+            digest.update(template.encode())
         self.fingerprint = digest.hexdigest()
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Tokens of each document."""
-        with ThreadPoolExecutor() as threads:  # the tokenizer releases Python's lock
-            return list(threads.map(self._encode, documents))
+        """Tokens of each document.
 
-    def _encode(self, document: Document) -> list[int]:
+        Warns, once, where the chat template leaves out much of what the messages say.
+        """
+        with ThreadPoolExecutor() as threads:  # the tokenizer releases Python's lock
+            texts = list(threads.map(self._render, documents))
+            self._check_rendered(documents, texts)
+            return list(threads.map(self._encode, documents, texts))
+
+    def _render(self, document: Document) -> str:
         if isinstance(document, str):
-            tokens = self._tokenizer.encode(document)
-        else:
-            tokens = self._tokenizer.encode_chat(document, add_generation_prompt=False)
+            return document
+        return self._tokenizer.render_chat(document, add_generation_prompt=False)
+
+    def _check_rendered(self, documents: Sequence[Document], texts: Sequence[str]) -> None:
+        """Counts the characters of messages that exceed the rendered text, and so are certainly not in it."""
+        chats = [(d, text) for d, text in zip(documents, texts, strict=True) if not isinstance(d, str)]
+        said = [sum(len(content_of(message)) for message in chat) for chat, _ in chats]
+        lost = [max(0, count - len(text)) for count, (_, text) in zip(said, chats, strict=True)]
+        if not self._warned and sum(lost) > LOST_SHARE * sum(said):
+            self._warned = True
+            warnings.warn(
+                f"The chat template of {self._tokenizer.place} leaves out at least {sum(lost):,} of {sum(said):,} characters, in "
+                f"{sum(n > 0 for n in lost):,} of the first {len(chats):,} chats: those of reasoning models remove what stands before "
+                "</think>. To train on it, set chat_template (--data.chat-template) to a file with a template that keeps it.",
+                stacklevel=2,
+            )
+
+    def _encode(self, document: Document, text: str) -> list[int]:
+        if isinstance(document, Piece):
+            return self._encode_piece(document)
+        tokens = self._tokenizer.encode(text, special_tokens=isinstance(document, str))
         return tokens if tokens[-len(self._end) :] == self._end else tokens + self._end
+
+    def _encode_piece(self, piece: "Piece") -> list[int]:
+        """Tokens of a part of a text, with the special tokens of the whole at its start and end alone."""
+        tokens = self._tokenizer.encode(piece, special_tokens=piece.first)
+        size = len(self._end)
+        if size and tokens[-size:] == self._end:
+            tokens = tokens[:-size]
+        return tokens + self._end if piece.last else tokens
+
+
+class Piece(str):
+    """A part of a long text.
+
+    Attributes:
+      first, last: whether it is the first or the last of them.
+    """
+
+    first = last = False
+
+    @classmethod
+    def split(cls, text: str) -> Iterator["Piece"]:
+        """The parts of a text, cut at the ends of lines or else between words where it has any."""
+        start = 0
+        while start < len(text):
+            end = start + PIECE_LENGTH
+            if end < len(text):
+                cut = max(text.rfind("\n", start, end) + 1, 0) or text.rfind(" ", start + 1, end)
+                end = cut if cut > start else end
+            piece = cls(text[start:end])
+            piece.first, piece.last = start == 0, end >= len(text)
+            yield piece
+            start = end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +212,20 @@ def load_tokens(
     files = _stamps(config)
     chunks = _encoded(read_documents(config), tokenizer, config.max_tokens, enough, say)
     if cache is None:
-        return TokenStore.from_documents(chunks)
+        return TokenStore.from_documents(_joined(chunks))
     return _write_store(cache, dataclasses.replace(identity, files=files), chunks)
+
+
+def _joined(chunks: Iterator[tuple[np.ndarray, bool]]) -> Iterator[np.ndarray]:
+    """The tokens of each document."""
+    parts: list[np.ndarray] = []
+    for tokens, continues in chunks:
+        if parts and not continues:
+            yield np.concatenate(parts)
+            parts = []
+        parts.append(tokens)
+    if parts:
+        yield np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,15 +288,15 @@ def _encoded(
     max_tokens: int | None,
     enough: Callable[[int], bool] | None,
     say: Callable[[str], None],
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Tokens of the documents, those of long texts piece by piece: (tokens, whether they go on with the document before)."""
     total = number = 0
     told = time.monotonic()
-    # Few at first, so that a run that needs little text doesn't wait for more.
-    sizes = itertools.chain((1, 4, 16, 64), itertools.repeat(DOCUMENTS_PER_BATCH))
-    while batch := tuple(itertools.islice(documents, next(sizes))):
-        for tokens in tokenizer.encode(batch):
-            yield np.asarray(tokens, np.int32)
-            total, number = total + len(tokens), number + 1
+    for batch in _batched(_pieces(documents)):
+        for document, tokens in zip(batch, tokenizer.encode(batch), strict=True):
+            continues = isinstance(document, Piece) and not document.first
+            yield np.asarray(tokens, np.int32), continues
+            total, number = total + len(tokens), number + (not continues)
             if max_tokens is not None and total >= max_tokens:
                 return
             if max_tokens is None and enough is not None and enough(len(tokens)):
@@ -233,14 +309,38 @@ def _encoded(
             say(f"Reading text: {number:,} documents, {total:,} tokens so far")
 
 
-def _write_store(folder: Path, identity: _Identity, documents: Iterator[np.ndarray]) -> TokenStore:
+def _pieces(documents: Iterator[Document]) -> Iterator[Document]:
+    for document in documents:
+        if isinstance(document, str) and len(document) > PIECE_LENGTH:
+            yield from Piece.split(document)
+        else:
+            yield document
+
+
+def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents to tokenize at once: few at first, so that a run that needs little text does not wait for more."""
+    batch: list[Document] = []
+    size, most = 0, PIECE_LENGTH // 16
+    for document in documents:
+        batch.append(document)
+        size += sum(map(len, (document,) if isinstance(document, str) else map(str, document)))
+        if size >= most or len(batch) == DOCUMENTS_PER_BATCH:
+            yield batch
+            batch, size, most = [], 0, min(2 * most, 16 * PIECE_LENGTH)
+    if batch:
+        yield batch
+
+
+def _write_store(folder: Path, identity: _Identity, chunks: Iterator[tuple[np.ndarray, bool]]) -> TokenStore:
     """Writes tokens, ends of documents and description as one step; the old store stays until the new one is complete."""
     lengths = []
     with replacing_files(folder, key="store.json") as files:
         with files.path("tokens.int32").open("wb") as file:
-            for tokens in documents:
-                if len(tokens):
-                    file.write(tokens.tobytes())
+            for tokens, continues in chunks:
+                file.write(tokens.tobytes())
+                if continues and lengths:
+                    lengths[-1] += len(tokens)
+                elif len(tokens):
                     lengths.append(len(tokens))
         ends = np.cumsum(lengths, dtype=np.int64)
         with files.path("ends.npy").open("wb") as file:
@@ -259,7 +359,7 @@ def _read_store(folder: Path) -> tuple[_Identity, TokenStore] | None:
         tokens, ends = _map_tokens(folder / "tokens.int32"), np.load(folder / "ends.npy")
         if _digest(tokens, ends) != description["digest"]:
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return identity, TokenStore(tokens, ends, description["digest"])
 

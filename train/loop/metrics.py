@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from seer_jax.text_files import parse_json
+
 
 class MetricsLog:
     """metrics.jsonl, one line per step, and TensorBoard files beside it.
@@ -50,7 +52,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # text behind the last newline is an incomplete line
-    return [json.loads(line) for line in lines]
+    return [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse_line(text: str, place: str) -> dict[str, Any]:
+    values = parse_json(text, place)
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise ValueError(
+            f"{place} must hold an object with the number of its step; got {text[:80]!r}. Remove the file."
+        )
+    return values
 
 
 def _cut(path: Path, step: int) -> None:

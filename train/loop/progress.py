@@ -67,10 +67,13 @@ class ConsoleProgress:
 
     def __call__(self, report: StepReport) -> None:
         """Shows a step."""
+        held_out = "held_out_loss" in report.metrics
         if not self._console.is_terminal:
-            if report.step % self._interval == 0 or report.step == report.steps:
+            if report.step % self._interval == 0 or report.step == report.steps or held_out:
                 self.note(str(report))
             return
+        if held_out:
+            self.note(str(report))
         if self._bar is None:
             # The bar takes the room that is left of a line; the metrics have lines of their own.
             columns = (

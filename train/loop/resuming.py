@@ -32,8 +32,8 @@ def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: i
     _, now, before = steps
     if now < step:
         raise ValueError(
-            f"steps: this run was started with {before} and has done {step}; got {now}. Set steps (--steps) to {step} or more, or give "
-            f"another output folder (--output) for a new run; this one is {folder}."
+            f"steps: this run was started with {before} and has done {step}; got {now}. Set steps={step} or more, or give another `output` "
+            f"for a new run; this one is {folder}."
         )
     return (
         f"steps: this run was started with {before}, and now has {now}. From step {step + 1} on, the learning rate is that of a run of "
@@ -42,29 +42,19 @@ def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: i
 
 
 def _refusal(differing: list[tuple[str, Any, Any]], folder: Path) -> str:
-    parts, options = [], []
+    parts, remedies = [], []
     for place, now, before in differing:
-        name = place.removeprefix("config.")
-        if place.startswith("config."):
+        kind, _, name = place.partition(".")
+        if kind == "config":
             parts.append(f"{name}: this run was started with {before!r}; got {now!r}")
-            options.append(_option(name, before))
+            # The commands turn name=value into an option.
+            remedies.append(f"`{name}`" if isinstance(before, (list, dict)) else f"{name}={before}")
         else:
-            kind, _, rest = place.partition(".")
             parts.append(
-                f"{_WHAT.get(kind, kind)}: {rest or kind} was {before!r} when this run was started; got {now!r}"
+                f"{_WHAT.get(kind, kind)}: {name or kind} was {before!r} when this run was started; got {now!r}"
             )
-    remedy = f"Restore it ({' '.join(options)})" if options else "Restore it"
-    return f"{'; '.join(parts)}. {remedy} to go on with the run in {folder}, or give another output folder (--output) for a new run."
-
-
-def _option(name: str, value: Any) -> str:
-    """A setting as it is typed on the command line."""
-    *groups, last = name.replace("_", "-").split(".")
-    if isinstance(value, bool):
-        last = last if value else f"no-{last}"
-        value = ()
-    words = [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-    return " ".join([f"--{'.'.join([*groups, last])}", *words])
+    remedy = ", ".join(remedies) or "it"
+    return f"{'; '.join(parts)}. Restore {remedy} to go on with the run in {folder}, or give another `output` for a new run."
 
 
 def _differences(ours: Any, theirs: Any, place: str) -> list[tuple[str, Any, Any]]:

@@ -91,19 +91,17 @@ def run(
         reporter = _Reporter(config.steps, start, len(dataset), log, session.show)
         stop = stack.enter_context(StopSignals(session))
         for state, metrics in _steps(step, start, frozen, dataset, session, stop):
-            last = stop.asked or state.step == config.steps
-            if last or state.step % config.checkpoint_interval == 0:
-                if evaluation is not None:
+            reporter.add(state, metrics)
+            asked = stop.asked is not None
+            if asked or state.step % config.checkpoint_interval == 0 or state.step == config.steps:
+                if evaluation is not None:  # the reporter has not read the metrics of this step yet
                     found = evaluation(state.trained, frozen)
-                    metrics = metrics | {f"held_out_{name}": value for name, value in found.items()}
-                reporter.add(state, metrics)
+                    metrics.update({f"held_out_{name}": value for name, value in found.items()})
                 reporter.flush()  # a step whose loss is not finite must not replace a good checkpoint
                 session.save(state)
                 if on_checkpoint is not None:
                     on_checkpoint(task.parts.merge(state.trained, frozen), state.step)
-            else:
-                reporter.add(state, metrics)
-            if stop.asked:
+            if asked:
                 stop.leave(state.step)
     model = task.parts.merge(state.trained, frozen)
     if state is start and on_checkpoint is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from seer_jax.convert.files import replace_file
+from seer_jax.outputs import check_output_folder
 from seer_jax.train.config import TrainConfig, to_dict
 from seer_jax.train.loop.checkpoint import Checkpoints, RunState
 from seer_jax.train.loop.lock import locked
@@ -114,11 +115,13 @@ def open_session(config: TrainConfig, progress: ProgressFunction | None) -> Iter
 
     Raises:
       BlockingIOError: another run is using the folder.
+      OSError: the folder cannot be written to.
       MemoryError: the device has no memory for the run.
     """
     console = ConsoleProgress(interval=config.log_interval) if progress is None else None
     with contextlib.ExitStack() as stack:
         if config.output is not None:
+            check_output_folder(Path(config.output))
             stack.enter_context(locked(Path(config.output)))
         if console is not None:
             stack.callback(console.close)

@@ -15,7 +15,8 @@ from tests.seer_jax.conftest import LLAMA, tiny_model
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/ with the bundled tokenizer and a chat template, prefill/ and decode/ gates, each with a recommended policy."""
+    """base/ with the bundled tokenizer and a chat template, prefill/ and decode/ gates, each with a recommended policy, and plain/, the
+    decode gate without one."""
     root = tmp_path_factory.mktemp("saved")
     model = tiny_model(dataclasses.replace(LLAMA, vocab_size=4096, eos_token_ids=(0,)))
     save_base(model, root / "base")
@@ -26,4 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, policy in recommended.items():
         gate = getattr(model, f"{kind}_gate")
         save_gates(gate, root / kind, base_model="base", policy=policy)
+    gate = model.decode_gate
+    assert gate is not None
+    save_gates(gate, root / "plain", base_model="base")
     return root

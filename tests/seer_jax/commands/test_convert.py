@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from seer_jax import from_pretrained, tiny_lm
 from seer_jax.commands import main as cli
 from seer_jax.commands.convert import ConvertConfig, convert
-from seer_jax.convert import GateFormat, load_base, load_gates, recommended_policy
+from seer_jax.convert import GateFormat, load_base, load_gates, recommended_policy, save_base
 from seer_jax.gates.configs import PrefillGateConfig
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import DType
@@ -53,6 +53,15 @@ def test_one_folder_can_hold_base_and_gates(tmp_path: Path):
     assert isinstance(model.prefill_gate, PrefillGate)
     assert model.prefill_gate.config == PrefillGateConfig(gate_dim=64)
     assert json.loads((tmp_path / "both" / "config.json").read_text())["base_model"] == str(base)
+
+
+def test_a_model_that_is_overwritten_leaves_no_weights(tmp_path: Path):
+    base, gates = write_base(tmp_path / "base", release(PREFILL)), write_gates(tmp_path / "gates", PREFILL)
+    model, both = load_base(base, dtype=DType.FLOAT32), tmp_path / "both"
+    save_base(jax.tree.map(lambda x: x + 1, model), both, shard_bytes=20_000)
+    convert(ConvertConfig(str(gates), both, model=str(base), include_base=True, force=True))
+    assert_same(load_base(both, dtype=DType.FLOAT32), model)
+    assert not list(both.glob("model-*")) and not list(both.glob("*.index.json"))
 
 
 def test_gates_are_checked_against_the_base(tmp_path: Path):

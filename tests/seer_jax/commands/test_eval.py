@@ -15,6 +15,7 @@ from seer_jax.commands import main as cli
 from seer_jax.commands.eval import EvalConfig, evaluate
 from seer_jax.evaluate import Phase, Score
 from seer_jax.evaluate.score import ESTIMATORS
+from seer_jax.inference.memory import DeviceMemory
 from seer_jax.selection.rules import TopK
 from seer_jax.selection.scorers import LearnedGate, SinkWindow
 
@@ -72,7 +73,7 @@ def test_a_run_is_shown_kept_and_can_be_repeated(
     assert "sink+window" in out and "random" not in out.replace("as random ones", "")
     report = written(tmp_path)
     assert [(s["method"], s["level"]) for s in report["scores"]] == KEYS and report["complete"]
-    facts = ["command", "device", "platform", "versions", "config", "dtype", "model", "gates", "text", "rows", "levels"]
+    facts = ["command", "device", "platform", "versions", "config", "dtype", "model", "gates", "text"]
     assert {*facts, "block_sizes", "started", "updated", "estimators", "legend"} <= report.keys()
     assert report["text"]["bytes"] > 0 and len(report["text"]["sha256"]) == 64
     for score in report["scores"]:
@@ -113,7 +114,7 @@ def test_an_interrupted_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(command, "compare", stop_after(2, KeyboardInterrupt()))
         assert cli.main(words) == 130
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "Interrupted: 2 of 4 scores are kept in" in out and "the same command goes on from there" in out
     first = written(tmp_path)
     assert len(first["scores"]) == 2 and not first["complete"]
@@ -124,10 +125,10 @@ def test_an_interrupted_run_goes_on(
             ["--policies", "budget:32"],
             r'settings.policies was \["budget:64", "budget:64:oracle"\], now \["budget:32"\]',
         ),
-        (["--dtype", "bfloat16"], 'settings.dtype was "float32", now "bfloat16"'),
+        (["--dtype", "bfloat16"], 'dtype was "float32", now "bfloat16"'),
         (["--gates", "tiny-lm", "--model", "tiny-lm"], 'model was "'),
     ):
-        with pytest.raises(ValueError, match=f"scores of another evaluation.*{message}.*or pass --force"):
+        with pytest.raises(ValueError, match=f"scores of another evaluation.*{message}.*or pass force=True"):
             cli.main([*words, *changed, "--traceback"])
     capsys.readouterr()
 
@@ -144,7 +145,7 @@ def test_an_interrupted_run_goes_on(
 def test_other_files_are_not_overwritten(words: list[str], tmp_path: Path, content: str):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scores.json").write_text(content)
-    with pytest.raises(ValueError, match=r"scores.json.*--force to start over"):
+    with pytest.raises(ValueError, match=r"scores.json.*force=True to start over"):
         cli.main([*words, "--traceback"])
     assert (tmp_path / "out" / "scores.json").read_text() == content
 
@@ -156,7 +157,19 @@ def test_memory_that_does_not_suffice_is_one_line(
     monkeypatch.setattr(command, "compare", stop_after(1, error))
     assert cli.main(words) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "allocating 123 bytes. Lower --length" in said and "--batch-size" in said
+    assert said.count("\n") == 1 and "allocation of 123 bytes. Lower --length" in said and "--batch-size" in said
+
+
+@pytest.mark.parametrize(
+    ("phases", "needs"), [(tuple(Phase), r"caches of 4 rows 0\.\d*[1-9]"), ((Phase.PREFILL,), "0 rows 0.000")]
+)
+def test_weights_and_caches_must_fit_the_device(phases: tuple[Phase, ...], needs: str, monkeypatch: pytest.MonkeyPatch):
+    config = EvalConfig(phases=phases, length=256, windows=2, passkeys=2, decoded=16)
+    monkeypatch.setattr(command, "available_memory", lambda model: DeviceMemory(limit=2**24, in_use=2**23))
+    with pytest.raises(
+        MemoryError, match=f"must fit in device memory: needs .*{needs}.* 0.008 GiB available. Lower `length`"
+    ):
+        evaluate(config)
 
 
 class Measured(Exception):
@@ -181,7 +194,8 @@ SETTINGS = [
     (dict(methods=()), "methods must name at least one; got none"),
     (dict(phases=()), "phases must name at least one; got none"),
     (dict(policies=("dense",)), "policies must rank blocks.*got dense"),
-    (dict(policies=("topk:10%",)), "A policy is written.*got 'topk:10%'"),
+    (dict(policies=("best:3",)), "best"),
+    (dict(policies="topk:0.1:window", length="8"), "EvalConfig.length must be of type int; got '8'"),
     (dict(methods=(LearnedGate(),)), "gates must be named, as topk:0.1 is to be measured with the learned gate alone"),
     (dict(policies=("topk:0.3:gate",)), "gates must be named, as topk:0.3"),
     (
@@ -195,6 +209,15 @@ SETTINGS = [
 def test_bad_settings_are_refused(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         EvalConfig(**changes)
+
+
+def test_saved_settings_are_those_of_a_config():
+    config = EvalConfig(
+        text=Path("x"), methods=(SinkWindow(),), phases=(Phase.DECODE,), policies=("topk:0.1",), force=True
+    )
+    assert EvalConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(ValueError, match=r"registered scorers; got best, colour\. Import the module"):
+        EvalConfig.from_json({"methods": ["best"], "colour": 1})
 
 
 LINE = "x = 1\n"
@@ -212,7 +235,7 @@ TEXTS = [
     (
         LINE * 2000,
         dict(length=20000),
-        "model's context, max_position_embeddings = 16384 tokens; got 20000.*--beyond-context",
+        "model's context of 16384 tokens; got 20000.*beyond_context=True",
     ),
     (LINE * 20000, dict(length=20000, beyond_context=True, windows=1), None),
     (LINE * 2000, dict(policies=("budget:10:window",)), "at least one block of 64 tokens; got 10"),

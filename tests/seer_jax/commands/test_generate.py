@@ -16,7 +16,7 @@ import pytest
 
 from seer_jax import Generated, Transformer, from_pretrained, load_tokenizer, plan_memory, stream
 from seer_jax.commands import main as cli
-from seer_jax.commands.generate import GenerateConfig, Job, kept_table
+from seer_jax.commands.generate import GenerateConfig, Job, generate, kept_table, recommended_sampling
 from seer_jax.inference import memory
 from seer_jax.inference.sampling import Sample
 from seer_jax.selection.policies import Dense
@@ -27,6 +27,27 @@ PROMPT = "def main():\n    # three birds: 🦜🦜🦜\n" * 4
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+IDLE = "decode: dense (the gate recommends nothing). To use the gate: --decode budget:4096\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], f"prefill: dense (no gate)\n{IDLE}"),
+        (["--no-stats"], IDLE),
+        (["--decode", "dense"], "prefill: dense (no gate)\ndecode: dense (named)\n"),
+        (["--decode", "budget:64", "--no-stats"], ""),
+    ],
+)
+def test_a_gate_that_is_loaded_and_not_used_is_told(
+    words: list[str], said: str, saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Job, "plan", lambda job: "the plan")
+    names = ["--model", str(saved / "base"), "--gates", str(saved / "plain")]
+    assert cli.main(["generate", *names, "--prompt", "x", "--plan", "--max-new-tokens", "2", *words]) == 0
+    assert capsys.readouterr().err == said
 
 
 def streamed(model: Transformer, tokens: list[int], **arguments: Any) -> Generated:
@@ -164,3 +185,27 @@ def test_what_does_not_fit_the_device_is_one_line(capsys: pytest.CaptureFixture[
 def test_the_bundled_model_has_a_name(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["generate", "--prompt", "import numpy as", "--max-new-tokens", "2", "--dtype", "float32"]) == 0
     assert capsys.readouterr().out.startswith(" np")
+
+
+def test_the_sampling_that_the_model_asks_for_is_told(tmp_path: Path):
+    asked = dict(do_sample=True, temperature=0.6, top_p=0.95, repetition_penalty=1.05)
+    (tmp_path / "generation_config.json").write_text(json.dumps(asked))
+    missing = "its generation_config.json asks for repetition_penalty=1.05, which is not available"
+    advice = "the model recommends --temperature 0.6 --top-p 0.95; without them the most likely token is taken"
+    assert recommended_sampling(GenerateConfig(), str(tmp_path)) == f"sampling: {advice}; {missing}"
+    assert recommended_sampling(GenerateConfig(temperature=1.0), str(tmp_path)) == f"sampling: {missing}"
+    assert recommended_sampling(GenerateConfig(), "tiny-lm") is None
+
+
+def test_a_chat_also_ends_at_the_end_of_a_turn(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where the model's files name the end of a text alone."""
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(saved / "base" / name, tmp_path)
+    template = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(chat_template=template)))
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Job, "plan", lambda job: seen.append(job.model.config.eos_token_ids))
+    config = GenerateConfig(model=str(tmp_path), prompt="x", plan=True, stats=False)
+    for chat in (False, True):
+        generate(dataclasses.replace(config, chat=chat))
+    assert seen == [(0,), (0, 1)]

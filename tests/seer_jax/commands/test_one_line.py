@@ -51,7 +51,7 @@ USAGE = [
     ("train --steps 0", "--steps must be at least 1; got 0. *"),
     (
         "train --optimizer.warmup-steps -1",
-        "--optimizer.warmup-steps and --optimizer.weight-decay must be at least 0; got -1 and 0.0. *",
+        "--optimizer.warmup-steps must be at least 0; got -1. *",
     ),
     ("train --decode.gate-dim 3", "**gate*dim must be even and positive, *; got 3. *"),
     (

@@ -22,7 +22,7 @@ from seer_jax.evaluate import (
 from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
 from seer_jax.selection.policies import Dense
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Scorer, SinkWindow
+from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
 from tests.seer_jax.conftest import tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -84,6 +84,10 @@ LEVELS = [
     ("topk:0.5:gate", SparsityLevel("topk:0.5", TopK(0.5), methods=(LearnedGate(),))),
     ("mass:0.9,dense_last_rows=2", SparsityLevel("mass:0.9,dense_last_rows=2", CumulativeMass(0.9), dense_last_rows=2)),
     ("mass:0.9,dense_last_rows=0", SparsityLevel("mass:0.9", CumulativeMass(0.9, dense_last_rows=0))),
+    (
+        "budget:64:random,seed=3",
+        SparsityLevel("budget:64,seed=3", TokenBudget(64, Random(3)), methods=(Random(3),)),
+    ),
     ("budget:64,dense_layers=1", SparsityLevel("budget:64,dense_layers=1", TokenBudget(64, dense_layers=1))),
 ]
 
@@ -206,7 +210,7 @@ BAD = [
     (lambda: parse_level("dense"), "policies must rank blocks.*got dense. Dense attention is measured anyway"),
     (
         lambda: plan_measurements(tiny_model(), [SparsityLevel("x", TopK(0.1)), SparsityLevel("x", TopK(0.2))]),
-        "a name of its own; got 'x' for TopK",
+        "a name of its own; got 'x' for topk:0.1.* and topk:0.2",
     ),
 ]
 

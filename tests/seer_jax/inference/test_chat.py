@@ -347,6 +347,7 @@ BAD_CHATS: list[tuple[str | None, Any, str]] = [
     ),
     ("{{ messages.__class__.__base__.__subclasses__() }}", [USER], "unsafe"),
     ("{{ messages.clear() }}", [USER], "unsafe"),
+    ("{{ cycler() }}", [USER], "does not accept this conversation: at least one item"),
     ("x", [dict(role="user")], r"role and content; got \{'role': 'user'\}"),
     ("x", [dict(role="user", content=None)], "role and content; got"),
     ("x", [], r"must be a list of at least one message; got \[\]"),

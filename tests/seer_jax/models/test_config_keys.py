@@ -198,6 +198,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "a Llama with the switch off": LLAMA | dict(sliding_window=4096, use_sliding_window=False),
     "Qwen2 that names its biases": QWEN2 | dict(attention_bias=True),
     "swish": LLAMA | dict(hidden_act="swish"),
+    "PaddleNLP": LLAMA | dict(alibi=False, rope_scaling_factor=1.0, rope_scaling_type=None, use_fused_rope=True),
     "custom code": LLAMA | dict(auto_map={"AutoModelForCausalLM": "modeling.Model"}),
     "a gate of the release": QWEN3
     | dict(architectures=["SeerAttnQwen3ForCausalLM"], use_flash_rope=True, fused_norm=True, pruned_heads={}),
@@ -317,10 +318,12 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     (dict(tie_word_embeddings="false"), "tie_word_embeddings of config.json must be true or false; got 'false'"),
     (dict(attention_bias=1), "attention_bias of config.json must be true or false; got 1"),
     (dict(use_sliding_window="false"), "use_sliding_window of config.json must be true or false; got 'false'"),
-    (dict(hidden_size="32"), "hidden_size of config.json must be an integer; got '32'"),
-    (dict(num_hidden_layers=4.5), "num_hidden_layers of config.json must be an integer; got 4.5"),
-    (dict(num_hidden_layers=True), "num_hidden_layers of config.json must be an integer; got True"),
-    (dict(vocab_size=[64]), r"vocab_size of config.json must be an integer; got \[64\]"),
+    (dict(hidden_size="32"), "hidden_size of config.json must be an integer below 2.*; got '32'"),
+    (dict(num_hidden_layers=4.5), "num_hidden_layers of config.json must be an integer below 2.*; got 4.5"),
+    (dict(num_hidden_layers=True), "num_hidden_layers of config.json must be an integer below 2.*; got True"),
+    (dict(num_hidden_layers=10**9), "ModelConfig.num_layers must be at most 10000; got 1000000000"),
+    (dict(vocab_size=10**400), "vocab_size of config.json must be an integer below 2.*; got a longer number"),
+    (dict(vocab_size=[64]), r"vocab_size of config.json must be an integer below 2.*; got \[64\]"),
     (dict(rms_norm_eps=float("nan")), "rms_norm_eps of config.json must be a finite number; got nan"),
     (
         dict(eos_token_id="</s>"),
@@ -332,6 +335,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
         "must be a multiple of num_attention_heads where head_dim is absent; got 34 and 4",
     ),
     (dict(quantization_config=dict(quant_method="gptq")), r"must not be quantised; .*quantization_config \(gptq\)"),
+    (dict(quantization=dict(group_size=64, bits=4)), r"must not be quantised; config.json has a quantization "),
     (dict(compression_config={"format": "int"}), r"must not be quantised; .*compression_config"),
 ]
 
@@ -340,3 +344,42 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
 def test_values_of_another_type_are_refused(keys: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config_from_hf(LLAMA | keys)
+
+
+STRANGE: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    10**9,
+    10**400,
+    1.5,
+    float("inf"),
+    "",
+    "x",
+    "\ud800",
+    [],
+    [None],
+    [[]],
+    {},
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_strange_values_give_one_line(family: str):
+    """Whatever a damaged config.json says, it is read or refused."""
+    keys = {
+        *keys_of(OURS[family]),
+        *("rope_scaling", "rope_theta", "dual_chunk_attention_config", "no_rope_layers", "model_type"),
+    }
+    changes: list[dict[str, Any]] = [{key: value} for key in keys for value in STRANGE]
+    for rope in (YARN, LLAMA3):
+        changes += [
+            dict(rope_scaling=rope | {key: value}) for key in (*rope, "beta_slow", "mscale") for value in STRANGE
+        ]
+    for change in changes:
+        try:
+            config_from_hf(BASE[family] | change)
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1

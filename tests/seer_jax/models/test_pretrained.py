@@ -134,6 +134,8 @@ WRONG_GENERATION: list[tuple[Any, str]] = [
     ([], "generation_config.json must hold a JSON object; got a list"),
     (dict(temperature="0.6"), "generation_config.json: temperature must be a number; got '0.6'"),
     (dict(temperature=-1), "generation_config.json: A sampling temperature must be positive and finite; got -1"),
+    (dict(do_sample="false"), "generation_config.json: do_sample must be true or false; got 'false'"),
+    (dict(temperature=10**400), "generation_config.json: temperature must be a number; got 10"),
     (dict(top_k=2.5), "generation_config.json: top_k must be an integer; got 2.5"),
     (dict(top_p=2), r"generation_config.json: top_p must .*got 2"),
     (

@@ -1,0 +1,251 @@
+"""Runs that go on: from damaged checkpoints, with more or fewer steps, from given gates; and folders that are refused."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from seer_jax.convert import load_gates
+from seer_jax.gates.configs import TrainedGates
+from seer_jax.inference.memory import DeviceMemory
+from seer_jax.train import distill
+from seer_jax.train.data.batches import DataConfig
+from seer_jax.train.loop.lock import locked
+from seer_jax.train.optimizer import make_schedule
+from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
+from tests.train.tiny import DECODE, make_model, make_rows
+
+pytestmark = pytest.mark.usefixtures("compile_quickly", "compilation_cache")
+
+
+def other_runs():
+    changed = functools.partial(dataclasses.replace, RUN)
+    optimizer = dataclasses.replace(RUN.optimizer, learning_rate=0.5)
+    yield (
+        {"config": changed(seed=1)},
+        r"^seed: this run was started with 0; got 1\. Restore seed=0 to go on with the run in .*, or give another `output` for a new run",
+    )
+    yield (
+        {"config": changed(optimizer=optimizer)},
+        r"^optimizer\.learning_rate: .* with 0\.01; got 0\.5\. Restore optimizer\.learning_rate=0\.01 to go on",
+    )
+    yield {"config": changed(data=DataConfig(paths=("/x",)))}, r"^data\.paths: .* with \[\]; got \['/x'\]"
+    yield (
+        {"config": changed(steps=8)},
+        r"^steps: this run was started with 10 and has done 10; got 8\. Set steps=10 or more",
+    )
+    yield (
+        {"config": changed(gates=TrainedGates.PREFILL)},
+        r"^gates: this run was started with 'decode'; got 'prefill'; ",
+    )
+    yield (
+        {"model": make_model(layers=3)},
+        r"^base model: num_layers was 2 when this run was started; got 3\. Restore it to go on",
+    )
+    yield {"dataset": make_rows() + 0 * make_rows()[::-1]}, None
+    yield (
+        {"dataset": make_rows(rows=11)},
+        r"^training data: digest was .*; training data: rows was 12 when this run was started; got 11",
+    )
+
+
+@pytest.mark.parametrize(("changes", "message"), list(other_runs()))
+def test_checkpoints_of_another_run_are_refused(undisturbed, changes, message):
+    folder, _ = undisturbed
+    settings = {"config": RUN, "model": make_model(), "dataset": make_rows(), "progress": ignore} | changes
+    settings["config"] = dataclasses.replace(settings["config"], output=str(folder))
+    if message is None:
+        assert distill(**settings).step == RUN.steps
+        return
+    before = contents(folder)
+    with pytest.raises(ValueError, match=message):
+        distill(**settings)
+    assert contents(folder) == before
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path):
+    """A copy of the folder of a finished run, with its checkpoints of steps 9 and 10."""
+    return Path(shutil.copytree(undisturbed[0], tmp_path / "finished"))
+
+
+def test_a_run_is_extended(finished, undisturbed, capsys):
+    result = run_to(finished, steps=14, progress=None)
+    assert result.step == 14 and [line["step"] for line in lines(finished)] == list(range(1, 15))
+    assert lines(finished)[:10] == lines(undisturbed[0])
+    schedule = make_schedule(RUN.optimizer, 14)
+    rates = [line["learning_rate"] for line in lines(finished)[10:]]
+    np.testing.assert_allclose(rates, [schedule(step) for step in range(10, 14)], rtol=1e-6)
+    said = capsys.readouterr().out
+    assert (
+        "steps: this run was started with 10, and now has 14. From step 11 on, the learning rate is that of a run of 14 steps"
+        in said
+    )
+
+
+def test_a_run_is_shortened(undisturbed, tmp_path):
+    with pytest.raises(SystemExit):
+        run_to(tmp_path, progress=raising(3, signal.SIGTERM))
+    done = lines(tmp_path)[-1]["step"]
+    assert run_to(tmp_path, steps=done).step == done
+    gate = json.loads((tmp_path / "decode_gate" / "config.json").read_text())
+    assert gate["seer_jax_training"] == {"step": done, "steps": done, "finished": True}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+DAMAGES = {
+    "a flipped bit": (lambda folder: flip(largest(folder)), r"is not what was written"),
+    "a cut file": (lambda folder: largest(folder).write_bytes(b""), r"is not what was written"),
+    "a missing file": (lambda folder: largest(folder).unlink(), r"is missing"),
+    "no checksums, a broken file": (
+        lambda folder: [(folder / "checksums.json").unlink(), largest(folder / "optimizer").write_bytes(b"x")],
+        r".",
+    ),
+    "broken checksums": (lambda folder: (folder / "checksums.json").write_text("{"), r"Expecting"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(finished, undisturbed, capsys, damage):
+    change, reason = DAMAGES[damage]
+    change(finished / "checkpoints" / "10")
+    result = run_to(finished)
+    err = capsys.readouterr().err
+    assert re.search(
+        rf"^The checkpoint of step 10 is damaged \(.*{reason}.*\); going on from that of step 9\.$", err, re.MULTILINE
+    )
+    assert result.step == 10 and lines(finished) == lines(undisturbed[0])
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["10", "9"]
+    assert (finished / "damaged_checkpoints" / "10").is_dir()
+    np.testing.assert_array_equal(
+        keys_of(load_gates(finished / "decode_gate")), keys_of(undisturbed[1].model.decode_gate)
+    )
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_lost(finished):
+    for step in ("9", "10"):
+        flip(largest(finished / "checkpoints" / step))
+    before = contents(finished)
+    with pytest.raises(
+        ValueError, match=r"must be readable; all are damaged: .* is not what was written\. Restore them"
+    ) as error:
+        run_to(finished)
+    assert "\n" not in str(error.value) and contents(finished) == before
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    with locked(tmp_path):
+        before = contents(tmp_path)
+        message = rf"one run at a time; process {os.getpid()} on .* is training in {tmp_path}\. Wait for its end, or"
+        with pytest.raises(BlockingIOError, match=message):
+            run_to(tmp_path)
+        assert contents(tmp_path) == before
+    program = "import os, pathlib, sys\nfrom seer_jax.train.loop.lock import locked\nwith locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -signal.SIGKILL
+    with locked(tmp_path):
+        pass  # the lock of a killed process is gone
+
+
+def test_gates_of_another_run_are_not_written_over(finished):
+    shutil.rmtree(finished / "checkpoints")
+    before = contents(finished)
+    with pytest.raises(
+        FileExistsError, match=r"must not write over gates; .*decode_gate is there, without checkpoints"
+    ):
+        run_to(finished)
+    assert contents(finished) == before
+
+
+def test_a_gate_of_the_model_is_trained_further(undisturbed):
+    _, first = undisturbed
+    config = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, learning_rate=1e-6))
+    before = keys_of(first.model.decode_gate)
+    second = distill(config, model=first.model, dataset=make_rows(), progress=ignore)
+    np.testing.assert_allclose(keys_of(second.model.decode_gate), before, atol=1e-4)
+    np.testing.assert_array_equal(keys_of(first.model.decode_gate), before)
+
+
+def test_training_starts_from_given_gates(undisturbed):
+    folder, first = undisturbed
+    slow = dataclasses.replace(RUN.optimizer, learning_rate=1e-6)
+    config = dataclasses.replace(RUN, optimizer=slow, initial_gates=(str(folder / "decode_gate"),))
+    result = distill(config, model=make_model(), dataset=make_rows(), progress=ignore)
+    np.testing.assert_allclose(keys_of(result.model.decode_gate), keys_of(first.model.decode_gate), atol=1e-4)
+
+
+WRONG_STARTS = [
+    (
+        {"gates": TrainedGates.PREFILL},
+        {},
+        r"must be gates that are trained \(gates=prefill\); .* holds a decode gate\. Leave it out, or set gates",
+    ),
+    ({}, {"gates": (DECODE,)}, r"must hold one decode gate for a model without any; .*decode_gate is a second one"),
+    (
+        {"decode": dataclasses.replace(DECODE, use_rope=False)},
+        {},
+        r"The setting decode must be that of its initial gate, .* got .*use_rope=False",
+    ),
+    ({"initial_gates": ("/nowhere",)}, {}, r"There is no folder '/nowhere'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "model", "message"), WRONG_STARTS)
+def test_gates_that_training_cannot_start_from(undisturbed, settings, model, message):
+    config = dataclasses.replace(RUN, **{"initial_gates": (str(undisturbed[0] / "decode_gate"),)} | settings)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        distill(config, model=make_model(**model), dataset=make_rows(), progress=ignore)
+
+
+@pytest.mark.parametrize("place", ["api._load_model", "api._read_dataset", "loop.run._compile"])
+def test_an_interrupt_before_the_first_step_says_what_is_kept(tmp_path, monkeypatch, capsys, place):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"seer_jax.train.{place}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_to(tmp_path)
+    assert re.search(
+        r"Stopped while \w.*; no checkpoint was written yet, and the same call starts anew\.$",
+        capsys.readouterr().err.strip(),
+    )
+
+
+@pytest.mark.parametrize("place", ["api._load_model", "api._read_dataset", "loop.run._compile"])
+def test_a_device_without_memory_is_one_line(tmp_path, monkeypatch, place):
+    def full(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.\nBuffers: ..."
+        )
+
+    monkeypatch.setattr(f"seer_jax.train.{place}", full)
+    message = r"micro_batch_size \(now 4\) or sequence_length \(now 128\), .* XLA_PYTHON_CLIENT_MEM_FRACTION=0\.95"
+    with pytest.raises(MemoryError, match=message) as error:
+        run_to(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_step_is_held_against_the_device_before_it_runs(monkeypatch):
+    monkeypatch.setattr("seer_jax.train.loop.run.device_memory", lambda device: DeviceMemory(limit=10, in_use=4))
+    with pytest.raises(
+        MemoryError, match=r"it needs 0\.\d+ GiB beside weights and data, and 0\.000 GiB are free\. Lower"
+    ):
+        distill(RUN, model=make_model(), dataset=make_rows(), progress=ignore)
