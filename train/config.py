@@ -12,6 +12,7 @@ from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedG
 from seer_jax.inference.chat import is_template_text
 from seer_jax.models.config import DType
 from seer_jax.settings import check_types, parse_setting
+from seer_jax.text_files import read_text
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing
 
@@ -126,18 +127,6 @@ class TrainConfig:
         """Rows that the run takes from its data: those it trains on, and those held out."""
         return self.steps * self.batch_size + self.data.held_out_rows
 
-    def absolute(self) -> "TrainConfig":
-        """The same run with absolute paths, so that it goes on from any folder; names on the hub stay as they are."""
-        template = self.data.chat_template
-        data = dataclasses.replace(
-            self.data,
-            paths=tuple(map(_absolute, self.data.paths)),
-            dataset=_absolute_folder(self.data.dataset),
-            chat_template=template if template is None or is_template_text(template) else _absolute(template),
-        )
-        output = None if self.output is None else _absolute(self.output)
-        return dataclasses.replace(self, model=_absolute_folder(self.model), output=output, data=data)
-
     def defining(self) -> dict[str, Any]:
         """The settings that determine the results of a run: runs that agree in them make the same steps."""
         free = ("output", "checkpoint_interval", "keep_checkpoints", "log_interval", "tensorboard")
@@ -189,11 +178,6 @@ class DistillConfig(TrainConfig):
         """b of the gates."""
         return self.decode.block_size if self.gates is TrainedGates.DECODE else self.prefill.block_size
 
-    def absolute(self) -> "DistillConfig":
-        """See `TrainConfig.absolute`."""
-        initial = tuple(_absolute_folder(gate) for gate in self.initial_gates)
-        return dataclasses.replace(super().absolute(), initial_gates=initial)
-
     @classmethod
     def prefill_recipe(cls, **changes: Any) -> "DistillConfig":
         """The authors' recipe for prefill gates: 500 steps of 16 x 64k tokens (SeerAttention, arXiv 2410.13276)."""
@@ -220,11 +204,27 @@ class FinetuneConfig(TrainConfig):
     sequence_length: int = 32768
 
 
+def absolute[C: TrainConfig](config: C) -> C:
+    """The same run with absolute paths, so that it goes on from any folder; names on the hub stay as they are."""
+    data, template = config.data, config.data.chat_template
+    data = dataclasses.replace(
+        data,
+        paths=tuple(map(_absolute, data.paths)),
+        dataset=None if data.dataset is None else _absolute_folder(data.dataset),
+        chat_template=template if template is None or is_template_text(template) else _absolute(template),
+    )
+    changes: dict[str, Any] = {"model": _absolute_folder(config.model), "data": data}
+    changes["output"] = None if config.output is None else _absolute(config.output)
+    if isinstance(config, DistillConfig):
+        changes["initial_gates"] = tuple(map(_absolute_folder, config.initial_gates))
+    return dataclasses.replace(config, **changes)
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _absolute_folder[N: (str, str | None)](name: N) -> N:
+def _absolute_folder(name: str) -> str:
     """A name as an absolute path where it is a folder, otherwise as it is: a hub id, or that of the bundled model."""
     return _absolute(name) if name and name != tiny_lm.NAME and Path(name).expanduser().is_dir() else name
 
@@ -264,10 +264,7 @@ def load_config[C](kind: type[C], path: str | Path) -> C:
 
 def _read(path: Path) -> Any:
     """The contents of a YAML or JSON file; no settings where it is empty."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text; {error}. Save it as UTF-8.") from error
+    text = read_text(path)
     if path.suffix == ".json":
         try:
             return json.loads(text or "{}")

@@ -221,7 +221,7 @@ def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch, capsys):
     class Letters:
         fingerprint = "letters"
 
-        def __init__(self, model):
+        def __init__(self, model, chat_template):
             assert model == "some/model"
 
         def encode(self, documents):

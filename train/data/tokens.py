@@ -205,7 +205,7 @@ def load_tokens(
     settings = {"sources": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint}
     identity = _Identity(json.loads(json.dumps(settings)), limit, {})
     stored = None if cache is None else _read_store(cache)
-    if stored is not None and (store := _usable(stored, identity, config, cache, resumes, say)):
+    if cache is not None and stored is not None and (store := _usable(stored, identity, config, cache, resumes, say)):
         return store
     if resumes and cache is not None:
         say(f"{cache} does not hold the run's tokens, or they are damaged; its text is read again.")
