@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
+
+from seer_jax.convert.files import replace_file
 
 
 class MetricsLog:
@@ -46,15 +48,30 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl."""
+    """The lines of a metrics.jsonl, without incomplete and damaged ones."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines, and the number of damaged ones."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # text behind the last newline is an incomplete line
-    return [json.loads(line) for line in lines]
+        return [], 0
+    # Text behind the last newline is an incomplete line.
+    found = [_line(text) for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]]
+    lines = [line for line in found if line is not None]
+    return lines, len(found) - len(lines)
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def _cut(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(part, path)
+    lines, damaged = _read(path)
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out.", file=sys.stderr, flush=True)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
