@@ -23,7 +23,7 @@ from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import HubSettings, Location, config_text, read_config, resolve
+from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, resolve
 from seer_jax.models.layers import BaseParam
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -59,8 +59,7 @@ def load_base(
       ValueError: the model type or RoPE is not supported, or the checkpoint is incomplete, has further tensors, or tensors of a wrong
         shape or dtype or with NaN.
     """
-    if jnp.dtype(dtype) not in map(jnp.dtype, DType):
-        raise ValueError(f"Base weights must be bfloat16 or float32; got dtype={jnp.dtype(dtype)}.")
+    dtype = DType.of(dtype)
     folder = resolve(location, BASE_PATTERNS, **hub)
     check_is_base(folder)
     hf = read_config(folder)
@@ -167,7 +166,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} must be JSON with a weight_map from tensors to files; got {error!r}.") from error
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):

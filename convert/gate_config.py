@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.models.config_json import typed
 from seer_jax.selection.notation import policy_from_json, policy_to_json
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import RankingPolicy, Threshold, TokenBudget, TopK
@@ -68,10 +69,10 @@ def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
             f"config.json of a gate must have either {_PREFILL_KEY} (prefill) or {' and '.join(_DECODE_KEYS)} (decode); "
             f"got {'both' if prefill else 'neither'}. Give the folder of one gate."
         )
-    sizes = dict(block_size=int(_get(hf, "gate_block_size", 64)), gate_dim=int(_get(hf, "gate_hidden_size", 128)))
+    sizes = dict(block_size=_typed(hf, "gate_block_size", 64), gate_dim=_typed(hf, "gate_hidden_size", 128))
     if prefill:
-        q_pooling, k_pooling = parse_prefill_pooling(hf[_PREFILL_KEY])
-        force = bool(_get(hf, "gate_force_double", False))
+        q_pooling, k_pooling = parse_prefill_pooling(_typed(hf, "gate_type", ""))
+        force = _typed(hf, "gate_force_double", False)
         return PrefillGateConfig(q_pooling=q_pooling, k_pooling=k_pooling, force_double=force, **sizes)
     reduction = _get(hf, "q_head_pooling_type", "Qproj")
     if reduction not in list(QueryReduction):
@@ -81,10 +82,10 @@ def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
         )
     return DecodeGateConfig(
         query_reduction=QueryReduction(reduction),
-        k_pooling=parse_key_pooling(_get(hf, "k_seq_pooling_type", "Kmaxminavg")),
-        use_qk_norm=bool(_get(hf, "use_qk_norm", False)),
-        use_rope=bool(_get(hf, "use_rope", True)),
-        start_layer=int(_get(hf, "start_layer", 0)),
+        k_pooling=parse_key_pooling(_typed(hf, "k_seq_pooling_type", "Kmaxminavg")),
+        use_qk_norm=_typed(hf, "use_qk_norm", False),
+        use_rope=_typed(hf, "use_rope", True),
+        start_layer=_typed(hf, "start_layer", 0),
         **sizes,
     )
 
@@ -145,7 +146,7 @@ def _policy_of_release(hf: Mapping[str, Any]) -> Policy | None:
     value = _get(hf, method, None)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"seerattn_sparsity_method {method!r} needs a number as {PREFIX}{method}; got {value!r}.")
-    dense_last_rows = 2 if _get(hf, "last_block_dense", True) else 0
+    dense_last_rows = 2 if _typed(hf, "last_block_dense", True) else 0
     match method:
         case "threshold":
             return Threshold(float(value), dense_last_rows=dense_last_rows) if value != 0 else None
@@ -190,3 +191,11 @@ def _release_keys(policy: Policy, config: GateConfig) -> dict[str, Any]:
 def _get(hf: Mapping[str, Any], name: str, default: Any) -> Any:
     value = hf.get(PREFIX + name)
     return default if value is None else value
+
+
+def _typed[V: (bool, int, str)](hf: Mapping[str, Any], name: str, default: V) -> V:
+    """The value of a key, of the type of its default."""
+    value = _get(hf, name, default)
+    if isinstance(default, str) and not isinstance(value, str):
+        raise ValueError(f"{PREFIX}{name} of config.json must be a text; got {value!r}.")
+    return typed(PREFIX + name, value, type(default))

@@ -107,9 +107,12 @@ def attend_sparse_rows_gradients(
     q, k, v, rows, out, lse = residuals
     d_out, d_lse = cotangents
     seen = lse > -jnp.inf
+    # Queries that see no key may hold anything, as may their cotangents: they take no part.
+    q, d_out = (jnp.where(seen[..., None], x, 0) for x in (q, d_out))
     # d scores = weights * (d_weights - inner): the derivative of softmax, with lse as a second output.
     inner = jnp.where(seen, dot("rmd,rmd->rm", d_out, out) - d_lse, 0)
-    return _with_chunk_size(_gradient_chunks, tiling, q, k, v, rows, d_out, finite(lse), inner)
+    d_q, d_k, d_v = _with_chunk_size(_gradient_chunks, tiling, q, k, v, rows, d_out, finite(lse), inner)
+    return jnp.where(seen[..., None], d_q, 0), d_k, d_v
 
 
 def _gradient_chunks(tiling, chunk_elements, q, k, v, rows, d_out, lse, inner):
@@ -123,7 +126,9 @@ def _gradient_chunks(tiling, chunk_elements, q, k, v, rows, d_out, lse, inner):
             source, scores = _scores(q, k, rows, i, tiling)
             weights = jnp.exp(scores - lse[..., None])
             d_weights = dot("xqd,xsd->xqs", d_out, _vectors(v, source))
-            d_scores = (tiling.scale * weights * (d_weights - inner[..., None])).astype(q.dtype)
+            d_scores = jnp.where(weights > 0, tiling.scale * weights * (d_weights - inner[..., None]), 0).astype(
+                q.dtype
+            )
             d_q += dot("xqs,xsd->xqd", d_scores, _vectors(k, source))
             d_k = d_k.at[source].add(dot("xqs,xqd->xsd", d_scores, q))
             d_v = d_v.at[source].add(dot("xqs,xqd->xsd", weights.astype(q.dtype), d_out))
@@ -179,14 +184,20 @@ def _num_steps(rows: SparseRows, tiling: Tiling) -> Array:
 def _scores(
     q: Float[Array, "X M D"], k: Float[Array, "B S K D"], rows: SparseRows, step: Array, tiling: Tiling
 ) -> tuple[Int32[Array, "X W"], Float32[Array, "X M W"]]:
-    """Indices of the key vectors of a step, and their scores, -inf for keys that a query does not see."""
+    """Indices of the key vectors of a step, and their scores, -inf for keys that a query does not see.
+
+    Keys that no query of a row sees may hold NaN, which a weight of 0 would not keep out of the sum of values: the first key of the
+    row's list is read in their place.
+    """
     b, blocks_per_step = tiling.block_size, tiling.blocks_per_step
     block = jax.lax.dynamic_slice_in_dim(rows.indices, step * blocks_per_step, blocks_per_step, axis=1)
     valid = step * blocks_per_step + jnp.arange(blocks_per_step)[None] < rows.counts[:, None]
     # Fillers may be any integers: the row's first block is read in their place, and masked.
     first = jnp.where(rows.counts[:, None] > 0, rows.indices[:, :1], 0)
     position = jnp.where(valid, block, first)[..., None] * b + jnp.arange(b)[None, None]
-    source = rows.start[:, None, None] + jnp.minimum(position, k.shape[1] - 1) * k.shape[2]
+    seen = position < rows.limit.max(-1)[:, None, None]
+    read = jnp.minimum(jnp.where(seen, position, first[..., None] * b), k.shape[1] - 1)
+    source = rows.start[:, None, None] + read * k.shape[2]
     position = jnp.where(valid[..., None], position, _NOWHERE)
     source, position = (x.reshape(len(q), blocks_per_step * b) for x in (source, position))
     scores = tiling.scale * dot("xqd,xsd->xqs", q, _vectors(k, source))

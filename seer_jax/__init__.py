@@ -14,6 +14,7 @@ from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType, ModelConfig, RopeConfig, RopeKind
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.pretrained import from_pretrained, load_generation_settings, load_tokenizer
+from seer_jax.selection.notation import parse_policy
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import LearnedGate, Oracle, Random, Scorer, SinkWindow
@@ -62,6 +63,7 @@ __all__ = [
     "load_generation_settings",
     "load_tokenizer",
     "pad_prompts",
+    "parse_policy",
     "plan_memory",
     "stream",
 ]

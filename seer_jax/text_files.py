@@ -1,7 +1,11 @@
-"""Text files: UTF-8, or a refusal that names file, place and remedy."""
+"""Text files: UTF-8 and JSON, or a refusal that names file, place and remedy."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+_LARGEST = 10**300  # of whole numbers in JSON, below the largest float
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -46,6 +50,30 @@ def decode_text(data: bytes, place: str, *, name: str | None = None) -> str:
             f"{place} must be UTF-8 text; byte 0x{data[at]:02x} at {where} is not. {_convert(name, 'LATIN1')} A binary file must be left "
             "out."
         ) from None
+
+
+def parse_json(text: str | bytes, place: str) -> Any:
+    """The value of a JSON text.
+
+    Args:
+      text: as it is in the file.
+      place: where it comes from, for messages.
+
+    Raises:
+      ValueError: it is no JSON, is nested too deeply, or has a whole number beyond 1e300, which no float holds.
+    """
+    try:
+        return json.loads(text, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError(f"{place} must hold JSON of a few levels; it is nested too deeply.") from None
+    except ValueError as error:
+        raise ValueError(f"{place} must hold JSON; {error}.") from error
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 400 or abs(int(text)) > _LARGEST:
+        raise ValueError(f"the number {text[:20]}... is too large")
+    return int(text)
 
 
 def _convert(name: str, encoding: str) -> str:

@@ -57,6 +57,7 @@ def distill(
       KeyboardInterrupt, SystemExit: the process was asked to stop (SIGINT, SIGTERM), and has written a checkpoint.
     """
     config = absolute(config)
+    _check_named(config, model)
     with open_session(config, progress) as session:
         given, model = model, _load_model(config, model, session)
         hf_config = None
@@ -117,6 +118,7 @@ def finetune(
     layers are kept for the backward pass, which computes the layers again.
     """
     config = absolute(config)
+    _check_named(config, model)
     with open_session(config, progress) as session:
         model = _load_model(config, model, session)
         session.accept(config=config.defining(), model=to_dict(model.config))
@@ -133,12 +135,16 @@ def finetune(
         return run(task, trained, frozen, rows, session, held_out=held_out)
 
 
+def _check_named(config: TrainConfig, model: Transformer | None) -> None:
+    """Raises ValueError where there is no model to train; nothing is made in the output folder then."""
+    if model is None and not config.model:
+        raise ValueError("Training needs a base model; got model=''. Set `model` to a folder or hub id.")
+
+
 def _load_model(config: TrainConfig, model: Transformer | None, session: Session) -> Transformer:
     """The model to start from; a given one is not changed, though its arrays are shared."""
     if model is not None:
         return nnx.merge(*nnx.split(model))
-    if not config.model:
-        raise ValueError("Training needs a base model; got model=''. Set `model` to a folder or hub id.")
     session.begin(f"loading {config.model}")
     from seer_jax.models.pretrained import from_pretrained
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
+
+from seer_jax.text_files import parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -152,11 +153,9 @@ def _header(path: Path, file: io.FileIO) -> tuple[dict, int, int]:
             f"file of {size} bytes. Download it again (it may be cut off, or a git-lfs pointer)."
         )
     try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: the safetensors header must be JSON; {error}. The file is damaged; download it again."
-        ) from error
+        header = parse_json(file.read(length), f"{path}: the safetensors header")
+    except ValueError as error:
+        raise ValueError(f"{error} The file is damaged; download it again.") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header must be a JSON object; got a {type(header).__name__}.")
     return header, 8 + length, size

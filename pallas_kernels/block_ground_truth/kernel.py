@@ -441,9 +441,9 @@ class _Weight:
     inverse: Array
 
     def of(self, products: Array, axis: int) -> Array:
-        """The weights of products [64, 64] with the queries along `axis`."""
+        """The weights of products [64, 64] with the queries along `axis`; 0 for queries that do not exist, whose products may be NaN."""
         maximum, inverse = (lax.broadcast_in_dim(x, products.shape, [axis]) for x in (self.maximum, self.inverse))
-        return jnp.exp2(products * self.c - maximum) * inverse
+        return jnp.where(inverse > 0, jnp.exp2(products * self.c - maximum) * inverse, 0.0)
 
 
 def _block_scores(

@@ -54,6 +54,7 @@ def _attend(
     query_offset: Int[Array, ""],
 ) -> tuple:
     q, scale = positive_scale(q, scale)
+    v = jnp.where((segment_ids > 0)[..., None, None], v, 0)  # padding may hold NaN, which a weight of 0 would keep
     rows, key_blocks = q.shape[1], -(-k.shape[1] // block_size)
     bounds = _bounds(segment_ids, query_offset, rows, block_size)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, k, v))

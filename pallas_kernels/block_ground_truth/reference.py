@@ -24,7 +24,9 @@ def attention_with_block_scores(
 ) -> tuple:
     """See the function of this name in api.py; padding has segment id 0."""
     (batch, length, heads, _), (_, keys, kv_heads, _), b = q.shape, k.shape, block_size
-    k, v = (jnp.repeat(x.astype(jnp.float32), heads // kv_heads, axis=2) for x in (k, v))
+    inside = (segment_ids > 0)[..., None, None]
+    k, v = (jnp.where(inside, x.astype(jnp.float32), 0) for x in (k, v))  # padding may hold anything
+    k, v = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k, v))
     t, s = query_offset + jnp.arange(length), jnp.arange(keys)
     ids = segment_ids[:, t]
     same = (ids[:, :, None] == segment_ids[:, None, :]) & (ids > 0)[:, :, None]

@@ -33,6 +33,7 @@ def attention_with_block_scores(
     (batch, length, heads, head_dim), kv_heads, b = q.shape, k.shape[2], block_size
     num_rows, num_blocks = -(-length // b), -(-k.shape[1] // b)
     tile = min(_TILE, num_rows * b)
+    v = jnp.where((segment_ids > 0)[..., None, None], v, 0)  # padding may hold NaN, which a weight of 0 would keep
     padded = length + -length % tile
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, -k.shape[1] % tile + tile)))  # a tile of queries may reach that far
     query_ids = jax.lax.dynamic_slice_in_dim(segment_ids, query_offset, padded, axis=1)
@@ -123,7 +124,7 @@ def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
         largest = jax.lax.dynamic_update_slice_in_dim(largest, of_blocks, j * (tile // b), axis=3)
         return state.add(scores, v_tile), largest
 
-    start = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf))
+    start = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf, jnp.float32))
     last = jnp.minimum((position + tile - 1) // tile, k.shape[2] // tile - 1)
     state, largest = jax.lax.fori_loop(first, last + 1, step, start)
     return tuple(x.reshape(batch, heads, tile, *x.shape[3:]) for x in (*state.finish(), largest))

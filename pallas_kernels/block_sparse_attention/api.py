@@ -37,8 +37,8 @@ def block_sparse_attention(
 
     Args:
       q: queries; H is a multiple of K, and query head h reads key/value head h // (H / K).
-      k, v: keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed blocks,
-        also beyond `lengths`.
+      k, v: keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed blocks.
+        Beyond `lengths` they may hold anything, NaN and infinity too.
       blocks: lists of key blocks, counts [B, Hs, Tb] and indices [B, Hs, Tb, N] with Hs in {1, K, H}. Rows are blocks of b
         queries counted from the first query, for every `query_offset`.
       scale: factor on the scores; 1 / sqrt(D) if None.
@@ -80,6 +80,7 @@ def block_sparse_attention(
         check_integers(name, "query_offset", query_offset, "[B]", (batch,))
     else:
         check_integers(name, "query_offset", query_offset, "[]", ())
+    padded = lengths is not None
     if lengths is None:
         lengths = jnp.full((batch,), k.shape[1], jnp.int32)
     check_integers(name, "lengths", lengths, "[B]", (batch,))
@@ -93,5 +94,6 @@ def block_sparse_attention(
         query_offset=jnp.broadcast_to(query_offset, (batch,)).astype(jnp.int32),
         lengths=jnp.minimum(lengths, k.shape[1]).astype(jnp.int32),
         density=density,
+        padded=padded,
     )
     return (out, lse) if return_lse else out

@@ -52,6 +52,7 @@ def block_sparse_attention(
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
     density: float | None,
+    padded: bool,
     config: Config | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
     """See the function of this name in api.py.
@@ -70,7 +71,7 @@ def block_sparse_attention(
         heads, kv_heads, lists, blocks.block_size, -(-k.shape[1] // blocks.block_size), density
     )
     _check_config(config, heads // kv_heads, lists <= kv_heads, blocks.block_size)
-    return _attend(config, scale, interpreter(), q, k, v, blocks, query_offset, lengths)
+    return _attend(config, scale, padded, interpreter(), q, k, v, blocks, query_offset, lengths)
 
 
 def _check_config(config: Config, group: int, shared_lists: bool, block_size: int) -> None:
@@ -83,10 +84,11 @@ def _check_config(config: Config, group: int, shared_lists: bool, block_size: in
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _attend(
     config: Config,
     scale: float,
+    padded: bool,
     interpret: Any,
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
@@ -97,14 +99,23 @@ def _attend(
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
     q, scale = positive_scale(q, scale)
     num_queries = q.shape[1]
+    edge = (_edge_values(v, lengths, blocks.block_size),) if padded else ()
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, k, v))
-    batch, padded, heads, head_dim = q.shape
+    batch, padded_queries, heads, head_dim = q.shape
     _, lists, rows = blocks.counts.shape
-    sizes = Sizes(batch, padded, heads, head_dim, k.shape[2], lists, rows, blocks.block_size)
+    sizes = Sizes(batch, padded_queries, heads, head_dim, k.shape[2], lists, rows, blocks.block_size, padded)
     c = scale * LOG2_E
     if isinstance(config, SingleWarpgroup):
         kernel = single_warpgroup_kernel(sizes, c, interpret, q.dtype)
     else:
         kernel = warp_specialized_kernel(sizes, config, c, interpret, q.dtype)
-    out, lse = kernel(q, k, v, blocks.counts, blocks.indices, jnp.stack([query_offset, lengths], axis=1))
+    out, lse = kernel(q, k, v, blocks.counts, blocks.indices, jnp.stack([query_offset, lengths], axis=1), *edge)
     return out[:, :num_queries], lse[:, :, :num_queries].transpose(0, 2, 1)
+
+
+def _edge_values(v: Float[Array, "B S K D"], lengths: Int[Array, "B"], b: int) -> Float[Array, "B b K D"]:
+    """See `InputRefs.edge`. A copy of one block: the whole array would take as long as a tenth of the kernel."""
+    start = jnp.maximum(lengths - 1, 0) // b * b
+    position = start[:, None] + jnp.arange(b)[None]
+    block = jnp.take_along_axis(v, jnp.minimum(position, v.shape[1] - 1)[..., None, None], axis=1)
+    return jnp.where((position < lengths[:, None])[..., None, None], block, 0)

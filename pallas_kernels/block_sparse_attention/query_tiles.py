@@ -16,7 +16,7 @@ from pallas_kernels.mosaic.flash_tiles import QUERIES, ROW_VECTOR, Softmax, i32,
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes that a kernel is compiled for: B, T, H, D, K, Hs, Tb and b."""
+    """Sizes that a kernel is compiled for: B, T, H, D, K, Hs, Tb and b, and whether sequences may end before the keys do."""
 
     batch: int
     num_queries: int
@@ -26,6 +26,12 @@ class Sizes:
     lists: int
     rows: int
     block_size: int
+    padded: bool
+
+    @property
+    def inputs(self) -> int:
+        """Number of the kernel's inputs, see `InputRefs`."""
+        return 7 if self.padded else 6
 
     @property
     def group(self) -> int:
@@ -122,7 +128,14 @@ class BlockList:
 
 @dataclasses.dataclass(frozen=True)
 class InputRefs:
-    """The kernel's inputs in global memory; `offsets` [B, 2] holds query_offset and length."""
+    """The kernel's inputs in global memory.
+
+    Attributes:
+      q, k, v, counts, indices: see api.py.
+      offsets: [B, 2], query_offset and length.
+      edge: [B, b, K, D], the values of the block that holds a sequence's last key, with zeros beyond that key; None where every
+        sequence has as many keys as the array.
+    """
 
     q: Any
     k: Any
@@ -130,6 +143,27 @@ class InputRefs:
     counts: Any
     indices: Any
     offsets: Any
+    edge: Any = None
+
+    def load_values(self, queries: QueryTile, block: Array, blocks: BlockList, target: Any, barrier: Any) -> None:
+        """Starts the copy of a block of values.
+
+        Beyond the sequence values may be NaN, which a weight of 0 would not keep out of a product: there, `edge` is read.
+        """
+        b, sequence, head = target.shape[0], queries.sequence, queries.kv_head
+
+        def load_inner() -> None:
+            plgpu.copy_gmem_to_smem(self.v.at[sequence, pl.ds(block * b, b), head], target, barrier)
+
+        if self.edge is None:
+            load_inner()
+            return
+        end = (block + 1) * b
+        pl.when(end <= blocks.length)(load_inner)
+
+        @pl.when(end > blocks.length)
+        def _():
+            plgpu.copy_gmem_to_smem(self.edge.at[sequence, :, head], target, barrier)
 
 
 def write_results(

@@ -17,10 +17,13 @@ def block_sparse_attention(
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
     density: float | None = None,
+    padded: bool = True,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    """See the function of this name in api.py. `density` has no effect."""
+    """See the function of this name in api.py. `density` and `padded` have no effect."""
     (_, num_queries, heads, _), num_keys, b = q.shape, k.shape[1], blocks.block_size
-    k, v = (jnp.repeat(x.astype(jnp.float32), heads // k.shape[2], axis=2) for x in (k, v))
+    inside = (jnp.arange(num_keys)[None] < lengths[:, None])[..., None, None]
+    k, v = (jnp.where(inside, x.astype(jnp.float32), 0) for x in (k, v))  # padding may hold anything
+    k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))
 
     listed = blocks.to_mask(-(-num_keys // b))  # [B, Hs, Tb, Sb]
     listed = jnp.repeat(jnp.repeat(listed, b, axis=2), b, axis=3)[:, :, :num_queries, :num_keys]

@@ -24,23 +24,25 @@ class SingleWarpgroup:
 def single_warpgroup_kernel(sizes: Sizes, c: float, interpret: Any, dtype: Any) -> Callable:
     b = sizes.block_size
 
-    def kernel(
-        q_ref, k_ref, v_ref, counts, indices, offsets, out_ref, lse_ref, q_tile, k_tile, v_tile, lse_row, *ready
-    ):
-        refs, (q_ready, k_ready, v_ready) = InputRefs(q_ref, k_ref, v_ref, counts, indices, offsets), ready
+    def kernel(*arguments: Any) -> None:
+        refs = InputRefs(*arguments[: sizes.inputs])
+        out_ref, lse_ref, q_tile, k_tile, v_tile, lse_row, q_ready, k_ready, v_ready = arguments[sizes.inputs :]
         sequence, kv_head, in_group, block = sizes.work_of(lax.axis_index("cta"), sizes.rows, sizes.group)
         queries = QueryTile(sequence, kv_head * sizes.group + in_group, kv_head, block * QUERIES, block)
         plgpu.copy_gmem_to_smem(queries.of(refs.q), q_tile, q_ready)
         blocks = BlockList.read(sizes, refs, queries)
         first = blocks.entry(0)
 
-        def load(source: Any, tile: Any, barrier: Any, t: Array, key_block: Array) -> None:
+        def load_k(t: Array, key_block: Array) -> None:
             @pl.when(t < blocks.count)
             def _():
-                plgpu.copy_gmem_to_smem(source.at[sequence, pl.ds(key_block * b, b), kv_head], tile, barrier)
+                plgpu.copy_gmem_to_smem(refs.k.at[sequence, pl.ds(key_block * b, b), kv_head], k_tile, k_ready)
 
-        load_k = functools.partial(load, refs.k, k_tile, k_ready)
-        load_v = functools.partial(load, refs.v, v_tile, v_ready)
+        def load_v(t: Array, key_block: Array) -> None:
+            @pl.when(t < blocks.count)
+            def _():
+                refs.load_values(queries, key_block, blocks, v_tile, v_ready)
+
         load_k(i32(0), first)
         load_v(i32(0), first)
         plgpu.barrier_wait(q_ready)

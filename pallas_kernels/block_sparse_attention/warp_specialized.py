@@ -170,16 +170,21 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
         def _(t: Array) -> None:
             numbers = tile_entries(blocks, t)  # before the waits, since it comes from L2
 
-            def fill(source: Any, target: Any, ready: Any, free: Any, stages: int) -> None:
+            def load_keys(block: Array, part: Any, ready: Any) -> None:
+                keys = refs.k.at[queries.sequence, pl.ds(block * b, b), queries.kv_head]
+                plgpu.copy_gmem_to_smem(keys, part, ready)
+
+            def load_values(block: Array, part: Any, ready: Any) -> None:
+                refs.load_values(queries, block, blocks, part, ready)
+
+            def fill(load: Callable[..., None], target: Any, ready: Any, free: Any, stages: int) -> None:
                 at = ring * stages + lax.rem(t, i32(stages))
                 pl.when(t >= stages)(lambda: plgpu.barrier_wait(free.at[at]))
                 for i, block in enumerate(numbers):
-                    part = target.at[at] if entries == 1 else target.at[at, pl.ds(i * b, b)]
-                    keys = source.at[queries.sequence, pl.ds(block * b, b), queries.kv_head]
-                    plgpu.copy_gmem_to_smem(keys, part, ready.at[at])
+                    load(block, target.at[at] if entries == 1 else target.at[at, pl.ds(i * b, b)], ready.at[at])
 
-            fill(refs.k, rings.k_tiles, rings.k_ready, rings.k_free, config.k_stages)
-            fill(refs.v, rings.v_tiles, rings.v_ready, rings.v_free, config.v_stages)
+            fill(load_keys, rings.k_tiles, rings.k_ready, rings.k_free, config.k_stages)
+            fill(load_values, rings.v_tiles, rings.v_ready, rings.v_free, config.v_stages)
 
         if interpret:
             # The interpreter requires a wait for every completed phase of a barrier.
@@ -189,8 +194,9 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
                 def _(t: Array, free: Any = free, stages: int = stages) -> None:
                     plgpu.barrier_wait(free.at[ring * stages + lax.rem(t, i32(stages))])
 
-    def kernel(q_ref, k_ref, v_ref, counts, indices, offsets, out_ref, lse_ref, *scratch_refs):
-        refs = InputRefs(q_ref, k_ref, v_ref, counts, indices, offsets)
+    def kernel(*arguments: Any) -> None:
+        refs = InputRefs(*arguments[: sizes.inputs])
+        out_ref, lse_ref, *scratch_refs = arguments[sizes.inputs :]
         q_tiles, k_tiles, v_tiles, lse_rows, q_ready, *barriers = scratch_refs
         scratch = _Scratch(q_tiles, lse_rows, q_ready, Rings(k_tiles, v_tiles, *barriers))
         warpgroup = lax.axis_index("warpgroup")

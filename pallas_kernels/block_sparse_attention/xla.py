@@ -13,7 +13,7 @@ from pallas_kernels.sparse_rows import SparseRows, Tiling, attend_sparse_rows, a
 _KEYS_PER_STEP = 128  # fills matrix units; more would waste work on short lists
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "density"))
+@functools.partial(jax.jit, static_argnames=("scale", "density", "padded"))
 def block_sparse_attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
@@ -24,14 +24,15 @@ def block_sparse_attention(
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
     density: float | None = None,
+    padded: bool = True,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    """See the function of this name in api.py. `density` has no effect."""
+    """See the function of this name in api.py. `density` and `padded` have no effect."""
     folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
     out, lse = attend_sparse_rows(folding.fold(q), k, v, rows, Tiling(blocks.block_size, scale, _KEYS_PER_STEP))
     return folding.unfold(out), folding.unfold(lse[..., None])[..., 0]
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "density"))
+@functools.partial(jax.jit, static_argnames=("scale", "density", "padded"))
 def block_sparse_attention_gradients(
     results: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]],
     cotangents: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]],
@@ -44,6 +45,7 @@ def block_sparse_attention_gradients(
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
     density: float | None = None,
+    padded: bool = True,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
     """Gradients in q, k and v, from the results (out, lse) of any implementation and the gradients in those."""
     (out, lse), (d_out, d_lse) = results, cotangents

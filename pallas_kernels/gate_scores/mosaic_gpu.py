@@ -120,7 +120,8 @@ def _score(
 def _split(x: Float32[Array, "B N heads C"]) -> tuple[Float16[Array, "2 B padded heads C"], Float32[Array, "B heads"]]:
     """High and low parts of x divided by a factor, padded to whole tiles, and the factor, a power of two per head."""
     x = jnp.pad(x, ((0, 0), (0, _round_up(x.shape[1]) - x.shape[1]), (0, 0), (0, 0)))
-    exponent = jnp.frexp(jnp.abs(x).max((1, 3)))[1] - _LARGEST
+    size = jnp.where(jnp.isfinite(x), jnp.abs(x), 0)  # one vector that is not finite must not take its head along
+    exponent = jnp.frexp(size.max((1, 3)))[1] - _LARGEST
     exponent = jnp.clip(exponent, -_MAX_EXPONENT, _MAX_EXPONENT)  # the factor and its inverse are float32
     scaled = x * _power_of_two(-exponent)[:, None, :, None]
     high = lax.reduce_precision(scaled, 5, 10)  # XLA may remove a conversion to float16 and back

@@ -7,7 +7,9 @@ from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.checks import check_attention_inputs, check_integers, check_shape, resolve_scale
 
-_run = Operation("sparse_decode_attention", "pallas_kernels.sparse_decode")
+_run = Operation(
+    "sparse_decode_attention", "pallas_kernels.sparse_decode", gradients="sparse_decode_attention_gradients"
+)
 
 
 def sparse_decode_attention(
@@ -26,20 +28,20 @@ def sparse_decode_attention(
 
       out[h] = sum_s softmax_s(scale * q[h] . k[s]) v[s],  s < lengths,  s // b on the list of key/value head h // (H / K)
 
-    Sums run in float32 for every dtype of q. A head that sees no key has output 0 and lse -inf.
+    Sums run in float32 for every dtype of q. A head that sees no key has output 0 and lse -inf. Differentiable in q, k and v.
 
     Args:
       q: the query of the newest token; H is a multiple of K.
       k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed
-        blocks, also beyond `lengths`. P is B unless `cache_rows` is given.
+        blocks. Beyond `lengths` they may hold anything, NaN and infinity too. P is B unless `cache_rows` is given.
       blocks: lists of key blocks, counts [B, K] and indices [B, K, N]; None: every key, dense attention.
       lengths: number of keys of each sequence, the newest token included, at most S; 0 for an unused row.
       cache_rows: row of k and v that each sequence reads, 0 to P - 1; None: its own index. If the caches of all layers are one
         array of L * B rows, a layer reads its rows layer * B + arange(B) without a copy.
       scale: factor on the scores; 1 / sqrt(D) if None.
       return_lse: whether to return the natural logarithm of the sum of exp(scores) as well.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, S a multiple of 8; not
-        differentiable), or None for the fastest that takes these arguments on their device.
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; bfloat16 and float16, D 64 and 128, S a multiple of 8), or
+        None for the fastest that takes these arguments on their device.
 
     Returns:
       out [B, H, D] of q's dtype, or (out, lse [B, H] float32).

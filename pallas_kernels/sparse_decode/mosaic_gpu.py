@@ -32,6 +32,7 @@ from pallas_kernels.mosaic.flash_tiles import (
 )
 
 KEYS = 64  # keys of a tile
+COLUMNS = 64  # channels of values that are cleared at a time
 TOKENS = 8  # TMA moves tokens in groups of 8; so do the rows of a matrix product
 # README.md has the measurements behind these.
 CTAS = 4 * 132  # CTAs that run at a time on an H100 or H200
@@ -181,15 +182,33 @@ class _KeyList:
         # As in `mask` of flash_tiles.py; bounds per row save registers here as well.
         thread = column & 6
         parts = []
-        for i, position in enumerate(positions):
-            listed = t * call.pieces + i < self.count
-            visible = jnp.where(listed, jnp.clip(self.length - position, 0, call.piece), 0)
+        for i, visible in enumerate(self._visible(call, t, positions)):
             end = jnp.where(row < call.group, i * call.piece + visible, 0)
             inside = (column - thread) < columns(end, scores) - thread
             if i:
                 inside &= column >= i * call.piece
             parts.append(inside)
         return jnp.where(functools.reduce(operator.or_, parts), scores, -jnp.inf)
+
+    def clear(self, call: _Call, v_tile: Any, t: Array, positions: tuple[Array, ...]) -> None:
+        """Writes zeros over the values of hidden keys, which may be NaN: a weight of 0 would not keep them out of the product."""
+        row = plgpu.broadcasted_iota(jnp.int32, (KEYS,), 0, layout=ROW_VECTOR)
+        parts = []
+        for i, visible in enumerate(self._visible(call, t, positions)):
+            parts.append((row >= i * call.piece) & (row < i * call.piece + visible))
+        shown = functools.reduce(operator.or_, parts)
+        for first in range(0, call.head_dim, COLUMNS):  # all at once would take the registers of other CTAs
+            part = v_tile.at[:, pl.ds(first, COLUMNS)]
+            values = plgpu.load(part, layout=MATRIX)
+            part[...] = jnp.where(columns(shown, values), values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+    def _visible(self, call: _Call, t: Array, positions: tuple[Array, ...]) -> list[Array]:
+        """How many leading keys of each piece of a tile are seen."""
+        return [
+            jnp.where(t * call.pieces + i < self.count, jnp.clip(self.length - position, 0, call.piece), 0)
+            for i, position in enumerate(positions)
+        ]
 
 
 def _split_kernel(call: _Call, dtype: Any) -> Callable:
@@ -240,6 +259,8 @@ def _split_kernel(call: _Call, dtype: Any) -> Callable:
                 # The compiler would move these behind the wait, where nothing hides their time.
                 out, total, maximum, weights = lax.optimization_barrier((out, total, maximum, weights))
             plgpu.barrier_wait(v_ready)
+            if masked:
+                keys.clear(call, v_tile, t, where)
             out = accumulate(out, weights, v_tile, call.interpret)
             load_v(t + 1, following)
             return t + 1, following, Softmax(out, maximum, total)

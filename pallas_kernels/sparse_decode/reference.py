@@ -19,7 +19,9 @@ def sparse_decode_attention(
 ) -> tuple[Float[Array, "B H D"], Float32[Array, "B H"]]:
     """See the function of this name in api.py."""
     num_keys, group = k.shape[1], q.shape[1] // k.shape[2]
-    k, v = (jnp.repeat(x[cache_rows].astype(jnp.float32), group, axis=2) for x in (k, v))
+    inside = (jnp.arange(num_keys)[None] < lengths[:, None])[..., None, None]
+    k, v = (jnp.where(inside, x[cache_rows].astype(jnp.float32), 0) for x in (k, v))  # padding may hold anything
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
     mask = jnp.broadcast_to(
         (jnp.arange(num_keys)[None] < lengths[:, None])[:, None], (*q.shape[:2], num_keys)
     )  # [B, H, S]

@@ -41,6 +41,26 @@ def sparse_decode_attention(
     return out.reshape(q.shape), lse.reshape(batch, heads)
 
 
+@functools.partial(jax.jit, static_argnames=("scale",))
+def sparse_decode_attention_gradients(
+    cotangents: tuple[Float[Array, "B H D"], Float32[Array, "B H"]],
+    q: Float[Array, "B H D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
+    blocks: BlockIndices | None,
+    *,
+    lengths: Int[Array, "B"],
+    cache_rows: Int[Array, "B"],
+    scale: float,
+) -> tuple[Float[Array, "B H D"], Float[Array, "P S K D"], Float[Array, "P S K D"]]:
+    """Gradients in q, k and v."""
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        return sparse_decode_attention(q, k, v, blocks, lengths=lengths, cache_rows=cache_rows, scale=scale)
+
+    return jax.vjp(attend, q, k, v)[1](cotangents)
+
+
 def _every_block(lengths: Int[Array, "B"], num_keys: int, kv_heads: int) -> BlockIndices:
     """Lists of all blocks that contain keys."""
     size = BLOCK_SIZES[-1]

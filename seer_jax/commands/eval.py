@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from seer_jax import tiny_lm
@@ -14,7 +15,7 @@ from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of,
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
-from seer_jax.evaluate.comparison import Measurement, all_methods, compare, plan_measurements
+from seer_jax.evaluate.comparison import Measurement, all_methods, check_context, compare, plan_measurements
 from seer_jax.evaluate.levels import (
     Phase,
     SparsityLevel,
@@ -27,6 +28,7 @@ from seer_jax.evaluate.record import Record, describe_file, describe_folder, env
 from seer_jax.evaluate.rows import EvalRows, make_rows
 from seer_jax.evaluate.score import Score
 from seer_jax.evaluate.table import print_scores, score_line
+from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
@@ -136,7 +138,12 @@ class EvalConfig(HubOptions):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "EvalConfig":
         """The settings that `to_json` wrote, to repeat an evaluation."""
-        given = dict(values)
+        given, known = dict(values), {field.name for field in dataclasses.fields(cls)}
+        if unknown := [*(set(given) - known), *(set(given.get("methods", ())) - SCORERS.keys())]:
+            raise ValueError(
+                f"Saved settings must be those of EvalConfig, with registered scorers; got {', '.join(sorted(unknown))}. Import the module "
+                "of a scorer of your own first."
+            )
         given |= {name: Path(given[name]) for name in ("text", "output", "cache_dir") if given.get(name) is not None}
         if "methods" in given:
             given["methods"] = tuple(SCORERS[name]() for name in given["methods"])
@@ -158,10 +165,12 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
       FileNotFoundError, PermissionError, ConnectionError: model, gates or text are not there.
       OSError: the output can't be written.
       ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
+      MemoryError: the device has no room for it.
     """
     if config.output is not None:
         check_output_folder(config.output)
     stages, job = Stages(console or Console()), Job.of(config)
+    job.check_memory()
     record = None if config.output is None else job.record(config.output / SCORES)
     for note in job.notes():
         stages.say(note)
@@ -199,7 +208,7 @@ class Job:
         source, dtype = config.text or tiny_lm.path() / "eval_text.txt", config.dtype or DType.default()
         text, name = read_text(source), model_of(config.model, config.gates, config.hub)
         shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
-        _check_context(config, shapes)
+        check_context(shapes, config.length, beyond_context=config.beyond_context)
         levels = config.levels(shapes)
         planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
         settings = {field: getattr(config, field) for field in ROW_SETTINGS}
@@ -209,6 +218,18 @@ class Job:
     def load(self) -> Transformer:
         """The model with its weights."""
         return from_pretrained(self.name, self.config.gates, dtype=self.dtype, **self.config.hub)
+
+    def check_memory(self) -> None:
+        """Raises MemoryError where the device has no room for weights and caches, even without what programs need besides."""
+        memory, weights = available_memory(self.shapes), tree_bytes(self.shapes)
+        rows = len(self.rows.tokens) if Phase.DECODE in self.config.phases else 0
+        caches = rows * tree_bytes(jax.eval_shape(lambda: self.shapes.make_cache(1, self.rows.length)))
+        if memory is not None and weights + caches > memory.free:
+            raise MemoryError(
+                f"The evaluation must fit in device memory: needs {(weights + caches) / GIB:.3f} GiB (weights {weights / GIB:.3f}, caches of "
+                f"{rows} rows {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length`, `windows` or `passkeys`, or "
+                "measure `phases` prefill alone, which needs no caches."
+            )
 
     def notes(self) -> list[str]:
         """What a reader of the table should know before it comes."""
@@ -260,9 +281,8 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
     with stages.stage("Loading the model"):
         model = job.load()
     done = {score.key for score in scores}
-    settings: dict[str, Any] = dict(
-        methods=config.methods, phases=config.phases, batch_size=config.batch_size, done=tuple(scores)
-    )
+    names = ("methods", "phases", "batch_size", "beyond_context")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names} | {"done": tuple(scores)}
     try:
         with stages.stage("Measuring", len(planned) - len(done), every_step=True) as advance:
             for score in compare(model, job.rows, job.levels, **settings):
@@ -281,12 +301,3 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
         raise
     by_key = {score.key: score for score in scores}
     return [by_key[one.key] for one in planned]
-
-
-def _check_context(config: EvalConfig, model: Transformer) -> None:
-    context = model.config.context
-    if config.length > context and not config.beyond_context:
-        raise ValueError(
-            f"length must fit the model's context of {context} tokens; got {config.length}. Lower `length`, "
-            "load the model with a RoPE scaling for longer contexts, or pass beyond_context=True."
-        )

@@ -8,14 +8,15 @@ import ast
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from seer_jax import tiny_lm
 from seer_jax.commands.arguments import OPTIONS, PROGRAM, ExitCode, import_scorers
-from seer_jax.commands.compilation_cache import use_compilation_cache
 from seer_jax.commands.errors.failures import failure, one_line
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
+from seer_jax.compilation_cache import use_compilation_cache
 
 COMMANDS = ("demo", "convert", "verify", "train", "generate", "eval", "bench", "info")
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
@@ -109,7 +110,9 @@ def _run(name: str, words: list[str], scorers: list[str]) -> int:
     for module in scorers:
         import_scorers(module)
     use_compilation_cache()
-    return importlib.import_module(f"seer_jax.commands.{name}").run(words)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place: _say(name, f"warning: {message}")
+        return importlib.import_module(f"seer_jax.commands.{name}").run(words)
 
 
 def _help() -> str:

@@ -4,8 +4,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 LINE_INTERVAL = 10.0  # seconds from one plain line to the next
 
@@ -45,23 +47,26 @@ class Stages:
 
     @contextlib.contextmanager
     def _bar(self, title: str, clock: "StepClock", every_step: bool) -> Iterator[Advance]:
+        # The bar takes the room that is left of a line; the word has a line of its own.
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[word]}", markup=False),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(title, total=clock.steps, left="", word="")
+        progress, line = Progress(*columns, expand=True), Text(no_wrap=True, overflow="ellipsis")
+        task = progress.add_task(title, total=clock.steps, left="")
 
-            def advance(word: str) -> None:
-                clock.step()
-                if every_step:
-                    self.say(word)
-                progress.update(task, advance=1, left=clock.left, word="" if every_step else word)
+        def advance(word: str) -> None:
+            clock.step()
+            progress.update(task, advance=1, left=clock.left)
+            if every_step:
+                self.say(word)
+            else:
+                line.plain = word
 
+        with Live(Group(progress, line), console=self.console, transient=True):
             yield advance
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,8 @@ def _print_usage(config: DistillConfig, result: TrainResult) -> None:
     """
     gates = dict(prefill=result.model.prefill_gate, decode=result.model.decode_gate)
     folders = [str(folder) for folder in result.gates]
-    policies = [
-        f"--{kind} topk:{config.recall_density:g}"
-        for kind, gate in gates.items()
-        if gate is not None and gate.recommended is None
-    ]
-    command = [PROGRAM, "generate", "--model", config.model, "--gates", *folders, *policies, "--prompt ..."]
+    idle = [kind for kind, gate in gates.items() if gate is not None and gate.recommended is None]
+    policies = [word for kind in idle for word in (f"--{kind}", f"topk:{config.recall_density:g}")]
+    command = [PROGRAM, "generate", "--model", config.model, "--gates", *folders, *policies, "--prompt", "..."]
     print(f"Gates: {', '.join(folders)}")
-    print(f"Use them: {' '.join(command)}")
+    print(f"Use them: {shlex.join(command)}")

@@ -34,8 +34,7 @@ class BlockMaps:
     kept: Bool[Array | np.ndarray, "*L H Tb Tb"]
 
 
-@jax.jit
-def block_maps(model: Transformer, tokens: Int[Array, "T"], policy: RankingPolicy) -> BlockMaps:
+def block_maps(model: Transformer, tokens: Int[Array | np.ndarray, "T"], policy: RankingPolicy) -> BlockMaps:
     """Maps of one prompt. Attention itself is dense, so that every layer reads what it would read in training.
 
     Args:
@@ -44,8 +43,19 @@ def block_maps(model: Transformer, tokens: Int[Array, "T"], policy: RankingPolic
       policy: what ranks the blocks, and how many are kept; for example `TopK(0.1, dense_last_rows=0)`.
 
     Raises:
-      ValueError: the policy does not fit the model.
+      ValueError: the tokens are no integers [T] of the model's vocabulary, or the policy is no ranking or does not fit the model.
     """
+    if not isinstance(policy, RankingPolicy):
+        raise ValueError(f"policy must rank blocks, as TopK(0.1) does; got {policy!r}.")
+    if np.ndim(tokens) != 1:
+        raise ValueError(f"tokens must be integers [T], one prompt; got shape {np.shape(tokens)}.")
+    if not isinstance(tokens, jax.Array):
+        tokens = np.asarray(tokens)
+    return _block_maps(model, model.check(tokens[None], None)[0][0], policy)
+
+
+@jax.jit
+def _block_maps(model: Transformer, tokens: Int[Array, "T"], policy: RankingPolicy) -> BlockMaps:
     heads, gate = model.config.num_heads, model.prefill_gate
     policy.check(model.config.num_layers, gate)
     stacked, dense_layers = policy.stacked(model.config.num_layers, heads), policy.dense_first_layers(gate)

@@ -19,6 +19,7 @@ from seer_jax.outputs import write_json
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
 ENDS = 2**20  # bytes at the start and the end of a file that its fingerprint is made of
 IDENTITY = "identity"
+REMEDY = "Choose another output, or pass force=True to start over."
 Facts = Mapping[str, Any]
 
 
@@ -53,7 +54,7 @@ class Record:
             values = _read(path)
             _check_same(path, values[IDENTITY], self._facts[IDENTITY])
             self._facts["started"] = values["started"]
-            self.scores = [score_from_json(score) for score in values["scores"]]
+            self.scores = _scores(path, values["scores"])
 
     def add(self, score: Score, *, planned: int) -> None:
         """Keeps a score, unless it is there, and writes the file.
@@ -118,17 +119,23 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def _scores(path: Path, values: Sequence[Any]) -> list[Score]:
+    try:
+        return [score_from_json(score) for score in values]
+    except ValueError as error:
+        raise ValueError(f"{path} must hold scores that can be read; {error} {REMEDY}") from error
+
+
 def _read(path: Path) -> dict[str, Any]:
-    remedy = "Choose another output, or pass force=True to start over."
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold the scores of an evaluation; it is no JSON ({error}). {remedy}") from error
+        raise ValueError(f"{path} must hold the scores of an evaluation; it is no JSON ({error}). {REMEDY}") from error
     if not isinstance(values, dict) or not all(
         isinstance(values.get(name), kind) for name, kind in ((IDENTITY, dict), ("started", str), ("scores", list))
     ):
         raise ValueError(
-            f"{path} must hold the scores of an evaluation that can go on; it holds something else. {remedy}"
+            f"{path} must hold the scores of an evaluation that can go on; it holds something else. {REMEDY}"
         )
     return values
 

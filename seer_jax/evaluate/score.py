@@ -178,10 +178,13 @@ def score_from_json(values: Mapping[str, Any]) -> Score:
       ValueError: it is none.
     """
     try:
+        method, level, policy = values["method"], values["level"], values["policy"]
+        if not isinstance(method, str | None) or not isinstance(level, str) or not isinstance(policy, Mapping):
+            raise TypeError(f"method {method!r}, level {level!r}")
         return Score(
             phase=Phase(values["phase"]),
-            method=values["method"],
-            level=values["level"],
+            method=method,
+            level=level,
             windows=tuple(WindowScore(_number(w["loss"]), _number(w["kept"])) for w in values["windows"]),
             prompts=tuple(
                 PromptScore(_number(p["depth"]), bool(p["found"]), _number(p["right"]), _number(p["kept"]))
@@ -189,11 +192,11 @@ def score_from_json(values: Mapping[str, Any]) -> Score:
             ),
             tokens=int(values["tokens"]),
             seconds=_number(values["seconds"]),
-            policy=values["policy"],
+            policy=policy,
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"A score must have the fields that seer-jax eval writes; got one without them ({error})."
+            f"A score must have the fields that seer-jax eval writes; got one that has not ({type(error).__name__}: {error})."
         ) from error
 
 

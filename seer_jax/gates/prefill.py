@@ -43,6 +43,10 @@ class PrefillGate(Recommending, nnx.Module):
         self.linear_k = GateParam(make(rngs.params(), k_shape, config.k_pooling))
 
     @property
+    def num_lists(self) -> int:
+        return self.model.num_heads
+
+    @property
     def num_key_heads(self) -> int:
         """Heads of the compressed keys: H in the one-linear form, K in the other one."""
         return self.linear_k.shape[-3]

@@ -2,6 +2,7 @@
 
 import json
 
+from seer_jax.models.config import ModelConfig
 from seer_jax.selection.interfaces import LayerGate
 from seer_jax.selection.notation import policy_from_json, policy_to_json
 from seer_jax.selection.policies import Policy
@@ -14,15 +15,29 @@ class Recommending(LayerGate):
     """
 
     _recommended: str | None = None
+    model: ModelConfig
+
+    @property
+    def num_lists(self) -> int:
+        """Lists of blocks in each row, for which policies may hold values: H while prompts are read, K while tokens are decoded."""
+        raise NotImplementedError
 
     @property
     def recommended(self) -> Policy | None:
-        """The policy to use the gate with; None where nothing is recommended."""
+        """The policy to use the gate with; None where nothing is recommended.
+
+        Raises:
+          ValueError: when it is set to what is no policy, or does not fit the gate's model.
+        """
         return None if self._recommended is None else policy_from_json(json.loads(self._recommended))
 
     @recommended.setter
     def recommended(self, policy: Policy | None) -> None:
         if policy is not None:
+            if not isinstance(policy, Policy):
+                raise ValueError(f"recommended must be a policy such as Threshold(5e-4), or None; got {policy!r}.")
+            policy.check(self.model.num_layers, self)
+            policy.stacked(self.model.num_layers, self.num_lists)
             self._recommended = json.dumps(policy_to_json(policy))
         elif self._recommended is not None:
             del self._recommended  # so that the gate equals one that never recommended anything

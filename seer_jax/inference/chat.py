@@ -21,7 +21,7 @@ _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _IMPORTING = threading.Lock()
 
 # What the evaluation of a template may raise besides jinja2's own errors.
-_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def load_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -67,9 +67,10 @@ def _named(entry: Any, place: str) -> dict[str, str]:
         case str():
             return {DEFAULT: entry}
         case list():
-            named = {e.get("name"): e.get("template") for e in entry if isinstance(e, dict)}
-            if len(named) == len(entry) and all(isinstance(x, str) for pair in named.items() for x in pair):
-                return named
+            named = [(e.get("name"), e.get("template")) for e in entry if isinstance(e, dict)]
+            texts = {name: source for name, source in named if isinstance(name, str) and isinstance(source, str)}
+            if len(texts) == len(entry):
+                return texts
     raise ValueError(f"{place} must be a text, or a list of objects with name and template; got {str(entry)[:60]!r}.")
 
 

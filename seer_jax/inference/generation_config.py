@@ -1,7 +1,6 @@
 """What a model's generation_config.json asks for: how tokens are drawn, and which ones end a text."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,9 +79,11 @@ def _sampling(hf: Mapping[str, Any]) -> Sampling | None:
     names = ("temperature", "top_p", "top_k")
     for name in names:
         value = hf.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**31
         if value is not None and not (number and (name != "top_k" or int(value) == value)):
             raise ValueError(f"{name} must be {'an integer' if name == 'top_k' else 'a number'}; got {value!r}.")
+    if not isinstance(hf.get("do_sample", True), bool | None):
+        raise ValueError(f"do_sample must be true or false; got {hf['do_sample']!r}.")
     temperature, top_p, top_k = (hf.get(name) for name in names)
     if not hf.get("do_sample", any(value is not None for value in (temperature, top_p, top_k))):
         return None

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import BlockIndices, pool_blocks, sparse_decode_attention
+from seer_jax.checks import whole_number
 from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.models.config import ModelConfig
@@ -76,12 +77,10 @@ class Cache:
           decode_gate, prefill_gate: gates whose compressed keys are kept.
 
         Raises:
-          ValueError: no row or no token.
+          ValueError: a size is no integer of at least 1.
         """
-        if batch < 1 or capacity < 1:
-            raise ValueError(
-                f"A cache must have at least one row and one token; got batch={batch}, capacity={capacity}."
-            )
+        for name, size in (("batch", batch), ("capacity", capacity)):
+            whole_number(f"A cache's {name}", size)
         layers, heads, dim = model.num_layers, model.num_kv_heads, model.head_dim
         shape = (layers, batch, capacity, heads, dim)
         decode_cache = prefill_keys = None
@@ -146,8 +145,9 @@ class Cache:
         *,
         start: int | Int[Array, ""] = 0,
     ) -> "Cache":
-        """Writes T tokens of every row of one layer, from position `start` on; k after RoPE."""
-        place = (layer, 0, start, 0, 0)
+        """Writes T tokens of every row of one layer, from position `start` on; k after RoPE. A traced `start` must leave them room."""
+        _check_room("tokens", start, k.shape[1], self.capacity)
+        place = _place(layer, 0, start, 0, 0)
         return dataclasses.replace(
             self,
             keys=jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), place),
@@ -168,7 +168,9 @@ class Cache:
         pools = pool_blocks(last, kinds, block_size=b, valid=unfinished < lengths[:, None])[:, 0]
         pools = _scale_averages(pools, kinds, (lengths % b)[:, None, None])
         cache = self.decode_gate
-        keys = jax.lax.dynamic_update_slice(cache.keys, compressed[None].astype(cache.keys.dtype), (layer, 0, 0, 0, 0))
+        keys = jax.lax.dynamic_update_slice(
+            cache.keys, compressed[None].astype(cache.keys.dtype), _place(layer, 0, 0, 0, 0)
+        )
         return dataclasses.replace(self, decode_gate=DecodeGateCache(keys, cache.pools.at[layer].set(pools)))
 
     @jax.named_scope("cache")
@@ -177,7 +179,8 @@ class Cache:
     ) -> "Cache":
         """Writes the prefill gate's compressed keys of n blocks of one layer, from block `first_block` on."""
         assert self.prefill_gate_keys is not None
-        place = (layer, 0, first_block, 0, 0)
+        _check_room("blocks", first_block, keys.shape[1], self.prefill_gate_keys.shape[2])
+        place = _place(layer, 0, first_block, 0, 0)
         return dataclasses.replace(
             self, prefill_gate_keys=jax.lax.dynamic_update_slice(self.prefill_gate_keys, keys[None], place)
         )
@@ -267,6 +270,20 @@ class CacheView(LayerCache):
         out = sparse_decode_attention(q, keys, values, blocks, lengths=self.lengths + 1, cache_rows=rows)
         assert isinstance(out, jax.Array)  # without return_lse
         return out
+
+
+def _place(*indices: int | Int[Array, ""]) -> list[Int[Array, ""]]:
+    """Indices of one type, as slices need them, also where JAX's integers have 64 bits."""
+    return [jnp.asarray(i, jnp.int32) for i in indices]
+
+
+def _check_room(unit: str, start: int | Array, size: int, capacity: int) -> None:
+    """Raises ValueError where a write would reach beyond the cache, as far as its place is known: XLA would move it, unasked."""
+    first = start if isinstance(start, int) else 0
+    if first < 0 or first + size > capacity:
+        raise ValueError(
+            f"A cache of {capacity} {unit} must have room for {size} from {first} on. Make a larger cache."
+        )
 
 
 def _scale_averages(

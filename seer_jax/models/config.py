@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pallas_kernels.devices import default_device
 from seer_jax.checks import check_positive
 from seer_jax.models.config_json import typed
@@ -16,6 +18,18 @@ class DType(enum.StrEnum):
 
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+
+    @classmethod
+    def of(cls, dtype: Any) -> "DType":
+        """The one that a name, a NumPy or a JAX dtype means.
+
+        Raises:
+          ValueError: it is another one, or none.
+        """
+        try:
+            return cls(np.dtype(dtype).name)
+        except (TypeError, ValueError):
+            raise ValueError(f"dtype must be {' or '.join(cls)}; got {dtype!r}.") from None
 
     @classmethod
     def default(cls) -> "DType":
@@ -32,6 +46,7 @@ class RopeKind(enum.StrEnum):
     YARN = "yarn"
 
 
+MAX_LAYERS = 10_000  # no model has as many; a damaged number must not be counted up to
 # Keys that a scaling must have; defaults in their place would give a model that runs and is wrong.
 _ROPE_NEEDS = {
     RopeKind.DEFAULT: (),
@@ -185,31 +200,37 @@ def _check_rope_keys(raw: Mapping[str, Any], kind: RopeKind) -> None:
         raise ValueError(
             f"RoPE of type {kind.value!r} needs {', '.join(missing)}; got {sorted(raw)}. Complete config.json."
         )
+    if kind is RopeKind.YARN and raw.get("attn_factor") not in (None, 1):
+        factor, scale = typed("factor", raw["factor"], float), typed("attn_factor", raw["attn_factor"], float)
+        raise ValueError(
+            f"attn_factor of config.json must be absent, as vLLM multiplies the scale of cos and sin by it and transformers ignores it; "
+            f"got {scale}. Write attention_factor {scale * _magnitude(factor):.6g} in its place to compute as vLLM, or remove it to compute "
+            "as transformers."
+        )
     known = (*_ROPE_KNOWN, *_ROPE_NEEDS[kind], *(_YARN_KNOWN if kind is RopeKind.YARN else ()))
     unknown = {k: v for k, v in raw.items() if k not in known and v is not None and v != _ROPE_NEUTRAL.get(k)}
     if unknown:
         listed = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
-        hint = " transformers calls it attention_factor." if "attn_factor" in unknown else ""
         raise ValueError(
-            f"RoPE of type {kind.value!r} must have no keys but {', '.join(dict.fromkeys(known))}; got {listed}.{hint} Remove from "
+            f"RoPE of type {kind.value!r} must have no keys but {', '.join(dict.fromkeys(known))}; got {listed}. Remove from "
             "config.json what is known to do nothing."
         )
 
 
 def _yarn_attention_factor(raw: Mapping[str, Any], factor: float) -> float:
     """0.1 m ln(factor) + 1, or the ratio of two such terms where `mscale` and `mscale_all_dim` are given (YaRN, sec. 3.4)."""
-
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
     given = {
         k: typed(k, raw[k], float) for k in ("attention_factor", "mscale", "mscale_all_dim") if raw.get(k) is not None
     }
     if "attention_factor" in given:
         return given["attention_factor"]
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return magnitude(given["mscale"]) / magnitude(given["mscale_all_dim"])
-    return magnitude(1.0)
+        return _magnitude(factor, given["mscale"]) / _magnitude(factor, given["mscale_all_dim"])
+    return _magnitude(factor)
+
+
+def _magnitude(factor: float, scale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +272,8 @@ class ModelConfig:
             *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
             *("rms_norm_eps", "max_position_embeddings"),
         )
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"ModelConfig.num_layers must be at most {MAX_LAYERS}; got {self.num_layers}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "Key/value heads must divide the query heads (each serves a group of equal size); "

@@ -100,18 +100,38 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+_WORDS = {
+    bool: "true or false",
+    int: "an integer below 2**31",
+    float: "a finite number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+
 def typed(key: str, value: Any, kind: Any) -> Any:
-    """A value of config.json as the field's type, where that is int, float or bool; other types pass.
+    """A value of config.json as the type that is meant: int, float, bool, str, list or dict; other types pass.
 
     Raises:
       ValueError: the value is of another type, such as the text "false", or not finite.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    fits = {bool: isinstance(value, bool), int: number and int(value) == value, float: number}.get(kind, True)
+    if kind not in _WORDS:
+        return value
+    if kind is int or kind is float:
+        limit = 2**31 if kind is int else 1e300
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and -limit < value < limit
+        fits = number and (kind is float or int(value) == value)
+    else:
+        fits = isinstance(value, kind)
     if not fits:
-        words = {bool: "true or false", int: "an integer", float: "a finite number"}[kind]
-        raise ValueError(f"{key} of config.json must be {words}; got {value!r}.")
-    return kind(value) if kind in (bool, int, float) else value
+        raise ValueError(f"{key} of config.json must be {_WORDS[kind]}; got {_short(value)}.")
+    return kind(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a longer number"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def token_ids(key: str, value: Any) -> tuple[int, ...]:
@@ -122,7 +142,7 @@ def token_ids(key: str, value: Any) -> tuple[int, ...]:
     """
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"{key} must be a token id, a list of token ids or null; got {value!r}.")
+        raise ValueError(f"{key} must be a token id, a list of token ids or null; got {_short(value)}.")
     return tuple(values)
 
 
@@ -157,7 +177,7 @@ def check_keys(hf: Mapping[str, Any], known: Collection[str], computed: Mapping[
         if not any(_same(value, allowed) for allowed in neutral):
             allowed = " or ".join(["absent", *(repr(v) for v in neutral if v not in _EMPTY[2:] and v is not False)])
             raise ValueError(
-                f"{key} of config.json must be {allowed} in a {hf.get('model_type')} model; got {value!r}, which would change what is "
+                f"{key} of config.json must be {allowed} in a {hf.get('model_type')} model; got {_short(value)}, which would change what is "
                 "computed. Use a checkpoint without it, or, where it is known to do nothing, remove the key."
             )
 

@@ -21,7 +21,7 @@ from seer_jax.models.cache import Cache
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.families import FAMILIES
 from seer_jax.models.layers import BaseParam, Projections, layer_view, rms_norm, update_tokens
-from seer_jax.models.rope import rotate
+from seer_jax.models.rope import rotate, same_rope
 from seer_jax.selection.context import DecodeContext, PrefillContext
 from seer_jax.selection.policies import Dense, Policy
 
@@ -125,12 +125,16 @@ class Transformer(nnx.Module):
         """Sets one or both gates; each must have been made for a model of this shape.
 
         Raises:
-          ValueError: layers, heads or head dim of a gate's model differ from this one's.
+          ValueError: a gate is none, or layers, heads or head dim of its model differ from this one's.
         """
         for gate in gates:
+            if not isinstance(gate, PrefillGate | DecodeGate):
+                raise ValueError(
+                    f"A gate must be a PrefillGate or a DecodeGate; got {gate!r}. Load one: seer_jax.convert.load_gates(folder, config)."
+                )
             for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "rope"):
                 ours, theirs = getattr(self.config, name), getattr(gate.model, name)
-                if ours != theirs:
+                if ours != theirs and not (name == "rope" and same_rope(ours, theirs, self.config.head_dim)):
                     raise ValueError(
                         f"A gate must fit the model it is attached to: {name} must be {ours}; got {theirs}. "
                         "Load the gates that were trained for this base model."
@@ -211,8 +215,10 @@ class Transformer(nnx.Module):
           heads: that the policy may hold values for: H while prompts are read, K while tokens are decoded.
 
         Raises:
-          ValueError: the policy does not fit the model.
+          ValueError: it is no policy, or does not fit the model.
         """
+        if not isinstance(policy, Policy):
+            raise ValueError(f"sparsity must be a policy such as Dense() or Threshold(5e-4); got {policy!r}.")
         num_layers = self.config.num_layers
         policy.check(num_layers, gate)
         dense = policy.dense_first_layers(gate)
@@ -226,7 +232,7 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, sparsity: Policy = Dense()
     ) -> tuple[Float[Array, "B T E"], Float[Array, "L B"]]:
         """Hidden states after the final norm, and the share of causal blocks that each layer and row kept."""
-        lengths = self.check(tokens, lengths)
+        tokens, lengths = self.check(tokens, lengths)
 
         def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
             context = self.prefill_context(layer, q, k, v, lengths)
@@ -245,7 +251,12 @@ class Transformer(nnx.Module):
         v: Float[Array, "B T K D"],
         lengths: Int[Array, "B"],
     ) -> PrefillContext:
-        """What a policy may look at while a layer reads whole prompts; q and k before RoPE."""
+        """What a policy may look at while a layer reads whole prompts; q and k before RoPE.
+
+        Keys and values of padding are zeros: what a damaged or overflowing padding token leaves there must reach no other token.
+        """
+        inside = (jnp.arange(k.shape[1])[None] < lengths[:, None])[..., None, None]
+        k, v = (jnp.where(inside, x, jnp.zeros_like(x)) for x in (k, v))
         q_rotated, k_rotated = rotate(q, k, jnp.arange(q.shape[1])[None], self.config.rope)
         return PrefillContext(
             q=q,
@@ -289,7 +300,7 @@ class Transformer(nnx.Module):
           tokens, lengths, sparsity: as in `__call__`.
           cache: of at least T tokens; what it held is lost.
         """
-        lengths = self.check(tokens, lengths)
+        tokens, lengths = self.check(tokens, lengths)
         if tokens.shape[1] > cache.capacity:
             raise ValueError(
                 f"A prompt must fit the cache: got {tokens.shape[1]} tokens for {cache.capacity} slots. Make a larger cache."
@@ -298,9 +309,9 @@ class Transformer(nnx.Module):
         def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
             context = self.prefill_context(layer, q, k, v, lengths)
             out, kept = prefill_attention(layer.policy, context)
-            cache = cache.fill(layer.index, context.k_rotated, v)
+            cache = cache.fill(layer.index, context.k_rotated, context.v)
             if layer.decode_gate is not None:
-                cache = cache.fill_decode_gate(layer.index, layer.decode_gate, k, lengths)
+                cache = cache.fill_decode_gate(layer.index, layer.decode_gate, context.k, lengths)
             return out, cache, kept
 
         segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads)
@@ -340,19 +351,27 @@ class Transformer(nnx.Module):
         gate = None if self.decode_gate is None else self.decode_gate.config
         return Cache.create(self.config, batch, capacity, self.dtype, decode_gate=gate)
 
-    def check(self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None) -> Int[Array, "B"]:
-        """Checks tokens and lengths (their values where they are concrete) and returns the lengths."""
-        ids = _concrete(tokens)
+    def check(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None
+    ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+        """Checks tokens and lengths (their values where they are concrete) and returns them as arrays."""
+        try:
+            ids = _concrete(tokens)
+        except ValueError:
+            raise ValueError(
+                "tokens must be one integer array [B, T]; got rows of different lengths. "
+                "Pad them first: tokens, lengths = pad_prompts(rows)."
+            ) from None
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer) or 0 in ids.shape:
             raise ValueError(f"tokens must be integers [B, T] with B, T >= 1; got {ids.dtype} {ids.shape}.")
-        batch, width = ids.shape
+        (batch, width), array = ids.shape, tokens if isinstance(tokens, jax.Array) else jnp.asarray(ids)
         if isinstance(ids, np.ndarray) and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
             raise ValueError(
                 f"Tokens must lie in [0, {self.config.vocab_size}), the model's vocabulary; got {ids.min()} .. {ids.max()}. "
                 "Use the tokenizer that belongs to the model."
             )
         if lengths is None:
-            return jnp.full(batch, width, jnp.int32)
+            return array, jnp.full(batch, width, jnp.int32)
         counts = _concrete(lengths)
         if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
             raise ValueError(f"lengths must be integers [B] with B = {batch}; got {counts.dtype} {counts.shape}.")
@@ -360,7 +379,7 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"Each row must have 1 to T = {width} tokens (no empty prompt); got lengths {counts.min()} .. {counts.max()}."
             )
-        return jnp.asarray(counts, jnp.int32)
+        return array, jnp.asarray(counts, jnp.int32)
 
 
 def _concrete(x: ArrayLike) -> Tracer | np.ndarray:

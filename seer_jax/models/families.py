@@ -27,6 +27,10 @@ _COMMON_KEYS = {
     "max_position_embeddings": "max_position_embeddings",
 }
 _DERIVED_FIELDS = ("family", "num_kv_heads", "head_dim", "rope", "eos_token_ids")  # without a key, others decide
+_NULL_KEYS = (
+    "sliding_window",
+    "num_key_value_heads",
+)  # where null is a value; elsewhere it means that the key is absent
 MISTRAL_WINDOW = 4096  # what transformers takes where a Mistral configuration has no sliding_window
 # Keys that are read elsewhere than by `fields_of_keys`, or that a family's `check` decides about.
 _READ_KEYS = (
@@ -48,7 +52,8 @@ def check_full_attention(hf: HFConfig) -> None:
 
     Without `layer_types`, a window is one where `use_sliding_window` is true, or absent beside a `sliding_window`.
     """
-    kinds, window = hf.get("layer_types"), hf.get("sliding_window")
+    kinds = typed("layer_types", hf.get("layer_types") or [], list)
+    window = hf.get("sliding_window")
     switch = typed("use_sliding_window", hf.get("use_sliding_window", window is not None), bool)
     slides = (
         any(k != "full_attention" for k in kinds) if kinds else switch and hf.get("sliding_window", True) is not None
@@ -56,7 +61,7 @@ def check_full_attention(hf: HFConfig) -> None:
     if slides:
         raise ValueError(
             "Every layer must attend to all earlier tokens: config.json must have use_sliding_window false and only full_attention "
-            f"layers; got use_sliding_window={hf.get('use_sliding_window')}, sliding_window={window}, layer_types={kinds}. Use a "
+            f"layers; got use_sliding_window={hf.get('use_sliding_window')}, sliding_window={window}, layer_types={kinds or None}. Use a "
             "checkpoint without sliding-window layers."
         )
 
@@ -64,7 +69,9 @@ def check_full_attention(hf: HFConfig) -> None:
 def _check_qwen(hf: HFConfig) -> None:
     """The layers from `max_window_layers` on attend within the window, where `use_sliding_window` is true."""
     off = not typed("use_sliding_window", hf["use_sliding_window"], bool)
-    full = typed("max_window_layers", hf["max_window_layers"], int) >= hf["num_hidden_layers"]
+    full = typed("max_window_layers", hf["max_window_layers"], int) >= typed(
+        "num_hidden_layers", hf["num_hidden_layers"], int
+    )
     check_full_attention(dict(hf, use_sliding_window=False) if off or full else hf)
 
 
@@ -218,16 +225,17 @@ def config_from_hf(hf: HFConfig) -> ModelConfig:
       ValueError: the model can't be computed exactly here, or a required key is missing. The message names the key.
     """
     check_unquantised(hf)
-    family = family_of(hf.get("model_type"))
+    name = hf.get("model_type")
+    family = family_of(name if name is None else typed("model_type", name, str))
     missing = [key for key in family.required_keys if hf.get(key) is None]
     if missing:
         raise ValueError(
             f"config.json of a {family.model_type} model needs {', '.join(missing)}; got keys {sorted(hf)}."
         )
     _check_architecture(hf, family)
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+    if hf.get("hidden_act") not in (None, "silu", "swish"):
         raise ValueError(f"The MLP activation must be 'silu'; got {hf['hidden_act']!r}, hidden_act of config.json.")
-    hf = {**family.defaults, **hf}
+    hf = {**family.defaults, **{key: value for key, value in hf.items() if value is not None or key in _NULL_KEYS}}
     family.check(hf)
     config = family.config(
         family=family.model_type,
@@ -255,7 +263,8 @@ def _values(hf: HFConfig, family: Family) -> dict[str, Any]:
         values["head_dim"] = family.head_dim or _even_share(values["hidden_size"], values["num_heads"])
     # Beyond this length such models attend in chunks, which is another computation; up to it they attend as all others.
     if chunks := hf.get("dual_chunk_attention_config"):
-        exact = typed("original_max_position_embeddings", chunks.get("original_max_position_embeddings", 0), int)
+        name = "original_max_position_embeddings"
+        exact = typed(name, typed("dual_chunk_attention_config", chunks, dict).get(name), int)
         values["max_position_embeddings"] = min(exact, values["max_position_embeddings"])
     return values
 
@@ -271,7 +280,7 @@ def _even_share(width: int, heads: int) -> int:
 def _check_architecture(hf: HFConfig, family: Family) -> None:
     """Raises ValueError where `architectures` names no class of the family."""
     names = hf.get("architectures") or []
-    names = [names] if isinstance(names, str) else names
+    names = [names] if isinstance(names, str) else typed("architectures", names, list)
     stem = family.architecture.removesuffix("ForCausalLM").lower()
     if names and not any(re.search(rf"{stem}(for|model|$)", str(name).lower()) for name in names):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 from seer_jax import tiny_lm
 from seer_jax.folders import gates_of_run, holds_gate
+from seer_jax.text_files import parse_json
 
 Location = str | os.PathLike[str]
 
@@ -56,9 +57,12 @@ def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettin
             f"There is no folder {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a hub id, or "
             f"{tiny_lm.NAME!r} for the bundled model."
         )
-    if revision and hub.get("revision") not in (None, revision):
-        raise ValueError(f"revision must be given once; got {name!r} and revision={hub['revision']!r}. Leave one out.")
-    return Path(_download(repo, patterns, hub | {"revision": revision} if revision else hub))
+    settings: dict[str, Any] = {key: value for key, value in hub.items() if value is not None}
+    if revision and settings.get("revision", revision) != revision:
+        raise ValueError(
+            f"revision must be given once; got {name!r} and revision={settings['revision']!r}. Leave one out."
+        )
+    return Path(_download(repo, patterns, settings | {"revision": revision} if revision else settings))
 
 
 def resolve_gates(
@@ -124,12 +128,12 @@ def is_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(p and p[0] not in ".~-" for p in parts) and "\\" not in name
 
 
-def _download(repo: str, patterns: Sequence[str], hub: HubSettings) -> str:
+def _download(repo: str, patterns: Sequence[str], hub: dict[str, Any]) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns), **_given(hub))
+        return huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns), **hub)
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repo!r} is open only to users who accepted its terms. Accept them on https://huggingface.co/{repo}, then log in "
@@ -172,15 +176,10 @@ def writing_errors(repo: str) -> Iterator[None]:
             f"{repo!r} must be a repository that the user may write to; the hub says: {error}. Log in with a token that can write "
             "(`hf auth login`, or HF_TOKEN)."
         ) from error
-    except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+    except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise ConnectionError(
             f"The hub can't be reached to write {repo!r} ({error}). Try again where there is a connection, without HF_HUB_OFFLINE."
         ) from error
-
-
-def _given(hub: HubSettings) -> HubSettings:
-    """The settings that are not None."""
-    return HubSettings(**{name: value for name, value in hub.items() if value is not None})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -190,13 +189,9 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: the file holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(
-            f"{path} must hold JSON of a few levels; it is nested too deeply. Download it again."
-        ) from None
+        values = parse_json(path.read_bytes(), str(path))
     except ValueError as error:
-        raise ValueError(f"{path} must hold JSON; {error}. Download it again.") from error
+        raise ValueError(f"{error} Download it again.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object; got a {type(values).__name__}.")
     return values

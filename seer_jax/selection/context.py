@@ -139,7 +139,9 @@ class PrefillContext:
 
     def of_mask(self, mask: Bool[Array, "B Hs Tb Sb"]) -> BlockIndices:
         """Lists of a mask of the caller: causal, and with their own block for rows that would keep none."""
-        _check_mask(mask, 4, (self.num_key_blocks, self.num_key_blocks), "[B, Hs, Tb, Sb]")
+        _check_mask(
+            mask, self.batch, {1, self.k.shape[2], self.q.shape[2]}, (self.num_key_blocks,) * 2, "[B, Hs, Tb, Sb]"
+        )
         mask = jax.lax.dynamic_slice_in_dim(mask, self.first_row, self.num_rows, axis=2)
         mask &= self._column < self.visible
         mask |= self.own & ~mask.any(-1, keepdims=True)
@@ -239,7 +241,7 @@ class DecodeContext:
 
     def of_mask(self, mask: Bool[Array, "B K Sb"]) -> BlockIndices:
         """Lists of a mask of the caller: nothing that is to come, and its own block for a token that would keep none."""
-        _check_mask(mask, 3, (self.num_key_blocks,), "[B, K, Sb]")
+        _check_mask(mask, self.batch, {self.shape[1]}, (self.num_key_blocks,), "[B, K, Sb]")
         mask &= self._column <= self.current
         mask |= (self._column == self.current) & ~mask.any(-1, keepdims=True)
         return select_blocks(jnp.full(mask.shape, -jnp.inf), block_size=self.block_size, keep=mask)
@@ -261,10 +263,11 @@ def _required(gate: LayerGate | None, kind: str) -> LayerGate:
     return gate
 
 
-def _check_mask(mask: Array, ndim: int, blocks: tuple[int, ...], letters: str) -> None:
-    if mask.ndim != ndim or mask.shape[-len(blocks) :] != blocks:
+def _check_mask(mask: Array, batch: int, heads: set[int], blocks: tuple[int, ...], letters: str) -> None:
+    if mask.ndim != 2 + len(blocks) or mask.shape[0] != batch or mask.shape[1] not in heads or mask.shape[2:] != blocks:
         raise ValueError(
-            f"Given.mask must be {letters} in each layer and end with {', '.join(map(str, blocks))} blocks; got shape {mask.shape}."
+            f"Given.mask must be {letters} in each layer, with {batch} rows, {' or '.join(map(str, sorted(heads)))} lists and "
+            f"{', '.join(map(str, blocks))} blocks; got shape {mask.shape}."
         )
 
 

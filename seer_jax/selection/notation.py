@@ -185,7 +185,7 @@ def _value(subject: str, kind: Any, value: Any) -> Any:
     if wanted and type(value) not in wanted:
         raise ValueError(f"{subject} must be {must}; got {value!r}.")
     if list not in wanted:
-        return float(value) if kind is float else value
+        return float(value) if kind is float and value is not None else value
     return value if not isinstance(value, list) else _array(subject, must, value, boolean=kind is _MASK)
 
 

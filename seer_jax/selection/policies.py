@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from pallas_kernels import BlockIndices
+from pallas_kernels.checks import check_block_size
+from seer_jax.checks import is_placeholder
 from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.interfaces import LayerGate
 
@@ -195,6 +197,11 @@ class Given(Policy):
 
     mask: Bool[Array | np.ndarray, "L B ..."]
     block_size: int = dataclasses.field(default=DEFAULT_BLOCK_SIZE, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        check_block_size("Given", self.block_size)
+        if not is_placeholder(self.mask) and not isinstance(self.mask, np.ndarray | jax.Array):
+            raise ValueError(f"Given.mask must be a bool array; got {self.mask!r}. Wrap it in jnp.asarray.")
 
     def tokens_per_block(self, gate: LayerGate | None) -> int:
         return self.block_size

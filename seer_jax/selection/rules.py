@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import BlockIndices
-from seer_jax.checks import check_at_least
+from seer_jax.checks import is_placeholder, whole_number
 from seer_jax.selection.context import Context, DecodeContext, PrefillContext
 from seer_jax.selection.interfaces import LayerGate
 from seer_jax.selection.policies import Policy
@@ -42,6 +41,15 @@ class RankingPolicy(Policy):
     @abc.abstractmethod
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         """The lists that the rule makes of scores before softmax."""
+
+    def _check_settings(self) -> None:
+        """Checks what the rules share: the scorer and the numbers of layers and rows."""
+        name = type(self).__name__
+        for setting in ("dense_last_rows", "dense_layers"):
+            if hasattr(self, setting):
+                whole_number(f"{name}.{setting}", getattr(self, setting), "an integer of at least 0", least=0)
+        if isinstance(self.scorer, type) or (not isinstance(self.scorer, Scorer) and not is_placeholder(self.scorer)):
+            raise ValueError(f"{name}.scorer must be a scorer such as LearnedGate() or Oracle(); got {self.scorer!r}.")
 
     def blocks(self, context: Context) -> BlockIndices:
         with jax.named_scope("scores"):
@@ -73,13 +81,13 @@ class RankingPolicy(Policy):
         return max(super().dense_first_layers(gate), self.dense_layers)
 
 
-def settings_of(kind: type[RankingPolicy] | type[Scorer]) -> list[str]:
+def settings_of(kind: Any) -> list[str]:
     """Fields of a rule or a scorer that are written by name, where they differ from their default."""
     names = [field.name for field in reversed(dataclasses.fields(kind))]
     return [name for name in names if name not in (getattr(kind, "value", ""), "scorer")]
 
 
-def _is_changed(owner: RankingPolicy | Scorer, name: str) -> bool:
+def _is_changed(owner: Any, name: str) -> bool:
     (default,) = (field.default for field in dataclasses.fields(owner) if field.name == name)
     value = getattr(owner, name)
     return bool(np.ndim(value)) or value != default
@@ -110,7 +118,7 @@ class Threshold(RankingPolicy):
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
-        check_at_least(0, self, "dense_last_rows", "dense_layers")
+        self._check_settings()
         _check_values(self, lambda x: (x >= 0) & (x < 1), "lie in [0, 1)")
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
@@ -141,7 +149,7 @@ class CumulativeMass(RankingPolicy):
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
-        check_at_least(0, self, "dense_last_rows", "dense_layers")
+        self._check_settings()
         _check_values(self, lambda x: (x > 0) & (x <= 1), "lie in (0, 1]")
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
@@ -174,10 +182,11 @@ class TopK(RankingPolicy):
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
-        check_at_least(0, self, "dense_last_rows", "dense_layers")
-        if not 0 < self.density <= 1:
+        self._check_settings()
+        known = isinstance(self.density, int | float | np.integer | np.floating) and not isinstance(self.density, bool)
+        if not known or not 0 < self.density <= 1:
             raise ValueError(
-                f"TopK.density, the share of the causal map to keep, must lie in (0, 1]; got {self.density}."
+                f"TopK.density, the share of the causal map to keep, must lie in (0, 1]; got {self.density!r}."
             )
 
     @property
@@ -186,15 +195,18 @@ class TopK(RankingPolicy):
 
     def blocks_per_row(self, num_blocks: int) -> int:
         """k of a prompt of `num_blocks` blocks."""
-        return max(1, math.floor((1 - math.sqrt(1 - self.density)) * num_blocks))
+        return max(1, _floor((1 - math.sqrt(1 - self.density)) * num_blocks))
+
+    def blocks_per_token(self, num_blocks: int) -> int:
+        """How many of `num_blocks` visible blocks a new token keeps."""
+        return min(max(2, _floor(self.density * num_blocks)), num_blocks)
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         keep, total = context.keep(self.dense_last_rows), context.num_key_blocks
         if isinstance(context, DecodeContext):
-            width = min(max(2, int(self.density * total)), total)
-            wanted = jnp.floor(self.density * (context.current + 1)).astype(jnp.int32)  # by the row's own length
-            wanted = jnp.clip(wanted, min(2, width), width)
-            return context.select(scores, max_blocks=wanted, keep=keep, width=width)
+            by_length = [self.blocks_per_token(n) for n in range(1, total + 1)]
+            wanted = jnp.asarray(by_length, jnp.int32)[context.current]
+            return context.select(scores, max_blocks=wanted, keep=keep, width=by_length[-1])
         # As many as a sequence's own length asks for, whatever the batch is padded to.
         counts = jnp.asarray([self.blocks_per_row(n) for n in range(1, total + 1)])
         return context.select(scores, top_k=counts[context.last], keep=keep)
@@ -219,9 +231,8 @@ class TokenBudget(RankingPolicy):
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
-        check_at_least(0, self, "dense_layers")
-        if self.tokens < 1:
-            raise ValueError(f"TokenBudget.tokens must be at least 1; got {self.tokens}.")
+        self._check_settings()
+        whole_number("TokenBudget.tokens", self.tokens)
 
     def blocks_per_row(self, block_size: int) -> int:
         """Blocks that fit the budget."""
@@ -241,14 +252,20 @@ class TokenBudget(RankingPolicy):
 RULES: dict[str, type[RankingPolicy]] = {rule.name: rule for rule in (Threshold, CumulativeMass, TopK, TokenBudget)}
 
 
+def _floor(x: float) -> int:
+    """The floor of a product with a decimal fraction: 0.29 * 100, which is 28.999999999999996 in binary, is 29."""
+    return math.floor(round(x, 9))
+
+
 def _check_values(policy: RankingPolicy, inside: Any, must: str) -> None:
     """Checks the values of a field where they are known: inside JAX's transformations they are tracers or placeholders."""
-    value = getattr(policy, policy.value)
-    if isinstance(value, (list, tuple, str, bool)):
-        raise ValueError(
-            f"{type(policy).__name__}.{policy.value} must be a number or an array; got {value!r}. Wrap it in jnp.asarray."
-        )
-    known = isinstance(value, (int, float, np.ndarray, np.generic))
-    known |= isinstance(value, jax.Array) and not isinstance(value, Tracer)
-    if known and not inside(np.asarray(value)).all():
-        raise ValueError(f"{type(policy).__name__}.{policy.value} must {must}; got {value}.")
+    value, name = getattr(policy, policy.value), f"{type(policy).__name__}.{policy.value}"
+    if is_placeholder(value):
+        return
+    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number or an array; got {value!r}. Wrap it in jnp.asarray.")
+    dtype = np.asarray(value).dtype
+    if dtype.kind not in "iu" and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must hold real numbers; got {dtype} {jnp.shape(value)}.")
+    if not inside(np.asarray(value)).all():
+        raise ValueError(f"{name} must {must}; got {value}.")

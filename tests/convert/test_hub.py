@@ -10,7 +10,7 @@ from huggingface_hub import errors
 from seer_jax import tiny_lm
 from seer_jax.convert import load_base, load_gates, recommended_policy
 from seer_jax.convert.base import BASE_PATTERNS
-from seer_jax.models.hub import read_config, resolve, resolve_gate, resolve_gates, write_config
+from seer_jax.models.hub import config_text, read_config, resolve, resolve_gate, resolve_gates
 from tests.golden.data import transformers_case, write_base, write_gates
 
 
@@ -154,7 +154,7 @@ def test_a_file_is_no_folder(hub: Hub, tmp_path: Path):
 
 
 def test_configurations_come_back(tmp_path: Path):
-    write_config(tmp_path, {"b": "ä", "a": [1, None]})
+    (tmp_path / "config.json").write_text(config_text({"b": "ä", "a": [1, None]}))
     assert read_config(tmp_path) == {"a": [1, None], "b": "ä"}
     (tmp_path / "config.json").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="must hold JSON"):

@@ -78,7 +78,7 @@ ERRORS = [
     ),
     (errors.LocalTokenNotFoundError("no token"), PermissionError, r"no token\. Log in with a token that can write"),
     (errors.OfflineModeIsEnabled("offline"), ConnectionError, r"can't be reached to write 'owner/gates' \(offline\)"),
-    (errors.HTTPError("no route"), ConnectionError, r"\(no route\)"),
+    (errors.HTTPError("no route"), ConnectionError, r"\(no route\)"),  # pyright: ignore[reportPrivateImportUsage]
 ]
 
 

@@ -53,6 +53,12 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
     assert_lowers_for_cuda(block_sparse_attention, case, density=case.density, return_lse=True)
 
 
+@pytest.mark.parametrize("settings", [{}, {"density": 1.0}, {"lists": 1}, {"block_size": 128}], ids=str)
+def test_each_kernel_lowers_for_cuda_with_padding(settings: dict[str, Any]):
+    case = Case("padded", Heads(2, 1, 64), 520, batch=2, lengths=(520, 301), **settings)
+    assert_lowers_for_cuda(block_sparse_attention, case, density=case.density)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

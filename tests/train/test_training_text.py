@@ -223,7 +223,7 @@ def test_a_template_that_leaves_out_thoughts_is_told_once(model_folder):
     (model_folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = ModelTokenizer(str(model_folder))
     with pytest.warns(
-        UserWarning, match=r"at least 5[\d,]+ of 6[\d,]+ char.* first 3 conv.*, in 1 of them: .*--data.chat-template"
+        UserWarning, match=r"at least 5[\d,]+ of 6[\d,]+ char.*, in 1 of the first 3 chats: .*--data.chat-template"
     ) as told:
         assert tokenizer.encode([CHAT, thoughts(1000), "one", CHAT])[1] == [6, 3, 2, 7, 4, 2]
         tokenizer.encode([thoughts(1000)])

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,12 +100,17 @@ def read_store(folder: Path) -> tuple[Identity, TokenStore] | None:
     try:
         description = json.loads((folder / "store.json").read_text(encoding="utf-8"))
         identity = Identity(description["settings"], description["limit"], description["files"])
-        tokens, ends = _map_tokens(folder / "tokens.int32"), np.load(folder / "ends.npy")
+        tokens, ends = _map_tokens(folder / "tokens.int32"), _read_ends(folder / "ends.npy")
         if _digest(tokens, ends) != description["digest"]:
             return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return identity, TokenStore(tokens, ends, description["digest"])
+
+
+def _read_ends(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _map_tokens(path: Path) -> np.ndarray:

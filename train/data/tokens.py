@@ -54,7 +54,7 @@ class ModelTokenizer:
         end = self._tokenizer.special.get("eos_token")
         self._end = [] if end is None else self._tokenizer.encode(end, special_tokens=False)
         folder, digest = Path(self._tokenizer.place), hashlib.sha256()
-        for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}):
+        for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}):
             digest.update(path.read_bytes())
         if chat_template is not None:
             template = read_template(chat_template)
@@ -85,9 +85,9 @@ class ModelTokenizer:
         if not self._warned and sum(lost) > LOST_SHARE * sum(said):
             self._warned = True
             warnings.warn(
-                f"The chat template of {self._tokenizer.place} leaves out at least {sum(lost):,} of {sum(said):,} characters of the "
-                f"first {len(chats):,} conversations, in {sum(n > 0 for n in lost):,} of them: those of reasoning models remove what stands "
-                "before </think>. To train on it, set chat_template (--data.chat-template) to a file with a template that keeps it.",
+                f"The chat template of {self._tokenizer.place} leaves out at least {sum(lost):,} of {sum(said):,} characters, in "
+                f"{sum(n > 0 for n in lost):,} of the first {len(chats):,} chats: those of reasoning models remove what stands before "
+                "</think>. To train on it, set chat_template (--data.chat-template) to a file with a template that keeps it.",
                 stacklevel=2,
             )
 

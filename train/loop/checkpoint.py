@@ -66,7 +66,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
-        self._manager = ocp.CheckpointManager(self.folder, item_names=("trained", "optimizer", "run"), options=options)
+        names = ("trained", "optimizer", "run")
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, item_names=names, options=options)
+        except RecursionError as error:  # of Orbax's JSON reader; it passes over other damage in these files
+            raise ValueError(
+                f"The metadata of the checkpoints in {self.folder} must be JSON of a few levels; a file is damaged. Restore it from a "
+                "copy, or give another output folder for a new run."
+            ) from error
         self._args, self._say = ocp.args, say
         self._left = sorted(self._manager.all_steps())
         self._damaged: dict[int, str] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seer_jax.convert.files import replace_file
+from seer_jax.text_files import parse_json
 
 
 class MetricsLog:
@@ -64,10 +65,10 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _line(text: str) -> dict[str, Any] | None:
     try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
+        line = parse_json(text, "the line")
+    except ValueError:
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def _cut(path: Path, step: int) -> None:

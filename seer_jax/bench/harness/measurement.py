@@ -20,6 +20,7 @@ from pallas_kernels.devices import default_device
 from seer_jax.bench.harness.clock import Timing, time_calls, time_carried
 from seer_jax.inference.memory import GIB, device_memory, laid_out_bytes
 from seer_jax.models.dense_attention import dense_attention
+from seer_jax.outputs import write_text
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
 MEMORY_SHARE = 0.9  # of the device's memory; the rest is for what programs need besides
@@ -189,8 +190,7 @@ def write_json(path: Path, measurements: Sequence[Measurement], *, command: Sequ
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = {**hardware(), "date": date, "command": " ".join(command)}
     report["measurements"] = [dataclasses.asdict(m) | {"results": _without_nan(m.results)} for m in measurements]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, allow_nan=False, default=str) + "\n")
+    write_text(path, json.dumps(report, indent=1, allow_nan=False, default=str) + "\n")
 
 
 def _without_nan(results: Results) -> Results:

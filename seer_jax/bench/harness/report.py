@@ -81,12 +81,18 @@ def report(
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    for m in measurements:
-        done.append(m)
-        outcome = f"[bold red]{m.failure}[/bold red]" if m.failure else f"{_written(m, MILLISECONDS)} ms"
-        say(f"{m.table}: {_name(m)}: {outcome}" + (f" ({m.note})" if m.note else ""))
-        if config.output is not None:  # after each one, so that an interrupted run leaves what it has
-            write_json(config.output, done, command=sys.argv)
+    try:
+        for m in measurements:
+            done.append(m)
+            outcome = f"[bold red]{m.failure}[/bold red]" if m.failure else f"{_written(m, MILLISECONDS)} ms"
+            say(f"{m.table}: {_name(m)}: {outcome}" + (f" ({m.note})" if m.note else ""))
+            if config.output is not None:  # after each one, so that an interrupted run leaves what it has
+                write_json(config.output, done, command=sys.argv)
+    except KeyboardInterrupt:
+        print_tables(console, tables, done)
+        kept = "shown above" if config.output is None else f"kept in {config.output}"
+        print(f"\nInterrupted: {len(done)} measurements are {kept}.", file=sys.stderr)
+        raise
     print_tables(console, tables, done)
     if config.output is not None:
         say(f"Written: {config.output}")

@@ -25,6 +25,7 @@ from tests.pallas_kernels.suites.comparison import (
     slow_but,
     softmax_weights,
 )
+from tests.pallas_kernels.suites.padding import IgnoresPadding, behind, fill
 
 _compiled = jax.jit(
     attention_with_block_scores,
@@ -106,10 +107,30 @@ def compare_where_the_maximum_comes_late(case: Case, run: Callable[..., Any]) ->
     np.testing.assert_allclose(got.token_scores, truth.token_scores, rtol=2e-5)
 
 
-class Definition:
+def padded(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    arguments = case.arguments(KEY)
+    if "segment_ids" in arguments:
+        keys = np.asarray(arguments["segment_ids"]) == 0
+    else:
+        keys = behind(arguments["lengths"], case.length)
+    return arguments, dict.fromkeys(("q", "k", "v"), keys)
+
+
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return padded(named("ragged"))
+
+    def test_padding_between_sequences_reaches_no_result(self):
+        arguments, padding = padded(named("packed"))
+        clean, filled = (
+            self.run(**arguments | {n: fill(arguments[n], mask, x) for n, mask in padding.items()})
+            for x in ((0.0,), (np.nan, np.inf))
+        )
+        assert_bitwise_equal(clean, filled)
 
     def run(self, **arguments: Any) -> Any:
         """Results as AttentionWithScores."""
@@ -233,10 +254,13 @@ class Conformance(Definition):
 QUICK = slow_but(HALF, "half-ragged")
 
 
-class HalfPrecision:
+class HalfPrecision(IgnoresPadding):
     """Properties of backends for GPUs, which take bfloat16 and float16, and blocks of 64 and 128 tokens."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return padded(Case("padded", Heads(2, 1, 64), 192, batch=2, token_scores=True, lengths=(192, 70)))
 
     def run(self, **arguments: Any) -> Any:
         return _compiled(**arguments, implementation=self.implementation)

@@ -13,6 +13,7 @@ from pallas_kernels import pool_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_pooling.cases import KEYS, TINY, Case
 from tests.pallas_kernels.suites.comparison import KEY, array, assert_within_rounding, compare_with_sharded
+from tests.pallas_kernels.suites.padding import IgnoresPadding
 
 _compiled = jax.jit(pool_blocks, static_argnames=("kinds", "block_size", "implementation"))
 
@@ -34,10 +35,14 @@ def pooled_by_hand(x: Any, kinds: tuple[str, ...], *, block_size: int, valid: An
     return pooled.reshape(batch, blocks, heads, -1)
 
 
-class Definition:
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        arguments = Case("ragged", 4, 64, 70, KEYS, batch=2, lengths=(70, 40), block_size=32).arguments(KEY)
+        return arguments, {"x": ~np.asarray(arguments["valid"])}
 
     def run(self, x: Any, kinds: tuple[str, ...], **arguments: Any) -> jax.Array:
         return _compiled(x, kinds, **arguments, implementation=self.implementation)

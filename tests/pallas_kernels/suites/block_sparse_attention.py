@@ -26,6 +26,7 @@ from tests.pallas_kernels.suites.comparison import (
     softmax_weights,
     with_fillers,
 )
+from tests.pallas_kernels.suites.padding import IgnoresPadding, behind, fill, products_of_padding
 
 
 def named(name: str) -> Case:
@@ -95,10 +96,20 @@ def compare_gradients(case: Case, implementation: Implementation) -> None:
         assert_as_good_as(plain[name], got[name], truth[name])
 
 
-class Definition:
+def padded(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    arguments = case.arguments(KEY)
+    lengths, offset = arguments["lengths"], arguments["query_offset"]
+    queries, keys = (behind(lengths, arguments[name].shape[1], at) for name, at in (("q", offset), ("k", 0)))
+    return arguments, {"q": queries, "k": keys, "v": keys}
+
+
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return padded(named("ragged"))
 
     def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
         return compiled(self.implementation)(**arguments)
@@ -194,14 +205,42 @@ class Conformance(Definition):
     def test_gradients_err_no_more_than_those_of_plain_attention(self):
         compare_gradients(named("bf16"), self.implementation)
 
+    def test_padding_reaches_no_gradient(self):
+        """Nor does what the cotangent holds there."""
+        arguments, padding = padded(named("ragged"))
+        names = ("q", "k", "v")
+
+        def gradients(*values: float) -> Any:
+            q, k, v = (fill(arguments[name], padding[name], values) for name in names)
+            call = functools.partial(block_sparse_attention, return_lse=True, implementation=self.implementation)
+            others = {name: x for name, x in arguments.items() if name not in names}
+            (out, lse), pull_back = jax.vjp(lambda q, k, v: call(q, k, v, **others), q, k, v)
+            return pull_back((fill(jnp.ones_like(out), padding["q"], values), jnp.zeros_like(lse)))
+
+        assert_bitwise_equal(gradients(0.0), gradients(np.nan, np.inf))
+
 
 QUICK = slow_but(HALF, "half-own", "half-ragged")
 
 
-class HalfPrecision:
+class HalfPrecision(IgnoresPadding):
     """Properties of backends for GPUs, which take bfloat16 and float16, and blocks of 64 and 128 tokens."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return padded(next(case for case in HALF if case.name == "half-ragged"))
+
+    @products_of_padding
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["half-ragged-group-lists", "half-ragged-128"])
+    def test_padding_reaches_no_result_in_the_other_kernels(self, name: str):
+        arguments, padding = padded(next(case for case in HALF if case.name == name))
+        clean, filled = (
+            self.run(**arguments | {n: fill(arguments[n], mask, values) for n, mask in padding.items()})
+            for values in ((0.0,), (np.nan, np.inf))
+        )
+        assert_bitwise_equal(clean, filled)
 
     def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
         return compiled(self.implementation)(**arguments)

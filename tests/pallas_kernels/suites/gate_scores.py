@@ -12,6 +12,7 @@ from pallas_kernels import score_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.gate_scores.cases import TINY, Case
 from tests.pallas_kernels.suites.comparison import KEY, array, compare_with_sharded
+from tests.pallas_kernels.suites.padding import IgnoresPadding, behind
 
 _compiled = jax.jit(score_blocks, static_argnames=("scale", "causal", "implementation"))
 
@@ -34,10 +35,18 @@ def assert_accurate(
     assert (np.abs(array(got) - truth)[needed] <= 1e-6 * bounds[needed]).all()
 
 
-class Definition:
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        blocks = behind((60, 70), 70)
+        return Case("padded", 4, 2, 64, 70, 70, batch=2).arguments(KEY), {"queries": blocks, "keys": blocks}
+
+    def told(self, result: Any) -> Any:
+        """Scores of padding are its own."""
+        return result[0, :, :60, :60], result[1]
 
     def run(self, queries: Any, keys: Any, **arguments: Any) -> jax.Array:
         return _compiled(queries, keys, **arguments, implementation=self.implementation)

@@ -15,6 +15,7 @@ from pallas_kernels import BlockIndices, select_blocks
 from pallas_kernels.backends import Implementation
 from pallas_kernels.gate_selection.cases import TINY, Case
 from tests.pallas_kernels.suites.comparison import KEY, assert_same_lists, compare_with_sharded, listed_blocks
+from tests.pallas_kernels.suites.padding import IgnoresPadding
 
 SHAPE = (2, 3, 6)  # one shape for all drawn examples, so that each rule compiles once
 
@@ -66,10 +67,20 @@ def chosen_by_hand(
     return chosen
 
 
-class Definition:
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        visible = np.asarray([[[1], [2], [40]], [[40], [7], [0]]])
+        logits = jax.random.normal(KEY, (2, 3, 40))
+        arguments = dict(logits=logits, block_size=64, mass=jnp.float32(0.8), visible=jnp.asarray(visible))
+        return arguments, {"logits": np.arange(40) >= visible}
+
+    def told(self, result: Any) -> Any:
+        """Fillers may be anything."""
+        return result.counts, jnp.where(result.valid, result.indices, 0)
 
     def run(self, logits: Any, **arguments: Any) -> BlockIndices:
         return _compiled(logits, **arguments, implementation=self.implementation)

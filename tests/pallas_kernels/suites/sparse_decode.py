@@ -26,6 +26,7 @@ from tests.pallas_kernels.suites.comparison import (
     softmax_weights,
     with_fillers,
 )
+from tests.pallas_kernels.suites.padding import IgnoresPadding, behind, fill, products_of_padding
 
 Run = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -75,6 +76,28 @@ def compare_with_poisoned(arguments: dict[str, Any], run: Run) -> None:
         assert_bitwise_equal(clean, run(**arguments | {"blocks": with_fillers(arguments["blocks"], filler)}))
 
 
+def compare_gradients(case: Case, implementation: Implementation) -> None:
+    """Of output and lse, in q, k and v: those of the definition in float32, within the rounding of the arguments' dtype."""
+    arguments = case.arguments(KEY)
+    qkv = {name: arguments.pop(name) for name in ("q", "k", "v")}
+
+    def loss(qkv: dict[str, jax.Array], implementation: Implementation) -> jax.Array:
+        call = functools.partial(sparse_decode_attention, return_lse=True, implementation=implementation)
+        out, lse = call(**qkv, **arguments)
+        return (out.astype("float32") ** 2).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
+
+    def gradients(qkv: dict[str, jax.Array], implementation: Implementation) -> dict[str, jax.Array]:
+        return jax.jit(jax.grad(functools.partial(loss, implementation=implementation)))(qkv)
+
+    dtype = qkv["q"].dtype
+    got = gradients(qkv, implementation)
+    truth = gradients(jax.tree.map(lambda x: x.astype("float32"), qkv), "reference")
+    tolerance = (64 if dtype == "float32" else 16) * float(jnp.finfo(dtype).eps)
+    for name in qkv:
+        x, y = (np.asarray(of[name], np.float64) for of in (got, truth))
+        assert np.abs(x - y).max() <= tolerance * max(1, np.abs(y).max())
+
+
 def compare_with_own_rows(arguments: dict[str, Any], run: Run) -> None:
     """As a layer reads its rows of the caches of all layers, in any order."""
     alone = run(**arguments)
@@ -99,10 +122,19 @@ def compare_with_nothing(run: Run, *, heads: Heads, dtype: str) -> None:
     assert np.isfinite(np.asarray(out, np.float32)).all() and not np.isnan(lse).any()
 
 
-class Definition:
+def padded(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    arguments = case.arguments(KEY)
+    keys = behind(arguments["lengths"], arguments["k"].shape[1])
+    return arguments, {"q": np.asarray(arguments["lengths"]) == 0, "k": keys, "v": keys}
+
+
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return padded(named("ragged"))
 
     def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
         return compiled(self.implementation)(**arguments)
@@ -146,6 +178,9 @@ class Conformance(Definition):
     def test_fillers_and_unlisted_blocks_are_not_read(self):
         compare_with_poisoned(named("no-groups").arguments(KEY), self.run)
 
+    def test_gradients(self):
+        compare_gradients(named("ragged"), self.implementation)
+
     def test_runs_under_shard_map(self):
         """Each device has key/value heads of its own, the query heads that read them, and their lists."""
         keys = P(None, None, "model")
@@ -165,10 +200,22 @@ class Conformance(Definition):
 QUICK = slow_but(HALF, "half-group-of-12", "half-ragged")
 
 
-class HalfPrecision:
+class HalfPrecision(IgnoresPadding):
     """Properties of backends for GPUs, which take bfloat16 and float16, and caches of a multiple of 8 tokens."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return padded(HALF[3])
+
+    @products_of_padding
+    def test_padding_reaches_no_result_of_dense_attention(self):
+        arguments, padding = padded(HALF[3])
+        clean, filled = (
+            self.run(**arguments | {n: fill(arguments[n], m, x) for n, m in padding.items()} | {"blocks": None})
+            for x in ((0.0,), (np.nan, np.inf))
+        )
+        assert_bitwise_equal(clean, filled)
 
     def run(self, **arguments: Any) -> tuple[jax.Array, jax.Array]:
         return compiled(self.implementation)(**arguments)
@@ -192,6 +239,9 @@ class HalfPrecision:
 
     def test_heads_that_see_no_key_have_output_zero(self):
         compare_with_nothing(self.run, heads=Heads(4, 2, 64), dtype="bfloat16")
+
+    def test_gradients(self):
+        compare_gradients(Case("gradients", Heads(2, 1, 64), 128, batch=2, lengths=(128, 70)), self.implementation)
 
     @pytest.mark.parametrize("scale", [-0.3, 0.0])
     def test_any_scale(self, scale: float):

@@ -20,6 +20,7 @@ from tests.pallas_kernels.suites.comparison import (
     assert_bitwise_equal,
     compare_with_sharded,
 )
+from tests.pallas_kernels.suites.padding import IgnoresPadding
 
 
 @functools.cache
@@ -27,10 +28,17 @@ def compiled(implementation: Implementation) -> Callable[..., list[jax.Array]]:
     return jax.jit(functools.partial(stacked_linear, implementation=implementation))
 
 
-class Definition:
+class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
     implementation: ClassVar[Implementation]
+
+    def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return Case("padded", 256, (64, 128), rows=3).arguments(KEY), {"x": np.asarray([False, True, False])}
+
+    def told(self, result: Any) -> Any:
+        """A vector is its own row's alone."""
+        return [y[np.asarray([0, 2])] for y in result]
 
     def run(self, **arguments: Any) -> list[jax.Array]:
         return compiled(self.implementation)(**arguments)
@@ -44,6 +52,20 @@ class Definition:
         for w, y in zip(arguments["weights"], got, strict=True):
             truth = array(x) @ array(w[layer]).T
             assert_as_good_as(jnp.asarray(truth, x.dtype), y, truth)
+
+    def test_gradients(self):
+        case = Case("gradients", 128, (64, 128), rows=2, layers=3)
+        x, weights, layer = (case.arguments(KEY)[name] for name in ("x", "weights", "layer"))
+        call = functools.partial(stacked_linear, layer=layer, implementation=self.implementation)
+        loss = jax.jit(jax.grad(lambda x, weights: sum(y.astype("float32").sum() for y in call(x, weights)), (0, 1)))
+        in_x, in_weights = loss(x, weights)
+        np.testing.assert_allclose(
+            array(in_x), sum(array(w[layer]).sum(0) for w in weights)[None].repeat(2, 0), rtol=0.02, atol=0.1
+        )
+        for w, got in zip(weights, in_weights, strict=True):
+            expected = np.zeros(w.shape)
+            expected[int(layer)] = array(x).sum(0)
+            np.testing.assert_allclose(array(got), expected, rtol=0.01, atol=0.01)
 
     def test_reads_no_other_layer(self):
         arguments = Case("poisoned", 256, (64, 64), layers=4).arguments(KEY)

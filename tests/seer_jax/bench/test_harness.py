@@ -5,7 +5,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,13 @@ from pallas_kernels.backends import Unsupported
 from pallas_kernels.block_sparse_attention.cases import Case
 from pallas_kernels.cases import Heads
 from pallas_kernels.devices import default_device
+from seer_jax.bench.configs import PrefillBench
 from seer_jax.bench.decode import PANELS as DECODE_PANELS
 from seer_jax.bench.harness import clock, measurement
 from seer_jax.bench.harness.clock import Timing, layers_beyond_cache, memory_rate, time_calls, time_carried, time_chain
 from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, write_json
 from seer_jax.bench.harness.plots import plot_panels
-from seer_jax.bench.harness.report import print_tables
+from seer_jax.bench.harness.report import print_tables, report
 from seer_jax.bench.harness.sampled_check import AttentionCall, check_result
 from seer_jax.bench.prefill import FIRST_TOKEN
 from seer_jax.bench.prefill import PANELS as PREFILL_PANELS
@@ -236,6 +237,19 @@ def test_what_does_not_apply_is_a_dash():
     row = next(x for x in text.splitlines() if x.startswith("model case"))
     assert row.split() == ["model", "case", "-", "2", "1.00", "-", "-", "-"]
     assert "-: no memory is told" in text
+
+
+def test_an_interrupted_run_shows_and_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def interrupted() -> Iterator[Measurement]:
+        yield line("model", 2.0, density=None)
+        raise KeyboardInterrupt
+
+    config = PrefillBench(output=tmp_path / "bench.json")
+    with pytest.raises(KeyboardInterrupt):
+        report(config, interrupted(), (FIRST_TOKEN,), ())
+    said = capsys.readouterr()
+    assert FIRST_TOKEN.title in said.out and "Interrupted: 1 measurements are kept in" in said.err
+    assert len(json.loads((tmp_path / "bench.json").read_text())["measurements"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ WORDS = (
 
 def run_options_case(world: Path, place: Path, number: int) -> Outcome:
     """Runs a command with some of its options at random values."""
-    del world
+    copy_tree(world, place)
     rng = random.Random(number)
     command, (kind, base) = rng.choice(list(COMMANDS.items()))
     flags = [option.flag for option in Options(kind).all]

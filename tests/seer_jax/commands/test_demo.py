@@ -2,14 +2,18 @@
 
 import io
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from seer_jax.commands import demo as command
 from seer_jax.commands.demo import DemoConfig, demo
 from seer_jax.convert import load_gates
-from seer_jax.evaluate import Phase, all_methods
+from seer_jax.evaluate import Phase, Score, WindowScore, all_methods
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -29,6 +33,7 @@ def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
     written = json.loads((tmp_path / "scores.json").read_text())
     assert len(written["scores"]) == len(scores)
     assert written["config"]["steps"] == 2
+    assert {"command", "versions", "device", "estimators", "not_beaten", "narrow_leads", "texts"} <= written.keys()
     assert (tmp_path / "block_maps.png").read_bytes().startswith(b"\x89PNG")
     assert load_gates(tmp_path / "prefill_gate").config.block_size == config.tokens_per_block
     assert load_gates(tmp_path / "decode_gate").config.block_size == config.tokens_per_block
@@ -45,6 +50,22 @@ def test_the_bundled_gates_need_no_training(tmp_path: Path):
     assert of[Phase.DECODE, "gate"].passkey == 1 > of[Phase.DECODE, "window"].passkey
     assert "Distilling" not in out.getvalue() and "--gates tiny-lm" in out.getvalue()
     assert not (tmp_path / "prefill_gate").exists()
+
+
+def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def compare(model: Any, rows: Any, levels: Any, **settings: Any) -> Iterator[Score]:
+        yield Score(Phase.PREFILL, None, "dense", (WindowScore(1.0, 1.0),), (), 511, 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compare", compare)
+    out, sizes = io.StringIO(), dict(length=512, windows=1, passkeys=1, decoded=16)
+    config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.1, 0.1, 0.2), **sizes)
+    with pytest.raises(KeyboardInterrupt):
+        demo(config, console=Console(file=out, width=200))
+    assert "topk:0.1 is named 2 times" in out.getvalue()
+    assert "prefill: topk:0.1 and topk:0.2 choose equally many blocks at 512 tokens, 1 of 8" in out.getvalue()
+    (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert score["perplexity"] == pytest.approx(math.e) and score["perplexity_stderr"] is None
 
 
 BAD = [

@@ -15,6 +15,7 @@ from seer_jax.commands import main as cli
 from seer_jax.commands.eval import EvalConfig, evaluate
 from seer_jax.evaluate import Phase, Score
 from seer_jax.evaluate.score import ESTIMATORS
+from seer_jax.inference.memory import DeviceMemory
 from seer_jax.selection.rules import TopK
 from seer_jax.selection.scorers import LearnedGate, SinkWindow
 
@@ -159,6 +160,18 @@ def test_memory_that_does_not_suffice_is_one_line(
     assert said.count("\n") == 1 and "allocation of 123 bytes. Lower --length" in said and "--batch-size" in said
 
 
+@pytest.mark.parametrize(
+    ("phases", "needs"), [(tuple(Phase), r"caches of 4 rows 0\.\d*[1-9]"), ((Phase.PREFILL,), "0 rows 0.000")]
+)
+def test_weights_and_caches_must_fit_the_device(phases: tuple[Phase, ...], needs: str, monkeypatch: pytest.MonkeyPatch):
+    config = EvalConfig(phases=phases, length=256, windows=2, passkeys=2, decoded=16)
+    monkeypatch.setattr(command, "available_memory", lambda model: DeviceMemory(limit=2**24, in_use=2**23))
+    with pytest.raises(
+        MemoryError, match=f"must fit in device memory: needs .*{needs}.* 0.008 GiB available. Lower `length`"
+    ):
+        evaluate(config)
+
+
 class Measured(Exception):
     """Raised in place of the work."""
 
@@ -198,6 +211,15 @@ def test_bad_settings_are_refused(changes: dict, message: str):
         EvalConfig(**changes)
 
 
+def test_saved_settings_are_those_of_a_config():
+    config = EvalConfig(
+        text=Path("x"), methods=(SinkWindow(),), phases=(Phase.DECODE,), policies=("topk:0.1",), force=True
+    )
+    assert EvalConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(ValueError, match=r"registered scorers; got best, colour\. Import the module"):
+        EvalConfig.from_json({"methods": ["best"], "colour": 1})
+
+
 LINE = "x = 1\n"
 TEXTS = [
     (LINE * 2000, dict(), None),
@@ -213,7 +235,7 @@ TEXTS = [
     (
         LINE * 2000,
         dict(length=20000),
-        "model's context of 16384 tokens; got 20000.*beyond_context=True",
+        "`length`, the tokens of a row, must fit the model's context of 16384 tokens; got 20000.*beyond_context=True",
     ),
     (LINE * 20000, dict(length=20000, beyond_context=True, windows=1), None),
     (LINE * 2000, dict(policies=("budget:10:window",)), "at least one block of 64 tokens; got 10"),

@@ -190,14 +190,11 @@ def test_the_bundled_model_has_a_name(capsys: pytest.CaptureFixture[str]):
 def test_the_sampling_that_the_model_asks_for_is_told(tmp_path: Path):
     asked = dict(do_sample=True, temperature=0.6, top_p=0.95, repetition_penalty=1.05)
     (tmp_path / "generation_config.json").write_text(json.dumps(asked))
-    config = GenerateConfig(model=str(tmp_path))
     missing = "its generation_config.json asks for repetition_penalty=1.05, which is not available"
-    assert recommended_sampling(config) == (
-        "sampling: the model recommends --temperature 0.6 --top-p 0.95; without them the most likely token is taken; "
-        + missing
-    )
-    assert recommended_sampling(dataclasses.replace(config, temperature=1.0)) == f"sampling: {missing}"
-    assert recommended_sampling(GenerateConfig(model="tiny-lm")) is None
+    advice = "the model recommends --temperature 0.6 --top-p 0.95; without them the most likely token is taken"
+    assert recommended_sampling(GenerateConfig(), str(tmp_path)) == f"sampling: {advice}; {missing}"
+    assert recommended_sampling(GenerateConfig(temperature=1.0), str(tmp_path)) == f"sampling: {missing}"
+    assert recommended_sampling(GenerateConfig(), "tiny-lm") is None
 
 
 def test_a_chat_also_ends_at_the_end_of_a_turn(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

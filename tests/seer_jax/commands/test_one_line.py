@@ -71,14 +71,17 @@ FAILURES = [
     ("generate --model /absent --prompt x", "There is no folder '/absent', *"),
     ("generate --prompt-file /absent --model tiny-lm", "No such file or directory: '/absent'."),
     ("generate --prompt ''", "The prompt must have at least one token; *"),
-    ("generate --prompt x --max-new-tokens 0", "--max-new-tokens must be at least 1; got 0."),
+    ("generate --prompt x --max-new-tokens 0", "--max-new-tokens must be an integer of at least 1; got 0."),
     ("generate --prompt x --max-new-tokens 99999", "Prompt and new tokens must fit * or pass --beyond-context."),
     (
         "generate --prompt x --decode topk:0.5",
         "topk:0.5 ranks blocks by a learned gate, * load one (--gates ...), * the policy dense.",
     ),
     ("generate --prompt x --decode budget:64:window,dense_layers=99", "dense_layers must leave a sparse layer: *"),
-    ("generate --prompt x --report /absent/x", "The folder of the report must exist; got /absent/x. *"),
+    (
+        "generate --prompt x --report /proc/x",
+        "--report must be writable; got /proc/x, and no file can be made in /proc *",
+    ),
     ("generate --prompt x --scorers absent_module", "No module named 'absent_module'"),
     ("generate --prompt x --gates seer_jax/tiny_lm", "A gate folder must hold *; * has neither but base weights. *"),
     (

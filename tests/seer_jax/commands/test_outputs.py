@@ -4,6 +4,8 @@ import builtins
 import importlib
 import inspect
 import io
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,3 +108,14 @@ def test_each_step_has_its_line_where_it_is_a_result(terminal: bool):
     with stages.stage("Quick", 2) as advance:
         advance("unseen")
     assert terminal or "unseen" not in out.getvalue()
+
+
+def test_a_bar_shows_steps_and_time_left_on_80_columns():
+    out = io.StringIO()
+    stages = Stages(Console(file=out, width=80, force_terminal=True, no_color=True))
+    with stages.stage("Comparing ways to choose blocks", 26) as advance:
+        advance("prefill learned gate, topk:0.1: " + "a long word " * 20)
+        time.sleep(0.3)  # for the bar to be drawn
+    frames = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", out.getvalue()).splitlines() if "1/26" in line]
+    assert frames and all("Comparing ways to choose blocks" in line and "left" in line for line in frames)
+    assert max(len(line.rstrip()) for line in frames) <= 80

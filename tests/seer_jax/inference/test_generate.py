@@ -17,7 +17,7 @@ from seer_jax.inference.generate import generate
 from seer_jax.inference.sampling import Sample, row_keys
 from seer_jax.selection.policies import Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import Random, SinkWindow
+from seer_jax.selection.scorers import LearnedGate, Oracle, Random, Scorer, SinkWindow
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 # With blocks of 16: less than one, exactly one, exactly two, and the width of the batch.
@@ -317,12 +317,24 @@ def test_only_shapes_and_static_fields_compile_anew(monkeypatch: pytest.MonkeyPa
     assert count() == 1
     assert count(tokens=tokens[::-1], lengths=lengths[::-1]) == 0
     assert count(lengths=None) == 0
-    assert count(tokens=np.pad(tokens, ((0, 0), (0, 3)))) == 0  # 44 tokens instead of 41: widths go in eights
+    # Programs are those of 64 tokens and 64 new ones, with room for 8 EOS tokens.
+    assert count(tokens=np.pad(tokens, ((0, 0), (0, 23)))) == 0
+    assert count(tokens=np.pad(tokens, ((0, 0), (0, 24)))) == 1
+    assert count(max_new_tokens=64, eos=tuple(range(8)), beyond_context=True) == count(eos=()) == 0
     assert count(decode=Threshold(0.3), sampling=Sample(0.9), key=jax.random.key(1), eos=3) == 0
     assert count(model=tiny_model(seed=8)) == 0
     assert count(decode=Threshold(0.1, dense_last_rows=1)) == 1
     assert count(decode=Threshold(0.1, dense_layers=1)) == 1
-    assert count(max_new_tokens=6) == 1
+    assert count(max_new_tokens=65) == 1
+
+
+def test_masks_are_those_of_the_prompts_whatever_programs_are_made_for():
+    """With blocks of 16, a prompt of 41 tokens has 3; its program has room for 4, and its cache for 8."""
+    masks = dict(prefill=np.ones((2, len(LENGTHS), 1, 3, 3), bool), decode=np.ones((2, len(LENGTHS), 2, 4), bool))
+    result = run(**{phase: Given(mask, 16) for phase, mask in masks.items()}, eos=())
+    assert result.rows() == run(eos=()).rows()
+    np.testing.assert_array_equal(result.prefill_kept, 1)
+    np.testing.assert_array_equal(result.decode_kept_steps, 1)
 
 
 def test_padding_and_capacity_change_nothing():
@@ -333,34 +345,76 @@ def test_padding_and_capacity_change_nothing():
     assert run(cache_capacity=100, **SPARSE).rows() == expected
 
 
-def test_logits_that_are_not_finite_are_told_by_row():
+def damaged(token: int, value: float = np.nan) -> Transformer:
+    """A model of which one token's embedding is not finite."""
+    model = tiny_model()
+    model.embed_tokens[...] = model.embed_tokens[...].at[token].set(value)
+    return model
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_whose_logits_are_not_finite_ends_alone(value: float):
     tokens, lengths = prompts()
-    row = 2
-    strange = next(t for t in tokens[row] if not (np.delete(tokens, row, 0) == t).any())
-    for value in (np.nan, np.inf):
-        model = tiny_model()
-        model.embed_tokens[...] = model.embed_tokens[...].at[strange].set(value)
-        message = r"row 2 at new token 0 hold NaN or infinity \(rows affected: \[2\]\)"
-        with pytest.raises(ValueError, match=message):
-            run(model)
-        with pytest.raises(ValueError, match=message):
-            list(stream(model, tokens, lengths, max_new_tokens=NEW, eos=NEVER, **SPARSE))
+    row, healthy = 2, run(**SPARSE)
+    others = {*np.delete(tokens, row, 0).ravel().tolist(), *(t for i in (0, 1, 3) for t in healthy.rows()[i])}
+    model = damaged(next(t for t in tokens[row] if t not in others), value)
+    message = r"row 2 at new token 0 hold NaN or infinity \(rows affected: \[2\]\). These rows end there"
+    with pytest.warns(RuntimeWarning, match=message):
+        result = run(model, **SPARSE)
+    with pytest.warns(RuntimeWarning, match=message):
+        pieces = joined(list(stream(model, tokens, lengths, max_new_tokens=NEW, eos=NEVER, **SPARSE)))
+    expected = [[] if i == row else new for i, new in enumerate(healthy.rows())]
+    assert pieces == result.rows() == expected
+    assert result.failed.tolist() == [-1, -1, 0, -1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # indices have 64 bits then
+@pytest.mark.parametrize("scorer", [LearnedGate(), Oracle(), Random()], ids=str)
+def test_in_jax_64_bit_mode_and_in_chunks_of_rows(scorer: Scorer, monkeypatch: pytest.MonkeyPatch):
+    policies: dict[str, Any] = dict(prefill=TopK(0.4, scorer), decode=TokenBudget(32, scorer))
+    expected = run(**policies).rows()
+    monkeypatch.setattr("seer_jax.models.attention.ROWS_AT_ONCE", 2)
+    with jax.enable_x64(True):
+        assert run(**policies).rows() == expected
+
+
+def test_padding_that_is_not_finite_reaches_no_row():
+    """Prompts are padded with token 0, whatever the program's width."""
+    tokens = np.maximum(prompts()[0], 1)
+
+    def rows(value: float, **policies: Any) -> list[list[int]]:
+        model = damaged(0, value)
+        assert model.lm_head is not None
+        model.lm_head[...] = model.lm_head[...].at[0].set(0.0)  # never the largest logit
+        return run(model, tokens=tokens, **policies, eos=()).rows()
+
+    for policies in ({}, SPARSE):
+        assert rows(np.nan, **policies) == rows(np.inf, **policies) == rows(0.1, **policies)
+
+
+def test_where_no_row_has_finite_logits_there_is_an_error():
+    model = damaged(0)
+    model.embed_tokens[...] = jnp.full_like(model.embed_tokens[...], jnp.nan)
+    for function in (generate, lambda *args, **settings: list(stream(*args, **settings))):
+        with pytest.raises(ValueError, match=r"rows affected: \[0, 1, 2, 3\]\). The weights are damaged"):
+            function(model, *prompts(), max_new_tokens=NEW, eos=NEVER)
 
 
 def test_a_failure_while_decoding_is_told_by_step():
-    free = run().rows()
-    model = tiny_model()
-    model.embed_tokens[...] = model.embed_tokens[...].at[free[3][6]].set(np.nan)
-    healthy = [row.index(free[3][6]) + 1 for row in free if free[3][6] in row]
-    tokens, lengths = prompts()
-    if (tokens[np.arange(tokens.shape[1]) < lengths[:, None]] == free[3][6]).any():
+    free, (tokens, lengths) = run().rows(), prompts()
+    token = free[3][6]
+    if (tokens[np.arange(tokens.shape[1]) < lengths[:, None]] == token).any():
         pytest.fail("The prompts must not hold the damaged token; choose another seed.")
-    with pytest.raises(ValueError, match=f"at new token {healthy[0]} hold NaN"):
-        run(model)
+    made = [row.index(token) + 1 if token in row[:-1] else NEW for row in free]
+    with pytest.warns(RuntimeWarning, match=f"at new token {made[np.argmax(np.array(made) < NEW)]} hold NaN"):
+        result = run(damaged(token))
+    assert result.rows() == [row[:n] for row, n in zip(free, made, strict=True)]
+    assert result.failed.tolist() == [n if n < NEW else -1 for n in made]
 
 
 BAD = [
-    (dict(max_new_tokens=0), "max_new_tokens must be at least 1; got 0"),
+    (dict(max_new_tokens=0), "max_new_tokens must be an integer of at least 1; got 0"),
     (dict(tokens=[[1, 2], [3]], lengths=None), r"rows of different lengths.*pad_prompts\(rows\)"),
     (dict(tokens=np.zeros(3, np.int32)), r"integers \[B, T\].*got int32 \(3,\).*batch of one row"),
     (dict(tokens=np.zeros((1, 3), np.float32)), r"got float32 \(1, 3\)"),
@@ -371,7 +425,7 @@ BAD = [
     (dict(lengths=np.ones(4)), r"got float64 \(4,\)"),
     (dict(lengths=[3, 0, 1, 1]), "1 to T = 41 tokens; row 1 has length 0"),
     (dict(lengths=[3, 1, 1, 42]), "row 3 has length 42"),
-    (dict(max_new_tokens=8192), r"max_position_embeddings = 8192 tokens; got 41 \+ 8192.*beyond_context=True"),
+    (dict(max_new_tokens=8192), r"context of 8192 tokens; got 41 \+ 8192.*beyond_context=True"),
     (dict(cache_capacity=63), ", 64 tokens; got cache_capacity=63. Raise it"),
     (dict(prefill=TopK(0.1)), "the model has none of this kind"),
     (dict(decode=Threshold(0.1)), "the model has none of this kind"),
@@ -397,7 +451,7 @@ def test_bad_requests_are_refused(function, change: dict, message: str):
 
 
 def test_a_stream_needs_a_chunk():
-    with pytest.raises(ValueError, match="at least 1 token; got 0"):
+    with pytest.raises(ValueError, match="chunk must be an integer of at least 1; got 0"):
         stream(llama(), *prompts(), max_new_tokens=1, chunk=0)
 
 

@@ -153,6 +153,14 @@ def test_absent_keys_have_the_defaults_of_transformers(family: str):
     assert ours.o_bias == getattr(theirs, "attention_bias", False)
 
 
+@pytest.mark.parametrize("family", OURS)
+def test_null_is_absent(family: str):
+    for key in {*keys_of(OURS[family])} - {"sliding_window", "num_key_value_heads"}:
+        if key not in SIZES:
+            absent = {k: v for k, v in BASE[family].items() if k != key}
+            assert config_from_hf(absent | {key: None}) == config_from_hf(absent), key
+
+
 NEAR_MISSES = [
     ("GraniteConfig", r"attention_multiplier of config\.json must be absent or 0\.35"),
     (
@@ -261,9 +269,14 @@ def test_rope_is_read_as_by_transformers(family: str, name: str):
 
 
 WRONG_ROPES: dict[str, tuple[dict[str, Any], str]] = {
+    # As in DeepSeek-R1-0528-Qwen3-8B, whose product of the two is 1.
     "attn_factor": (
-        dict(rope_scaling=YARN | dict(attn_factor=1.2)),
-        "of type 'yarn' must have no keys but .*; got attn_factor=1.2. transformers calls it attention_factor",
+        dict(rope_scaling=YARN | dict(attn_factor=0.8782488562869419)),
+        "attn_factor of config.json must be absent, .*; got 0.878.* Write attention_factor 1 in its place .* or remove it",
+    ),
+    "attn_factor of linear": (
+        dict(rope_scaling=dict(type="linear", factor=2.0, attn_factor=2.0)),
+        "got attn_factor=2.0",
     ),
     "mscale of linear": (
         dict(rope_scaling=dict(type="linear", factor=2.0, mscale=1.0)),
@@ -318,10 +331,12 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     (dict(tie_word_embeddings="false"), "tie_word_embeddings of config.json must be true or false; got 'false'"),
     (dict(attention_bias=1), "attention_bias of config.json must be true or false; got 1"),
     (dict(use_sliding_window="false"), "use_sliding_window of config.json must be true or false; got 'false'"),
-    (dict(hidden_size="32"), "hidden_size of config.json must be an integer; got '32'"),
-    (dict(num_hidden_layers=4.5), "num_hidden_layers of config.json must be an integer; got 4.5"),
-    (dict(num_hidden_layers=True), "num_hidden_layers of config.json must be an integer; got True"),
-    (dict(vocab_size=[64]), r"vocab_size of config.json must be an integer; got \[64\]"),
+    (dict(hidden_size="32"), "hidden_size of config.json must be an integer below 2.*; got '32'"),
+    (dict(num_hidden_layers=4.5), "num_hidden_layers of config.json must be an integer below 2.*; got 4.5"),
+    (dict(num_hidden_layers=True), "num_hidden_layers of config.json must be an integer below 2.*; got True"),
+    (dict(num_hidden_layers=10**9), "ModelConfig.num_layers must be at most 10000; got 1000000000"),
+    (dict(vocab_size=10**400), "vocab_size of config.json must be an integer below 2.*; got a longer number"),
+    (dict(vocab_size=[64]), r"vocab_size of config.json must be an integer below 2.*; got \[64\]"),
     (dict(rms_norm_eps=float("nan")), "rms_norm_eps of config.json must be a finite number; got nan"),
     (
         dict(eos_token_id="</s>"),
@@ -342,3 +357,42 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
 def test_values_of_another_type_are_refused(keys: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config_from_hf(LLAMA | keys)
+
+
+STRANGE: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    10**9,
+    10**400,
+    1.5,
+    float("inf"),
+    "",
+    "x",
+    "\ud800",
+    [],
+    [None],
+    [[]],
+    {},
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_strange_values_give_one_line(family: str):
+    """Whatever a damaged config.json says, it is read or refused."""
+    keys = {
+        *keys_of(OURS[family]),
+        *("rope_scaling", "rope_theta", "dual_chunk_attention_config", "no_rope_layers", "model_type"),
+    }
+    changes: list[dict[str, Any]] = [{key: value} for key in keys for value in STRANGE]
+    for rope in (YARN, LLAMA3):
+        changes += [
+            dict(rope_scaling=rope | {key: value}) for key in (*rope, "beta_slow", "mscale") for value in STRANGE
+        ]
+    for change in changes:
+        try:
+            config_from_hf(BASE[family] | change)
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1

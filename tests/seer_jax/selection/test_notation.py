@@ -88,7 +88,7 @@ def test_other_words_are_no_policies(text: str):
         ("budget:512.5", "tokens must be a whole number; got '512.5'."),
         ("topk:0.1:oracle:x", "the scorer must be one of gate, oracle, random, window; got 'oracle:x'."),
         ("mass:0.9,dense_layers=1,dense_layers=1", "dense_layers must be given once; got it twice"),
-        ("threshold:0.1,dense_last_rows=-1", "dense_last_rows must be at least 0; got -1."),
+        ("threshold:0.1,dense_last_rows=-1", "dense_last_rows must be an integer of at least 0; got -1."),
     ],
 )
 def test_what_is_wrong_with_a_policy_is_reported(text: str, reason: str):

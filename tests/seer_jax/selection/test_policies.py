@@ -161,7 +161,7 @@ def wrong(value: Any) -> Any:
         (lambda: CumulativeMass(wrong("0.1")), "CumulativeMass.mass.* must be a number or an array; got '0.1'"),
         (lambda: TopK(0.0), r"TopK.density.* must lie in \(0, 1\].*; got 0.0"),
         (lambda: TopK(1.1), r"TopK.density.* must lie in \(0, 1\].*; got 1.1"),
-        (lambda: TokenBudget(0), "TokenBudget.tokens.* must be at least 1; got 0"),
+        (lambda: TokenBudget(0), "TokenBudget.tokens must be an integer of at least 1; got 0"),
         (lambda: TokenBudget(15).blocks_per_row(16), "must hold at least one block of 16 tokens; got 15.* 16 or more"),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_mask_of_another_model_is_refused():
     for mask in (jnp.ones((2, 1, 1, 5, 5), bool), jnp.ones((LAYERS, 1, 1), bool), jnp.ones((LAYERS, 1, 2, 5))):
         with pytest.raises(ValueError, match=rf"Given.mask must be bool .* with L = {LAYERS}; got {mask.dtype} "):
             Given(mask, BLOCK).stacked(LAYERS, HEADS)
-    with pytest.raises(ValueError, match=r"end with 5, 5 blocks; got shape \(1, 1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"and 5, 5 blocks; got shape \(1, 1, 4, 4\)"):
         Given(jnp.ones((LAYERS, 1, 1, 4, 4), bool), BLOCK).of_layer(jnp.int32(0)).blocks(prefill_context(TOKENS, (70,)))
 
 
@@ -302,7 +302,7 @@ def test_a_row_is_scored_as_if_it_were_alone(name: str):
 def test_a_given_mask_has_a_row_for_each_block_row(rows: int, at_once: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("seer_jax.models.attention.ROWS_AT_ONCE", at_once)
     model, tokens = tiny_model(), jnp.zeros((1, 96), jnp.int32)
-    with pytest.raises(ValueError, match=r"\[B, Hs, Tb, Sb\] in each layer and end with 6, 6 blocks; got shape"):
+    with pytest.raises(ValueError, match=r"\[B, Hs, Tb, Sb\] in each layer, with .* and 6, 6 blocks; got shape"):
         model.hidden_states(tokens, sparsity=Given(jnp.ones((2, 1, 1, rows, 6), bool), block_size=16))
 
 
@@ -317,3 +317,10 @@ def test_late_queries_attend_as_in_the_whole_prompt(policy: Policy):
     late, kept = prefill_attention(policy, PrefillContext(q=q[:, 48:], q_rotated=q[:, 48:], offset=48, **arrays))
     np.testing.assert_allclose(late[0], whole[0, 48:], atol=1e-6)
     assert kept[1] == 0 and np.isfinite(kept).all()
+
+
+@pytest.mark.parametrize(("density", "kept"), [(0.29, 29), (0.57, 57), (0.1, 10), (0.005, 2), (1.0, 100)])
+def test_a_share_of_a_hundred_blocks_is_that_many(density: float, kept: int):
+    """0.29 * 100 is less than 29 in binary."""
+    assert TopK(density).blocks_per_token(100) == kept
+    assert TopK(1 - (1 - 0.29) ** 2).blocks_per_row(100) == 29

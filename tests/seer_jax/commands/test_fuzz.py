@@ -1,0 +1,79 @@
+"""No file and no option gives a traceback, a hang or a heap of memory: damaged files and random options, seeded.
+
+A few cases run always, two thousand with the slow tests. A failure names the number of its case.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seer_jax.commands import bench, demo, train
+from seer_jax.commands import main as cli
+from seer_jax.train import DistillConfig, TrainResult
+from tests.seer_jax.commands.fuzz import Outcome
+from tests.seer_jax.commands.fuzz_cases import make_world, run_file_case, run_options_case
+
+FEW = 60
+GROUP = 100  # cases of one test
+
+pytestmark = [
+    pytest.mark.timeout(0),  # each case has an alarm of its own, which takes the place of the tests' one
+    pytest.mark.cpu,
+    pytest.mark.usefixtures("compile_quickly", "unchecked"),
+]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What cases take copies of."""
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    before = Path.cwd()
+    os.chdir(root)
+    try:
+        assert cli.main(["train", "--config", "run.yaml", "--output", "run"]) == 0
+    finally:
+        os.chdir(before)
+    return root
+
+
+@pytest.fixture
+def light_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options are read and checked as ever; benches, demonstrations and training steps, which any size may be asked of, are left out."""
+    monkeypatch.setattr(bench, "BENCHES", {k: (c, lambda config: [], s) for k, (c, _, s) in bench.BENCHES.items()})
+    monkeypatch.setattr(demo, "demo", lambda config: [])
+    distill = train.distill
+
+    def short(config: DistillConfig) -> TrainResult:
+        if config.steps * config.batch_size > 8 or config.sequence_length > 256:
+            raise ValueError("The run is longer than a test may be.")
+        return distill(config)
+
+    monkeypatch.setattr(train, "distill", short)
+
+
+def check(run: Callable[[Path, Path, int], Outcome], world: Path, place: Path, numbers: range) -> None:
+    os.chdir(place)
+    outcomes = [(number, run(world, place, number)) for number in numbers]
+    assert [(number, outcome) for number, outcome in outcomes if outcome.wrong] == []
+
+
+def test_random_command_lines(tmp_path: Path, light_work: None, monkeypatch: pytest.MonkeyPatch):
+    """Few, and of files that are not there: what comes after the options takes its time."""
+    monkeypatch.chdir(tmp_path)
+    (empty := tmp_path / "empty").mkdir()
+    (place := tmp_path / "place").mkdir()
+    check(run_options_case, empty, place, range(FEW))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", range(10))
+@pytest.mark.parametrize("run", [run_file_case, run_options_case])
+def test_two_thousand_cases(
+    run: Any, group: int, world: Path, tmp_path: Path, light_work: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    check(run, world, tmp_path, range(group * GROUP, (group + 1) * GROUP))
