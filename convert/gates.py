@@ -89,9 +89,7 @@ def load_gates(
     folder = resolve_gate(location, GATE_PATTERNS, **hub)
     check_is_gate(folder)
     hf = read_config(folder)
-    if model_config is not None:
-        _check_same_model(folder, hf, config_from_hf(hf), model_config)
-    gate = described_gate(hf, model_config)
+    gate = described_gate(hf, model_config, place=str(folder))
     rules, path = gate_rules(gate.config), _weight_file(folder)
     if path.suffix == ".pth":
         return load_parameters(gate, rules, ArraySource(str(path), read_torch_zip(path)), sharding=sharding)
@@ -100,14 +98,23 @@ def load_gates(
         return load_parameters(gate, rules, source, sharding=sharding)
 
 
-def described_gate(hf: Mapping[str, Any], model_config: ModelConfig | None = None) -> PrefillGate | DecodeGate:
+def described_gate(
+    hf: Mapping[str, Any], model_config: ModelConfig | None = None, *, place: str = "config.json"
+) -> PrefillGate | DecodeGate:
     """The gate that a parsed `config.json` describes, with its recommended policy and shapes in place of weights.
 
     Args:
       hf: of a gate.
       model_config: of its base model; None: the one in `hf`.
+      place: of the gate, for messages.
+
+    Raises:
+      ValueError: the gate was made for another model, or its configuration is not supported.
     """
-    gate = abstract_gate(gate_config_from_hf(hf), config_from_hf(hf) if model_config is None else model_config)
+    found = config_from_hf(hf)
+    if model_config is not None:
+        _check_same_model(place, hf, found, model_config)
+    gate = abstract_gate(gate_config_from_hf(hf), found if model_config is None else model_config)
     gate.recommended = policy_from_hf(hf)
     return gate
 
@@ -182,7 +189,7 @@ def save_gates(
             f"A folder must hold one gate; {folder} already has {other.file_name}. Choose another folder, or remove that file first."
         )
     hf = dict(config_to_hf(gate.model) if hf_config is None else hf_config)
-    _check_same_model(folder, hf, config_from_hf(hf), gate.model)
+    _check_same_model(str(folder), hf, config_from_hf(hf), gate.model)
     hf = without_gate_keys(hf) | gate_config_to_hf(gate.config) | {"base_model": base_model}
     policy = gate.recommended if policy is None else policy
     if policy is not None:
@@ -241,17 +248,17 @@ def _weight_file(folder: Path) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def _check_same_model(folder: Path, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:
+def _check_same_model(place: str, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:
     of = f"of a gate for {hf.get('base_model', 'another model')!r}"
     for name in _MUST_AGREE:
         theirs, ours = getattr(found, name), getattr(expected, name)
         if theirs != ours:
             raise ValueError(
-                f"{folder}: a gate must be for this base model: {name} must be {ours}; got {theirs}, {of}. Use the gate of this base model."
+                f"{place}: a gate must be for this base model: {name} must be {ours}; got {theirs}, {of}. Use the gate of this base model."
             )
     if not same_rope(found.rope, expected.rope, expected.head_dim):
         raise ValueError(
-            f"{folder}: a gate must be for this base model: RoPE must be {_described(expected.rope)}; got {_described(found.rope)}, {of}. "
+            f"{place}: a gate must be for this base model: RoPE must be {_described(expected.rope)}; got {_described(found.rope)}, {of}. "
             "Use a gate that was distilled under the RoPE of this base model; where it is known to serve this one, change rope_scaling in "
             "the gate's config.json."
         )

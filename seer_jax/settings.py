@@ -49,8 +49,12 @@ def parse_setting(kind: Any, value: Any, place: str) -> Any:
         return parse_setting(next(a for a in arguments if a is not types.NoneType), value, place)
     if origin is tuple:
         return _parse_tuple(arguments[0], value, place)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(kind):
         return _parse_mapping(kind, value, place)
+    return _parse_value(kind, value, place)
+
+
+def _parse_value(kind: type, value: Any, place: str) -> Any:
     if issubclass(kind, enum.StrEnum):
         if isinstance(value, str) and value in list(kind):
             return kind(value)

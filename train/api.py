@@ -14,7 +14,7 @@ from seer_jax.gates.configs import GateConfig, PrefillGateConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_to_hf
 from seer_jax.models.hub import read_config, resolve
-from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, to_dict
+from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.data.tokens import check_tokens
@@ -56,7 +56,8 @@ def distill(
       FloatingPointError: the loss is no longer finite.
       KeyboardInterrupt, SystemExit: the process was asked to stop (SIGINT, SIGTERM), and has written a checkpoint.
     """
-    config = config.absolute()
+    config = absolute(config)
+    _check_named(config, model)
     with open_session(config, progress) as session:
         given, model = model, _load_model(config, model, session)
         hf_config = None
@@ -116,7 +117,8 @@ def finetune(
     float32, so that a weight takes 16 bytes with its gradient; the arithmetic is of the model's dtype. Only the hidden states between
     layers are kept for the backward pass, which computes the layers again.
     """
-    config = config.absolute()
+    config = absolute(config)
+    _check_named(config, model)
     with open_session(config, progress) as session:
         model = _load_model(config, model, session)
         session.accept(config=config.defining(), model=to_dict(model.config))
@@ -133,12 +135,16 @@ def finetune(
         return run(task, trained, frozen, rows, session, held_out=held_out)
 
 
+def _check_named(config: TrainConfig, model: Transformer | None) -> None:
+    """Raises ValueError where there is no model to train; nothing is made in the output folder then."""
+    if model is None and not config.model:
+        raise ValueError("Training needs a base model; got model=''. Set `model` to a folder or hub id.")
+
+
 def _load_model(config: TrainConfig, model: Transformer | None, session: Session) -> Transformer:
     """The model to start from; a given one is not changed, though its arrays are shared."""
     if model is not None:
         return nnx.merge(*nnx.split(model))
-    if not config.model:
-        raise ValueError("Training needs a base model; got model=''. Set `model` to a folder or hub id.")
     session.begin(f"loading {config.model}")
     from seer_jax.models.pretrained import from_pretrained
 

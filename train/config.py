@@ -129,18 +129,6 @@ class TrainConfig:
         """Rows that the run takes from its data: those it trains on, and those held out."""
         return self.steps * self.batch_size + self.data.held_out_rows
 
-    def absolute(self) -> "TrainConfig":
-        """The same run with absolute paths, so that it goes on from any folder; names on the hub stay as they are."""
-        template = self.data.chat_template
-        data = dataclasses.replace(
-            self.data,
-            paths=tuple(map(_absolute, self.data.paths)),
-            dataset=_absolute_folder(self.data.dataset),
-            chat_template=template if template is None or is_template_text(template) else _absolute(template),
-        )
-        output = None if self.output is None else _absolute(self.output)
-        return dataclasses.replace(self, model=_absolute_folder(self.model), output=output, data=data)
-
     def defining(self) -> dict[str, Any]:
         """The settings that determine the results of a run: runs that agree in them make the same steps."""
         free = ("output", "checkpoint_interval", "keep_checkpoints", "log_interval", "tensorboard")
@@ -192,11 +180,6 @@ class DistillConfig(TrainConfig):
         """b of the gates."""
         return self.decode.block_size if self.kind is TrainedGates.DECODE else self.prefill.block_size
 
-    def absolute(self) -> "DistillConfig":
-        """See `TrainConfig.absolute`."""
-        initial = tuple(_absolute_folder(gate) for gate in self.initial_gates)
-        return dataclasses.replace(super().absolute(), initial_gates=initial)
-
     @classmethod
     def prefill_recipe(cls, **changes: Any) -> "DistillConfig":
         """The authors' recipe for prefill gates: 500 steps of 16 x 64k tokens (SeerAttention, arXiv 2410.13276)."""
@@ -223,11 +206,27 @@ class FinetuneConfig(TrainConfig):
     sequence_length: int = 32768
 
 
+def absolute[C: TrainConfig](config: C) -> C:
+    """The same run with absolute paths, so that it goes on from any folder; names on the hub stay as they are."""
+    data, template = config.data, config.data.chat_template
+    data = dataclasses.replace(
+        data,
+        paths=tuple(map(_absolute, data.paths)),
+        dataset=None if data.dataset is None else _absolute_folder(data.dataset),
+        chat_template=template if template is None or is_template_text(template) else _absolute(template),
+    )
+    changes: dict[str, Any] = {"model": _absolute_folder(config.model), "data": data}
+    changes["output"] = None if config.output is None else _absolute(config.output)
+    if isinstance(config, DistillConfig):
+        changes["initial_gates"] = tuple(map(_absolute_folder, config.initial_gates))
+    return dataclasses.replace(config, **changes)
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _absolute_folder[N: (str, str | None)](name: N) -> N:
+def _absolute_folder(name: str) -> str:
     """A name as an absolute path where it is a folder, otherwise as it is: a hub id, or that of the bundled model."""
     return _absolute(name) if name and name != tiny_lm.NAME and Path(name).expanduser().is_dir() else name
 
@@ -243,9 +242,11 @@ def from_dict[C](kind: type[C], values: Mapping[str, Any]) -> C:
     Raises:
       ValueError: a key is unknown or a value is of another type than its field.
     """
-    return parse_setting(
-        kind, {_RENAMED.get(str(name), str(name)): value for name, value in values.items()}, kind.__name__
-    )
+    return parse_setting(kind, _with_new_names(values), kind.__name__)
+
+
+def _with_new_names(values: Mapping) -> dict[str, Any]:
+    return {_RENAMED.get(str(name), str(name)): value for name, value in values.items()}
 
 
 def load_config[C](kind: type[C], path: str | Path) -> C:
@@ -262,7 +263,7 @@ def load_config[C](kind: type[C], path: str | Path) -> C:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must hold settings by name, such as `steps: 100`; got {type(values).__name__}.")
     try:
-        return from_dict(kind, values)
+        return parse_setting(kind, _with_new_names(values), kind.__name__)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -124,7 +124,7 @@ def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
         largest = jax.lax.dynamic_update_slice_in_dim(largest, of_blocks, j * (tile // b), axis=3)
         return state.add(scores, v_tile), largest
 
-    start = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf))
+    start = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf, jnp.float32))
     last = jnp.minimum((position + tile - 1) // tile, k.shape[2] // tile - 1)
     state, largest = jax.lax.fori_loop(first, last + 1, step, start)
     return tuple(x.reshape(batch, heads, tile, *x.shape[3:]) for x in (*state.finish(), largest))

@@ -16,7 +16,8 @@ from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
 from seer_jax.commands.stages import Stages
 from seer_jax.convert import save_gates
 from seer_jax.evaluate.comparison import compare, plan_measurements
-from seer_jax.evaluate.levels import SparsityLevel, level_name
+from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name
+from seer_jax.evaluate.notes import equal_counts, repeated
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.plots import block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.evaluate.record import environment, typed_command, write_scores
@@ -195,6 +196,9 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
 
 def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: EvalRows) -> list[Score]:
     levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, config.densities)]
+    notes = repeated(levels) + equal_counts(model, levels, tuple(Phase), length=rows.length, decoded=rows.decoded)
+    for note in notes:
+        stages.say(note)
     measurements = len(plan_measurements(model, levels))
     workers = 2 if jax.default_backend() == "cpu" else 1
     scores = []

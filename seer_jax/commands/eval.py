@@ -15,7 +15,7 @@ from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of,
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
-from seer_jax.evaluate.comparison import Measurement, all_methods, compare, plan_measurements
+from seer_jax.evaluate.comparison import Measurement, all_methods, check_context, compare, plan_measurements
 from seer_jax.evaluate.levels import (
     Phase,
     SparsityLevel,
@@ -208,7 +208,7 @@ class Job:
         source, dtype = config.text or tiny_lm.path() / "eval_text.txt", config.dtype or DType.default()
         text, name = read_text(source), model_of(config.model, config.gates, config.hub)
         shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
-        _check_context(config, shapes)
+        check_context(shapes, config.length, beyond_context=config.beyond_context)
         levels = config.levels(shapes)
         planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
         settings = {field: getattr(config, field) for field in ROW_SETTINGS}
@@ -281,9 +281,8 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
     with stages.stage("Loading the model"):
         model = job.load()
     done = {score.key for score in scores}
-    settings: dict[str, Any] = dict(
-        methods=config.methods, phases=config.phases, batch_size=config.batch_size, done=tuple(scores)
-    )
+    names = ("methods", "phases", "batch_size", "beyond_context")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names} | {"done": tuple(scores)}
     try:
         with stages.stage("Measuring", len(planned) - len(done), every_step=True) as advance:
             for score in compare(model, job.rows, job.levels, **settings):
@@ -302,12 +301,3 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
         raise
     by_key = {score.key: score for score in scores}
     return [by_key[one.key] for one in planned]
-
-
-def _check_context(config: EvalConfig, model: Transformer) -> None:
-    context = model.config.context
-    if config.length > context and not config.beyond_context:
-        raise ValueError(
-            f"length must fit the model's context of {context} tokens; got {config.length}. Lower `length`, "
-            "load the model with a RoPE scaling for longer contexts, or pass beyond_context=True."
-        )

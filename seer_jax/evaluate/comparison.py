@@ -108,6 +108,16 @@ def _check_policy(model: Transformer, measurement: Measurement) -> None:
         measurement.policy.blocks_per_row(measurement.policy.tokens_per_block(gate))
 
 
+def check_context(model: Transformer, length: int, *, beyond_context: bool) -> None:
+    """Raises ValueError where rows of `length` tokens exceed the model's context (`ModelConfig.context`) and may not."""
+    context = model.config.context
+    if length > context and not beyond_context:
+        raise ValueError(
+            f"`length`, the tokens of a row, must fit the model's context of {context} tokens; got {length}. Lower it, load the model with "
+            "a RoPE scaling for longer contexts, or pass beyond_context=True."
+        )
+
+
 def compare(
     model: Transformer,
     rows: EvalRows,
@@ -118,6 +128,7 @@ def compare(
     batch_size: int = 8,
     workers: int = 1,
     done: Sequence[Score] = (),
+    beyond_context: bool = False,
 ) -> Iterator[Score]:
     """Scores dense attention, then each method at each level, phase by phase.
 
@@ -134,13 +145,18 @@ def compare(
       batch_size: rows that are decoded at a time. Prompts are read one by one, since each fills the device.
       workers: measurements at a time. Two keep the cores of a CPU busy while one of them compiles; the results are the same.
       done: scores of an earlier comparison of the same model on the same rows; they are yielded as they are and not measured again.
+      beyond_context: allow rows of more tokens than the model's context.
 
     Yields:
       Scores in the order of `plan_measurements`, as soon as they are measured.
 
     Raises:
-      ValueError: see `plan_measurements`.
+      ValueError: see `plan_measurements` and `check_context`; or there are no workers or no rows at a time.
     """
+    for name, count in (("batch_size", batch_size), ("workers", workers)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1; got {count}.")
+    check_context(model, rows.length, beyond_context=beyond_context)
     planned = plan_measurements(model, levels, methods=methods, phases=phases)
     return _compare(model, rows, planned, batch_size, workers, {score.key: score for score in done})
 

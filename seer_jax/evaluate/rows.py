@@ -26,6 +26,12 @@ class EvalRows:
     decoded: int = 64
 
     def __post_init__(self) -> None:
+        if np.ndim(self.windows) != 2 or not np.issubdtype(np.asarray(self.windows).dtype, np.integer):
+            raise ValueError(
+                f"windows must be integers [n, T]; got {np.asarray(self.windows).dtype} {np.shape(self.windows)}."
+            )
+        if wrong := [np.shape(p.tokens) for p in self.prompts if np.shape(p.tokens) != (self.length,)]:
+            raise ValueError(f"prompts must have the {self.length} tokens of the windows; got one of shape {wrong[0]}.")
         if not 2 <= self.decoded < self.length:
             raise ValueError(
                 f"decoded must be at least 2 and less than the {self.length} tokens of a row; got {self.decoded}."

@@ -21,7 +21,7 @@ def initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Pool
     if dim != head_dim or Pool.AVG not in kinds:
         return noise * rows**-0.5
     start = kinds.index(Pool.AVG) * head_dim
-    identity = jnp.zeros((rows, dim)).at[start : start + dim].set(jnp.eye(dim))
+    identity = jnp.zeros((rows, dim), jnp.float32).at[start : start + dim].set(jnp.eye(dim, dtype=jnp.float32))
     return jnp.broadcast_to(identity, shape) + 0.02 * rows**-0.5 * noise
 
 

@@ -265,7 +265,7 @@ def _begin(model: Transformer, job: _Job) -> _State:
         tokens=jnp.full((batch, job.max_new_tokens), filler, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
         prefill_kept=kept,
-        decode_kept_steps=jnp.zeros((job.max_new_tokens - 1, model.config.num_layers, batch)),
+        decode_kept_steps=jnp.zeros((job.max_new_tokens - 1, model.config.num_layers, batch), jnp.float32),
         step=jnp.int32(0),
         ended=jnp.zeros(batch, bool),
         failed=jnp.full(batch, -1, jnp.int32),

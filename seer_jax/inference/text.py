@@ -11,17 +11,12 @@ from seer_jax.models.hub import read_json
 if TYPE_CHECKING:
     import tokenizers
 
-TOKENIZER_PATTERNS = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template*",
-        "additional_chat_templates/*",
-    ),
-    *("vocab.json", "merges.txt", "tokenizer.model"),
-)
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKEN_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json")
+TOKENIZER_PATTERNS = (
+    *("tokenizer.json", *SPECIAL_TOKEN_FILES, "chat_template*", "additional_chat_templates/*"),
+    *("vocab.json", "added_tokens.json", "merges.txt", "tokenizer.model"),
+)
 REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8 (yet) decode to
 
 
@@ -60,11 +55,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         config = _read_optional(folder / TOKENIZER_CONFIG)
-        tokens = _read_optional(folder / "special_tokens_map.json") | config
-        names = [name for name in tokens if name.endswith("_token") and tokens[name]]
         return cls(
             _load_backend(folder),
-            special={name: _content(tokens[name]) for name in names if isinstance(tokens[name], (str, dict))},
+            special=_special_tokens(folder, config),
             chat_templates=chat.load_templates(folder, config),
             place=str(folder),
         )
@@ -198,15 +191,23 @@ def _load_backend(folder: Path) -> "tokenizers.Tokenizer":
 def eos_token_of(folder: Path) -> int | None:
     """The id of the tokenizer's end-of-text token, without loading the tokenizer; None where its files do not say."""
     config = _read_optional(folder / TOKENIZER_CONFIG)
-    if not config.get("eos_token"):
+    name = _special_tokens(folder, config).get("eos_token")
+    if name is None:
         return None
-    name, listed = _content(config["eos_token"]), config.get("added_tokens_decoder")
-    if isinstance(listed, Mapping):
-        ids = [int(i) for i, token in listed.items() if i.isdecimal() and _content(token) == name]
-    else:
-        listed = _read_optional(folder / "tokenizer.json").get("added_tokens") or []
-        ids = [token.get("id") for token in listed if isinstance(token, Mapping) and token.get("content") == name]
+    listed = config.get("added_tokens_decoder")
+    entries = [(int(i), token) for i, token in listed.items() if i.isdecimal()] if isinstance(listed, Mapping) else []
+    ids = [i for i, token in entries if _content(token) == name]
+    if not ids:
+        added = _read_optional(folder / "tokenizer.json").get("added_tokens") or []
+        ids = [token.get("id") for token in added if isinstance(token, Mapping) and token.get("content") == name]
     return next((i for i in ids if isinstance(i, int)), None)
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by name, as transformers reads them: special_tokens_map.json counts where the configuration lists no added tokens."""
+    older = {} if "added_tokens_decoder" in config else _read_optional(folder / "special_tokens_map.json")
+    tokens = {name: token for name, token in {**config, **older}.items() if name.endswith("_token") and token}
+    return {name: _content(token) for name, token in tokens.items() if isinstance(token, (str, dict))}
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def prefill_attention(policy: Policy, context: PrefillContext) -> tuple[Float[Ar
     """
     if policy.is_dense and context.is_whole:
         out = dense_attention(context.q_rotated, context.k_rotated, context.v, lengths=context.lengths)
-        return out, jnp.ones(context.batch)
+        return out, jnp.ones(context.batch, jnp.float32)
     context = policy.prepare(context)
     attend = _attend_rows if context.num_rows <= ROWS_AT_ONCE else _attend_in_chunks
     attended = attend(policy, context)
@@ -56,7 +56,7 @@ class _Attended(NamedTuple):
 
 
 def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
-    lists, visible = policy.blocks(context), context.visible[:, 0, :, 0]
+    lists, visible = policy.blocks(context), context.visible[:, 0, :, 0].astype(jnp.int32)
     blocks = _every_block(context) if lists is None else lists
     with jax.named_scope("sparse_attention"):
         out = block_sparse_attention(
@@ -71,7 +71,7 @@ def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
     assert isinstance(out, jax.Array)  # without return_lse
     if lists is None:
         return _Attended(out, visible, visible)
-    return _Attended(out, lists.counts.sum(1), lists.counts.shape[1] * visible)
+    return _Attended(out, lists.counts.sum(1, dtype=jnp.int32), lists.counts.shape[1] * visible)
 
 
 def _every_block(context: PrefillContext) -> BlockIndices:
@@ -114,9 +114,10 @@ def decode_attention(policy: Policy, context: DecodeContext) -> tuple[Float[Arra
     Returns:
       (output, share of the visible blocks that was kept in each row of the batch).
     """
-    blocks, kept = policy.blocks(context), jnp.ones(context.batch)
+    blocks, kept = policy.blocks(context), jnp.ones(context.batch, jnp.float32)
     if blocks is not None:
-        kept = blocks.counts.mean(1) / (context.position // blocks.block_size + 1)
+        visible = (context.position // blocks.block_size + 1).astype(jnp.float32)
+        kept = blocks.counts.astype(jnp.float32).mean(1) / visible
     with jax.named_scope("decode_attention"):
         out = context.cache.attend(context.q_rotated[:, 0], blocks)
     return out[:, None], kept

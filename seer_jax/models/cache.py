@@ -147,7 +147,7 @@ class Cache:
     ) -> "Cache":
         """Writes T tokens of every row of one layer, from position `start` on; k after RoPE. A traced `start` must leave them room."""
         _check_room("tokens", start, k.shape[1], self.capacity)
-        place = (layer, 0, start, 0, 0)
+        place = _place(layer, 0, start, 0, 0)
         return dataclasses.replace(
             self,
             keys=jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), place),
@@ -168,7 +168,9 @@ class Cache:
         pools = pool_blocks(last, kinds, block_size=b, valid=unfinished < lengths[:, None])[:, 0]
         pools = _scale_averages(pools, kinds, (lengths % b)[:, None, None])
         cache = self.decode_gate
-        keys = jax.lax.dynamic_update_slice(cache.keys, compressed[None].astype(cache.keys.dtype), (layer, 0, 0, 0, 0))
+        keys = jax.lax.dynamic_update_slice(
+            cache.keys, compressed[None].astype(cache.keys.dtype), _place(layer, 0, 0, 0, 0)
+        )
         return dataclasses.replace(self, decode_gate=DecodeGateCache(keys, cache.pools.at[layer].set(pools)))
 
     @jax.named_scope("cache")
@@ -178,7 +180,7 @@ class Cache:
         """Writes the prefill gate's compressed keys of n blocks of one layer, from block `first_block` on."""
         assert self.prefill_gate_keys is not None
         _check_room("blocks", first_block, keys.shape[1], self.prefill_gate_keys.shape[2])
-        place = (layer, 0, first_block, 0, 0)
+        place = _place(layer, 0, first_block, 0, 0)
         return dataclasses.replace(
             self, prefill_gate_keys=jax.lax.dynamic_update_slice(self.prefill_gate_keys, keys[None], place)
         )
@@ -268,6 +270,11 @@ class CacheView(LayerCache):
         out = sparse_decode_attention(q, keys, values, blocks, lengths=self.lengths + 1, cache_rows=rows)
         assert isinstance(out, jax.Array)  # without return_lse
         return out
+
+
+def _place(*indices: int | Int[Array, ""]) -> list[Int[Array, ""]]:
+    """Indices of one type, as slices need them, also where JAX's integers have 64 bits."""
+    return [jnp.asarray(i, jnp.int32) for i in indices]
 
 
 def _check_room(unit: str, start: int | Array, size: int, capacity: int) -> None:

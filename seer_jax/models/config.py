@@ -200,31 +200,37 @@ def _check_rope_keys(raw: Mapping[str, Any], kind: RopeKind) -> None:
         raise ValueError(
             f"RoPE of type {kind.value!r} needs {', '.join(missing)}; got {sorted(raw)}. Complete config.json."
         )
+    if kind is RopeKind.YARN and raw.get("attn_factor") not in (None, 1):
+        factor, scale = typed("factor", raw["factor"], float), typed("attn_factor", raw["attn_factor"], float)
+        raise ValueError(
+            f"attn_factor of config.json must be absent, as vLLM multiplies the scale of cos and sin by it and transformers ignores it; "
+            f"got {scale}. Write attention_factor {scale * _magnitude(factor):.6g} in its place to compute as vLLM, or remove it to compute "
+            "as transformers."
+        )
     known = (*_ROPE_KNOWN, *_ROPE_NEEDS[kind], *(_YARN_KNOWN if kind is RopeKind.YARN else ()))
     unknown = {k: v for k, v in raw.items() if k not in known and v is not None and v != _ROPE_NEUTRAL.get(k)}
     if unknown:
         listed = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
-        hint = " transformers calls it attention_factor." if "attn_factor" in unknown else ""
         raise ValueError(
-            f"RoPE of type {kind.value!r} must have no keys but {', '.join(dict.fromkeys(known))}; got {listed}.{hint} Remove from "
+            f"RoPE of type {kind.value!r} must have no keys but {', '.join(dict.fromkeys(known))}; got {listed}. Remove from "
             "config.json what is known to do nothing."
         )
 
 
 def _yarn_attention_factor(raw: Mapping[str, Any], factor: float) -> float:
     """0.1 m ln(factor) + 1, or the ratio of two such terms where `mscale` and `mscale_all_dim` are given (YaRN, sec. 3.4)."""
-
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
     given = {
         k: typed(k, raw[k], float) for k in ("attention_factor", "mscale", "mscale_all_dim") if raw.get(k) is not None
     }
     if "attention_factor" in given:
         return given["attention_factor"]
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return magnitude(given["mscale"]) / magnitude(given["mscale_all_dim"])
-    return magnitude(1.0)
+        return _magnitude(factor, given["mscale"]) / _magnitude(factor, given["mscale_all_dim"])
+    return _magnitude(factor)
+
+
+def _magnitude(factor: float, scale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 @dataclasses.dataclass(frozen=True)

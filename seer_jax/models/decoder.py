@@ -21,7 +21,7 @@ from seer_jax.models.cache import Cache
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.families import FAMILIES
 from seer_jax.models.layers import BaseParam, Projections, layer_view, rms_norm, update_tokens
-from seer_jax.models.rope import rotate
+from seer_jax.models.rope import rotate, same_rope
 from seer_jax.selection.context import DecodeContext, PrefillContext
 from seer_jax.selection.policies import Dense, Policy
 
@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
                 )
             for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "rope"):
                 ours, theirs = getattr(self.config, name), getattr(gate.model, name)
-                if ours != theirs:
+                if ours != theirs and not (name == "rope" and same_rope(ours, theirs, self.config.head_dim)):
                     raise ValueError(
                         f"A gate must fit the model it is attached to: {name} must be {ours}; got {theirs}. "
                         "Load the gates that were trained for this base model."

@@ -27,6 +27,10 @@ _COMMON_KEYS = {
     "max_position_embeddings": "max_position_embeddings",
 }
 _DERIVED_FIELDS = ("family", "num_kv_heads", "head_dim", "rope", "eos_token_ids")  # without a key, others decide
+_NULL_KEYS = (
+    "sliding_window",
+    "num_key_value_heads",
+)  # where null is a value; elsewhere it means that the key is absent
 MISTRAL_WINDOW = 4096  # what transformers takes where a Mistral configuration has no sliding_window
 # Keys that are read elsewhere than by `fields_of_keys`, or that a family's `check` decides about.
 _READ_KEYS = (
@@ -229,9 +233,9 @@ def config_from_hf(hf: HFConfig) -> ModelConfig:
             f"config.json of a {family.model_type} model needs {', '.join(missing)}; got keys {sorted(hf)}."
         )
     _check_architecture(hf, family)
-    if hf.get("hidden_act", "silu") not in ("silu", "swish"):
+    if hf.get("hidden_act") not in (None, "silu", "swish"):
         raise ValueError(f"The MLP activation must be 'silu'; got {hf['hidden_act']!r}, hidden_act of config.json.")
-    hf = {**family.defaults, **hf}
+    hf = {**family.defaults, **{key: value for key, value in hf.items() if value is not None or key in _NULL_KEYS}}
     family.check(hf)
     config = family.config(
         family=family.model_type,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from seer_jax.folders import check_is_base
 from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
 from seer_jax.inference.generation_config import GenerationSettings, read_generation_settings
-from seer_jax.inference.text import TOKENIZER_CONFIG, TOKENIZER_PATTERNS, Tokenizer, eos_token_of
+from seer_jax.inference.text import SPECIAL_TOKEN_FILES, TOKENIZER_PATTERNS, Tokenizer, eos_token_of
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
@@ -62,13 +62,15 @@ def from_pretrained(
     dtype = DType.of(dtype)
     sharding = None if mesh is None else _place_on(mesh)
     weights = (CONFIG,) if abstract else BASE_PATTERNS
-    folder = resolve(base, (*weights, GENERATION_CONFIG, TOKENIZER_CONFIG), **hub)
+    folder = resolve(base, (*weights, GENERATION_CONFIG, *SPECIAL_TOKEN_FILES), **hub)
     check_is_base(folder)
     model = _abstract_base(folder, dtype) if abstract else load_base(folder, dtype=dtype, sharding=sharding)
     model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config))
     of_gates: HubSettings = {**hub, "revision": None}
     folders = resolve_gates(gates, (CONFIG,) if abstract else GATE_PATTERNS, **of_gates)
-    loaded = [_abstract_gate(f) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders]
+    loaded = [
+        _abstract_gate(f, model.config) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders
+    ]
     _check_one_of_each(loaded, folders)
     return model.attach(*loaded)
 
@@ -101,10 +103,10 @@ def _abstract_base(folder: Path, dtype: Any) -> Transformer:
     return abstract_model(config_from_hf(read_config(folder)), dtype)
 
 
-def _abstract_gate(folder: Path) -> "PrefillGate | DecodeGate":
+def _abstract_gate(folder: Path, config: ModelConfig) -> "PrefillGate | DecodeGate":
     from seer_jax.convert.gates import described_gate
 
-    return described_gate(read_config(folder))
+    return described_gate(read_config(folder), config, place=str(folder))
 
 
 def _place_on(mesh: jax.sharding.Mesh) -> Any:

@@ -58,7 +58,9 @@ class Gates:
         self.format = format
 
     def save(self, folder: Path, number: int) -> None:
-        save_gates(model(number).decode_gate, folder, base_model=f"base {number}", format=self.format)
+        gate = model(number).decode_gate
+        assert gate is not None
+        save_gates(gate, folder, base_model=f"base {number}", format=self.format)
 
     def load(self, folder: Path) -> None:
         load_gates(folder)

@@ -85,7 +85,7 @@ def test_a_run_is_extended(finished, undisturbed, capsys):
     assert lines(finished)[:10] == lines(undisturbed[0])
     schedule = make_schedule(RUN.optimizer, 14)
     rates = [line["learning_rate"] for line in lines(finished)[10:]]
-    np.testing.assert_allclose(rates, [schedule(step) for step in range(10, 14)], rtol=1e-6)
+    np.testing.assert_allclose(rates, np.array([schedule(step) for step in range(10, 14)]), rtol=1e-6)
     said = capsys.readouterr().out
     assert (
         "steps: this run was started with 10, and now has 14. From step 11 on, the learning rate is that of a run of 14 steps"

@@ -18,7 +18,7 @@ import tyro
 from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.models.config import DType
 from seer_jax.train import DistillConfig, FinetuneConfig, OptimizerConfig, Packing, TrainedGates
-from seer_jax.train.config import TrainConfig, from_dict, load_config, to_dict
+from seer_jax.train.config import TrainConfig, absolute, from_dict, load_config, to_dict
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.sources import SourceConfig
 
@@ -135,10 +135,10 @@ def test_values_of_a_wrong_type_are_refused_by_name(kind):
 
 @pytest.mark.usefixtures("unchecked")
 def test_values_that_mean_one_thing_are_taken():
-    assert DataConfig(paths="x.txt").paths == ("x.txt",)
-    assert DistillConfig(kind="both").kind is TrainedGates.BOTH
-    assert TrainConfig(dtype="float32").dtype is DType.FLOAT32
-    config = DistillConfig(steps=np.int64(40), optimizer={"learning_rate": 1}, prefill=dict(k_pooling=["max"]))
+    given: dict[str, Any] = dict(data={"paths": "x.txt"}, kind="both", dtype="float32", steps=np.int64(40))
+    given |= dict(optimizer={"learning_rate": 1}, prefill={"k_pooling": ["max"]})
+    config = DistillConfig(**given)
+    assert config.data.paths == ("x.txt",) and config.kind is TrainedGates.BOTH and config.dtype is DType.FLOAT32
     assert type(config.steps) is int and config.optimizer.learning_rate == 1.0
     assert config.prefill.k_pooling == (Pool.MAX,)
 
@@ -151,20 +151,14 @@ def test_the_warmup_is_a_tenth_of_a_short_run():
 def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
-    config = DistillConfig(
-        model="base",
-        output="run",
-        data=DataConfig(paths=("a.txt", "/b"), dataset="org/set", chat_template="own.jinja"),
-        initial_gates=("org/gate",),
-    ).absolute()
+    data = DataConfig(paths=("a.txt", "/b"), dataset="org/set", chat_template="own.jinja")
+    config = absolute(DistillConfig(model="base", output="run", data=data, initial_gates=("org/gate",)))
     assert config.model == f"{tmp_path}/base" and config.output == f"{tmp_path}/run"
     assert config.data.paths == (f"{tmp_path}/a.txt", "/b") and config.data.dataset == "org/set"
-    assert config.data.chat_template == f"{tmp_path}/own.jinja"
-    assert DistillConfig(data=DataConfig(chat_template="{{ x }}")).absolute().data.chat_template == "{{ x }}"
-    assert config.initial_gates == ("org/gate",) and config.absolute() == config
+    assert config.initial_gates == ("org/gate",) and absolute(config) == config
     assert config.data.chat_template == f"{tmp_path}/own.jinja"
     inline = dataclasses.replace(config, data=DataConfig(paths=("/b",), chat_template="{{ messages }}"))
-    assert inline.absolute() == inline
+    assert absolute(inline) == inline
 
 
 FULL = DistillConfig(

@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -239,7 +240,7 @@ def test_a_run_has_its_own_template(model_folder, tmp_path, as_file):
     assert own.fingerprint == ModelTokenizer(str(model_folder), KEEPS).fingerprint != plain.fingerprint
     (tmp_path / "chats.jsonl").write_text(json.dumps({"text": chat}))
     config = DataConfig(paths=(str(tmp_path / "chats.jsonl"),), chat_template=KEEPS, packing=Packing.BEST_FIT)
-    sizes = {"vocab_size": 8, "row_length": 16, "block_size": 4}
+    sizes: dict[str, Any] = {"vocab_size": 8, "row_length": 16, "block_size": 4}
     assert load_dataset(config, model=str(model_folder), **sizes)[0].tokens[:8].tolist() == [6, 3, 7, 5, 5, 5, 4, 2]
     with pytest.raises(FileNotFoundError, match=r"chat_template must be Jinja text or a file of it; got 'none.jinja'"):
         ModelTokenizer(str(model_folder), "none.jinja")
@@ -313,7 +314,9 @@ def test_max_tokens_ends_with_a_document(tmp_path):
 def test_no_more_is_read_than_the_run_takes(tmp_path, packing, documents, rows):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * 22}) for _ in range(999)))
     config, said, tokenizer = DataConfig(paths=(str(tmp_path),), packing=packing, min_length=8), [], Letters()
-    settings = dict(model="", vocab_size=200, row_length=16 if packing is Packing.BEST_FIT else 40, block_size=8)
+    settings: dict[str, Any] = dict(
+        model="", vocab_size=200, row_length=16 if packing is Packing.BEST_FIT else 40, block_size=8
+    )
     data = load_dataset(config, **settings, rows=rows * 2 if rows == 4 else rows, tokenizer=tokenizer, say=said.append)
     assert data.report.documents == documents and len(data) >= rows and tokenizer.calls < 999
     assert said == [

@@ -93,12 +93,15 @@ def load_dataset(
     """
     sources = SourceConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SourceConfig)})
     min_length = shortest_sequence(config.min_length, row_length, block_size)
-    limit = None if rows is None or config.max_tokens is not None else [config.packing, rows, row_length, min_length]
+    limit, enough = None, None
+    if rows is not None and config.max_tokens is None:
+        limit = [config.packing, rows, row_length, min_length]
+        enough = _fills(rows, config.packing, row_length, min_length)
     store = load_tokens(
         sources,
         tokenizer or ModelTokenizer(model, config.chat_template),
         cache,
-        enough=None if limit is None else _fills(rows, config.packing, row_length, min_length),
+        enough=enough,
         limit=limit,
         resumes=resumes,
         say=say,

@@ -99,7 +99,7 @@ class PackedDataset:
     def take(self, rows: Int[np.ndarray, "some"]) -> "PackedDataset":
         """The dataset of some of the rows, in the given order; the report stays that of all."""
         firsts = np.concatenate([[0], self.row_ends[:-1]])
-        spans = [np.arange(firsts[row], self.row_ends[row]) for row in rows]
+        spans = [np.arange(int(firsts[row]), int(self.row_ends[row])) for row in rows]
         chosen = np.concatenate(spans) if spans else np.zeros(0, np.int64)
         return dataclasses.replace(
             self,

@@ -55,7 +55,7 @@ class ModelTokenizer:
         end = self._tokenizer.special.get("eos_token")
         self._end = [] if end is None else self._tokenizer.encode(end, special_tokens=False)
         folder, digest = Path(self._tokenizer.place), hashlib.sha256()
-        for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}):
+        for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}):
             digest.update(path.read_bytes())
         if chat_template is not None:
             template = read_template(chat_template)
@@ -205,7 +205,7 @@ def load_tokens(
     settings = {"sources": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint}
     identity = _Identity(json.loads(json.dumps(settings)), limit, {})
     stored = None if cache is None else _read_store(cache)
-    if stored is not None and (store := _usable(stored, identity, config, cache, resumes, say)):
+    if cache is not None and stored is not None and (store := _usable(stored, identity, config, cache, resumes, say)):
         return store
     if resumes and cache is not None:
         say(f"{cache} does not hold the run's tokens, or they are damaged; its text is read again.")

@@ -173,7 +173,9 @@ class Checkpoints:
             if wrong := [name for name in expected if found.get(name) != expected[name]]:
                 return f"{wrong[0]} {'is not what was written' if wrong[0] in found else 'is missing'}"
             run = self._manager.restore(step, args=self._args.Composite(run=self._args.JsonRestore()))["run"]
-            DataPosition(**run["position"]), run["tokens"], run["settings"]
+            DataPosition(**run["position"])
+            if missing := {"tokens", "settings"} - set(run):
+                return f"it lacks {' and '.join(sorted(missing))}"
         except Exception as error:  # as above
             return _first_line(error)
         self._run = run

@@ -118,14 +118,16 @@ def open_session(config: TrainConfig, progress: ProgressFunction | None) -> Iter
       OSError: the folder cannot be written to.
       MemoryError: the device has no memory for the run.
     """
-    console = ConsoleProgress(interval=config.log_interval) if progress is None else None
     with contextlib.ExitStack() as stack:
         if config.output is not None:
             check_output_folder(Path(config.output))
             stack.enter_context(locked(Path(config.output)))
-        if console is not None:
+        if progress is None:
+            console = ConsoleProgress(interval=config.log_interval)
             stack.callback(console.close)
-        session = Session(config, progress or console, console.note if console is not None else _silent)
+            session = Session(config, console, console.note)
+        else:
+            session = Session(config, progress, _silent)
         stack.callback(session.close)
         try:
             yield session

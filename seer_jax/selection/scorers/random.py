@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
 from seer_jax.checks import whole_number
@@ -33,13 +34,13 @@ class Random(Scorer):
         key = jax.random.fold_in(jax.random.key(self.seed), context.layer)
         blocks = context.num_key_blocks
         # Drawn for all rows of the sequence, so that a row's scores do not depend on how the rows are cut into chunks.
-        scores = jax.random.uniform(key, (context.batch, context.q.shape[2], blocks, blocks))
+        scores = jax.random.uniform(key, (context.batch, context.q.shape[2], blocks, blocks), jnp.float32)
         return jax.lax.dynamic_slice_in_dim(scores, context.first_row, context.num_rows, axis=2)
 
     def decode_scores(self, context: DecodeContext) -> Float32[Array, "B K Sb"]:
         key = jax.random.fold_in(jax.random.key(self.seed), context.layer)
 
         def draw(position: Int[Array, ""]) -> Float32[Array, "K Sb"]:  # of one row, whatever its neighbours do
-            return jax.random.uniform(jax.random.fold_in(key, position), context.shape[1:])
+            return jax.random.uniform(jax.random.fold_in(key, position), context.shape[1:], jnp.float32)
 
         return jax.vmap(draw)(context.position)

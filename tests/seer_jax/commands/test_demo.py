@@ -58,9 +58,12 @@ def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "compare", compare)
-    config = DemoConfig(output=tmp_path, bundled_gates=True, length=512, windows=1, passkeys=1, decoded=16)
+    out, sizes = io.StringIO(), dict(length=512, windows=1, passkeys=1, decoded=16)
+    config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.1, 0.1, 0.2), **sizes)
     with pytest.raises(KeyboardInterrupt):
-        demo(config, console=Console(file=io.StringIO()))
+        demo(config, console=Console(file=out, width=200))
+    assert "topk:0.1 is named 2 times" in out.getvalue()
+    assert "prefill: topk:0.1 and topk:0.2 choose equally many blocks at 512 tokens, 1 of 8" in out.getvalue()
     (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert score["perplexity"] == pytest.approx(math.e) and score["perplexity_stderr"] is None
 

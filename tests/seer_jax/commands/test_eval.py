@@ -235,7 +235,7 @@ TEXTS = [
     (
         LINE * 2000,
         dict(length=20000),
-        "model's context of 16384 tokens; got 20000.*beyond_context=True",
+        "`length`, the tokens of a row, must fit the model's context of 16384 tokens; got 20000.*beyond_context=True",
     ),
     (LINE * 20000, dict(length=20000, beyond_context=True, windows=1), None),
     (LINE * 2000, dict(policies=("budget:10:window",)), "at least one block of 64 tokens; got 10"),

@@ -78,7 +78,10 @@ FAILURES = [
         "topk:0.5 ranks blocks by a learned gate, * load one (--gates ...), * the policy dense.",
     ),
     ("generate --prompt x --decode budget:64:window,dense_layers=99", "dense_layers must leave a sparse layer: *"),
-    ("generate --prompt x --report README.md/x", "--report must lie in a folder; got README.md/x, and * is a file. *"),
+    (
+        "generate --prompt x --report /proc/x",
+        "--report must be writable; got /proc/x, and no file can be made in /proc *",
+    ),
     ("generate --prompt x --scorers absent_module", "No module named 'absent_module'"),
     ("generate --prompt x --gates seer_jax/tiny_lm", "A gate folder must hold *; * has neither but base weights. *"),
     (

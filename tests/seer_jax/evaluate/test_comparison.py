@@ -1,5 +1,6 @@
 """Comparisons of scorers: which methods are measured at which levels, and what is not measured again."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,10 +21,11 @@ from seer_jax.evaluate import (
     recommended_levels,
 )
 from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
+from seer_jax.models.config import RopeConfig
 from seer_jax.selection.policies import Dense
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
-from tests.seer_jax.conftest import tiny_model
+from tests.seer_jax.conftest import LLAMA, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -164,11 +166,8 @@ def test_a_phase_that_lacks_the_gate_is_named():
 
 
 def test_scores_that_are_there_are_not_measured_again(monkeypatch: pytest.MonkeyPatch):
-    level, model, settings = (
-        parse_level("budget:32"),
-        tiny_model(),
-        dict(methods=(SinkWindow(),), phases=(Phase.PREFILL,)),
-    )
+    level, model = parse_level("budget:32"), tiny_model()
+    settings: dict[str, Any] = dict(methods=(SinkWindow(),), phases=(Phase.PREFILL,))
     scores = list(compare(model, rows(), [level], **settings))
     first, second = compare(model, rows(), [level], **settings, done=scores[:1])
     assert first == scores[0] and (second.windows, second.prompts) == (scores[1].windows, scores[1].prompts)
@@ -190,6 +189,9 @@ def test_what_gates_recommend_is_a_level_of_their_phase():
     assert recommended_levels(tiny_model(gates=False)) == []
 
 
+SHORT = dataclasses.replace(LLAMA, max_position_embeddings=64, rope=RopeConfig(theta=1e4))
+
+
 class Unregistered(Scorer):
     name, title, meaning = "unregistered", "unregistered", "nothing"
 
@@ -205,6 +207,15 @@ BAD = [
     (lambda: rows(decoded=1), "at least 2 and less than the 96 tokens of a row; got 1"),
     (lambda: rows(decoded=96), "less than the 96 tokens of a row; got 96"),
     (lambda: planned("topk:0.5", methods=(Unregistered(),)), "registered scorers.*got <.*Unregistered"),
+    (lambda: EvalRows(TOKENS[0], []), r"windows must be integers \[n, T\]; got int32 \(96,\)"),
+    (lambda: EvalRows(TOKENS * 0.5, []), r"windows must be integers \[n, T\]; got float64"),
+    (lambda: EvalRows(TOKENS[:, :90], rows().prompts), r"have the 90 tokens of the windows; got one of shape \(96,\)"),
+    (lambda: compare(tiny_model(), rows(), [], batch_size=0), "batch_size must be at least 1; got 0"),
+    (lambda: compare(tiny_model(), rows(), [], workers=0), "workers must be at least 1; got 0"),
+    (
+        lambda: compare(tiny_model(SHORT), rows(), []),
+        "must fit the model's context of 64 tokens; got 96.*beyond_context=True",
+    ),
     (lambda: planned("budget:8"), "at least one block of 16 tokens; got 8"),
     (lambda: planned("topk:0.5,dense_layers=2"), "must leave a sparse layer: below 2"),
     (lambda: parse_level("dense"), "policies must rank blocks.*got dense. Dense attention is measured anyway"),
@@ -215,6 +226,7 @@ BAD = [
 ]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("make", "message"), BAD, ids=[m for _, m in BAD])
 def test_bad_settings_are_refused(make, message: str):
     with pytest.raises(ValueError, match=message):

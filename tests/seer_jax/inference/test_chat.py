@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import seer_jax
 from seer_jax.inference.chat import content_of
-from seer_jax.inference.text import Tokenizer
+from seer_jax.inference.text import Tokenizer, eos_token_of
 
 TINY_LM = Path(seer_jax.__file__).parent / "tiny_lm"
 SPECIAL = [
@@ -277,6 +277,34 @@ def test_texts_begin_and_end_as_in_transformers(root: Path, keys: dict[str, Any]
         assert ours.encode(text) == theirs(text)["input_ids"]
     assert ours.encode("x")[0] == bos
     assert ours.encode_chat([USER]).count(bos) == 1
+
+
+LISTED = {"added_tokens_decoder": {"0": dict(content="<|endoftext|>", special=True)}}
+SPECIAL_TOKENS: dict[
+    str, tuple[dict[str, Any], dict[str, Any] | None]
+] = {  # tokenizer_config.json, special_tokens_map.json
+    "none": ({}, None),
+    "texts": (dict(bos_token="<s>", eos_token="</s>"), None),
+    "objects": (dict(eos_token=dict(content="</s>", __type="AddedToken", lstrip=False, rstrip=False)), None),
+    "the older file alone": ({}, dict(eos_token=dict(content="</s>"))),
+    "the older file first": (dict(eos_token="<s>"), dict(eos_token="</s>")),
+    "the older file does not count": (LISTED | dict(eos_token="<s>"), dict(eos_token="</s>")),
+    "null": (dict(eos_token=None), dict(eos_token="</s>")),
+    "others": (dict(image_token="<|eot|>", extra_special_tokens=dict(image_token="<|eot|>")), None),
+    "a list": (dict(additional_special_tokens=["<s>"]), None),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL_TOKENS)
+def test_special_tokens_are_those_of_transformers(root: Path, tmp_path: Path, name: str):
+    config, older = SPECIAL_TOKENS[name]
+    (tmp_path / "tokenizer.json").write_bytes((root / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | dict(tokenizer_class="TokenizersBackend")))
+    if older is not None:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.load(tmp_path).special == theirs.special_tokens_map
+    assert eos_token_of(tmp_path) == theirs.eos_token_id
 
 
 def test_templates_by_name_and_in_files_are_found_as_in_transformers(root: Path, tmp_path: Path):

@@ -17,7 +17,7 @@ from seer_jax.inference.generate import generate
 from seer_jax.inference.sampling import Sample, row_keys
 from seer_jax.selection.policies import Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import Random, SinkWindow
+from seer_jax.selection.scorers import LearnedGate, Oracle, Random, Scorer, SinkWindow
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 # With blocks of 16: less than one, exactly one, exactly two, and the width of the batch.
@@ -366,6 +366,17 @@ def test_a_row_whose_logits_are_not_finite_ends_alone(value: float):
     expected = [[] if i == row else new for i, new in enumerate(healthy.rows())]
     assert pieces == result.rows() == expected
     assert result.failed.tolist() == [-1, -1, 0, -1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # indices have 64 bits then
+@pytest.mark.parametrize("scorer", [LearnedGate(), Oracle(), Random()], ids=str)
+def test_in_jax_64_bit_mode_and_in_chunks_of_rows(scorer: Scorer, monkeypatch: pytest.MonkeyPatch):
+    policies: dict[str, Any] = dict(prefill=TopK(0.4, scorer), decode=TokenBudget(32, scorer))
+    expected = run(**policies).rows()
+    monkeypatch.setattr("seer_jax.models.attention.ROWS_AT_ONCE", 2)
+    with jax.enable_x64(True):
+        assert run(**policies).rows() == expected
 
 
 def test_padding_that_is_not_finite_reaches_no_row():

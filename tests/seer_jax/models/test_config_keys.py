@@ -153,6 +153,14 @@ def test_absent_keys_have_the_defaults_of_transformers(family: str):
     assert ours.o_bias == getattr(theirs, "attention_bias", False)
 
 
+@pytest.mark.parametrize("family", OURS)
+def test_null_is_absent(family: str):
+    for key in {*keys_of(OURS[family])} - {"sliding_window", "num_key_value_heads"}:
+        if key not in SIZES:
+            absent = {k: v for k, v in BASE[family].items() if k != key}
+            assert config_from_hf(absent | {key: None}) == config_from_hf(absent), key
+
+
 NEAR_MISSES = [
     ("GraniteConfig", r"attention_multiplier of config\.json must be absent or 0\.35"),
     (
@@ -261,9 +269,14 @@ def test_rope_is_read_as_by_transformers(family: str, name: str):
 
 
 WRONG_ROPES: dict[str, tuple[dict[str, Any], str]] = {
+    # As in DeepSeek-R1-0528-Qwen3-8B, whose product of the two is 1.
     "attn_factor": (
-        dict(rope_scaling=YARN | dict(attn_factor=1.2)),
-        "of type 'yarn' must have no keys but .*; got attn_factor=1.2. transformers calls it attention_factor",
+        dict(rope_scaling=YARN | dict(attn_factor=0.8782488562869419)),
+        "attn_factor of config.json must be absent, .*; got 0.878.* Write attention_factor 1 in its place .* or remove it",
+    ),
+    "attn_factor of linear": (
+        dict(rope_scaling=dict(type="linear", factor=2.0, attn_factor=2.0)),
+        "got attn_factor=2.0",
     ),
     "mscale of linear": (
         dict(rope_scaling=dict(type="linear", factor=2.0, mscale=1.0)),

@@ -317,3 +317,10 @@ def test_late_queries_attend_as_in_the_whole_prompt(policy: Policy):
     late, kept = prefill_attention(policy, PrefillContext(q=q[:, 48:], q_rotated=q[:, 48:], offset=48, **arrays))
     np.testing.assert_allclose(late[0], whole[0, 48:], atol=1e-6)
     assert kept[1] == 0 and np.isfinite(kept).all()
+
+
+@pytest.mark.parametrize(("density", "kept"), [(0.29, 29), (0.57, 57), (0.1, 10), (0.005, 2), (1.0, 100)])
+def test_a_share_of_a_hundred_blocks_is_that_many(density: float, kept: int):
+    """0.29 * 100 is less than 29 in binary."""
+    assert TopK(density).blocks_per_token(100) == kept
+    assert TopK(1 - (1 - 0.29) ** 2).blocks_per_row(100) == 29
