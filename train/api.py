@@ -83,7 +83,7 @@ def distill(
 def _gate_folders(config: DistillConfig) -> tuple[Path, ...]:
     """The folder of each trained gate."""
     assert config.output is not None
-    return tuple(Path(config.output) / name for name in config.gates.attributes)
+    return tuple(Path(config.output) / name for name in config.kind.attributes)
 
 
 def _check_no_other_gates(config: DistillConfig, session: Session) -> None:
@@ -100,7 +100,7 @@ def _check_no_other_gates(config: DistillConfig, session: Session) -> None:
 def _save_gates(config: DistillConfig, hf_config: Mapping[str, Any] | None, model: Transformer, step: int) -> None:
     """Writes each trained gate to its folder, with the number of steps that it has been trained."""
     training = {"step": step, "steps": config.steps, "finished": step >= config.steps}
-    for name, folder in zip(config.gates.attributes, _gate_folders(config), strict=True):
+    for name, folder in zip(config.kind.attributes, _gate_folders(config), strict=True):
         save_gates(getattr(model, name), folder, base_model=config.model, hf_config=hf_config, training=training)
 
 
@@ -148,13 +148,13 @@ def _load_model(config: TrainConfig, model: Transformer | None, session: Session
     session.begin(f"loading {config.model}")
     from seer_jax.models.pretrained import from_pretrained
 
-    return from_pretrained(config.model, dtype=config.precision)
+    return from_pretrained(config.model, dtype=config.dtype)
 
 
 def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]:
     """Gives the model the gates that it lacks; returns the configurations of those that train."""
     rngs = nnx.Rngs(config.seed)
-    names = config.gates.attributes
+    names = config.kind.attributes
     _load_initial_gates(config, model, names)
     for name in names:
         if getattr(model, name) is None:
@@ -177,8 +177,8 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
         kind = name.removesuffix("_gate")
         if name not in names:
             raise ValueError(
-                f"initial_gates must be gates that are trained (gates={config.gates}); {location} holds a {kind} gate. Leave it out, or set "
-                f"gates to {kind} or both."
+                f"initial_gates must be gates that are trained (kind={config.kind}); {location} holds a {kind} gate. Leave it out, or set "
+                f"kind to {kind} or both."
             )
         if getattr(model, name) is not None:
             raise ValueError(

@@ -18,6 +18,8 @@ from seer_jax.train.data.packing import Packing
 
 WARMUP_STEPS = 20  # of the authors' recipes
 
+_RENAMED = {"precision": "dtype", "gates": "kind"}  # names of settings in older files
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -78,7 +80,7 @@ class TrainConfig:
         faster, as far as memory allows.
       steps: optimizer steps.
       optimizer: see `OptimizerConfig`.
-      precision: of the base model's arithmetic.
+      dtype: of the base model's weights and arithmetic.
       seed: of the order of the data and of fresh weights.
       checkpoint_interval: steps from one checkpoint to the next.
       keep_checkpoints: older ones are deleted.
@@ -94,7 +96,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     steps: int = 500
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    precision: DType = DType.BFLOAT16
+    dtype: DType = DType.BFLOAT16
     seed: int = 0
     checkpoint_interval: int = 50
     keep_checkpoints: int = 2
@@ -138,7 +140,7 @@ class DistillConfig(TrainConfig):
     """Distillation of gates from a frozen model.
 
     Attributes:
-      gates: which ones.
+      kind: which gates: prefill, decode or both, which come from the same pass.
       initial_gates: folders or hub ids of gates to train further; a gate that is not among them starts at random.
       prefill: configuration of the prefill gate, where it is distilled and the model has none yet.
       decode: configuration of the decode gate, likewise.
@@ -147,7 +149,7 @@ class DistillConfig(TrainConfig):
       recall_density: share of the visible blocks at which block recall is reported, see `loss.block_recall`.
     """
 
-    gates: TrainedGates = TrainedGates.PREFILL
+    kind: TrainedGates = TrainedGates.PREFILL
     initial_gates: tuple[str, ...] = ()
     prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
     decode: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)
@@ -162,7 +164,7 @@ class DistillConfig(TrainConfig):
                 raise ValueError(f"{name} must be a share in [0, 1) of each sequence; got {getattr(self, name)}.")
         if not 0 < self.recall_density <= 1:
             raise ValueError(f"recall_density must be a share in (0, 1]; got {self.recall_density}.")
-        if self.gates is TrainedGates.BOTH and self.prefill.block_size != self.decode.block_size:
+        if self.kind is TrainedGates.BOTH and self.prefill.block_size != self.decode.block_size:
             raise ValueError(
                 "Gates that are distilled in one pass must have one block size; "
                 f"got {self.prefill.block_size} and {self.decode.block_size}. Set both (prefill.block_size and decode.block_size), or distil them one after the other."
@@ -176,7 +178,7 @@ class DistillConfig(TrainConfig):
     @property
     def block_size(self) -> int:
         """b of the gates."""
-        return self.decode.block_size if self.gates is TrainedGates.DECODE else self.prefill.block_size
+        return self.decode.block_size if self.kind is TrainedGates.DECODE else self.prefill.block_size
 
     @classmethod
     def prefill_recipe(cls, **changes: Any) -> "DistillConfig":
@@ -187,7 +189,7 @@ class DistillConfig(TrainConfig):
     def decode_recipe(cls, **changes: Any) -> "DistillConfig":
         """The authors' recipe for decode gates: 800 steps of 16 x 32k packed tokens (SeerAttention-R, arXiv 2506.08889)."""
         recipe = cls(
-            gates=TrainedGates.DECODE,
+            kind=TrainedGates.DECODE,
             data=DataConfig(packing=Packing.BEST_FIT),
             sequence_length=32768,
             steps=800,
@@ -240,7 +242,11 @@ def from_dict[C](kind: type[C], values: Mapping[str, Any]) -> C:
     Raises:
       ValueError: a key is unknown or a value is of another type than its field.
     """
-    return parse_setting(kind, values, kind.__name__)
+    return parse_setting(kind, _with_new_names(values), kind.__name__)
+
+
+def _with_new_names(values: Mapping) -> dict[str, Any]:
+    return {_RENAMED.get(str(name), str(name)): value for name, value in values.items()}
 
 
 def load_config[C](kind: type[C], path: str | Path) -> C:
@@ -257,7 +263,7 @@ def load_config[C](kind: type[C], path: str | Path) -> C:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must hold settings by name, such as `steps: 100`; got {type(values).__name__}.")
     try:
-        return parse_setting(kind, values, kind.__name__)
+        return parse_setting(kind, _with_new_names(values), kind.__name__)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -29,7 +29,7 @@ class Distillation:
     @classmethod
     def start(cls, model: Transformer, config: DistillConfig) -> tuple["Distillation", Weights, FrozenWeights]:
         """The task, float32 weights of the gates (copies), and the rest of the model."""
-        names = config.gates.attributes
+        names = config.kind.attributes
         parts, trained, frozen = ModelParts.split(model, lambda path, _: path[0] in names)
         block_size = getattr(model, names[0]).config.block_size
         return cls(parts, config, block_size), _master_copy(trained), frozen
@@ -37,7 +37,7 @@ class Distillation:
     def weigh(self, batch: Batch) -> RowWeights:
         """The same weight for every row in the loss."""
         ids, positions = batch.segment_ids, batch.positions
-        names, config = self.config.gates.attributes, self.config
+        names, config = self.config.kind.attributes, self.config
         prefill = decode = None
         if "prefill_gate" in names:
             rows = prefill_rows(ids, positions, block_size=self.block_size, skip=config.prefill_skip)
@@ -63,7 +63,7 @@ class Distillation:
 
     def metrics(self, sums: Sums) -> dict[str, Float32[Array, ""]]:
         """Losses summed over layers, and block recall as the mean over layers, heads and rows."""
-        kinds = [name.removesuffix("_gate") for name in self.config.gates.attributes]
+        kinds = [name.removesuffix("_gate") for name in self.config.kind.attributes]
         metrics = {"loss": sum((sums[f"{kind}_loss"] for kind in kinds), start=jnp.float32(0))}
         for kind in kinds:
             metrics[f"{kind}_loss"] = sums[f"{kind}_loss"]

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from pallas_kernels.backends import Implementation
 from pallas_kernels.cases import Heads
 from pallas_kernels.devices import default_device
+from seer_jax.checks import check_at_least
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.selection.notation import parse_policy
@@ -212,16 +213,16 @@ class TrainBench(BenchConfig):
     """Measures a step of distillation on this machine, beside a dense forward of the same tokens.
 
     Attributes:
-      gates: which gates a step trains.
+      kinds: which gates a step trains, one measurement each.
       batch_size: rows per step, worked off one at a time.
     """
 
     lengths: tuple[int, ...] = (65536, 131072)
-    gates: tuple[TrainedGates, ...] = tuple(TrainedGates)
+    kinds: tuple[TrainedGates, ...] = tuple(TrainedGates)
     batch_size: int = 1
 
     def __post_init__(self) -> None:
         self._check_lengths(2, whole=True)
-        if not self.gates or self.batch_size < 1:
-            got = f"gates {self.gates} and batch_size={self.batch_size}"
-            raise ValueError(f"A step must train some gates on at least one row; got {got}.")
+        if not self.kinds:
+            raise ValueError(f"kinds must name some of {', '.join(TrainedGates)}; got none.")
+        check_at_least(1, self, "batch_size")

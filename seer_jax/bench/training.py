@@ -63,7 +63,7 @@ def measure_training(config: TrainBench) -> Iterator[Measurement]:
         shape = (config.batch_size, length)
         tokens = jax.random.randint(jax.random.key(config.seed), shape, 0, model.config.vocab_size)
         forward_timing = functools.cache(functools.partial(time_calls, forward, model, tokens[:1]))
-        for gates in config.gates:
+        for gates in config.kinds:
             settings = dict(model=config.shape.value, length=length, gates=gates.value, rows=config.batch_size)
             settings |= dict(dtype=str(model.dtype))
             run = functools.partial(_step, model, gates, tokens, forward_timing)
@@ -92,7 +92,7 @@ def _step(model: Transformer, gates: TrainedGates, tokens: Int[Array, "B T"], fo
 
     rows, length = tokens.shape
     forward_milliseconds = rows * forward().milliseconds
-    config = DistillConfig(gates=gates, sequence_length=length, batch_size=rows)
+    config = DistillConfig(kind=gates, sequence_length=length, batch_size=rows)
     task, trained, frozen = Distillation.start(model, config)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_step(task, optimizer, make_schedule(config.optimizer, config.steps), parts=rows)

@@ -34,7 +34,7 @@ def run(words: list[str]) -> int:
     if what not in BENCHES:
         raise UsageError(one_of("what to measure", list(BENCHES), what))
     config, measure, _ = BENCHES[what]
-    wrong = [m for m in measure(parse(config, f"bench {what}", words[1:])) if m.failure]
+    wrong = [m for m in measure(parse(config, f"bench {what}", words[1:], aliases={"--gates": "--kinds"})) if m.failure]
     for m in wrong:
         print(f"{PROGRAM} bench: {m.table}, {m.case}: {m.failure}", file=sys.stderr)
     return ExitCode.FAILED if wrong else ExitCode.OK

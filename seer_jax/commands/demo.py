@@ -176,14 +176,14 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
             seed=config.seed,
         )
     settings = DistillConfig(
-        gates=TrainedGates.BOTH,
+        kind=TrainedGates.BOTH,
         prefill=PrefillGateConfig(block_size=config.tokens_per_block, gate_dim=base.config.head_dim),
         decode=DecodeGateConfig(block_size=config.tokens_per_block, gate_dim=base.config.head_dim),
         sequence_length=config.length,
         batch_size=1,
         steps=config.steps,
         optimizer=OptimizerConfig(learning_rate=config.learning_rate, warmup_steps=config.steps // 20),
-        precision=DType.FLOAT32,
+        dtype=DType.FLOAT32,
         seed=config.seed,
     )
     with stages.stage("Distilling the gates", config.steps) as advance:

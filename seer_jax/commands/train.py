@@ -18,6 +18,9 @@ other options change single ones. The gates are written to OUTPUT/prefill_gate a
 command goes on with a run that was stopped, also with more or fewer --steps."""
 
 
+ALIASES = {"--precision": "--dtype", "--gates": "--kind"}
+
+
 class Recipe(enum.StrEnum):
     """Settings of the papers."""
 
@@ -39,7 +42,9 @@ class TrainOptions(DistillConfig):
 
 
 def run(words: list[str]) -> int:
-    options = parse(TrainOptions, "train", words, default=starting_options(words), description=DESCRIPTION)
+    options = parse(
+        TrainOptions, "train", words, aliases=ALIASES, default=starting_options(words), description=DESCRIPTION
+    )
     if options.output is None:
         raise ValueError("output must be a folder for the gates and checkpoints; got None. Pass --output FOLDER.")
     config = DistillConfig(**_settings(options))

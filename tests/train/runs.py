@@ -15,7 +15,7 @@ from seer_jax.train import StepReport, TrainResult, distill
 from seer_jax.train.loop.metrics import read_metrics
 from tests.train.tiny import distill_config, make_model, make_rows
 
-RUN = distill_config(gates=TrainedGates.DECODE, steps=10, checkpoint_interval=1)
+RUN = distill_config(kind=TrainedGates.DECODE, steps=10, checkpoint_interval=1)
 
 
 def ignore(_: StepReport) -> None:

@@ -108,7 +108,7 @@ def test_chunks_of_queries_have_the_gradients_of_the_whole(monkeypatch: pytest.M
 
 
 def test_memory_for_decode_gates_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch):
-    task, trained, frozen = Distillation.start(make_model(gates=(DECODE,)), distill_config(gates=TrainedGates.DECODE))
+    task, trained, frozen = Distillation.start(make_model(gates=(DECODE,)), distill_config(kind=TrainedGates.DECODE))
     length = 512 * BLOCK
     batch = Batch(*(jnp.zeros((1, length), jnp.int32) for _ in range(3)))
     scratch = []
@@ -159,7 +159,7 @@ def make_task(gates: TrainedGates | None, layers: int = 2):
     optimizer = make_optimizer(OPTIMIZER, 10), make_schedule(OPTIMIZER, 10)
     model = make_model(layers=layers, gates=(PREFILL, DECODE))
     if gates is not None:
-        return (*Distillation.start(model, distill_config(gates=gates)), *optimizer)
+        return (*Distillation.start(model, distill_config(kind=gates)), *optimizer)
     return (*LanguageModelling.start(model, packed=True), *optimizer)
 
 
@@ -192,7 +192,7 @@ def test_accumulation_is_one_large_batch(gates):
 )
 def test_only_the_chosen_gates_have_optimizer_state(gates, names):
     model = make_model(gates=(PREFILL, DECODE))
-    _, trained, frozen = Distillation.start(model, distill_config(gates=gates))
+    _, trained, frozen = Distillation.start(model, distill_config(kind=gates))
     assert set(trained) == names
     weights = sum(x.size for name in names for x in jax.tree.leaves(nnx.state(getattr(model, name))))
     state = make_optimizer(OPTIMIZER, 10).init(trained)

@@ -46,8 +46,8 @@ def other_runs():
         r"^steps: this run was started with 10 and has done 10; got 8\. Set steps=10 or more",
     )
     yield (
-        {"config": changed(gates=TrainedGates.PREFILL)},
-        r"^gates: this run was started with 'decode'; got 'prefill'; ",
+        {"config": changed(kind=TrainedGates.PREFILL)},
+        r"^kind: this run was started with 'decode'; got 'prefill'; ",
     )
     yield (
         {"model": make_model(layers=3)},
@@ -198,9 +198,9 @@ def test_training_starts_from_given_gates(undisturbed):
 
 WRONG_STARTS = [
     (
-        {"gates": TrainedGates.PREFILL},
+        {"kind": TrainedGates.PREFILL},
         {},
-        r"must be gates that are trained \(gates=prefill\); .* holds a decode gate\. Leave it out, or set gates",
+        r"must be gates that are trained \(kind=prefill\); .* holds a decode gate\. Leave it out, or set kind",
     ),
     ({}, {"gates": (DECODE,)}, r"must hold one decode gate for a model without any; .*decode_gate is a second one"),
     (

@@ -60,7 +60,7 @@ WRONG = [
     (lambda: DistillConfig(decode_skip=-0.1), r"decode_skip must be a share in \[0, 1\) .* got -0.1"),
     (lambda: DistillConfig(recall_density=0.0), r"recall_density must be a share in \(0, 1\]; got 0.0"),
     (
-        lambda: DistillConfig(gates=TrainedGates.BOTH, decode=DecodeGateConfig(block_size=32)),
+        lambda: DistillConfig(kind=TrainedGates.BOTH, decode=DecodeGateConfig(block_size=32)),
         r"must have one block size; got 64 and 32\. Set both .*, or distil them one after the other\.",
     ),
     (
@@ -75,7 +75,7 @@ WRONG = [
     ),
     (lambda: from_dict(DistillConfig, {"steps": "many"}), r"DistillConfig\.steps must be of type int; got 'many'"),
     (lambda: from_dict(DistillConfig, {"steps": True}), r"DistillConfig\.steps must be of type int; got True"),
-    (lambda: from_dict(DistillConfig, {"gates": "none"}), r"\.gates must be one of prefill, decode, both; got 'none'"),
+    (lambda: from_dict(DistillConfig, {"kind": "none"}), r"\.kind must be one of prefill, decode, both; got 'none'"),
     (
         lambda: from_dict(DistillConfig, {"optimizer": {"eps": "tiny"}}),
         r"\.optimizer\.eps must be a number; got 'tiny'",
@@ -135,10 +135,10 @@ def test_values_of_a_wrong_type_are_refused_by_name(kind):
 
 @pytest.mark.usefixtures("unchecked")
 def test_values_that_mean_one_thing_are_taken():
-    given: dict[str, Any] = dict(data={"paths": "x.txt"}, gates="both", precision="float32", steps=np.int64(40))
+    given: dict[str, Any] = dict(data={"paths": "x.txt"}, kind="both", dtype="float32", steps=np.int64(40))
     given |= dict(optimizer={"learning_rate": 1}, prefill={"k_pooling": ["max"]})
     config = DistillConfig(**given)
-    assert config.data.paths == ("x.txt",) and config.gates is TrainedGates.BOTH and config.precision is DType.FLOAT32
+    assert config.data.paths == ("x.txt",) and config.kind is TrainedGates.BOTH and config.dtype is DType.FLOAT32
     assert type(config.steps) is int and config.optimizer.learning_rate == 1.0
     assert config.prefill.k_pooling == (Pool.MAX,)
 
@@ -165,10 +165,10 @@ FULL = DistillConfig(
     model="org/name",
     output="runs/1",
     data=DataConfig(paths=("a", "b"), packing=Packing.BEST_FIT, max_tokens=5),
-    gates=TrainedGates.DECODE,
+    kind=TrainedGates.DECODE,
     decode=DecodeGateConfig(k_pooling=(Pool.MAX, Pool.AVG), query_reduction=QueryReduction.AVG_PROJ),
     optimizer=OptimizerConfig(clip_norm=None, learning_rate=3e-4),
-    precision=DType.FLOAT32,
+    dtype=DType.FLOAT32,
 )
 
 
@@ -181,14 +181,14 @@ def test_there_and_back(config):
 @pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
 def test_files(tmp_path, suffix):
     texts = {
-        "json": '{"steps": 60, "gates": "both", "optimizer": {"learning_rate": 1e-2}, "data": {"paths": ["x"]}}',
+        "json": '{"steps": 60, "kind": "both", "optimizer": {"learning_rate": 1e-2}, "data": {"paths": ["x"]}}',
         "yaml": "steps: 60\ngates: both\noptimizer:\n  learning_rate: 1e-2\ndata:\n  paths: [x]\n",
     }
     path = tmp_path / f"run.{suffix}"
     path.write_text(texts.get(suffix, texts["yaml"]))
     config = load_config(DistillConfig, path)
     expected = DistillConfig(
-        steps=60, gates=TrainedGates.BOTH, optimizer=OptimizerConfig(learning_rate=1e-2), data=DataConfig(paths=("x",))
+        steps=60, kind=TrainedGates.BOTH, optimizer=OptimizerConfig(learning_rate=1e-2), data=DataConfig(paths=("x",))
     )
     assert config == expected
     path.write_text("")
@@ -222,20 +222,24 @@ def test_the_example_of_the_documentation_is_read(tmp_path):
     (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
     (tmp_path / "run.yaml").write_text(example)
     config = load_config(DistillConfig, tmp_path / "run.yaml")
-    assert config.gates is TrainedGates.BOTH and config.data.held_out_rows == 8 and len(config.data.paths) == 2
+    assert config.kind is TrainedGates.BOTH and config.data.held_out_rows == 8 and len(config.data.paths) == 2
+
+
+def test_files_may_have_older_names():
+    assert from_dict(DistillConfig, {"gates": "both", "precision": "float32"}) == DistillConfig(
+        kind=TrainedGates.BOTH, dtype=DType.FLOAT32
+    )
 
 
 def test_recipes_are_those_of_the_papers():
     prefill, decode = DistillConfig.prefill_recipe(model="m"), DistillConfig.decode_recipe(steps=900)
     assert prefill.steps * prefill.batch_size * prefill.sequence_length == 524_288_000
-    assert (
-        prefill.gates is TrainedGates.PREFILL and prefill.model == "m" and prefill.data.packing is Packing.CONCATENATE
-    )
-    assert decode.gates is TrainedGates.DECODE and decode.steps == 900 and decode.data.packing is Packing.BEST_FIT
+    assert prefill.kind is TrainedGates.PREFILL and prefill.model == "m" and prefill.data.packing is Packing.CONCATENATE
+    assert decode.kind is TrainedGates.DECODE and decode.steps == 900 and decode.data.packing is Packing.BEST_FIT
     assert (decode.sequence_length, decode.batch_size, decode.optimizer.end_learning_rate) == (32768, 16, 1e-5)
     for recipe in (prefill, decode):
         assert recipe.optimizer.learning_rate == 1e-3 and recipe.optimizer.weight_decay == 0
-        assert recipe.optimizer.warmup(recipe.steps) == 20 and recipe.precision is DType.BFLOAT16
+        assert recipe.optimizer.warmup(recipe.steps) == 20 and recipe.dtype is DType.BFLOAT16
     assert prefill.block_size == PrefillGateConfig().block_size == decode.block_size == 64
 
 
@@ -254,18 +258,18 @@ def test_command_line():
         "--data.paths",
         "a",
         "b",
-        "--gates",
+        "--kind",
         "both",
         "--optimizer.learning-rate",
         "1e-4",
     ]
-    arguments += ["--prefill.gate-dim", "64", "--decode.query-reduction", "Qavg", "--precision", "float32"]
+    arguments += ["--prefill.gate-dim", "64", "--decode.query-reduction", "Qavg", "--dtype", "float32"]
     assert tyro.cli(DistillConfig, args=arguments, config=(tyro.conf.EnumChoicesFromValues,)) == DistillConfig(
         model="org/name",
         data=DataConfig(paths=("a", "b")),
-        gates=TrainedGates.BOTH,
+        kind=TrainedGates.BOTH,
         optimizer=OptimizerConfig(learning_rate=1e-4),
         prefill=PrefillGateConfig(gate_dim=64),
         decode=DecodeGateConfig(query_reduction=QueryReduction.AVG),
-        precision=DType.FLOAT32,
+        dtype=DType.FLOAT32,
     )

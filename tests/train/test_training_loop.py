@@ -76,7 +76,7 @@ def test_trained_gates_are_written_and_no_others(undisturbed, tmp_path):
     model.decode_gate.recommended = CumulativeMass(0.9)
     short = {"steps": 1, "optimizer": OptimizerConfig(warmup_steps=0), "model": "some/base"}
     for gates, names in ((TrainedGates.DECODE, ["decode_gate"]), (TrainedGates.BOTH, ["prefill_gate", "decode_gate"])):
-        config = distill_config(gates=gates, output=str(tmp_path / gates), **short)
+        config = distill_config(kind=gates, output=str(tmp_path / gates), **short)
         result = distill(config, model=model, dataset=make_rows(), progress=ignore)
         assert result.gates == tuple(tmp_path / gates / name for name in names)
         assert {p.name for p in (tmp_path / gates).iterdir() if p.name.endswith("_gate")} == set(names)

@@ -59,7 +59,7 @@ def make_rows(rows: int = 12, length: int = LENGTH) -> np.ndarray:
 def distill_config(**changes) -> DistillConfig:
     """A short run."""
     config = DistillConfig(
-        gates=TrainedGates.BOTH,
+        kind=TrainedGates.BOTH,
         prefill=PREFILL,
         decode=DECODE,
         sequence_length=LENGTH,

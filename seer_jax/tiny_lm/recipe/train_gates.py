@@ -49,7 +49,7 @@ def train(to: Path, library: Path | None) -> dict:
     text = np.concatenate([training_rows(tokenizer, base.config.vocab_size, seed=i, **settings) for i in range(SEEDS)])
     prefill, decode = _configs(base)
     config = DistillConfig(
-        gates=TrainedGates.BOTH,
+        kind=TrainedGates.BOTH,
         prefill=prefill,
         decode=decode,
         sequence_length=LENGTH,
@@ -57,7 +57,7 @@ def train(to: Path, library: Path | None) -> dict:
         micro_batch_size=BATCH,
         steps=STEPS,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
-        precision=DType.FLOAT32,
+        dtype=DType.FLOAT32,
     )
     reports = []
     start = time.perf_counter()

@@ -137,7 +137,7 @@ def test_ground_truth(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.Ca
 
 @shapes_stand_for_arrays
 def test_training(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = ["bench", "train", "--shape", "tiny", "--lengths", "256", "--batch-size", "2", "--gates", "prefill", "both"]
+    words = ["bench", "train", "--shape", "tiny", "--lengths", "256", "--batch-size", "2", "--kinds", "prefill", "both"]
     lines = {case: m["results"] for (_, case), m in run(words, tmp_path).items()}
     text = capsys.readouterr().out
     assert "\nDistillation, one step" in text and "256, both" in text and "of forward: the step's ms" in text
@@ -413,8 +413,8 @@ def test_flop_of_a_forward():
         (DecodeBench, dict(only=()), "some of kernel, layer, model; got none"),
         (TrainBench, dict(lengths=(256, 100)), r"at least 128 tokens, whole blocks of 64; got \(256, 100\)"),
         (TrainBench, dict(lengths=(64,)), r"whole blocks of 64; got \(64,\)"),
-        (TrainBench, dict(gates=()), r"some gates on at least one row; got gates \(\)"),
-        (TrainBench, dict(batch_size=0), "batch_size=0"),
+        (TrainBench, dict(kinds=()), "kinds must name some of prefill, decode, both; got none"),
+        (TrainBench, dict(batch_size=0), "batch_size must be at least 1; got 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(kind: Any, settings: dict, message: str):

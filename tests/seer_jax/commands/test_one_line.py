@@ -91,7 +91,6 @@ FAILURES = [
     ("--scorers /absent.py eval", "--scorers must name a module or a Python file; got '/absent.py', *"),
     ("eval --scorers=/absent.py", "--scorers must name a module or a Python file; got '/absent.py', *"),
     ("train --config /absent.yaml", "No such file or directory: '/absent.yaml'."),
-    ("train --output /absent/run", "Training needs a base model; * Set --model to *"),
     ("train --model tiny-lm", "*output must be a folder *"),
     ("convert --gates /absent --output /also", "There is no folder '/absent', *"),
     ("verify --base tiny-lm --reference README.md", "README.md: a reference must be a safetensors file; *"),

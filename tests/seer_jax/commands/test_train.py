@@ -28,14 +28,14 @@ def trained(saved: Path, tmp_path_factory: pytest.TempPathFactory, compile_quick
     settings = dict(
         model=str(saved / "base"),
         output="run",
-        gates="both",
+        kind="both",
         data=dict(paths="text.txt"),
         prefill=size,
         decode=size,
         sequence_length=64,
         batch_size=2,
         steps=99,
-        precision="float32",
+        dtype="float32",
         tensorboard=False,
     )
     (root / "run.json").write_text(json.dumps(settings))
@@ -77,7 +77,7 @@ def test_a_run_goes_on_from_any_folder(
 
 def test_the_recipes_are_where_training_starts():
     decode = starting_options(["--steps", "7", "--recipe", "decode"])
-    assert decode.sequence_length == 32768 and decode.gates.value == "decode" and decode.steps == 800
+    assert decode.sequence_length == 32768 and decode.kind.value == "decode" and decode.steps == 800
     assert starting_options([]).sequence_length == 65536
 
 

@@ -197,7 +197,7 @@ def test_gates_are_distilled_saved_and_used(model: Transformer, folder: Path, tm
     config = DistillConfig(
         model=str(folder),
         output=str(tmp_path),
-        gates=TrainedGates.BOTH,
+        kind=TrainedGates.BOTH,
         prefill=PrefillGateConfig(**sizes),
         decode=DecodeGateConfig(**sizes),
         sequence_length=8 * BLOCK,

@@ -11,7 +11,7 @@ from huggingface_hub import errors
 from seer_jax import from_pretrained, load_tokenizer, tiny_lm
 from seer_jax.commands import main as cli
 from seer_jax.convert import load_base, load_gates, push_gates
-from tests.convert.test_hub import http
+from tests.convert.hub.test_hub import http
 
 GATES = tiny_lm.gates()
 

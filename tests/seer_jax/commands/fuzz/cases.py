@@ -23,7 +23,7 @@ from seer_jax.commands.verify import VerifyConfig
 from seer_jax.convert import GateFormat, load_base, save_base, save_gates
 from seer_jax.selection.rules import TokenBudget, TopK
 from seer_jax.train import DistillConfig
-from tests.seer_jax.commands.fuzz import Outcome, copy_tree, damage, run_case
+from tests.seer_jax.commands.fuzz.damage import Outcome, copy_tree, damage, run_case
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 TEXT = "def main(argv):\n    return [print(x) for x in argv]\n"

@@ -13,8 +13,8 @@ import pytest
 from seer_jax.commands import bench, demo, train
 from seer_jax.commands import main as cli
 from seer_jax.train import DistillConfig, TrainResult
-from tests.seer_jax.commands.fuzz import Outcome
-from tests.seer_jax.commands.fuzz_cases import make_world, run_file_case, run_options_case
+from tests.seer_jax.commands.fuzz.cases import make_world, run_file_case, run_options_case
+from tests.seer_jax.commands.fuzz.damage import Outcome
 
 FEW = 60
 GROUP = 100  # cases of one test
