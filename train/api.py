@@ -17,7 +17,7 @@ from seer_jax.models.hub import read_config, resolve
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset
-from seer_jax.train.data.tokens import check_tokens
+from seer_jax.train.data.store import check_tokens
 from seer_jax.train.loop.run import TrainResult, run
 from seer_jax.train.loop.session import ProgressFunction, Session, open_session
 from seer_jax.train.tasks import Distillation, LanguageModelling

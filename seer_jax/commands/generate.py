@@ -141,6 +141,7 @@ def generate(config: GenerateConfig) -> Generated | None:
     if config.plan:
         print(job.plan())
         return None
+    job.plan(compiled=False).check()  # compiling takes long, and is not for what can't run anyway
     plan = job.plan()
     clock.end("compile")
     if config.stats:
@@ -243,8 +244,8 @@ class Job:
         sizes = dict(max_new_tokens=config.max_new_tokens, beyond_context=config.beyond_context)
         return dict(**sizes, sampling=config.sampling, **policies)
 
-    def plan(self) -> MemoryPlan:
-        return plan_memory(self.model, 1, len(self.tokens), streamed=True, **self.settings)
+    def plan(self, *, compiled: bool = True) -> MemoryPlan:
+        return plan_memory(self.model, 1, len(self.tokens), streamed=True, compiled=compiled, **self.settings)
 
 
 def kept_table(result: Generated, row: int = 0) -> str:
@@ -350,7 +351,8 @@ def _write_stream(job: Job, tokenizer: Tokenizer, clock: Clock) -> Generated:
     key = None if isinstance(job.config.sampling, Greedy) else jax.random.key(job.config.seed)
     pieces = stream(job.model, [job.tokens], key=key, **job.settings)
     text = tokenizer.stream()
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of a row that fails: `_failure` tells it
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Logits must be finite", RuntimeWarning)  # `_failure` tells it
         while True:
             try:
                 (new,) = next(pieces)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,8 @@ def block_maps(model: Transformer, tokens: Int[Array | np.ndarray, "T"], policy:
         raise ValueError(f"policy must rank blocks, as TopK(0.1) does; got {policy!r}.")
     if np.ndim(tokens) != 1:
         raise ValueError(f"tokens must be integers [T], one prompt; got shape {np.shape(tokens)}.")
-    if not isinstance(tokens, jax.Array):
-        tokens = np.asarray(tokens)
-    return _block_maps(model, model.check(tokens[None], None)[0][0], policy)
+    prompt: Any = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    return _block_maps(model, model.check(prompt[None], None)[0][0], policy)
 
 
 @jax.jit

@@ -279,7 +279,7 @@ def _empty_cache(model: Transformer, job: _Job) -> Cache:
     return Cache.create(model.config, job.lengths.shape[0], job.capacity, model.dtype, decode_gate=gate)
 
 
-def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array, ""]) -> _State:
+def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array | np.ndarray, ""]) -> _State:
     """Decodes until there are `until` tokens in the rows that go on, or none does."""
     if job.max_new_tokens == 1:  # it came with the prompt
         return state
@@ -401,8 +401,8 @@ def _make_job(model: Transformer, tokens: Prompts, lengths: Lengths | None, requ
         raise ValueError("model must have weights to generate; got one of shapes alone. Load it without abstract=True.")
     prompts = np.pad(prompts, ((0, 0), (0, sizes.width - prompts.shape[1])))
     # Without keys where none is used: the program is that of the plan then, and of calls without a key.
-    unused = request.key is None or isinstance(request.sampling, Greedy)
-    keys = None if unused else row_keys(request.key, len(counts))
+    key = None if isinstance(request.sampling, Greedy) else request.key
+    keys = None if key is None else row_keys(key, len(counts))
     return _Job.of(model, request, prompts, counts, keys, sizes)
 
 

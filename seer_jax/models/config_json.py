@@ -157,7 +157,7 @@ def check_unquantised(hf: Mapping[str, Any]) -> None:
 
 
 def check_keys(hf: Mapping[str, Any], known: Collection[str], computed: Mapping[str, Any]) -> None:
-    """Refuses a key that would change what is computed, and that no one reads.
+    """Refuses keys that change what is computed and are not read.
 
     Args:
       hf: parsed `config.json`.

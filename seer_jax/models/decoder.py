@@ -291,7 +291,12 @@ class Transformer(nnx.Module):
         return self.logits(hidden)
 
     def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None, cache: Cache, *, sparsity: Policy = Dense()
+        self,
+        tokens: Int[Array | np.ndarray, "B T"],
+        lengths: Int[Array | np.ndarray, "B"] | None,
+        cache: Cache,
+        *,
+        sparsity: Policy = Dense(),
     ) -> tuple[Float[Array, "B V"], Cache, Float[Array, "L B"]]:
         """Reads prompts into an empty cache; returns the logits after each row's last token and the share of causal blocks each
         layer kept.
@@ -352,7 +357,7 @@ class Transformer(nnx.Module):
         return Cache.create(self.config, batch, capacity, self.dtype, decode_gate=gate)
 
     def check(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None
+        self, tokens: Int[Array | np.ndarray, "B T"], lengths: Int[Array | np.ndarray, "B"] | None
     ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
         """Checks tokens and lengths (their values where they are concrete) and returns them as arrays."""
         try:

@@ -18,7 +18,8 @@ from seer_jax.convert.base import write_safetensors
 from seer_jax.gates.configs import DecodeGateConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.train.data.sources import SourceConfig
-from seer_jax.train.data.tokens import _read_store, load_tokens
+from seer_jax.train.data.store import read_store
+from seer_jax.train.data.tokens import load_tokens
 from tests.train.tiny import make_model
 
 
@@ -96,7 +97,7 @@ class Tokens:
         load_tokens(SourceConfig(paths=(str(text),)), Letters(), folder)
 
     def load(self, folder: Path) -> None:
-        if _read_store(folder) is None:
+        if read_store(folder) is None:
             raise FileNotFoundError(f"{folder} was being written when the process ended")
 
 
@@ -152,7 +153,7 @@ def test_an_error_while_writing_leaves_the_old_files(kind: str, tmp_path: Path, 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place in ("convert.base.config_text", "convert.gates.config_text", "train.data.tokens._digest"):
+    for place in ("convert.base.config_text", "convert.gates.config_text", "train.data.store._digest"):
         monkeypatch.setattr(f"seer_jax.{place}", full)
     with pytest.raises(OSError, match="No space left"):
         KINDS[kind].save(folder, 1)

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """Arguments in Python that are none: one line each, with the argument's own name, before anything is compiled."""
 
 from collections.abc import Callable

@@ -1,12 +1,20 @@
 """Places of results: refused before the work where nothing can be written, and files written whole or not at all."""
 
+import builtins
+import importlib
+import inspect
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from seer_jax import tiny_lm
+from seer_jax.commands import demo
+from seer_jax.commands import main as cli
 from seer_jax.outputs import check_output_file, check_output_folder, check_plot_file, write_json, write_text
 
 PLACES = [
@@ -72,3 +80,69 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path):
     write_text(Path("/dev/null"), "x")
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "nan.json", float("nan"))
+
+
+BASE, GATE = str(tiny_lm.path()), str(tiny_lm.gates()["prefill"])
+# A command, what begins its work, and its outputs.
+COMMANDS = [
+    (["demo"], "seer_jax.commands.demo:from_pretrained", ["--output"]),
+    (["eval"], "seer_jax.commands.eval:from_pretrained", ["--output"]),
+    (["generate", "--prompt", "x"], "seer_jax.commands.generate:from_pretrained", ["--report"]),
+    (["bench", "prefill"], "seer_jax.bench.prefill:measure_prefill", ["--output", "--plot"]),
+    (["bench", "decode"], "seer_jax.bench.decode:measure_decode", ["--output", "--plot"]),
+    (["bench", "ground-truth"], "seer_jax.bench.ground_truth:measure_ground_truth", ["--output", "--plot"]),
+    (["bench", "train"], "seer_jax.bench.training:measure_training", ["--output", "--plot"]),
+    (["convert", "--gates", GATE], "seer_jax.commands.convert:load_gates", ["--output"]),
+    (["train", "--model", BASE, "--data.paths", BASE], "seer_jax.train.api:_load_model", ["--output"]),
+]
+CASES = [(words, work, option) for words, work, options in COMMANDS for option in options]
+
+
+def fail(*arguments: Any, **settings: Any) -> Any:
+    raise AssertionError("the work has begun")
+
+
+def fail_when_asked(*arguments: Any, **settings: Any) -> Iterator[Any]:
+    yield fail()
+
+
+@pytest.mark.parametrize("place", ["/proc/x.png", "{file}/x.png"])
+@pytest.mark.parametrize(("words", "work", "option"), CASES, ids=[f"{' '.join(w[:2])} {o}" for w, _, o in CASES])
+def test_an_output_that_can_not_be_written_is_refused_before_the_work(
+    words: list[str],
+    work: str,
+    option: str,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("")
+    place = place.format(file=tmp_path / "file")
+    module, _, name = work.partition(":")
+    home = importlib.import_module(module)
+    lazily = inspect.isgeneratorfunction(inspect.unwrap(getattr(home, name)))
+    monkeypatch.setattr(home, name, fail_when_asked if lazily else fail)
+    assert cli.main([*words, option, place]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and place in error and " must " in error and option in error, error
+
+
+def test_without_matplotlib_the_demo_leaves_the_plot_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    find, out = builtins.__import__, io.StringIO()
+
+    def missing(name: str, *arguments: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return find(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setattr(demo, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo(demo.DemoConfig(output=tmp_path), console=Console(file=out, width=200))
+    assert "it is not installed. Run pip install matplotlib. block_maps.png is left out." in out.getvalue()
+    assert "Interrupted. Kept so far: nothing." in capsys.readouterr().err

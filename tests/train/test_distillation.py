@@ -16,7 +16,7 @@ from seer_jax.train import distillation
 from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data.batches import Batch
 from seer_jax.train.data.packing import Packing, pack
-from seer_jax.train.data.tokens import TokenStore
+from seer_jax.train.data.store import TokenStore
 from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, prefill_rows, recall_stride, row_weights
 from seer_jax.train.optimizer import make_optimizer, make_schedule

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seer_jax.train.data.packing import Packing, pack
-from seer_jax.train.data.tokens import TokenStore
+from seer_jax.train.data.store import TokenStore
 from seer_jax.train.loss import (
     RECALL_ROWS,
     block_recall,

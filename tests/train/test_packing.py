@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seer_jax.train.data.packing import PackedDataset, Packing, pack
-from seer_jax.train.data.tokens import TokenStore
+from seer_jax.train.data.store import TokenStore
 
 BLOCK = 16
 

@@ -237,7 +237,7 @@ def test_a_device_without_memory_is_one_line(tmp_path, monkeypatch, place):
         )
 
     monkeypatch.setattr(f"seer_jax.train.{place}", full)
-    message = r"micro_batch_size \(now 4\) or sequence_length \(now 128\), .* XLA_PYTHON_CLIENT_MEM_FRACTION=0\.95"
+    message = r"micro_batch_size \(now 4\) or sequence_length \(now 128\); .* XLA_PYTHON_CLIENT_MEM_FRACTION=0\.95"
     with pytest.raises(MemoryError, match=message) as error:
         run_to(tmp_path)
     assert "\n" not in str(error.value)

@@ -26,7 +26,7 @@ from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import OptimizerConfig
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing, pack
-from seer_jax.train.data.tokens import TokenStore
+from seer_jax.train.data.store import TokenStore
 from seer_jax.train.loop.metrics import MetricsLog, read_metrics
 from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
 from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
@@ -279,9 +279,11 @@ def test_finetuning_loss_is_that_of_each_sequence_alone():
     assert loss == pytest.approx(nll[counts].mean(), rel=1e-5)
 
 
-def test_metrics_file_after_a_kill(tmp_path):
+def test_metrics_file_after_a_kill(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.2}\n{"step": 3, "loss": 0.3}\n{"step": 4, "lo')
+    path.write_text(
+        '{"step": 1, "loss": 0.1}\n[1]\n{"ste\n\n{"step": 2, "loss": 0.2}\n{"step": 3, "loss": 0.3}\n{"step": 4, "lo'
+    )
     log = MetricsLog(tmp_path, step=2, tensorboard=False)
     log.write(3, {"loss": 0.30000001192092896})
     log.close()
@@ -291,6 +293,7 @@ def test_metrics_file_after_a_kill(tmp_path):
         (3, 0.30000001192092896),
     ]
     assert not (tmp_path / "tensorboard").exists()
+    assert "metrics.jsonl: 3 damaged lines are left out." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from seer_jax.train.data.batches import DataConfig, batches, hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset, Packing
 from seer_jax.train.data.sources import SourceConfig, list_files, read_documents
-from seer_jax.train.data.tokens import ModelTokenizer, Piece, TokenStore, load_tokens
+from seer_jax.train.data.store import TokenStore
+from seer_jax.train.data.tokens import ModelTokenizer, Piece, load_tokens
 
 CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
@@ -286,19 +287,30 @@ def test_token_store_is_read_back(tmp_path):
     assert load_tokens(config, tokenizer, cache).digest != fresh.digest  # a run that starts reads changed text
 
 
-@pytest.mark.parametrize("torn", ["store.json", "settings", "bit"])
+TORN = {
+    "another tokenizer": (None, b""),
+    "a flipped bit": ("tokens.int32", b"d\x00\x00\x00b\x00\x00\x00c\x00\x00\x00"),
+    "a cut file": ("tokens.int32", b"abc"),
+    "no description": ("store.json", b""),
+    "a list": ("store.json", b"[1]"),
+    "a deep description": ("store.json", b"[" * 100_000),
+    "no ends": ("ends.npy", b""),
+    "an archive": ("ends.npy", b"PK\x03\x04"),
+}
+
+
+@pytest.mark.parametrize("torn", TORN)
 def test_torn_or_foreign_store_is_made_anew(tmp_path, torn):
     (tmp_path / "a.txt").write_text("abc")
-    config, tokenizer, cache = SourceConfig(paths=(str(tmp_path),)), Letters(), tmp_path / "cache"
+    config, tokenizer, cache = SourceConfig(paths=(str(tmp_path / "a.txt"),)), Letters(), tmp_path / "cache"
     load_tokens(config, tokenizer, cache)
-    if torn == "settings":
+    name, content = TORN[torn]
+    if name is None:
         tokenizer.fingerprint = "other"
-    elif torn == "bit":
-        (cache / "tokens.int32").write_bytes(b"d" + (cache / "tokens.int32").read_bytes()[1:])
     else:
-        (cache / torn).unlink()
-    (tmp_path / "a.txt").write_text("new")
-    np.testing.assert_array_equal(load_tokens(config, tokenizer, cache).tokens, [ord(c) for c in "new"])
+        (cache / name).write_bytes(content)
+    np.testing.assert_array_equal(load_tokens(config, tokenizer, cache).tokens, [97, 98, 99])
+    assert tokenizer.calls == 2
 
 
 def test_max_tokens_ends_with_a_document(tmp_path):

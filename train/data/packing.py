@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from seer_jax.train.data.tokens import TokenStore
+from seer_jax.train.data.store import TokenStore
 
 
 class Packing(enum.StrEnum):

@@ -1,22 +1,21 @@
-"""Documents as tokens: the tokenizer, and a store on disk that a resumed run reads back."""
+"""Documents as tokens: the tokenizer, and tokens from sources or from the store of an earlier part of the run."""
 
 import dataclasses
 import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
 
-from seer_jax.convert.files import replacing_files
 from seer_jax.inference.chat import DEFAULT, content_of, read_template
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.train.data.sources import Document, SourceConfig, list_files, read_documents
+from seer_jax.train.data.store import Chunk, Identity, TokenStore, join, read_store, write_store
 
 DOCUMENTS_PER_BATCH = 256  # enough to keep the tokenizer's threads busy
 LOST_SHARE = 0.1  # of the messages' characters, from which on a template that leaves them out is told
@@ -131,50 +130,6 @@ class Piece(str):
             start = end
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenStore:
-    """Tokens of many documents, concatenated.
-
-    Attributes:
-      tokens: of all documents, int32; a memory map where they are on disk.
-      ends: one past the last token of each document, ascending.
-      digest: hash of both, by which a resumed run recognises its data.
-    """
-
-    tokens: Int[np.ndarray, "tokens"]
-    ends: Int[np.ndarray, "documents"]
-    digest: str
-
-    @classmethod
-    def from_documents(cls, documents: Iterable[Sequence[int] | np.ndarray]) -> "TokenStore":
-        """The store of tokenized documents; empty ones are left out."""
-        arrays = [np.asarray(d, np.int32) for d in documents if len(d)]
-        tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-        ends = np.cumsum([len(a) for a in arrays], dtype=np.int64)
-        return cls(tokens, ends, _digest(tokens, ends))
-
-    @property
-    def lengths(self) -> Int[np.ndarray, "documents"]:
-        """Tokens of each document."""
-        return np.diff(self.ends, prepend=0)
-
-    def check_vocabulary(self, vocab_size: int) -> "TokenStore":
-        """Raises ValueError where a token is outside the model's vocabulary."""
-        if len(self.tokens):
-            check_tokens(self.tokens, vocab_size)
-        return self
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
-    """Raises ValueError unless all tokens lie in [0, vocab_size)."""
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"Tokens must lie in [0, {vocab_size}), the model's vocabulary; got {low} .. {high}. "
-            "Use the tokenizer that belongs to the model."
-        )
-
-
 def load_tokens(
     config: SourceConfig,
     tokenizer: Tokenizer,
@@ -203,8 +158,8 @@ def load_tokens(
       ValueError: a run resumes, and the cache has the tokens of other sources.
     """
     settings = {"sources": dataclasses.asdict(config), "tokenizer": tokenizer.fingerprint}
-    identity = _Identity(json.loads(json.dumps(settings)), limit, {})
-    stored = None if cache is None else _read_store(cache)
+    identity = Identity(json.loads(json.dumps(settings)), limit, {})
+    stored = None if cache is None else read_store(cache)
     if cache is not None and stored is not None and (store := _usable(stored, identity, config, cache, resumes, say)):
         return store
     if resumes and cache is not None:
@@ -212,40 +167,13 @@ def load_tokens(
     files = _stamps(config)
     chunks = _encoded(read_documents(config), tokenizer, config.max_tokens, enough, say)
     if cache is None:
-        return TokenStore.from_documents(_joined(chunks))
-    return _write_store(cache, dataclasses.replace(identity, files=files), chunks)
-
-
-def _joined(chunks: Iterator[tuple[np.ndarray, bool]]) -> Iterator[np.ndarray]:
-    """The tokens of each document."""
-    parts: list[np.ndarray] = []
-    for tokens, continues in chunks:
-        if parts and not continues:
-            yield np.concatenate(parts)
-            parts = []
-        parts.append(tokens)
-    if parts:
-        yield np.concatenate(parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Identity:
-    """What a store on disk was made from.
-
-    Attributes:
-      settings: sources and tokenizer.
-      limit: up to where the sources were read.
-      files: size and time of change of each file when it was read.
-    """
-
-    settings: dict[str, Any]
-    limit: Any
-    files: dict[str, list[int]]
+        return TokenStore.from_documents(join(chunks))
+    return write_store(cache, dataclasses.replace(identity, files=files), chunks)
 
 
 def _usable(
-    stored: tuple[_Identity, TokenStore],
-    wanted: _Identity,
+    stored: tuple[Identity, TokenStore],
+    wanted: Identity,
     config: SourceConfig,
     folder: Path,
     resumes: bool,
@@ -268,27 +196,13 @@ def _usable(
     return store
 
 
-def _stamps(config: SourceConfig) -> dict[str, list[int]]:
-    return {str(path): _stamp(path) for path in list_files(config)}
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _changed(files: dict[str, list[int]]) -> list[str]:
-    """The files that are no longer as they were read."""
-    return [name for name, stamp in files.items() if not Path(name).is_file() or _stamp(Path(name)) != stamp]
-
-
 def _encoded(
     documents: Iterator[Document],
     tokenizer: Tokenizer,
     max_tokens: int | None,
     enough: Callable[[int], bool] | None,
     say: Callable[[str], None],
-) -> Iterator[tuple[np.ndarray, bool]]:
+) -> Iterator[Chunk]:
     """Tokens of the documents, those of long texts piece by piece: (tokens, whether they go on with the document before)."""
     total = number = 0
     told = time.monotonic()
@@ -331,45 +245,15 @@ def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write_store(folder: Path, identity: _Identity, chunks: Iterator[tuple[np.ndarray, bool]]) -> TokenStore:
-    """Writes tokens, ends of documents and description as one step; the old store stays until the new one is complete."""
-    lengths = []
-    with replacing_files(folder, key="store.json") as files:
-        with files.path("tokens.int32").open("wb") as file:
-            for tokens, continues in chunks:
-                file.write(tokens.tobytes())
-                if continues and lengths:
-                    lengths[-1] += len(tokens)
-                elif len(tokens):
-                    lengths.append(len(tokens))
-        ends = np.cumsum(lengths, dtype=np.int64)
-        with files.path("ends.npy").open("wb") as file:
-            np.save(file, ends)
-        digest = _digest(_map_tokens(files.partial("tokens.int32")), ends)
-        description = {**dataclasses.asdict(identity), "digest": digest}
-        files.path("store.json").write_text(json.dumps(description), encoding="utf-8")
-    return TokenStore(_map_tokens(folder / "tokens.int32"), ends, digest)
+def _stamps(config: SourceConfig) -> dict[str, list[int]]:
+    return {str(path): _stamp(path) for path in list_files(config)}
 
 
-def _read_store(folder: Path) -> tuple[_Identity, TokenStore] | None:
-    """The store in a folder; None where there is none, or a damaged one, with which no run could go on."""
-    try:
-        description = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-        identity = _Identity(description["settings"], description["limit"], description["files"])
-        tokens, ends = _map_tokens(folder / "tokens.int32"), np.load(folder / "ends.npy")
-        if _digest(tokens, ends) != description["digest"]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return identity, TokenStore(tokens, ends, description["digest"])
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
-def _map_tokens(path: Path) -> np.ndarray:
-    return np.memmap(path, np.int32, mode="r") if path.stat().st_size else np.zeros(0, np.int32)
-
-
-def _digest(tokens: np.ndarray, ends: np.ndarray) -> str:
-    digest = hashlib.blake2b(np.ascontiguousarray(ends, np.int64).data, digest_size=16)
-    for start in range(0, len(tokens), 1 << 24):
-        digest.update(np.ascontiguousarray(tokens[start : start + (1 << 24)], np.int32).data)
-    return digest.hexdigest()
+def _changed(files: dict[str, list[int]]) -> list[str]:
+    """The files that are no longer as they were read."""
+    return [name for name, stamp in files.items() if not Path(name).is_file() or _stamp(Path(name)) != stamp]

@@ -25,7 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
       BlockingIOError: another run holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("a+", encoding="utf-8") as file:
+    with (folder / "run.lock").open("a+", encoding="utf-8", errors="replace") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from seer_jax.convert.files import replace_file
 from seer_jax.text_files import parse_json
 
 
@@ -48,24 +49,30 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl."""
+    """The lines of a metrics.jsonl, without incomplete and damaged ones."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines, and the number of damaged ones."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # text behind the last newline is an incomplete line
-    return [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+        return [], 0
+    # Text behind the last newline is an incomplete line.
+    found = [_line(text) for text in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]]
+    lines = [line for line in found if line is not None]
+    return lines, len(found) - len(lines)
 
 
-def _parse_line(text: str, place: str) -> dict[str, Any]:
-    values = parse_json(text, place)
-    if not isinstance(values, dict) or type(values.get("step")) is not int:
-        raise ValueError(
-            f"{place} must hold an object with the number of its step; got {text[:80]!r}. Remove the file."
-        )
-    return values
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        line = parse_json(text, "the line")
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def _cut(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(part, path)
+    lines, damaged = _read(path)
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out.", file=sys.stderr, flush=True)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from seer_jax.convert.files import replace_file
+from seer_jax.inference.memory import FRACTION, MOST_FRACTION, USUAL_FRACTION
 from seer_jax.outputs import check_output_folder
 from seer_jax.train.config import TrainConfig, to_dict
 from seer_jax.train.loop.checkpoint import Checkpoints, RunState
@@ -144,8 +145,8 @@ def out_of_memory(config: TrainConfig, what: str) -> MemoryError:
     """The error of a run that does not fit, with its remedies."""
     smaller = "" if config.micro_batch_size == 1 else f"micro_batch_size (now {config.micro_batch_size}) or "
     return MemoryError(
-        f"Training must fit in device memory; it {what}. Lower {smaller}sequence_length (now {config.sequence_length}), or let JAX take "
-        "more of the device: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (its default is 0.75)."
+        f"Training must fit in device memory; it {what}. Lower {smaller}sequence_length (now {config.sequence_length}); on a GPU, "
+        f"{FRACTION}={MOST_FRACTION} lets JAX take more than its usual {USUAL_FRACTION:.0%} of the memory."
     )
 
 

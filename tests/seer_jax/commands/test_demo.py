@@ -1,8 +1,10 @@
-"""The demo, on the bundled model at a size of seconds: every stage runs and every file is there."""
+"""The demo, on the bundled model at a size of seconds: every stage runs, shows how far it is, and every file is there."""
 
 import io
 import json
 import math
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from seer_jax.commands import demo as command
 from seer_jax.commands.demo import DemoConfig, demo
+from seer_jax.commands.stages import Stages, StepClock
 from seer_jax.convert import load_gates
 from seer_jax.evaluate import Phase, Score, WindowScore, all_methods
 
@@ -83,3 +86,40 @@ BAD = [
 def test_bad_settings_are_refused(change: dict, message: str):
     with pytest.raises(ValueError, match=message):
         DemoConfig(**change)
+
+
+def test_stages_tell_the_time_that_is_left():
+    now = iter([0.0, 30.0, 60.0, 90.0])
+    clock = StepClock(3, now=lambda: next(now))
+    assert clock.left == ""
+    clock.step()
+    assert clock.left == "about 1 min 0 s left"
+    clock.step()
+    assert clock.left == "about 30 s left"
+    clock.step()
+    assert clock.left == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_each_step_has_its_line_where_it_is_a_result(terminal: bool):
+    out = io.StringIO()
+    stages = Stages(Console(file=out, width=80, force_terminal=terminal))
+    with stages.stage("Measuring", 2, every_step=True) as advance:
+        advance("one [bold]")
+        advance("two")
+    text = out.getvalue()
+    assert "one [bold]" in text and "two" in text and ("2/2" if terminal else "1/2 (about 0 s left)") in text
+    with stages.stage("Quick", 2) as advance:
+        advance("unseen")
+    assert terminal or "unseen" not in out.getvalue()
+
+
+def test_a_bar_shows_steps_and_time_left_on_80_columns():
+    out = io.StringIO()
+    stages = Stages(Console(file=out, width=80, force_terminal=True, no_color=True))
+    with stages.stage("Comparing ways to choose blocks", 26) as advance:
+        advance("prefill learned gate, topk:0.1: " + "a long word " * 20)
+        time.sleep(0.3)  # for the bar to be drawn
+    frames = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", out.getvalue()).splitlines() if "1/26" in line]
+    assert frames and all("Comparing ways to choose blocks" in line and "left" in line for line in frames)
+    assert max(len(line.rstrip()) for line in frames) <= 80

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from seer_jax import Generated, Transformer, from_pretrained, load_tokenizer, plan_memory, stream
+from seer_jax.commands import generate as command
 from seer_jax.commands import main as cli
 from seer_jax.commands.generate import GenerateConfig, Job, generate, kept_table, recommended_sampling
 from seer_jax.inference import memory
@@ -179,6 +181,29 @@ def test_what_does_not_fit_the_device_is_one_line(capsys: pytest.CaptureFixture[
     assert re.fullmatch(r"seer-jax generate: The generation must fit .*fewer rows.*\n", capsys.readouterr().err)
     assert cli.main([*words, "--plan"]) == 0
     assert re.search(r"\navailable +0.001 GiB\nmissing +0.0\d\d GiB\n$", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_text_that_fails_is_printed_up_to_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """And reported; the exit code tells."""
+
+    def failing(*args: Any, **settings: Any) -> Generator[list[list[int]], None, Generated]:
+        result = yield from stream(*args, **settings | dict(max_new_tokens=1))
+        return dataclasses.replace(result, failed=jnp.asarray([1]))
+
+    monkeypatch.setattr(command, "stream", failing)
+    words = ["generate", "--prompt", "import numpy", "--max-new-tokens", "4", "--report", str(tmp_path / "report.json")]
+    assert cli.main(words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == " as\n"
+    assert re.search(
+        r"\nseer-jax generate: logits must be finite; those of new token 1 hold NaN .*--dtype float32\.\n$",
+        captured.err,
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["failed_at"], report["text"]) == (1, " as")
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -29,7 +29,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
 
 def test_every_command_is_a_module_of_its_own():
     folder = Path(cli.__file__).parent
-    shared = {"__init__", "main", "arguments", "compilation_cache", "stages"}
+    shared = {"__init__", "main", "arguments", "stages"}
     assert {path.stem for path in folder.glob("*.py")} == {*cli.COMMANDS, *shared}
 
 

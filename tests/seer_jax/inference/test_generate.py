@@ -330,8 +330,8 @@ def test_only_shapes_and_static_fields_compile_anew(monkeypatch: pytest.MonkeyPa
 
 def test_masks_are_those_of_the_prompts_whatever_programs_are_made_for():
     """With blocks of 16, a prompt of 41 tokens has 3; its program has room for 4, and its cache for 8."""
-    masks = dict(prefill=np.ones((2, len(LENGTHS), 1, 3, 3), bool), decode=np.ones((2, len(LENGTHS), 2, 4), bool))
-    result = run(**{phase: Given(mask, 16) for phase, mask in masks.items()}, eos=())
+    prefill, decode = np.ones((2, len(LENGTHS), 1, 3, 3), bool), np.ones((2, len(LENGTHS), 2, 4), bool)
+    result = run(prefill=Given(prefill, 16), decode=Given(decode, 16), eos=())
     assert result.rows() == run(eos=()).rows()
     np.testing.assert_array_equal(result.prefill_kept, 1)
     np.testing.assert_array_equal(result.decode_kept_steps, 1)

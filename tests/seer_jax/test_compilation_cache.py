@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from seer_jax.commands.compilation_cache import default_folder, use_compilation_cache
+from seer_jax.compilation_cache import default_folder, use_compilation_cache
 
 NAMES = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "compilation_cache_max_size")
 
