@@ -117,15 +117,18 @@ class PolicyBench(BenchConfig):
         """
         rules = {}
         for text in self.policies:
-            rules[text] = parse_policy(text)
+            try:
+                rules[text] = parse_policy(text)
+            except ValueError as error:
+                raise ValueError(f"policies must be policies; {error}") from error
             if not isinstance(rules[text], RankingPolicy):
                 raise ValueError(f"policies must rank blocks, as topk:0.1 does; got {text}.")
         return rules
 
     def _check_policies(self) -> None:
-        for density in (*self.densities, self.model_density):
-            if not 0 < density <= 1:
-                raise ValueError(f"Densities must lie in (0, 1]; got {density}.")
+        for name, densities in (("densities", self.densities), ("model_density", (self.model_density,))):
+            if wrong := [str(density) for density in densities if not 0 < density <= 1]:
+                raise ValueError(f"{name} must lie in (0, 1]; got {', '.join(wrong)}.")
         self.rules()
 
 

@@ -29,7 +29,7 @@ BENCHES: dict[str, tuple[type, Callable[..., list[Measurement]], str]] = {
 def run(words: list[str]) -> int:
     parser = UsageParser(f"{PROGRAM} bench", description=__doc__)
     summaries = "; ".join(f"{name}: {summary}" for name, (_, _, summary) in BENCHES.items())
-    parser.add_argument("what", metavar="|".join(BENCHES), help=summaries)
+    parser.add_argument("what", metavar="{" + ",".join(BENCHES) + "}", help=summaries)
     what = parser.parse_args(words[:1]).what
     if what not in BENCHES:
         raise UsageError(one_of("what to measure", list(BENCHES), what))

@@ -1,6 +1,7 @@
 """Distil gates for the bundled model and compare them with other ways to choose blocks."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -269,5 +270,5 @@ def _report(
         stages.say(f"  {'  '.join(gates)}  the gates")
     stages.say(
         "Try the gates:\n"
-        f"  {PROGRAM} generate --gates {' '.join(gates)} --prefill topk:0.5 --decode topk:0.5 --prompt 'def main('"
+        f"  {PROGRAM} generate --gates {shlex.join(gates)} --prefill topk:0.5 --decode topk:0.5 --prompt 'def main('"
     )

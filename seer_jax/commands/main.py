@@ -1,7 +1,9 @@
 """The program `seer-jax`: finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Each failure and each wrong usage is one line on standard error. A command is the module of its name in this folder: the first line of its
-docstring is its summary, and `run(words) -> exit code` takes the words after its name. It is imported when it runs.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Each failure and each wrong usage is one line on standard error.
+
+A command is the module of its name in this folder: the first line of its docstring is its summary, and `run(words) -> exit code` takes the
+words after its name. It is imported when it runs.
 """
 
 import ast

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from typing import Any
 
 from seer_jax.settings import check_types
 
@@ -48,7 +49,7 @@ class PrefillGateConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_gate_sizes(self.block_size, self.gate_dim)
+        _check_gate_sizes(self)
         _check_pooling("Query", self.q_pooling)
         _check_pooling("Key", self.k_pooling)
 
@@ -79,7 +80,7 @@ class DecodeGateConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_gate_sizes(self.block_size, self.gate_dim)
+        _check_gate_sizes(self)
         _check_pooling("Key", self.k_pooling)
         if self.start_layer < 0:
             raise ValueError(
@@ -104,8 +105,11 @@ class TrainedGates(enum.StrEnum):
         return both if self is TrainedGates.BOTH else (f"{self}_gate",)
 
 
-def _check_gate_sizes(block_size: int, gate_dim: int) -> None:
-    if block_size not in (16, 32, 64, 128):
-        raise ValueError(f"block_size must be one of 16, 32, 64, 128 tokens; got {block_size}.")
-    if gate_dim < 2 or gate_dim % 2:
-        raise ValueError(f"gate_dim must be even and positive, since RoPE rotates pairs of channels; got {gate_dim}.")
+def _check_gate_sizes(config: Any) -> None:
+    name = type(config).__name__
+    if config.block_size not in (16, 32, 64, 128):
+        raise ValueError(f"{name}.block_size must be one of 16, 32, 64, 128 tokens; got {config.block_size}.")
+    if config.gate_dim < 2 or config.gate_dim % 2:
+        raise ValueError(
+            f"{name}.gate_dim must be even and positive, since RoPE rotates pairs of channels; got {config.gate_dim}."
+        )

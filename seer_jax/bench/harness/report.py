@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from seer_jax.bench.configs import BenchConfig
@@ -84,8 +85,9 @@ def report(
     try:
         for m in measurements:
             done.append(m)
-            outcome = f"[bold red]{m.failure}[/bold red]" if m.failure else f"{_written(m, MILLISECONDS)} ms"
-            say(f"{m.table}: {_name(m)}: {outcome}" + (f" ({m.note})" if m.note else ""))
+            outcome = f"[bold red]{escape(m.failure)}[/bold red]" if m.failure else f"{_written(m, MILLISECONDS)} ms"
+            note = f" ({escape(m.note)})" if m.note else ""
+            say(f"{m.table}: {escape(_name(m))}: {outcome}{note}")
             if config.output is not None:  # after each one, so that an interrupted run leaves what it has
                 write_json(config.output, done, command=sys.argv)
     except KeyboardInterrupt:
@@ -95,10 +97,10 @@ def report(
         raise
     print_tables(console, tables, done)
     if config.output is not None:
-        say(f"Written: {config.output}")
+        say(escape(f"Written: {config.output}"))
     if config.plot is not None:
         plot_panels(config.plot, panels, done)
-        say(f"Drawn: {config.plot}")
+        say(escape(f"Drawn: {config.plot}"))
     return done
 
 
@@ -106,15 +108,15 @@ def print_tables(console: Console, tables: Sequence[Table], measurements: Sequen
     """Prints what it ran on, the tables that have measurements, and what each column means in one line."""
     machine, shown = hardware(), {}
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    console.print(f"\n{machine['device']} ({versions})", highlight=False, soft_wrap=True)
+    console.print(f"\n{machine['device']} ({versions})", highlight=False, markup=False, soft_wrap=True)
     for table in tables:
         if lines := [m for m in measurements if m.table == table.name]:
             console.print()
             console.print(_drawn(table, lines))
             shown |= {" ".join(column.title.split()): column.meaning for column in table.columns}
     console.print()
-    legend = [f"[bold]{word}[/bold]: {meaning}" for word, meaning in shown.items()]
-    for line in (*legend, *dict.fromkeys(f"-: {m.note}" for m in measurements if m.note)):
+    legend = [f"[bold]{escape(word)}[/bold]: {escape(meaning)}" for word, meaning in shown.items()]
+    for line in (*legend, *dict.fromkeys(escape(f"-: {m.note}") for m in measurements if m.note)):
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -126,7 +128,7 @@ def _drawn(table: Table, measurements: Sequence[Measurement]) -> RichTable:
         drawn.add_column(column.title, justify="right", no_wrap=True)
     for m in measurements:
         wrong = " [bold red]WRONG[/bold red]" if m.failure else ""
-        drawn.add_row(_name(m) + wrong, *(_written(m, column) for column in table.columns))
+        drawn.add_row(escape(_name(m)) + wrong, *(_written(m, column) for column in table.columns))
     return drawn
 
 

@@ -25,10 +25,12 @@ class Option(NamedTuple):
     Fields:
       path: the setting behind it, such as "optimizer.warmup_steps".
       owners: names of the configuration that has the setting, and of its bases.
+      kind: type of its value.
     """
 
     path: str
     owners: tuple[str, ...]
+    kind: Any
 
     @property
     def flag(self) -> str:
@@ -93,7 +95,7 @@ def _options(kind: type, prefix: str = "") -> Iterator[Option]:
         if dataclasses.is_dataclass(inner):
             yield from _options(typing.cast(type, inner), f"{prefix}{field.name}.")
         else:
-            yield Option(prefix + field.name, owners)
+            yield Option(prefix + field.name, owners, inner)
 
 
 def _plain(hint: Any) -> Any:

@@ -96,7 +96,7 @@ def _flag(argument: Any) -> str:
 def _unknown(words: Sequence[str], options: Options) -> str:
     """What is wrong with words that belong to no option: the first one is told, the rest often follows from it."""
     word = next((w for w in words if w.startswith("--")), words[0])
-    if not word.startswith("-"):
+    if not word.startswith("-") or word[1:2].isdigit():
         return f"{word!r} must belong to an option; got it alone. Put values with spaces into quotes."
     name = word.partition("=")[0].replace("_", "-")
     return f"there is no option {name}.{did_you_mean(name, (option.flag for option in options.all))}"

@@ -2,12 +2,17 @@
 
 import importlib
 import re
+from typing import Any
 
 import jax
 import pytest
+import tyro
 
 from seer_jax.commands import main as cli
+from seer_jax.commands.errors.options import Options
+from seer_jax.commands.train import TrainOptions
 from tests.packaging.checkout import ROOT
+from tests.seer_jax.commands.fuzz.cases import COMMANDS
 
 # Each command line with its one line of standard error after the program's name and the command's; "*" stands for any text.
 USAGE = [
@@ -63,7 +68,10 @@ USAGE = [
         "what to measure must be one of prefill, *; got 'prefil'. Did you mean prefill? See seer-jax bench --help.",
     ),
     ("bench decode --lengths 5", "--lengths must be at least 128 tokens; got (5,). See seer-jax bench decode --help."),
-    ("bench prefill --policies [a,b]", "'[a,b]' is no policy: the rule must be one of dense, *"),
+    (
+        "bench prefill --policies [a,b]",
+        "--policies must be policies; '[a,b]' is no policy: the rule must be one of dense, *",
+    ),
     ("info --all", "there is no option --all. See seer-jax info --help."),
     ("generate --prompt \udcff", "a command line must be UTF-8; got '*xff'. *"),
 ]
@@ -146,6 +154,42 @@ def test_failures_of_every_command(
     assert cli.main([name]) == 1
     line = capsys.readouterr().err
     assert re.fullmatch(".*".join(map(re.escape, f"seer-jax {name}: {text}\n".split("*"))), line), line
+
+
+CONFIGS = COMMANDS | {"train": (TrainOptions, "--model tiny-lm --output x")}
+NUMBERS = [
+    (command, option.flag)
+    for command, (kind, _) in CONFIGS.items()
+    for option in Options(kind).all
+    if option.kind in (int, float)
+]
+
+
+class Parsed(BaseException):
+    """Raised in place of the work of a command."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "flag"), NUMBERS)
+def test_a_wrong_number_names_its_option(
+    command: str, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the configuration behind it says, in Python's words; some numbers may be negative."""
+    cli_of_tyro = tyro.cli
+
+    def parse(*arguments: Any, **settings: Any) -> None:
+        cli_of_tyro(*arguments, **settings)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", parse)
+    for value in ("-7", "many"):
+        try:
+            code = cli.main([*command.split(), *CONFIGS[command][1].split(), flag, value])
+        except Parsed:
+            assert value == "-7"
+            continue
+        error = capsys.readouterr().err
+        assert code == 2 and flag in error.partition(" See ")[0], error
 
 
 def test_an_error_can_be_traced():
