@@ -76,14 +76,6 @@ def replacing_files(folder: Path, key: str = "config.json") -> Iterator[Replacem
     replacement.commit(key)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a text file so that a process that is killed leaves the old one or the new one."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, path)
-
-
 def _flush(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on disk: a rename may otherwise get there before the data."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -124,15 +124,8 @@ def generate(config: GenerateConfig) -> Generated | None:
     name = model_of(config.model, config.gates, config.hub)
     tokenizer = load_tokenizer(name, **config.hub)
     tokens = _prompt_tokens(config, tokenizer)
-    clock.start()
-    dtype = config.dtype or DType.default()
-    model = from_pretrained(name, config.gates, dtype=dtype, abstract=config.plan, **config.hub)
-    jax.block_until_ready(jax.tree.leaves(model))
-    clock.end("load")
-    if config.chat:  # a model whose EOS tokens lack the end of a turn would not stop
-        ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.end_of_turn()))
-        model.config = dataclasses.replace(model.config, eos_token_ids=tuple(ends))
-    job = Job.of(config, model, tokens)
+    shapes = _load(config, name, tokenizer, abstract=True)
+    job = Job.of(config, shapes, tokens)
     for phase, policy in job.policies.items():
         if config.stats or policy.idle_gate:
             print(f"{phase}: {policy}{_HINTS[phase] if policy.idle_gate else ''}", file=sys.stderr)
@@ -141,7 +134,11 @@ def generate(config: GenerateConfig) -> Generated | None:
     if config.plan:
         print(job.plan())
         return None
-    job.plan(compiled=False).check()  # compiling takes long, and is not for what can't run anyway
+    job.plan(compiled=False).check()  # loading and compiling take long, and are not for what can't run anyway
+    clock.start()
+    job = dataclasses.replace(job, model=_load(config, name, tokenizer))
+    jax.block_until_ready(jax.tree.leaves(job.model))
+    clock.end("load")
     plan = job.plan()
     clock.end("compile")
     if config.stats:
@@ -157,6 +154,16 @@ def generate(config: GenerateConfig) -> Generated | None:
     if has_failed(result):
         print(_failure(int(result.failed[0])), file=sys.stderr)
     return result
+
+
+def _load(config: GenerateConfig, name: str, tokenizer: Tokenizer, *, abstract: bool = False) -> Transformer:
+    """The model with its gates, or their shapes."""
+    dtype = config.dtype or DType.default()
+    model = from_pretrained(name, config.gates, dtype=dtype, abstract=abstract, **config.hub)
+    if config.chat:  # a model whose EOS tokens lack the end of a turn would not stop
+        ends = dict.fromkeys((*model.config.eos_token_ids, *tokenizer.end_of_turn()))
+        model.config = dataclasses.replace(model.config, eos_token_ids=tuple(ends))
+    return model
 
 
 _NO_RECOMMENDATION = "the gate recommends nothing"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from seer_jax.convert.files import replace_file
+from seer_jax.outputs import write_text
 from seer_jax.train.data.batches import DataPosition
 from seer_jax.train.step import Weights
 
@@ -97,7 +97,7 @@ class Checkpoints:
         )
         self._manager.save(state.step, args=items, force=True)
         folder = self.folder / str(state.step)
-        replace_file(folder / CHECKSUMS, json.dumps(_checksums(folder)))
+        write_text(folder / CHECKSUMS, json.dumps(_checksums(folder)))
 
     def restore(self, like: RunState) -> RunState:
         """The newest checkpoint that is not damaged, its arrays sharded as those of `like`; `like` itself where there is none.

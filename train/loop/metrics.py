@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from seer_jax.convert.files import replace_file
+from seer_jax.outputs import write_text
 from seer_jax.text_files import parse_json
 
 
@@ -75,4 +75,4 @@ def _cut(path: Path, step: int) -> None:
     lines, damaged = _read(path)
     if damaged:
         print(f"{path}: {damaged} damaged lines are left out.", file=sys.stderr, flush=True)
-    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))

@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 
-from seer_jax.convert.files import replace_file
 from seer_jax.inference.memory import FRACTION, MOST_FRACTION, USUAL_FRACTION
-from seer_jax.outputs import check_output_folder
+from seer_jax.outputs import check_output_folder, write_text
 from seer_jax.train.config import TrainConfig, to_dict
 from seer_jax.train.loop.checkpoint import Checkpoints, RunState
 from seer_jax.train.loop.lock import locked
@@ -74,7 +73,7 @@ class Session:
             return like
         state = self._checkpoints.restore(like)
         self.step = state.step
-        replace_file(self.folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+        write_text(self.folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
         return state
 
     def save(self, state: RunState) -> None:
