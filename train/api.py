@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert import load_gates, save_gates
+from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_to_hf
-from seer_jax.models.hub import read_config, resolve
+from seer_jax.models.hub import read_config, resolve, resolve_gates
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset
@@ -171,7 +172,7 @@ def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]
 
 def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequence[str]) -> None:
     """Gives the model the gates that training starts from."""
-    for location in config.initial_gates:
+    for location in resolve_gates(config.initial_gates, GATE_PATTERNS):
         gate = load_gates(location, model.config)
         name = "prefill_gate" if isinstance(gate.config, PrefillGateConfig) else "decode_gate"
         kind = name.removesuffix("_gate")

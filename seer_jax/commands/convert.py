@@ -25,7 +25,8 @@ class ConvertConfig(HubOptions):
       gates: folder or hub id of the gates.
       output: folder to write; it must differ from the folders that are read.
       format: format of the weight file; the PyTorch release reads pth.
-      model: folder or hub id of the base model, against which the gates are checked. None: the gates' own config.json.
+      model: folder or hub id of the base model, against which the gates are checked. None: with include_base the
+        one that the gates name, otherwise the gates' own config.json.
       include_base: also copy the base model's weights, configuration and tokenizer, so that one folder serves as base and
         as gates.
       dtype: dtype of the gates in the file; float32 keeps them exactly.
@@ -46,8 +47,6 @@ class ConvertConfig(HubOptions):
     def __post_init__(self) -> None:
         if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
             raise ValueError(f"push_to_hub must name a repository, owner/name; got {self.push_to_hub!r}.")
-        if self.include_base and self.model is None:
-            raise ValueError("include_base must come with the model to copy; got none. Give model=...")
 
 
 def run(words: list[str]) -> int:
@@ -69,10 +68,13 @@ def convert(config: ConvertConfig) -> Path:
     check_is_gate(source)
     hf = read_config(source)
     base, base_model = None, hf.get("base_model", "")
-    if config.model is not None:
-        base = resolve(config.model, _MODEL_PATTERNS if config.include_base else ("config.json",), **config.hub)
+    name = config.model or (base_model if config.include_base else None)
+    if config.include_base and not name:
+        raise ValueError("include_base must come with the model to copy, and the gates name none. Give model=...")
+    if name:
+        base = resolve(name, _MODEL_PATTERNS if config.include_base else ("config.json",), **config.hub)
         check_is_base(base)
-        hf, base_model = read_config(base), config.model
+        hf, base_model = read_config(base), name
     copied = _files(base) if base is not None and config.include_base else []
     _check_output(config, [folder for folder in (source, base) if folder is not None], [path.name for path in copied])
     gate = load_gates(source, config_from_hf(hf))

@@ -174,9 +174,10 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
     record = None if config.output is None else job.record(config.output / SCORES)
     for note in job.notes():
         stages.say(note)
+    done = 0 if record is None else len(record.scores)
     scores = _measure(job, stages, record)
     print_scores(stages.console, scores)
-    if record is not None:
+    if record is not None and len(record.scores) > done:
         stages.say(f"Written: {record.path}")
     return scores
 

@@ -139,6 +139,8 @@ def generate(config: GenerateConfig) -> Generated | None:
     job = dataclasses.replace(job, model=_load(config, name, tokenizer))
     jax.block_until_ready(jax.tree.leaves(job.model))
     clock.end("load")
+    if config.stats:
+        print("Compiling ...", file=sys.stderr)
     plan = job.plan()
     clock.end("compile")
     if config.stats:

@@ -48,7 +48,7 @@ def describe() -> str:
     for operation in operations():
         used = operation.used_here()
         others = [name for name in operation.implementations if name != used]
-        lines.append(f"  {operation.name:<28} {used} (also there: {', '.join(others)})")
+        lines.append(f"  {operation.name:<28} {used} (also available: {', '.join(others)})")
     return "\n".join(lines)
 
 

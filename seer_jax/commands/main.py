@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, *rest = words
         return _run(name, rest, scorers)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print(file=sys.stderr)  # behind the ^C of a terminal
+        _say(name, "interrupted.")
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of standard output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

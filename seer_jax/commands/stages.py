@@ -116,7 +116,7 @@ class StepClock:
 def write_duration(seconds: float) -> str:
     """Seconds, minutes or hours.
 
-    >>> write_duration(59.4), write_duration(61), write_duration(7300)
+    >>> write_duration(59.4), write_duration(61), write_duration(7320)
     ('59 s', '1 min 1 s', '2 h 2 min')
     """
     whole = round(seconds)

@@ -15,7 +15,7 @@ DESCRIPTION = """Distils gates from a frozen model.
 
 --config FILE (.yaml or .json) or --recipe prefill|decode (the settings of the papers) gives the settings to start from; the
 other options change single ones. The gates are written to OUTPUT/prefill_gate and OUTPUT/decode_gate at every checkpoint. The same
-command goes on with a run that was stopped, also with more or fewer --steps."""
+command resumes a run that was stopped, also with more or fewer --steps."""
 
 
 ALIASES = {"--precision": "--dtype", "--gates": "--kind"}

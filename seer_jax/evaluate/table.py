@@ -14,7 +14,8 @@ QUANTITIES = {
     "ppl": "perplexity: how many equally likely tokens the model seems to choose from at each step of held-out text; lower is better",
     "keys": "pass keys: share of the long prompts whose hidden five digits are found exactly; higher is better",
     "read": "measured share of the visible key blocks that attention read, mean over rows and layers. A row's own block is always "
-    "read; where a top-k ranking of a prompt's blocks does not choose it, as random ones seldom do, it comes on top",
+    "read; where a top-k ranking of a prompt's blocks does not choose it, as random ones seldom do, it comes on top; "
+    "a window never reads less than the first block and the row's own",
 }
 ERROR = "±"
 ERROR_MEANING = "standard error of the figure before it, over windows (ppl), prompts (keys) or rows (read)"

@@ -46,7 +46,7 @@ def parse_policy(text: str) -> Policy:
     except ValueError as error:
         kind = RULES.get(name)
         because = str(error).rstrip(".").removeprefix(f"{kind.__name__}." if kind else "")
-        raise ValueError(f"{text!r} is no policy: {because}. A policy is written {policy_syntax()}.") from error
+        raise ValueError(f"{text!r} is not a policy: {because}. A policy is written {policy_syntax()}.") from error
 
 
 def _rule(name: str) -> type[RankingPolicy]:

@@ -285,8 +285,11 @@ WRONG_FILES = {
         lambda p: cut(p, p.stat().st_size - 1),
         "must fill its data_offsets within the .* cut off or damaged",
     ),
-    "header not JSON": (lambda p: p.write_bytes((4).to_bytes(8, "little") + b"{a:}"), "header must be JSON"),
-    "header not UTF-8": (lambda p: p.write_bytes((4).to_bytes(8, "little") + b"\xff\xfe\xfd{"), "header must be JSON"),
+    "header not JSON": (lambda p: p.write_bytes((4).to_bytes(8, "little") + b"{a:}"), "header must hold JSON"),
+    "header not UTF-8": (
+        lambda p: p.write_bytes((4).to_bytes(8, "little") + b"\xff\xfe\xfd{"),
+        "header must hold JSON",
+    ),
     "header a list": (lambda p: header(p, lambda h: [1]), "header must be a JSON object; got a list"),
     "no shape": (
         lambda p: header(p, lambda h: h[Q0].pop("shape") and h),
@@ -517,6 +520,7 @@ def run(script: str, *args: str | Path, **environment: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's account of a process in /proc")
 def test_the_host_holds_little_more_than_the_model(tmp_path: Path):
     tied: dict[str, Any] = dict(num_heads=8, num_kv_heads=4, head_dim=128, tie_word_embeddings=True)
@@ -527,6 +531,7 @@ def test_the_host_holds_little_more_than_the_model(tmp_path: Path):
     assert memory["peak"] <= memory["kept"] + 1.3 * largest, memory
 
 
+@pytest.mark.slow
 def test_sharded_models_are_the_same_and_each_device_reads_its_part(folder: Path):
     flags = "--xla_force_host_platform_device_count=4"
     report = run("sharded_load.py", folder, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")

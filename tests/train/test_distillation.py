@@ -85,6 +85,7 @@ def test_one_gate_or_both_from_one_pass():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "sizes"), [(("decode",), (10,)), pytest.param(("prefill", "decode"), (2, 10, 24), marks=pytest.mark.slow)]
 )
@@ -107,6 +108,7 @@ def test_chunks_of_queries_have_the_gradients_of_the_whole(monkeypatch: pytest.M
     assert all((getattr(whole, kind).recall_weight > 0).all() for kind in kinds)
 
 
+@pytest.mark.slow
 def test_memory_for_decode_gates_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch):
     task, trained, frozen = Distillation.start(make_model(gates=(DECODE,)), distill_config(kind=TrainedGates.DECODE))
     length = 512 * BLOCK
@@ -228,6 +230,7 @@ def test_memory_is_that_of_one_layer():
     assert many - few <= 2 * gates  # eight layers more: the gradients of their gates
 
 
+@pytest.mark.slow
 def test_finetuning_keeps_one_hidden_state_per_layer():
     batch = make_batch(make_rows(2, 4 * LENGTH))
 

@@ -43,7 +43,7 @@ def other_runs():
     yield {"config": changed(data=DataConfig(paths=("/x",)))}, r"^data\.paths: .* with \[\]; got \['/x'\]"
     yield (
         {"config": changed(steps=8)},
-        r"^steps: this run was started with 10 and has done 10; got 8\. Set steps=10 or more",
+        r"^steps: this run was to have 10 and has done 10; got 8\. Set steps=10 or more",
     )
     yield (
         {"config": changed(kind=TrainedGates.PREFILL)},
@@ -89,7 +89,7 @@ def test_a_run_is_extended(finished, undisturbed, capsys):
     np.testing.assert_allclose(rates, np.array([schedule(step) for step in range(10, 14)]), rtol=1e-6)
     said = capsys.readouterr().out
     assert (
-        "steps: this run was started with 10, and now has 14. From step 11 on, the learning rate is that of a run of 14 steps"
+        "steps: this run was to have 10, and now has 14. From step 11 on, the learning rate is that of a run of 14 steps"
         in said
     )
 

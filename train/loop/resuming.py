@@ -32,11 +32,11 @@ def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: i
     _, now, before = steps
     if now < step:
         raise ValueError(
-            f"steps: this run was started with {before} and has done {step}; got {now}. Set steps={step} or more, or give another `output` "
+            f"steps: this run was to have {before} and has done {step}; got {now}. Set steps={step} or more, or give another `output` "
             f"for a new run; this one is {folder}."
         )
     return (
-        f"steps: this run was started with {before}, and now has {now}. From step {step + 1} on, the learning rate is that of a run of "
+        f"steps: this run was to have {before}, and now has {now}. From step {step + 1} on, the learning rate is that of a run of "
         f"{now} steps; the rows of data stay the same."
     )
 

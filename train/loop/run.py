@@ -232,7 +232,7 @@ class StopSignals:
         if self.asked is None and self._waits:
             self.asked = number
             # Not `print`: the signal may have come while something was printed, which allows no second call.
-            os.write(2, b"Stopping at the end of this step; a second signal stops at once.\n")
+            os.write(2, b"Stopping when the steps that are under way have ended; a second signal stops at once.\n")
             return
         self.__exit__()
         if number == signal.SIGTERM:

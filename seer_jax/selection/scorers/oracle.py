@@ -19,7 +19,9 @@ class Oracle(Scorer):
 
     name = "oracle"
     title = "oracle"
-    meaning = "the blocks with the largest true attention weights, which costs the dense attention it is to save"
+    meaning = (
+        "the blocks with the largest true attention weights, at the cost of the dense attention that it should save"
+    )
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B H Tb Sb"]:
         scored = attention_with_block_scores(

@@ -135,6 +135,7 @@ def test_ground_truth(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.Ca
         assert case == "150, neither" or results["scores_error"] < 1e-5
 
 
+@pytest.mark.slow
 @shapes_stand_for_arrays
 def test_training(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["bench", "train", "--shape", "tiny", "--lengths", "256", "--batch-size", "2", "--kinds", "prefill", "both"]

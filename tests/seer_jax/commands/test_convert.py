@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -106,9 +107,20 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path):
         convert(ConvertConfig(gates, out / "config.json"))
 
 
-def test_including_the_base_needs_one():
-    with pytest.raises(ValueError, match=r"include_base must come with the model to copy; got none\. Give model"):
-        ConvertConfig("gates", Path("out"), include_base=True)
+def test_the_base_that_is_included_is_the_one_that_the_gates_name(saved: Path, tmp_path: Path):
+    gates = tmp_path / "gates"
+    shutil.copytree(saved / "decode", gates)
+    hf = json.loads((gates / "config.json").read_text())
+    for name in ("", str(saved / "base")):
+        (gates / "config.json").write_text(json.dumps(hf | {"base_model": name}))
+        if name:
+            convert(ConvertConfig(str(gates), tmp_path / "out", include_base=True))
+            assert (tmp_path / "out" / "model.safetensors").is_file()
+        else:
+            with pytest.raises(
+                ValueError, match=r"include_base must come with the model to copy, and the gates name none"
+            ):
+                convert(ConvertConfig(str(gates), tmp_path / "out", include_base=True))
 
 
 def test_convert_and_verify(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

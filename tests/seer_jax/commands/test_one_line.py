@@ -29,9 +29,9 @@ USAGE = [
     ("generate --prompt --max-new-tokens x", "*"),
     (
         "generate --prefill topk:2",
-        "--prefill: 'topk:2' is no policy: density, the share *, must lie in *; got 2.0. A policy *",
+        "--prefill: 'topk:2' is not a policy: density, the share *, must lie in *; got 2.0. A policy *",
     ),
-    ("generate --decode sparse", "--decode: 'sparse' is no policy: the rule must be one of dense, *"),
+    ("generate --decode sparse", "--decode: 'sparse' is not a policy: the rule must be one of dense, *"),
     (
         "generate --decode topk:0.1,layers=2",
         "--decode: * the settings of topk:DENSITY:gate are *; got 'layers'. A policy *",
@@ -60,17 +60,13 @@ USAGE = [
     ),
     ("train --decode.gate-dim 3", "**gate*dim must be even and positive, *; got 3. *"),
     (
-        "convert --gates x --output y --include-base",
-        "--include-base must come with the model to copy; got none. Give --model *",
-    ),
-    (
         "bench prefil",
         "what to measure must be one of prefill, *; got 'prefil'. Did you mean prefill? See seer-jax bench --help.",
     ),
     ("bench decode --lengths 5", "--lengths must be at least 128 tokens; got (5,). See seer-jax bench decode --help."),
     (
         "bench prefill --policies [a,b]",
-        "--policies must be policies; '[a,b]' is no policy: the rule must be one of dense, *",
+        "--policies must be policies; '[a,b]' is not a policy: the rule must be one of dense, *",
     ),
     ("info --all", "there is no option --all. See seer-jax info --help."),
     ("generate --prompt \udcff", "a command line must be UTF-8; got '*xff'. *"),

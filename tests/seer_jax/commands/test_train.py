@@ -99,7 +99,7 @@ def test_all_options_are_in_the_help(capsys: pytest.CaptureFixture[str]):
 REFUSED = [
     (
         ["--steps", "1"],
-        r"steps: this run was started with 2 and has done 2; got 1\. Set --steps 2 or more, or give another --output",
+        r"steps: this run was to have 2 and has done 2; got 1\. Set --steps 2 or more, or give another --output",
     ),
     (
         ["--seed", "3"],

@@ -138,6 +138,7 @@ def test_the_gates_and_the_policys_dense_layers_are_one_choice():
     assert (own.prefill_kept[:, 3] < 1).all()
 
 
+@pytest.mark.slow
 def test_a_budget_of_one_block_keeps_the_current_block():
     layers, batch, kv_heads = 2, len(LENGTHS), 2
     own: dict[str, Any] = dict(
@@ -148,6 +149,7 @@ def test_a_budget_of_one_block_keeps_the_current_block():
     assert run(prefill=one, decode=one).rows() == run(**own).rows()
 
 
+@pytest.mark.slow
 def test_sparse_phases_are_independent():
     dense, both = run(), run(**SPARSE)
     prefill, decode = run(prefill=SPARSE["prefill"]), run(decode=SPARSE["decode"])

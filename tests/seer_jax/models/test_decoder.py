@@ -426,6 +426,7 @@ def test_whole_sizes_trace_without_memory(name: str):
     assert first.dtype == second.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_rematerialised_layers_have_the_same_gradients():
     tokens, _ = batch()
 

@@ -71,7 +71,7 @@ def test_shares_may_be_percentages(text: str):
     ],
 )
 def test_other_words_are_no_policies(text: str):
-    with pytest.raises(ValueError, match=f"^'{text}' is no policy: .*A policy is written dense"):
+    with pytest.raises(ValueError, match=f"^'{text}' is not a policy: .*A policy is written dense"):
         parse_policy(text)
 
 
@@ -92,7 +92,7 @@ def test_other_words_are_no_policies(text: str):
     ],
 )
 def test_what_is_wrong_with_a_policy_is_reported(text: str, reason: str):
-    with pytest.raises(ValueError, match=re.escape(f"{text!r} is no policy: {reason}")):
+    with pytest.raises(ValueError, match=re.escape(f"{text!r} is not a policy: {reason}")):
         parse_policy(text)
 
 
