@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from seer_jax.folders import check_is_base
+from seer_jax.folders import GATE_KEYS, check_is_base, check_is_gate
 from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
 from seer_jax.inference.generation_config import GenerationSettings, read_generation_settings
 from seer_jax.inference.text import SPECIAL_TOKEN_FILES, TOKENIZER_PATTERNS, Tokenizer, eos_token_of
@@ -106,7 +106,10 @@ def _abstract_base(folder: Path, dtype: Any) -> Transformer:
 def _abstract_gate(folder: Path, config: ModelConfig) -> "PrefillGate | DecodeGate":
     from seer_jax.convert.gates import described_gate
 
-    return described_gate(read_config(folder), config, place=str(folder))
+    hf = read_config(folder)
+    if not any(key in hf for key in GATE_KEYS):  # of a gate without its weights, configurations alone are there
+        check_is_gate(folder)
+    return described_gate(hf, config, place=str(folder))
 
 
 def _place_on(mesh: jax.sharding.Mesh) -> Any:
