@@ -69,6 +69,7 @@ def distill(
             hf_config = (
                 read_config(resolve(config.model, ("config.json",))) if described else config_to_hf(model.config)
             )
+        _check_context(config, model)
         gates = _attach_gates(config, model)
         settings = {"model": to_dict(model.config), "gates": [to_dict(gate) for gate in gates]}
         session.accept(config=config.defining(), **settings)
@@ -91,7 +92,8 @@ def _check_no_other_gates(config: DistillConfig, session: Session) -> None:
     """Raises FileExistsError where a run that starts would write over the gates of another one."""
     if session.folder is None or session.step:
         return
-    if there := [folder for folder in _gate_folders(config) if folder.exists()]:
+    # A disk that was full may have left an empty folder.
+    if there := [f for f in _gate_folders(config) if f.exists() and not (f.is_dir() and not any(f.iterdir()))]:
         raise FileExistsError(
             f"A run that starts must not write over gates; {there[0]} is there, without checkpoints of the run that made it. Give another "
             "output folder, or remove that one."
@@ -122,6 +124,7 @@ def finetune(
     _check_named(config, model)
     with open_session(config, progress) as session:
         model = _load_model(config, model, session)
+        _check_context(config, model)
         session.accept(config=config.defining(), model=to_dict(model.config))
         rows, held_out = _load_dataset(config, model, dataset, config.block_size, session)
         packed = bool((rows.lengths != rows.row_length).any()) or len(rows.lengths) != len(rows)
@@ -193,6 +196,16 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
         model.attach(gate)
 
 
+def _check_context(config: TrainConfig, model: Transformer) -> None:
+    """Raises ValueError where rows are longer than what the model takes; nothing is made in the output folder then."""
+    length, context = config.sequence_length, model.config.max_position_embeddings
+    if length > context:
+        raise ValueError(
+            f"sequence_length must be at most the model's context of {context} tokens; got {length}. Lower it, or take a model "
+            "whose RoPE is scaled for longer sequences."
+        )
+
+
 def _load_dataset(
     config: TrainConfig,
     model: Transformer,
@@ -214,13 +227,7 @@ def _read_dataset(
     block_size: int,
     session: Session,
 ) -> PackedDataset:
-    length, context = config.sequence_length, model.config.max_position_embeddings
-    if length > context:
-        raise ValueError(
-            f"sequence_length must be at most the model's context of {context} tokens; got {length}. Lower it, or take a model "
-            "whose RoPE is scaled for longer sequences."
-        )
-    vocab_size = model.config.vocab_size
+    length, vocab_size = config.sequence_length, model.config.vocab_size
     if dataset is None:
         session.begin("reading training text")
         return load_dataset(

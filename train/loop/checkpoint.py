@@ -1,10 +1,17 @@
 """Checkpoints of a run by Orbax: trained weights, optimizer, step and position in the data."""
 
+import contextlib
 import dataclasses
+import errno
+import io
 import json
+import logging
+import os
+import re
 import shutil
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +22,13 @@ from seer_jax.train.data.batches import DataPosition
 from seer_jax.train.step import Weights
 
 CHECKSUMS = "checksums.json"
+_INCOMPLETE = "*.orbax-checkpoint-tmp"  # folders of checkpoints that Orbax has not finished
+_SLACK = 1 << 16  # bytes of a checkpoint beside its arrays
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# What TensorStore and safetensors say where the disk refuses a file; they raise errors of their own kinds.
+_NOT_WRITTEN = re.compile(
+    r"Error (?:writing|opening|creating|calling)|No space left|File too large|quota exceeded", re.I
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,31 +76,38 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # takes seconds to import
 
         self.folder = folder.absolute()  # Orbax accepts absolute paths only
-        # Written synchronously: gates are small, and each checkpoint is complete before the next step.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
-        )
+        # Written synchronously: gates are small, and each checkpoint is complete before the next step. Incomplete ones are removed
+        # by `restore`: Orbax would do it in a thread that its `close` does not wait for.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         names = ("trained", "optimizer", "run")
         try:
             self._manager = ocp.CheckpointManager(self.folder, item_names=names, options=options)
         except RecursionError as error:  # of Orbax's JSON reader; it passes over other damage in these files
             raise ValueError(
                 f"The metadata of the checkpoints in {self.folder} must be JSON of a few levels; a file is damaged. Restore it from a "
-                "copy, or give another output folder for a new run."
+                "copy, or give another `output` for a new run."
             ) from error
         self._args, self._say = ocp.args, say
-        self._left = sorted(self._manager.all_steps())
         self._damaged: dict[int, str] = {}
         self.step: int | None = None
         self._run: dict[str, Any] = {}
-        self._advance()
+        try:
+            self._left = sorted(self._manager.all_steps())
+            self._advance()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def settings(self) -> dict[str, Any]:
         return self._run["settings"]
 
     def save(self, state: RunState, settings: dict[str, Any]) -> None:
-        """Writes a checkpoint with its checksums, unless there is one of this step."""
+        """Writes a checkpoint with its checksums, unless there is one of this step.
+
+        Raises:
+          OSError: it cannot be written; nothing of it is left.
+        """
         if self._manager.latest_step() == state.step:
             return
         run = {"position": dataclasses.asdict(state.position), "tokens": state.tokens, "settings": settings}
@@ -95,9 +116,18 @@ class Checkpoints:
             optimizer=self._args.StandardSave(state.optimizer),
             run=self._args.JsonSave(run),
         )
-        self._manager.save(state.step, args=items, force=True)
         folder = self.folder / str(state.step)
-        write_text(folder / CHECKSUMS, json.dumps(_checksums(folder)))
+        try:
+            self._check_room(state)
+            with _quiet():
+                self._manager.save(state.step, args=items, force=True)
+            write_text(folder / CHECKSUMS, json.dumps(_checksums(folder)))
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._remove_incomplete()
+            if isinstance(error, OSError) or not disk_is_full(error):
+                raise
+            raise _no_room(self.folder) from error
 
     def restore(self, like: RunState) -> RunState:
         """The newest checkpoint that is not damaged, its arrays sharded as those of `like`; `like` itself where there is none.
@@ -111,6 +141,7 @@ class Checkpoints:
         args = self._args.Composite(
             trained=self._args.StandardRestore(abstract[0]), optimizer=self._args.StandardRestore(abstract[1])
         )
+        self._remove_incomplete()
         while self.step is not None:
             try:
                 items = self._manager.restore(self.step, args=args)
@@ -128,6 +159,16 @@ class Checkpoints:
     def close(self) -> None:
         """Ends Orbax's threads."""
         self._manager.close()
+
+    def _check_room(self, state: RunState) -> None:
+        """Raises OSError before Orbax begins what cannot end: its threads go on for a while after the first of them has failed."""
+        needed = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.optimizer)))
+        if shutil.disk_usage(self.folder).free < needed + _SLACK:
+            raise _no_room(self.folder)
+
+    def _remove_incomplete(self) -> None:
+        for place in self.folder.glob(_INCOMPLETE):
+            shutil.rmtree(place, ignore_errors=True)
 
     def _set_aside(self) -> None:
         """Moves the damaged checkpoints away, so that the run can write those steps again."""
@@ -154,10 +195,9 @@ class Checkpoints:
             return
         newest = max(self._damaged)
         if self.step is None:
-            self.close()
             raise ValueError(
                 f"A checkpoint in {self.folder} must be readable; all are damaged: {self._damaged[newest]}. Restore them from a copy, "
-                "or give another output folder for a new run."
+                "or give another `output` for a new run."
             )
         self._say(
             f"The checkpoint of step {newest} is damaged ({self._damaged[newest]}); going on from that of step {self.step}."
@@ -180,6 +220,32 @@ class Checkpoints:
             return _first_line(error)
         self._run = run
         return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging tracebacks of its threads: what fails in them is raised as well."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        # TensorStore's threads print what they raise.
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that are not awaited once one has failed
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether a file was not written for want of space, as the operating system or a library says it."""
+    return getattr(error, "errno", None) in _FULL or _NOT_WRITTEN.search(str(error)) is not None
+
+
+def _no_room(folder: Path) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _checksums(folder: Path) -> dict[str, int]:

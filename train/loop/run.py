@@ -98,15 +98,25 @@ def run(
                     found = evaluation(state.trained, frozen)
                     metrics.update({f"held_out_{name}": value for name, value in found.items()})
                 reporter.flush()  # a step whose loss is not finite must not replace a good checkpoint
-                session.save(state)
-                if on_checkpoint is not None:
-                    on_checkpoint(task.parts.merge(state.trained, frozen), state.step)
+                with contextlib.ExitStack() as always:
+                    if (
+                        on_checkpoint is not None
+                    ):  # also where the checkpoint fails: gates need less room, and are what the run is for
+                        always.callback(
+                            _write_gates, on_checkpoint, task.parts.merge(state.trained, frozen), session, state.step
+                        )
+                    session.save(state)
             if asked:
                 stop.leave(state.step)
     model = task.parts.merge(state.trained, frozen)
     if state is start and on_checkpoint is not None:
         on_checkpoint(model, state.step)
     return TrainResult(model, state.step, reporter.last, dataset)
+
+
+def _write_gates(on_checkpoint: OnCheckpoint, model: Transformer, session: Session, step: int) -> None:
+    on_checkpoint(model, step)
+    session.gates_step = step
 
 
 def _steps(

@@ -12,7 +12,7 @@ import jax
 from seer_jax.inference.memory import FRACTION, MOST_FRACTION, USUAL_FRACTION
 from seer_jax.outputs import check_output_folder, write_text
 from seer_jax.train.config import TrainConfig, to_dict
-from seer_jax.train.loop.checkpoint import Checkpoints, RunState
+from seer_jax.train.loop.checkpoint import Checkpoints, RunState, disk_is_full
 from seer_jax.train.loop.lock import locked
 from seer_jax.train.loop.progress import ConsoleProgress, StepReport
 from seer_jax.train.loop.resuming import check_resumed
@@ -30,13 +30,14 @@ class Session:
       say: shows a line.
       doing: what the run is at, for the line it is stopped with.
       settings: all that determines the results of the run, JSON; see `accept`.
-      step: that it resumes from; 0 at its start.
+      step: of the newest checkpoint; 0 where there is none.
+      gates_step: steps that the gates which this process wrote are trained; 0 before it wrote any.
     """
 
     def __init__(self, config: TrainConfig, show: ProgressFunction, say: Callable[[str], None]):
         self.config, self.show, self.say = config, show, say
         self.folder = None if config.output is None else Path(config.output)
-        self.doing, self.step, self.told = "starting", 0, False
+        self.doing, self.step, self.gates_step, self.told = "starting", 0, 0, False
         self.settings: dict[str, Any] = {}
         self._checkpoints: Checkpoints | None = None
 
@@ -94,10 +95,25 @@ class Session:
         if self.folder is None:
             kept = "without an output folder nothing is kept"
         elif self.step:
-            kept = f"the checkpoint of step {self.step} is kept, and the same call resumes there"
+            kept = f"the checkpoint of step {self.step} is kept, and the same run resumes there"
         else:
-            kept = "no checkpoint was written yet, and the same call starts anew"
+            kept = "no checkpoint was written yet, and the same run starts anew"
         self.warn(f"Stopped {when}; {kept}.")
+
+    def disk_full(self) -> OSError:
+        """The error of a run whose folder takes no more files: what is kept, and how it goes on."""
+        kept = [f"the checkpoint of step {self.step}"] * bool(self.step)
+        kept += [f"the gates of step {self.gates_step}"] * bool(self.gates_step)
+        if self.step:
+            go_on = "and the same run resumes there"
+        elif self.gates_step:
+            go_on = "and give another `output` for a new run; these gates can be its `initial_gates`"
+        else:
+            go_on = "and the same run starts anew"
+        return OSError(
+            f"The disk must have room for the files of a run; none is left for {self.folder} while {self.doing}. "
+            f"Kept: {' and '.join(kept) or 'nothing yet'}. Free space, {go_on}."
+        )
 
     def close(self) -> None:
         """Ends the checkpoints' threads."""
@@ -115,7 +131,7 @@ def open_session(config: TrainConfig, progress: ProgressFunction | None) -> Iter
 
     Raises:
       BlockingIOError: another run is using the folder.
-      OSError: the folder cannot be written to.
+      OSError: the folder cannot be written to, or has no room for the run's files.
       MemoryError: the device has no memory for the run.
     """
     with contextlib.ExitStack() as stack:
@@ -138,6 +154,10 @@ def open_session(config: TrainConfig, progress: ProgressFunction | None) -> Iter
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise out_of_memory(config, f"ran out while {session.doing}") from error
+        except Exception as error:  # libraries that write files raise errors of their own kinds
+            if session.folder is None or not disk_is_full(error):
+                raise
+            raise session.disk_full() from error
 
 
 def out_of_memory(config: TrainConfig, what: str) -> MemoryError:
