@@ -96,7 +96,7 @@ def _check_no_other_gates(config: DistillConfig, session: Session) -> None:
     if there := [f for f in _gate_folders(config) if f.exists() and not (f.is_dir() and not any(f.iterdir()))]:
         raise FileExistsError(
             f"A run that starts must not write over gates; {there[0]} is there, without checkpoints of the run that made it. Give another "
-            "output folder, or remove that one."
+            "`output`, or remove that one."
         )
 
 
@@ -182,7 +182,7 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
         if name not in names:
             raise ValueError(
                 f"initial_gates must be gates that are trained (kind={config.kind}); {location} holds a {kind} gate. Leave it out, or set "
-                f"kind to {kind} or both."
+                f"kind={kind} or kind=both."
             )
         if getattr(model, name) is not None:
             raise ValueError(
@@ -190,8 +190,12 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
             )
         wanted = getattr(config, kind)
         if wanted not in (gate.config, type(wanted)()):
+            given, made = to_dict(wanted), to_dict(gate.config)
+            rules = [f"{kind}.{name}={made[name]}" for name in given if given[name] != made[name]]
+            got = [f"{given[name]}" for name in given if given[name] != made[name]]
             raise ValueError(
-                f"The setting {kind} must be that of its initial gate, {gate.config}, or left out; got {wanted}."
+                f"The settings of a gate must be those of its initial gate, {location}: {', '.join(rules)}; got {', '.join(got)}. Set them "
+                f"so, or leave out all of `{kind}`."
             )
         model.attach(gate)
 

@@ -56,7 +56,7 @@ def starting_options(words: list[str]) -> TrainOptions:
     """The settings of the configuration file or the recipe that a command line names."""
     parser = UsageParser(f"{PROGRAM} train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--recipe", choices=list(Recipe))
+    parser.add_argument("--recipe", choices=[recipe.value for recipe in Recipe])
     given, _ = parser.parse_known_args(words)
     if given.config is not None and given.recipe is not None:
         parser.error("--config and --recipe both give the settings to start from; choose one")

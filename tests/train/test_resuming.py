@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -34,20 +35,20 @@ def other_runs():
     optimizer = dataclasses.replace(RUN.optimizer, learning_rate=0.5)
     yield (
         {"config": changed(seed=1)},
-        r"^seed: this run was started with 0; got 1\. Restore seed=0 to go on with the run in .*, or give another `output` for a new run",
+        r"^`seed`: this run was started with 0; got 1\. Restore seed=0 to go on with the run in .*, or give another `output` for a new run",
     )
     yield (
         {"config": changed(optimizer=optimizer)},
-        r"^optimizer\.learning_rate: .* with 0\.01; got 0\.5\. Restore optimizer\.learning_rate=0\.01 to go on",
+        r"^`optimizer\.learning_rate`: .* with 0\.01; got 0\.5\. Restore optimizer\.learning_rate=0\.01 to go on",
     )
-    yield {"config": changed(data=DataConfig(paths=("/x",)))}, r"^data\.paths: .* with \[\]; got \['/x'\]"
+    yield {"config": changed(data=DataConfig(paths=("/x",)))}, r"^`data\.paths`: .* with \[\]; got \['/x'\]"
     yield (
         {"config": changed(steps=8)},
-        r"^steps: this run was to have 10 and has done 10; got 8\. Set steps=10 or more",
+        r"^`steps` must be at least the 10 that this run has done, of 10; got 8\. Set steps=10 or more",
     )
     yield (
         {"config": changed(kind=TrainedGates.PREFILL)},
-        r"^kind: this run was started with 'decode'; got 'prefill'; ",
+        r"^`kind`: this run was started with 'decode'; got 'prefill'\. Restore kind=decode to go on",
     )
     yield (
         {"model": make_model(layers=3)},
@@ -89,7 +90,7 @@ def test_a_run_is_extended(finished, undisturbed, capsys):
     np.testing.assert_allclose(rates, np.array([schedule(step) for step in range(10, 14)]), rtol=1e-6)
     said = capsys.readouterr().out
     assert (
-        "steps: this run was to have 10, and now has 14. From step 11 on, the learning rate is that of a run of 14 steps"
+        "The run was to have 10 steps, and now has 14. From step 11 on, the learning rate is that of a run of 14 steps"
         in said
     )
 
@@ -206,7 +207,7 @@ WRONG_STARTS = [
     (
         {"decode": dataclasses.replace(DECODE, use_rope=False)},
         {},
-        r"The setting decode must be that of its initial gate, .* got .*use_rope=False",
+        r"must be those of its initial gate, .*/decode_gate: decode\.use_rope=True; got False\. Set them so, or leave out",
     ),
     ({"initial_gates": ("/nowhere",)}, {}, r"There is no folder '/nowhere'"),
 ]
@@ -228,9 +229,52 @@ def test_an_interrupt_before_the_first_step_says_what_is_kept(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         run_to(tmp_path)
     assert re.search(
-        r"Stopped while \w.*; no checkpoint was written yet, and the same call starts anew\.$",
+        r"Stopped while \w.*; no checkpoint was written yet, and the same run starts anew\.$",
         capsys.readouterr().err.strip(),
     )
+
+
+def refused_by_tensorstore(*_: object, **__: object) -> None:
+    raise ValueError('RESOURCE_EXHAUSTED: Error writing local file "x": No space left on device')
+
+
+CHECKPOINT = "seer_jax.train.loop.checkpoint"
+FULL_DISKS = {
+    "no room for a checkpoint": (
+        (f"{CHECKPOINT}._SLACK", 1 << 62),
+        r"none is left for .*/run while training\. Kept: the gates of step 1\. Free space, and give another `output`",
+        ["decode_gate"],
+    ),
+    "a file that TensorStore cannot write": (
+        ("orbax.checkpoint.CheckpointManager.save", refused_by_tensorstore),
+        r"Kept: the gates of step 1\.",
+        ["decode_gate"],
+    ),
+    "no room for gates": (
+        ("seer_jax.train.api.save_gates", refused_by_tensorstore),
+        r"Kept: the checkpoint of step 1\. Free space, and the same run resumes there\.",
+        ["checkpoints/1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FULL_DISKS)
+def test_a_full_disk_is_one_line_and_keeps_what_it_can(tmp_path, monkeypatch, capsys, case):
+    patch, message, kept = FULL_DISKS[case]
+    monkeypatch.setattr(*patch)
+    with pytest.raises(OSError, match=message) as error:
+        run_to(tmp_path / "run")
+    assert "\n" not in str(error.value) and not capsys.readouterr().err
+    places = ("decode_gate", *(f"checkpoints/{p.name}" for p in (tmp_path / "run" / "checkpoints").iterdir()))
+    assert [place for place in places if (tmp_path / "run" / place).exists()] == kept
+
+
+def test_a_run_that_is_refused_leaves_no_threads(tmp_path):
+    before = set(threading.enumerate())
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"held_out_rows must leave rows to train on"):
+        run_to(tmp_path, data=DataConfig(held_out_rows=12))
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("place", ["api._load_model", "api._read_dataset", "loop.run._compile"])

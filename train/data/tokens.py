@@ -188,7 +188,7 @@ def _usable(
         differing = [name for name in wanted.settings if identity.settings.get(name) != wanted.settings[name]]
         raise ValueError(
             f"{folder} must hold the tokens of this run; they are of other {' and '.join(differing)}. Restore the text and the "
-            "model's tokenizer, or give another output folder for a new run."
+            "model's tokenizer, or give another `output` for a new run."
         )
     if changed := _changed(identity.files):
         more = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
@@ -215,7 +215,7 @@ def _encoded(
                 return
             if max_tokens is None and enough is not None and enough(len(tokens)):
                 say(
-                    f"Read {number:,} documents, {total:,} tokens: as many as the run takes. For a wider choice set data.max_tokens."
+                    f"Read {number:,} documents, {total:,} tokens: as many as the run takes. For a wider choice set max_tokens of the data (--data.max-tokens)."
                 )
                 return
         if time.monotonic() - told >= SECONDS_PER_LINE:

@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import shutil
+import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from seer_jax.train.step import Weights
 
 CHECKSUMS = "checksums.json"
 _INCOMPLETE = "*.orbax-checkpoint-tmp"  # folders of checkpoints that Orbax has not finished
+_SECONDS_TO_END = 5.0  # for Orbax's threads after one of them has failed
 _SLACK = 1 << 16  # bytes of a checkpoint beside its arrays
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # What TensorStore and safetensors say where the disk refuses a file; they raise errors of their own kinds.
@@ -224,8 +227,8 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax from logging tracebacks of its threads: what fails in them is raised as well."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    """Keeps Orbax from logging tracebacks of its threads, and waits for them: what fails in them is raised as well."""
+    there, loggers = set(threading.enumerate()), [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True
@@ -233,7 +236,13 @@ def _quiet() -> Iterator[None]:
         # TensorStore's threads print what they raise.
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # coroutines that are not awaited once one has failed
-            yield
+            try:
+                yield
+            except Exception:
+                until = time.monotonic() + _SECONDS_TO_END
+                for thread in set(threading.enumerate()) - there:
+                    thread.join(max(0.0, until - time.monotonic()))
+                raise
     finally:
         for logger, disabled in zip(loggers, before, strict=True):
             logger.disabled = disabled

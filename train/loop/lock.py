@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
                 file.seek(0)
                 raise BlockingIOError(
                     f"A folder must belong to one run at a time; {file.read().strip() or 'another process'} is training in {folder}. "
-                    "Wait for its end, or give another output folder."
+                    "Wait for its end, or give another `output`."
                 ) from None
             except OSError:
                 pass

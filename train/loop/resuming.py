@@ -32,21 +32,23 @@ def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: i
     _, now, before = steps
     if now < step:
         raise ValueError(
-            f"steps: this run was to have {before} and has done {step}; got {now}. Set steps={step} or more, or give another `output` "
+            f"`steps` must be at least the {step} that this run has done, of {before}; got {now}. Set steps={step} or more, or give another `output` "
             f"for a new run; this one is {folder}."
         )
     return (
-        f"steps: this run was to have {before}, and now has {now}. From step {step + 1} on, the learning rate is that of a run of "
+        f"The run was to have {before} steps, and now has {now}. From step {step + 1} on, the learning rate is that of a run of "
         f"{now} steps; the rows of data stay the same."
     )
 
 
 def _refusal(differing: list[tuple[str, Any, Any]], folder: Path) -> str:
+    # What follows from the configuration, such as the gates that it describes, says nothing more.
+    differing = [d for d in differing if d[0].startswith("config.")] or differing
     parts, remedies = [], []
     for place, now, before in differing:
         kind, _, name = place.partition(".")
         if kind == "config":
-            parts.append(f"{name}: this run was started with {before!r}; got {now!r}")
+            parts.append(f"`{name}`: this run was started with {before!r}; got {now!r}")
             # The commands turn name=value into an option.
             remedies.append(f"`{name}`" if isinstance(before, (list, dict)) else f"{name}={before}")
         else:
@@ -63,4 +65,10 @@ def _differences(ours: Any, theirs: Any, place: str) -> list[tuple[str, Any, Any
         names = list(dict.fromkeys([*ours, *theirs]))
         found = [_differences(ours.get(name), theirs.get(name), f"{place}.{name}") for name in names]
         return [difference for part in found for difference in part]
+    if _are_objects(ours) and _are_objects(theirs) and len(ours) == len(theirs):
+        return [d for pair in zip(ours, theirs, strict=True) for d in _differences(*pair, place)]
     return [] if ours == theirs else [(place, ours, theirs)]
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

@@ -99,15 +99,19 @@ def test_all_options_are_in_the_help(capsys: pytest.CaptureFixture[str]):
 REFUSED = [
     (
         ["--steps", "1"],
-        r"steps: this run was to have 2 and has done 2; got 1\. Set --steps 2 or more, or give another --output",
+        r"train: --steps must be at least the 2 that this run has done, of 2; got 1\. Set --steps 2 or more, or give another --output",
     ),
     (
         ["--seed", "3"],
-        r"seed: this run was started with 0; got 3\. Restore --seed 0 to go on with the run in .*, or give another --output for a",
+        r"train: --seed: this run was started with 0; got 3\. Restore --seed 0 to go on with the run in .*, or give another --output for a",
     ),
     (
         ["--optimizer.learning-rate", "0.5"],
         r"--optimizer\.learning-rate: .*; got 0\.5\. Restore --optimizer\.learning-rate 0\.001 to go on",
+    ),
+    (
+        ["--prefill.gate-dim", "64"],
+        r"train: --prefill\.gate-dim: this run was started with 16; got 64\. Restore --prefill\.gate-dim 16 to go on",
     ),
     (
         ["--data.paths", "/x.txt"],
