@@ -5,6 +5,7 @@ import enum
 import functools
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ def check_types(config: Any) -> None:
     """Gives each field of a frozen dataclass a value of its declared type; called first in `__post_init__`.
 
     A value that can mean only one thing is converted: the text of an enum's member, a whole number where a float is meant, a list or a
-    single text where a tuple is, a mapping where a dataclass is.
+    single text where a tuple is, a mapping where a dataclass is, a path where a text is.
 
     Raises:
       ValueError: a value is of another type, or a number is not finite.
@@ -37,7 +38,7 @@ def parse_setting(kind: Any, value: Any, place: str) -> Any:
     Args:
       kind: a dataclass, an enum of texts, int, float, bool, str, a tuple of one of them, or one of them or None.
       value: what was given.
-      place: the setting's name, for errors.
+      place: the setting's name, for errors; "" for the whole of a file, whose settings go by their keys.
 
     Raises:
       ValueError: it is of another type.
@@ -63,13 +64,15 @@ def _parse_value(kind: type, value: Any, place: str) -> Any:
         return _parse_float(value, place)
     if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)  # integers of NumPy too
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)  # folders are written as text
     if kind is not int and isinstance(value, kind):
         return value
     raise ValueError(f"{place} must be of type {kind.__name__}; got {value!r}.")
 
 
 def _parse_tuple(kind: Any, value: Any, place: str) -> tuple:
-    if isinstance(value, str):
+    if isinstance(value, (str, os.PathLike)):
         value = (value,)  # a lone text; its letters are never meant
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{place} must be a list of {kind.__name__}; got {value!r}.")
@@ -79,8 +82,10 @@ def _parse_tuple(kind: Any, value: Any, place: str) -> tuple:
 def _parse_mapping(kind: Any, value: Mapping, place: str) -> Any:
     fields = _fields(kind)
     if unknown := [str(key) for key in value if key not in fields]:
-        raise ValueError(f"Settings of {place} must be some of {', '.join(fields)}; got {', '.join(unknown)}.")
-    return kind(**{key: parse_setting(fields[key], v, f"{place}.{key}") for key, v in value.items()})
+        of = f" of {place}" if place else ""
+        raise ValueError(f"Settings{of} must be some of {', '.join(fields)}; got {', '.join(unknown)}.")
+    prefix = f"{place}." if place else ""
+    return kind(**{key: parse_setting(fields[key], v, prefix + key) for key, v in value.items()})
 
 
 def _parse_float(value: Any, place: str) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedG
 from seer_jax.inference.chat import is_template_text
 from seer_jax.models.config import DType
 from seer_jax.settings import check_types, parse_setting
-from seer_jax.text_files import read_text
+from seer_jax.text_files import parse_json, read_text
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing
 
@@ -263,23 +264,24 @@ def load_config[C](kind: type[C], path: str | Path) -> C:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} must hold settings by name, such as `steps: 100`; got {type(values).__name__}.")
     try:
-        return parse_setting(kind, _with_new_names(values), kind.__name__)
+        return parse_setting(kind, _with_new_names(values), "")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        # A file has keys; the names of the classes behind them mean nothing to its reader.
+        raise ValueError(f"{path}: {re.sub(r'[A-Z][A-Za-z]*Config[.]', '', str(error))}") from error
 
 
 def _read(path: Path) -> Any:
     """The contents of a YAML or JSON file; no settings where it is empty."""
     text = read_text(path)
     if path.suffix == ".json":
-        try:
-            return json.loads(text or "{}")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} must hold JSON; {error}.") from error
+        return parse_json(text or "{}", str(path))
     import yaml
 
     try:
         return yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())  # the parser's message has several lines
+    except RecursionError:
+        raise ValueError(f"{path} must hold YAML of a few levels; it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        # The parser's message has several lines, and names no file.
+        reason = " ".join(str(error).replace('in "<unicode string>",', "at").split())
         raise ValueError(f"{path} must hold YAML; {reason}.") from error

@@ -3,11 +3,13 @@
 import dataclasses
 import enum
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
-from seer_jax.commands.errors.usage import UsageParser
+from seer_jax.commands.errors.usage import UsageError, UsageParser, one_of
+from seer_jax.gates.configs import TrainedGates
 from seer_jax.train import DistillConfig, TrainResult, distill
 from seer_jax.train.config import load_config
 
@@ -46,8 +48,11 @@ def run(words: list[str]) -> int:
         TrainOptions, "train", words, aliases=ALIASES, default=starting_options(words), description=DESCRIPTION
     )
     if options.output is None:
-        raise ValueError("output must be a folder for the gates and checkpoints; got None. Pass --output FOLDER.")
+        raise UsageError("--output must be a folder for the gates and checkpoints; got none. Pass --output FOLDER.")
+    if not options.model:
+        raise UsageError("--model must be a base model; got none. Pass --model with a folder or hub id.")
     config = DistillConfig(**_settings(options))
+    _warn_of_idle(config)
     _print_usage(config, distill(config))
     return ExitCode.OK
 
@@ -56,12 +61,23 @@ def starting_options(words: list[str]) -> TrainOptions:
     """The settings of the configuration file or the recipe that a command line names."""
     parser = UsageParser(f"{PROGRAM} train", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--recipe", choices=[recipe.value for recipe in Recipe])
+    parser.add_argument(
+        "--recipe",
+    )
+    parser.add_argument("--gates")
     given, _ = parser.parse_known_args(words)
+    if given.recipe is not None and given.recipe not in list(Recipe):
+        raise UsageError(one_of("--recipe", list(Recipe), given.recipe))
+    if given.gates is not None and given.gates not in list(TrainedGates):
+        kinds = one_of("--gates, the same as --kind,", list(TrainedGates), given.gates)
+        raise UsageError(f"{kinds} Gates to train further are given by --initial-gates.")
     if given.config is not None and given.recipe is not None:
         parser.error("--config and --recipe both give the settings to start from; choose one")
     if given.config is not None:
-        start = load_config(DistillConfig, given.config)
+        try:
+            start = load_config(DistillConfig, given.config)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     else:
         start = DistillConfig.decode_recipe() if given.recipe == Recipe.DECODE else DistillConfig.prefill_recipe()
     return TrainOptions(**_settings(start))
@@ -70,6 +86,20 @@ def starting_options(words: list[str]) -> TrainOptions:
 def _settings(config: DistillConfig) -> dict[str, Any]:
     """The settings of a run, without the options that say where they come from."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(DistillConfig)}
+
+
+def _warn_of_idle(config: DistillConfig) -> None:
+    """Warns of settings of a gate that is not trained."""
+    default = DistillConfig()
+    for kind in ("prefill", "decode"):
+        names = (kind, f"{kind}_skip")
+        if f"{kind}_gate" not in config.kind.attributes and any(
+            getattr(config, n) != getattr(default, n) for n in names
+        ):
+            warnings.warn(
+                f"the settings --{kind}.* and --{kind}-skip change nothing, as --kind {config.kind} trains no {kind} gate.",
+                stacklevel=2,
+            )
 
 
 def _print_usage(config: DistillConfig, result: TrainResult) -> None:

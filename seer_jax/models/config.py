@@ -11,6 +11,7 @@ import numpy as np
 from pallas_kernels.devices import default_device
 from seer_jax.checks import check_positive
 from seer_jax.models.config_json import typed
+from seer_jax.settings import check_types
 
 
 class DType(enum.StrEnum):
@@ -96,6 +97,7 @@ class RopeConfig:
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_positive(self, "theta", "original_max_position", "attention_factor", "beta_fast", "beta_slow")
         if self.factor < 1:
             raise ValueError(f"A RoPE scaling factor must be at least 1; got {self.factor}.")
@@ -267,6 +269,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_positive(
             self,
             *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),

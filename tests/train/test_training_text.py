@@ -82,7 +82,7 @@ def test_huggingface_dataset_on_disk(monkeypatch, tmp_path):
 
 
 BAD_SOURCES = [
-    ({}, ValueError, r"got neither paths nor dataset\. Set `paths` .* or `dataset`"),
+    ({}, ValueError, r"needs text; got none\. Set `paths` .* or `dataset`"),
     ({"paths": ("{}/none.txt",)}, FileNotFoundError, r"must exist; got .*none.txt"),
     ({"paths": ("{}/image.png",)}, ValueError, r"must end in \.txt, .*got .*image.png"),
     ({"paths": ("{}",), "include": ("*.png",)}, ValueError, r"must end in \.txt"),
@@ -90,7 +90,7 @@ BAD_SOURCES = [
     ({"paths": ("{}/c.jsonl",), "field": "body"}, ValueError, r"c.jsonl:1: .*field 'body'; got \['text'\]"),
     ({"paths": ("{}/d.parquet",), "field": "body"}, ValueError, r"d.parquet: .*'body'; got \['other', 'text'\]"),
     ({"paths": ("{}/d.parquet",), "field": "other"}, ValueError, r"must hold a text or a list of chat .*got int"),
-    ({"paths": ("{}/broken.jsonl",)}, ValueError, r"must be a JSON object; .*broken.jsonl:2 is not"),
+    ({"paths": ("{}/broken.jsonl",)}, ValueError, r"broken\.jsonl:2, a line of a JSONL file, must hold JSON; "),
     ({"paths": ("{}/list.jsonl",)}, ValueError, r"list.jsonl:1: .*got list"),
 ]
 # Files of each kind whose content is not what it should be, in a folder of others.
@@ -104,8 +104,11 @@ DAMAGED = {
         r"picture.md must be UTF-8 text; got a zero byte at position 4.* name it in `exclude`",
     ),
     "wide.txt": ("ünï".encode("utf-16"), "wide.txt must be UTF-8 text; it is UTF-16"),
-    "latin.jsonl": (b'{"text": "x"}\n{"text": "\xfc"}\n', "latin.jsonl:2 must be UTF-8 text; byte 0xfc at position 10"),
-    "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1 is not .*recursion"),
+    "latin.jsonl": (
+        b'{"text": "x"}\n{"text": "\xfc"}\n',
+        r"latin\.jsonl:2 must be UTF-8 text; byte 0xfc at position 10 .* UTF-8 '.*latin\.jsonl' > NEW",
+    ),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1, a line .*, must hold JSON of a few levels; it is nested too deeply"),
     "surrogate.jsonl": (
         rb'{"text": "a\ud800"}',
         r"surrogate.jsonl:1: .*valid Unicode; got the lone surrogate '\\ud800'",
@@ -115,7 +118,7 @@ DAMAGED = {
         "sharegpt.jsonl:1: .*with `role` and `content`; got a list whose messages have from, value",
     ),
     "null.jsonl": (b'{"text": null}', "null.jsonl:1: .*got NoneType"),
-    "text.parquet": (b"text", "text.parquet must be a parquet file; .*Download or write it again"),
+    "text.parquet": (b"text", r"text\.parquet must be a parquet file; .*[^.]\. Download or write it again"),
 }
 
 
@@ -247,6 +250,15 @@ def test_a_run_has_its_own_template(model_folder, tmp_path, as_file):
         ModelTokenizer(str(model_folder), "none.jinja")
 
 
+def test_a_template_that_refuses_a_chat_is_named(model_folder, tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ raise_exception('no chats') }}")
+    tokenizer = ModelTokenizer(str(model_folder), str(tmp_path / "own.jinja"))
+    with pytest.raises(
+        ValueError, match=r"own\.jinja does not accept .*: no chats\. Correct the chat, or set another template"
+    ):
+        tokenizer.encode([CHAT])
+
+
 def test_model_without_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected tokenizer.json in"):
         ModelTokenizer(str(tmp_path))
@@ -332,7 +344,7 @@ def test_no_more_is_read_than_the_run_takes(tmp_path, packing, documents, rows):
     data = load_dataset(config, **settings, rows=rows * 2 if rows == 4 else rows, tokenizer=tokenizer, say=said.append)
     assert data.report.documents == documents and len(data) >= rows and tokenizer.calls < 999
     assert said == [
-        f"Read {documents} documents, {documents * 22} tokens: as many as the run takes. For a wider choice set data.max_tokens."
+        f"Read {documents} documents, {documents * 22} tokens: as many as the run takes. For a wider choice set max_tokens of the data (--data.max-tokens)."
     ]
     wider = dataclasses.replace(config, max_tokens=2000)
     assert load_dataset(wider, **settings, rows=rows, tokenizer=tokenizer).report.tokens == 2002

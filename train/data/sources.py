@@ -3,13 +3,12 @@
 import dataclasses
 import fnmatch
 import importlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from seer_jax.settings import check_types
-from seer_jax.text_files import decode_text
+from seer_jax.text_files import decode_text, parse_json
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
@@ -60,7 +59,7 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
     """
     if not config.paths and config.dataset is None:
         raise ValueError(
-            "Training needs text; got neither paths nor dataset. Set `paths` (files or folders) or `dataset` (a Hugging Face dataset)."
+            "Training needs text; got none. Set `paths` (files or folders) or `dataset` (a Hugging Face dataset)."
         )
     for path in list_files(config):
         yield from _read_file(path, config.field)
@@ -113,7 +112,7 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
     elif path.suffix == ".parquet":
         rows = _parquet_rows(path, field)
     else:
-        text = _decoded(path.read_bytes(), str(path))
+        text = _decoded(path.read_bytes(), str(path), path)
         if text.strip():
             yield text
         return
@@ -121,9 +120,9 @@ def _read_file(path: Path, field: str) -> Iterator[Document]:
         yield from _document(row, field, place)
 
 
-def _decoded(data: bytes, place: str) -> str:
+def _decoded(data: bytes, place: str, path: Path) -> str:
     try:
-        return decode_text(data, place)
+        return decode_text(data, place, name=str(path))
     except ValueError as error:
         raise ValueError(f"{error} To train without it, name it in `exclude`.") from None
 
@@ -131,15 +130,10 @@ def _decoded(data: bytes, place: str) -> str:
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            text = _decoded(line, f"{path}:{number}")
+            text = _decoded(line, f"{path}:{number}", path)
             if not text.strip():
                 continue
-            try:
-                yield f"{path}:{number}", json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"Each line of a JSONL file must be a JSON object; {path}:{number} is not ({error})."
-                ) from error
+            yield f"{path}:{number}", parse_json(text, f"{path}:{number}, a line of a JSONL file,")
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
@@ -153,7 +147,9 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             rows = (row for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
             yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
     except (ValueError, OSError) as error:  # of pyarrow; the readers of the rows are outside
-        raise ValueError(f"{path} must be a parquet file; {error}. Download or write it again.") from error
+        raise ValueError(
+            f"{path} must be a parquet file; {str(error).rstrip('.')}. Download or write it again."
+        ) from error
 
 
 def _read_dataset(config: SourceConfig) -> Iterator[Document]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from seer_jax.inference.chat import DEFAULT, content_of, read_template
+from seer_jax.inference.chat import DEFAULT, content_of, is_template_text, read_template
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.train.data.sources import Document, SourceConfig, list_files, read_documents
 from seer_jax.train.data.store import Chunk, Identity, TokenStore, join, read_store, write_store
@@ -59,6 +59,7 @@ class ModelTokenizer:
         if chat_template is not None:
             template = read_template(chat_template)
             self._tokenizer.chat_templates = {DEFAULT: template}
+            self._tokenizer.place = "the training data" if is_template_text(chat_template) else chat_template
             digest.update(template.encode())
         self.fingerprint = digest.hexdigest()
 
@@ -75,7 +76,10 @@ class ModelTokenizer:
     def _render(self, document: Document) -> str:
         if isinstance(document, str):
             return document
-        return self._tokenizer.render_chat(document, add_generation_prompt=False)
+        try:
+            return self._tokenizer.render_chat(document, add_generation_prompt=False)
+        except ValueError as error:
+            raise ValueError(f"{error} Correct the chat, or set another template by `data.chat_template`.") from error
 
     def _check_rendered(self, documents: Sequence[Document], texts: Sequence[str]) -> None:
         """Counts the characters of messages that exceed the rendered text, and so are certainly not in it."""

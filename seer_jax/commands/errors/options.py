@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 _QUOTED = re.compile(r"(?<!\w)'[^']*'(?!\w)|(?<!\w)\"[^\"]*\"(?!\w)")
-_CALL = re.compile(r"\b[A-Za-z_][\w.]*\([^()]*\)")
+_CALL = re.compile(r"\b[A-Za-z_][\w.]*\(")  # where a Python call begins
 _NAME = re.compile(
     r"(?<![\w./@`-])(?P<tick>`?)(?P<owner>[A-Z]\w*\.)?(?P<path>[a-z_]\w*(?:\.[a-z_]\w*)*)"
     r"(?:=(?P<value>\.\.\.|[\w+/~-][\w+./~@-]*[\w/]|\w))?(?P<close>`?)(?![\w/(=`])"
@@ -68,7 +68,8 @@ class Options:
         A name is taken for a setting where it can be nothing else: with its configuration (`TrainConfig.steps`), a dot or an underscore,
         in backticks, with a value (`seed=3`), or as the subject of the text (`steps must be ...`).
         """
-        kept = [match.span() for pattern in (_QUOTED, _CALL) for match in pattern.finditer(text)]
+        kept = [match.span() for match in _QUOTED.finditer(text)]
+        kept += [(match.start(), _closing(text, match.end())) for match in _CALL.finditer(text)]
 
         def option(match: re.Match[str]) -> str:
             if any(start <= match.start() < end for start, end in kept):
@@ -85,6 +86,16 @@ class Options:
             return self._by_name.get(path)
         mine = [o for o in self.all if owner[:-1] in o.owners and o.path.rpartition(".")[2] == path]
         return mine[0] if len(mine) == 1 else None
+
+
+def _closing(text: str, at: int) -> int:
+    """The end of brackets, which may hold others, that were opened before a position; the position itself where they stay open."""
+    depth = 1
+    for end in range(at, len(text)):
+        depth += (text[end] == "(") - (text[end] == ")")
+        if not depth:
+            return end + 1
+    return at
 
 
 def _options(kind: type, prefix: str = "") -> Iterator[Option]:

@@ -51,7 +51,14 @@ USAGE = [
     ("generate --scorers", "--scorers must name a module or FILE.py; got none. *"),
     ("eval --methods gate best", "--methods must be one of gate, oracle, random, window; got 'best'. *"),
     ("eval --policies dense", "--policies must rank blocks *; got dense. *"),
-    ("train --recipe both", "--recipe must be one of *prefill*decode*; got 'both'. *"),
+    ("train --recipe both", "--recipe must be one of prefill, decode; got 'both'. *"),
+    (
+        "train --gates runs/x",
+        "--gates, the same as --kind, must be one of prefill, *; got 'runs/x'. Gates to train further are given by --initial-gates. *",
+    ),
+    ("train --model tiny-lm", "--output must be a folder *; got none. *"),
+    ("train --output /absent", "--model must be a base model; got none. *"),
+    ("train --config README.md", "The name of a configuration file must end in .yaml, *; got README.md. *"),
     ("train --recipe decode --config x.yaml", "*choose one. *"),
     ("train --steps 0", "--steps must be at least 1; got 0. *"),
     (
@@ -95,7 +102,6 @@ FAILURES = [
     ("--scorers /absent.py eval", "--scorers must name a module or a Python file; got '/absent.py', *"),
     ("eval --scorers=/absent.py", "--scorers must name a module or a Python file; got '/absent.py', *"),
     ("train --config /absent.yaml", "No such file or directory: '/absent.yaml'."),
-    ("train --model tiny-lm", "*output must be a folder *"),
     ("convert --gates /absent --output /also", "There is no folder '/absent', *"),
     ("verify --base tiny-lm --reference README.md", "README.md: a reference must be a safetensors file; *"),
 ]
@@ -159,6 +165,11 @@ NUMBERS = [
     for option in Options(kind).all
     if option.kind in (int, float)
 ]
+
+
+def test_calls_that_a_message_shows_stay_as_they_are():
+    call = "TrainConfig(optimizer=(1, f(seed=2)), seed=3)"
+    assert Options(TrainOptions).rewrite(f"got {call}, and seed=4") == f"got {call}, and --seed 4"
 
 
 class Parsed(BaseException):

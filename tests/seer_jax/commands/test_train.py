@@ -126,3 +126,12 @@ def test_what_a_run_cannot_go_on_with(
 ):
     assert cli.main(["train", "--config", str(trained / "config.json"), *words]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.filterwarnings("always")
+def test_settings_of_a_gate_that_is_not_trained_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--kind", "prefill", "--model", "/absent", "--output", str(tmp_path / "run")]
+    assert cli.main(["train", *words, "--decode.gate-dim", "64"]) == 1
+    assert "--decode-skip change nothing, as --kind prefill trains no decode gate." in capsys.readouterr().err
+    assert cli.main(["train", *words, "--prefill.gate-dim", "64"]) == 1
+    assert "change nothing" not in capsys.readouterr().err
