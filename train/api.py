@@ -195,7 +195,7 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
             got = [f"{given[name]}" for name in given if given[name] != made[name]]
             raise ValueError(
                 f"The settings of a gate must be those of its initial gate, {location}: {', '.join(rules)}; got {', '.join(got)}. Set them "
-                f"so, or leave out all of `{kind}`."
+                f"so, or leave out all settings of the {kind} gate."
             )
         model.attach(gate)
 

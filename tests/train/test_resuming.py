@@ -229,7 +229,7 @@ def test_an_interrupt_before_the_first_step_says_what_is_kept(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         run_to(tmp_path)
     assert re.search(
-        r"Stopped while \w.*; no checkpoint was written yet, and the same run starts anew\.$",
+        r"Stopped while \w.*; no checkpoint was written yet; started again, the run begins anew\.$",
         capsys.readouterr().err.strip(),
     )
 
@@ -252,7 +252,7 @@ FULL_DISKS = {
     ),
     "no room for gates": (
         ("seer_jax.train.api.save_gates", refused_by_tensorstore),
-        r"Kept: the checkpoint of step 1\. Free space, and the same run resumes there\.",
+        r"Kept: the checkpoint of step 1\. Free space, and start the run again to resume there\.",
         ["checkpoints/1"],
     ),
 }

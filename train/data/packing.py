@@ -150,7 +150,7 @@ def pack(
         raise ValueError(f"min_length must be at least 1 and at most the row length {row_length}; got {min_length}.")
     if not len(store.tokens):
         raise ValueError(
-            "Training needs tokens; got only empty documents, or none. Check the paths and the field name."
+            "Training needs tokens; got only empty documents, or none. Check `data.paths` and `data.field`."
         )
     if packing is Packing.CONCATENATE:
         return _concatenate(store, row_length, block_size)
@@ -167,7 +167,7 @@ def _concatenate(store: TokenStore, row_length: int, block_size: int) -> PackedD
     if not rows:
         raise ValueError(
             f"Concatenated documents must fill a row of {row_length} tokens; got {total} tokens. "
-            "Give more text or a smaller sequence length."
+            "Give more text or a smaller `sequence_length`."
         )
     first_row = (store.ends - store.lengths) // row_length
     split = int((first_row != (store.ends - 1) // row_length).sum())

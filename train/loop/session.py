@@ -95,9 +95,9 @@ class Session:
         if self.folder is None:
             kept = "without an output folder nothing is kept"
         elif self.step:
-            kept = f"the checkpoint of step {self.step} is kept, and the same run resumes there"
+            kept = f"the checkpoint of step {self.step} is kept; started again, the run resumes there"
         else:
-            kept = "no checkpoint was written yet, and the same run starts anew"
+            kept = "no checkpoint was written yet; started again, the run begins anew"
         self.warn(f"Stopped {when}; {kept}.")
 
     def disk_full(self) -> OSError:
@@ -105,11 +105,11 @@ class Session:
         kept = [f"the checkpoint of step {self.step}"] * bool(self.step)
         kept += [f"the gates of step {self.gates_step}"] * bool(self.gates_step)
         if self.step:
-            go_on = "and the same run resumes there"
+            go_on = "and start the run again to resume there"
         elif self.gates_step:
             go_on = "and give another `output` for a new run; these gates can be its `initial_gates`"
         else:
-            go_on = "and the same run starts anew"
+            go_on = "and start the run again"
         return OSError(
             f"The disk must have room for the files of a run; none is left for {self.folder} while {self.doing}. "
             f"Kept: {' and '.join(kept) or 'nothing yet'}. Free space, {go_on}."
