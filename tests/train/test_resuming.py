@@ -242,7 +242,7 @@ CHECKPOINT = "seer_jax.train.loop.checkpoint"
 FULL_DISKS = {
     "no room for a checkpoint": (
         (f"{CHECKPOINT}._SLACK", 1 << 62),
-        r"none is left for .*/run while training\. Kept: the gates of step 1\. Free space, and give another `output`",
+        r"must be able to write its files; .*/run took none while training \(No space left on device\)\. Kept: the gates of step 1\. Free space, and give another `output`",
         ["decode_gate"],
     ),
     "a file that TensorStore cannot write": (

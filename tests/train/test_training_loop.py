@@ -146,7 +146,9 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, r
     else:
         done = len(lines(tmp_path))
         assert saved == [str(done)] and 4 <= done <= 7  # the steps under way are finished, and no more
-        said = f"Stopped after step {done}; the checkpoint of step {done} is kept; started again, the run resumes there.\n"
+        said = (
+            f"Stopped after step {done}; the checkpoint of step {done} is kept; started again, the run resumes there.\n"
+        )
         assert said in capsys.readouterr().err
         gate = json.loads((tmp_path / "decode_gate" / "config.json").read_text())
         assert gate["seer_jax_training"] == {"step": done, "steps": RUN.steps, "finished": False}

@@ -27,11 +27,12 @@ CHECKSUMS = "checksums.json"
 _INCOMPLETE = "*.orbax-checkpoint-tmp"  # folders of checkpoints that Orbax has not finished
 _SECONDS_TO_END = 5.0  # for Orbax's threads after one of them has failed
 _SLACK = 1 << 16  # bytes of a checkpoint beside its arrays
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-# What TensorStore and safetensors say where the disk refuses a file; they raise errors of their own kinds.
+_REFUSED = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+# What libraries that write files say of it; they raise errors of their own kinds.
+_FULL = re.compile(r"No space left|File too large|quota exceeded")
 _NOT_WRITTEN = re.compile(
-    r"Error (?:writing|opening|creating|calling)|No space left|File too large|quota exceeded", re.I
-)
+    rf"Error (?:writing|opening|creating|calling)|{_FULL.pattern}"
+)  # TensorStore's, which follow from it too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Checkpoints:
         """Writes a checkpoint with its checksums, unless there is one of this step.
 
         Raises:
-          OSError: it cannot be written; nothing of it is left.
+          OSError: it cannot be written; see `is_disk_error`.
         """
         if self._manager.latest_step() == state.step:
             return
@@ -119,18 +120,18 @@ class Checkpoints:
             optimizer=self._args.StandardSave(state.optimizer),
             run=self._args.JsonSave(run),
         )
-        folder = self.folder / str(state.step)
         try:
             self._check_room(state)
             with _quiet():
                 self._manager.save(state.step, args=items, force=True)
-            write_text(folder / CHECKSUMS, json.dumps(_checksums(folder)))
         except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
             self._remove_incomplete()
-            if isinstance(error, OSError) or not disk_is_full(error):
+            if isinstance(error, OSError) or not _NOT_WRITTEN.search(str(error)):
                 raise
-            raise _no_room(self.folder) from error
+            raise OSError(errno.EIO, first_line(error), str(self.folder)) from error
+        folder = self.folder / str(state.step)
+        with contextlib.suppress(OSError):  # the checkpoint is complete, and is read without them too
+            write_text(folder / CHECKSUMS, json.dumps(_checksums(folder)))
 
     def restore(self, like: RunState) -> RunState:
         """The newest checkpoint that is not damaged, its arrays sharded as those of `like`; `like` itself where there is none.
@@ -151,7 +152,7 @@ class Checkpoints:
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # Orbax raises errors of many kinds; each means that this one cannot be read
-                self._damaged[self.step] = _first_line(error)
+                self._damaged[self.step] = first_line(error)
                 self._advance()
                 continue
             self._set_aside()
@@ -166,8 +167,9 @@ class Checkpoints:
     def _check_room(self, state: RunState) -> None:
         """Raises OSError before Orbax begins what cannot end: its threads go on for a while after the first of them has failed."""
         needed = sum(x.nbytes for x in jax.tree.leaves((state.trained, state.optimizer)))
-        if shutil.disk_usage(self.folder).free < needed + _SLACK:
-            raise _no_room(self.folder)
+        disk = shutil.disk_usage(self.folder)
+        if disk.total and disk.free < needed + _SLACK:  # some network folders have no size
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
 
     def _remove_incomplete(self) -> None:
         for place in self.folder.glob(_INCOMPLETE):
@@ -220,7 +222,7 @@ class Checkpoints:
             if missing := {"tokens", "settings"} - set(run):
                 return f"it lacks {' and '.join(sorted(missing))}"
         except Exception as error:  # as above
-            return _first_line(error)
+            return first_line(error)
         self._run = run
         return None
 
@@ -248,13 +250,9 @@ def _quiet() -> Iterator[None]:
             logger.disabled = disabled
 
 
-def disk_is_full(error: Exception) -> bool:
-    """Whether a file was not written for want of space, as the operating system or a library says it."""
-    return getattr(error, "errno", None) in _FULL or _NOT_WRITTEN.search(str(error)) is not None
-
-
-def _no_room(folder: Path) -> OSError:
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+def is_disk_error(error: Exception) -> bool:
+    """Whether the disk refused a file, mostly for want of space, as the operating system or a library says it."""
+    return getattr(error, "errno", None) in _REFUSED or _FULL.search(str(error)) is not None
 
 
 def _checksums(folder: Path) -> dict[str, int]:
@@ -271,6 +269,7 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import jax
 from seer_jax.inference.memory import FRACTION, MOST_FRACTION, USUAL_FRACTION
 from seer_jax.outputs import check_output_folder, write_text
 from seer_jax.train.config import TrainConfig, to_dict
-from seer_jax.train.loop.checkpoint import Checkpoints, RunState, disk_is_full
+from seer_jax.train.loop.checkpoint import Checkpoints, RunState, first_line, is_disk_error
 from seer_jax.train.loop.lock import locked
 from seer_jax.train.loop.progress import ConsoleProgress, StepReport
 from seer_jax.train.loop.resuming import check_resumed
@@ -100,8 +100,9 @@ class Session:
             kept = "no checkpoint was written yet; started again, the run begins anew"
         self.warn(f"Stopped {when}; {kept}.")
 
-    def disk_full(self) -> OSError:
+    def disk_error(self, error: Exception) -> OSError:
         """The error of a run whose folder takes no more files: what is kept, and how it goes on."""
+        reason = getattr(error, "strerror", None) or first_line(error)
         kept = [f"the checkpoint of step {self.step}"] * bool(self.step)
         kept += [f"the gates of step {self.gates_step}"] * bool(self.gates_step)
         if self.step:
@@ -111,7 +112,7 @@ class Session:
         else:
             go_on = "and start the run again"
         return OSError(
-            f"The disk must have room for the files of a run; none is left for {self.folder} while {self.doing}. "
+            f"A run must be able to write its files; {self.folder} took none while {self.doing} ({reason}). "
             f"Kept: {' and '.join(kept) or 'nothing yet'}. Free space, {go_on}."
         )
 
@@ -155,9 +156,9 @@ def open_session(config: TrainConfig, progress: ProgressFunction | None) -> Iter
                 raise
             raise out_of_memory(config, f"ran out while {session.doing}") from error
         except Exception as error:  # libraries that write files raise errors of their own kinds
-            if session.folder is None or not disk_is_full(error):
+            if session.folder is None or not is_disk_error(error):
                 raise
-            raise session.disk_full() from error
+            raise session.disk_error(error) from error
 
 
 def out_of_memory(config: TrainConfig, what: str) -> MemoryError:
