@@ -53,6 +53,7 @@ def distill(
       ValueError: settings, model, data and checkpoints do not fit each other.
       FileExistsError: the output folder has gates, but no checkpoints of the run that made them.
       BlockingIOError: another run is using the output folder.
+      OSError: the output folder takes no more files, mostly as the disk is full; the error says what is kept.
       MemoryError: the device has no memory for the run.
       FloatingPointError: the loss is no longer finite.
       KeyboardInterrupt, SystemExit: the process was asked to stop (SIGINT, SIGTERM), and has written a checkpoint.
