@@ -156,6 +156,7 @@ def save_gates(
     dtype: Any = jnp.float32,
     training: Mapping[str, Any] | None = None,
     copies: Iterable[Path] = (),
+    force: bool = False,
 ) -> Path:
     """Writes a gate in the release's layout.
 
@@ -172,21 +173,23 @@ def save_gates(
       dtype: of the file, float32 (exact) or bfloat16 (rounded, half the size).
       training: how far the gate is trained, JSON, for readers of the folder; it becomes `seer_jax_training` in `config.json`.
       copies: files to copy into the folder in the same step, such as the base model's; a `config.json` among them is left out.
+      force: the gate replaces one whose weights are in the other format.
 
     Returns:
       The weight file.
 
     Raises:
       ValueError: hf_config describes another model, or the policy ranks by a scorer that is not registered.
-      FileExistsError: the folder has weights in the other format, which would then belong to another gate.
+      FileExistsError: the folder has weights in the other format, which would then belong to another gate, and force is False.
+      OSError: a file can't be written, such as on a full disk.
     """
     folder = Path(folder)
     if jnp.dtype(dtype) not in map(jnp.dtype, DType):
         raise ValueError(f"Gates must be saved in float32 or bfloat16; got dtype={jnp.dtype(dtype)}.")
     other = next(f for f in GateFormat if f is not format)
-    if (folder / other.file_name).exists():
+    if (folder / other.file_name).exists() and not force:
         raise FileExistsError(
-            f"A folder must hold one gate; {folder} already has {other.file_name}. Choose another folder, or remove that file first."
+            f"A folder must hold one gate; {folder} already has {other.file_name}. Choose another folder, or replace it with force=True."
         )
     hf = dict(config_to_hf(gate.model) if hf_config is None else hf_config)
     _check_same_model(str(folder), hf, config_from_hf(hf), gate.model)
@@ -198,6 +201,7 @@ def save_gates(
         hf[TRAINING_KEY] = dict(training)
     arrays = {key: np.asarray(x.astype(dtype)) for key, x in tensors_of(gate, GateParam, gate_rules(gate.config))}
     with replacing_files(folder) as files:
+        files.remove(folder / other.file_name)
         if format is GateFormat.TORCH:
             write_torch_zip(files.path(format.file_name), arrays)
         else:

@@ -86,6 +86,7 @@ def convert(config: ConvertConfig) -> Path:
         format=config.format,
         dtype=config.dtype,
         copies=copied,
+        force=config.force,
     )
 
 
@@ -95,9 +96,7 @@ def _check_output(config: ConvertConfig, read: list[Path], copied: list[str]) ->
     if any(output.resolve() == folder.resolve() for folder in read):
         raise ValueError(f"output must differ from the folders that are read; got {output}. Choose another folder.")
     check_output_folder(output)
-    there = [
-        name for name in dict.fromkeys((config.format.file_name, "config.json", *copied)) if (output / name).exists()
-    ]
+    there = [name for name in dict.fromkeys((*GATE_PATTERNS, *copied)) if (output / name).exists()]
     if there and not config.force:
         raise FileExistsError(
             f"output must not hold what is to be written; {output} has {', '.join(there)}. Choose another folder, or overwrite "
