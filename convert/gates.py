@@ -39,7 +39,7 @@ from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import HubSettings, Location, config_text, read_config, resolve_gate, resolve_gates
 from seer_jax.models.layers import GateParam
 from seer_jax.models.rope import same_rope
-from seer_jax.selection.policies import Policy
+from seer_jax.selection.policies import Policy, check_policy
 from seer_jax.text_files import parse_json
 
 # Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the widths tell their base models apart. What changes the queries and keys
@@ -149,7 +149,7 @@ def save_gates(
     gate: PrefillGate | DecodeGate,
     folder: str | os.PathLike[str],
     *,
-    base_model: str,
+    base_model: str | os.PathLike[str],
     hf_config: Mapping[str, Any] | None = None,
     format: GateFormat = GateFormat.SAFETENSORS,
     policy: Policy | None = None,
@@ -179,13 +179,20 @@ def save_gates(
       The weight file.
 
     Raises:
-      ValueError: hf_config describes another model, or the policy ranks by a scorer that is not registered.
+      ValueError: an argument is of another kind, hf_config describes another model, or the policy ranks by a scorer that is not registered.
       FileExistsError: the folder has weights in the other format, which would then belong to another gate, and force is False.
       OSError: a file can't be written, such as on a full disk.
     """
-    folder = Path(folder)
-    if jnp.dtype(dtype) not in map(jnp.dtype, DType):
-        raise ValueError(f"Gates must be saved in float32 or bfloat16; got dtype={jnp.dtype(dtype)}.")
+    if not isinstance(gate, PrefillGate | DecodeGate):
+        raise ValueError(f"gate must be a PrefillGate or a DecodeGate; got {gate!r}.")
+    for name, value in (("folder", folder), ("base_model", base_model)):
+        if not isinstance(value, str | os.PathLike):
+            raise ValueError(f"{name} must be text or a path; got {value!r}.")
+    if format not in list(GateFormat):
+        raise ValueError(f"format must be one of {', '.join(GateFormat)}; got {format!r}.")
+    if policy is not None:
+        check_policy("policy", policy)
+    folder, base_model, format, dtype = Path(folder), os.fspath(base_model), GateFormat(format), DType.of(dtype)
     other = next(f for f in GateFormat if f is not format)
     if (folder / other.file_name).exists() and not force:
         raise FileExistsError(

@@ -75,7 +75,7 @@ def convert(config: ConvertConfig) -> Path:
     source = resolve_gate(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
     check_is_gate(source)
     hf = read_config(source)
-    base, base_model = None, hf.get("base_model", "")
+    base, base_model = None, hf.get("base_model") or ""
     name = config.model or (base_model if config.include_base else None)
     if config.include_base and not name:
         raise ValueError("include_base must come with the model to copy, and the gates name none. Give model=...")

@@ -237,7 +237,7 @@ def _continue(
     """A pass-key prompt without its answer, continued greedily."""
     question: Int[np.ndarray, "T"] = prompt.tokens[: -prompt.answer_length]
     result = generate(model, question[None], max_new_tokens=config.new_tokens, prefill=policy, decode=policy)
-    return tokenizer.decode(result.rows()[0])
+    return tokenizer.decode_known(result.rows()[0])
 
 
 def _report(

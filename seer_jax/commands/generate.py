@@ -295,7 +295,7 @@ def _report(job: Job, result: Generated, plan: MemoryPlan, clock: "Clock", token
         "policy_reasons": {phase: chosen.reason for phase, chosen in job.policies.items()},
         "prompt_tokens": len(job.tokens),
         "tokens": new,
-        "text": tokenizer.decode(new),
+        "text": tokenizer.decode_known(new),
         "failed_at": int(result.failed[0]) if has_failed(result) else None,
         "seconds": clock.seconds,
         "tokens_per_second": clock.tokens_per_second,

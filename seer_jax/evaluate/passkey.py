@@ -125,7 +125,7 @@ def insert_lines(
 
 
 def _spelled(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    return [tokenizer.decode([i], skip_special_tokens=False) for i in range(vocab_size)]
+    return [tokenizer.decode_known([i], skip_special_tokens=False) for i in range(vocab_size)]
 
 
 def _ends_line(spelled: Sequence[str]) -> Bool[np.ndarray, "V"]:
