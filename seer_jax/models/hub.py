@@ -47,9 +47,9 @@ def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettin
         raise ValueError(f"A model must be named by a folder or a hub id, as text or Path; got {location!r}.")
     name, folder = os.fspath(location), Path(os.path.expanduser(location))
     if name == tiny_lm.NAME or (name and folder.is_dir()):  # Path("") would be the current folder
-        if hub.get("revision") is not None:
+        if (asked := hub.get("revision")) is not None:
             raise ValueError(
-                f"revision must be that of a hub id; got {hub['revision']!r} for {name!r}, which is on this computer. Leave it out."
+                f"revision must be that of a hub id; got {asked!r} for {name!r}, which is on this computer. Leave it out."
             )
         return tiny_lm.path() if name == tiny_lm.NAME else folder
     if folder.is_file():

@@ -12,7 +12,6 @@ import tyro
 from seer_jax.commands import main as cli
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.train import TrainOptions
-from seer_jax.inference import memory
 from tests.packaging.checkout import ROOT
 from tests.seer_jax.commands.fuzz.cases import COMMANDS
 
@@ -159,16 +158,6 @@ def test_scorers_that_can_not_be_imported(source: str, text: str, tmp_path: Path
     line = capsys.readouterr().err
     text = f"seer-jax info: --scorers {path} must be a module that can be imported; got {text}"
     assert re.fullmatch(".*".join(map(re.escape, f"{text}\n".split("*"))), line), line
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_what_takes_less_memory_is_said_in_options(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory, "device_memory", lambda device: memory.DeviceMemory(1024, 0))
-    assert cli.main(["generate", "--prompt", "x", "--no-stats"]) == 1
-    line = capsys.readouterr().err
-    assert re.search(
-        r"available\. Lower --max-new-tokens, or shorten the prompt, or free other memory of the device\.\n$", line
-    ), line
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
