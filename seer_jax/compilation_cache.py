@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def use_compilation_cache(environment: Mapping[str, str] = os.environ) -> None:
         return
     if not os.access(folder, os.W_OK | os.X_OK):
         return
+    # An entry that a killed process left unfinished is compiled as if it were not there.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones take seconds together
     if importlib.util.find_spec("filelock"):  # JAX needs it to count what other processes write
