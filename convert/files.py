@@ -5,9 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from seer_jax.outputs import naming_file
-
-PARTIAL = ".partial"
+from seer_jax.outputs import PARTIAL, naming_file
 
 
 class Replacement:

@@ -11,6 +11,7 @@ from typing import Any
 
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 
+PARTIAL = ".partial"  # behind the name of a file until it is whole, beside others of its folder
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -105,8 +106,9 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def not_written(path: Path, cause: str) -> str:
-    """The line for a file that can't be written."""
-    return f"{path} must be written whole; got {cause!r}. Make room there (disk, quota, ulimit -f), or choose another place."
+    """The line for a file that can't be written, by the name that it gets when it is whole."""
+    name = str(path).removesuffix(PARTIAL)
+    return f"{name} must be written whole; got {cause!r}. Make room there (disk, quota, ulimit -f), or choose another place."
 
 
 def write_text(path: Path, text: str) -> None:
