@@ -25,6 +25,7 @@ from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, resolve
 from seer_jax.models.layers import BaseParam
+from seer_jax.outputs import not_written
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 TEXT_PATTERNS = (
@@ -226,14 +227,21 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], **metadata: 
       path: of the file, replaced if it is there.
       arrays: by name.
       **metadata: further entries of the header's `__metadata__`.
+
+    Raises:
+      OSError: it can't be written, such as on a full disk.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path.unlink(missing_ok=True)
     path.touch()
     mode = path.stat().st_mode  # safetensors itself makes files that only their owner can read
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(contiguous, path, metadata={"format": "pt"} | metadata)
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"} | metadata)
+    except SafetensorError as error:
+        raise OSError(not_written(path, str(error).removeprefix("Error while serializing: "))) from error
     if metadata:
         _sort_metadata(path)
     path.chmod(mode)

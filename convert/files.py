@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-PARTIAL = ".partial"
+from seer_jax.outputs import PARTIAL, naming_file
 
 
 class Replacement:
@@ -30,6 +30,11 @@ class Replacement:
         """Where the new file `name` is until then."""
         return self._partial[name]
 
+    @property
+    def last(self) -> Path:
+        """The file that was begun last; the folder before the first one."""
+        return self.folder / next(reversed(self._partial), "")
+
     def rename(self, old: str, new: str) -> None:
         """Changes what a new file will be called."""
         self._partial[new] = self._partial.pop(old)
@@ -38,10 +43,13 @@ class Replacement:
         """Names old files to remove when the new ones take their place."""
         self._obsolete.extend(paths)
 
-    def commit(self, key: str) -> None:
-        """Removes the old file `key`, moves the others into place, and `key` last."""
+    def flush(self) -> None:
+        """Waits until the new files are on disk."""
         for path in self._partial.values():
             _flush(path)
+
+    def commit(self, key: str) -> None:
+        """Removes the old file `key`, moves the new ones, which are flushed, into place, and `key` last."""
         for path in (self.folder / key, *self._obsolete):
             if path.exists():
                 os.unlink(path)
@@ -69,11 +77,23 @@ def replacing_files(folder: Path, key: str = "config.json") -> Iterator[Replacem
     folder.mkdir(parents=True, exist_ok=True)
     replacement = Replacement(folder)
     try:
-        yield replacement
+        with _naming(replacement):
+            yield replacement
+            replacement.flush()
     except BaseException:
         replacement.discard()
         raise
     replacement.commit(key)
+
+
+@contextlib.contextmanager
+def _naming(files: Replacement) -> Iterator[None]:
+    """Errors of writing name the file that came last."""
+    try:
+        yield
+    except OSError:
+        with naming_file(files.last):
+            raise
 
 
 def _flush(path: Path) -> None:

@@ -39,7 +39,7 @@ from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import HubSettings, Location, config_text, read_config, resolve_gate, resolve_gates
 from seer_jax.models.layers import GateParam
 from seer_jax.models.rope import same_rope
-from seer_jax.selection.policies import Policy
+from seer_jax.selection.policies import Policy, check_policy
 from seer_jax.text_files import parse_json
 
 # Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the widths tell their base models apart. What changes the queries and keys
@@ -149,13 +149,14 @@ def save_gates(
     gate: PrefillGate | DecodeGate,
     folder: str | os.PathLike[str],
     *,
-    base_model: str,
+    base_model: str | os.PathLike[str],
     hf_config: Mapping[str, Any] | None = None,
     format: GateFormat = GateFormat.SAFETENSORS,
     policy: Policy | None = None,
     dtype: Any = jnp.float32,
     training: Mapping[str, Any] | None = None,
     copies: Iterable[Path] = (),
+    force: bool = False,
 ) -> Path:
     """Writes a gate in the release's layout.
 
@@ -172,21 +173,30 @@ def save_gates(
       dtype: of the file, float32 (exact) or bfloat16 (rounded, half the size).
       training: how far the gate is trained, JSON, for readers of the folder; it becomes `seer_jax_training` in `config.json`.
       copies: files to copy into the folder in the same step, such as the base model's; a `config.json` among them is left out.
+      force: the gate replaces one whose weights are in the other format.
 
     Returns:
       The weight file.
 
     Raises:
-      ValueError: hf_config describes another model, or the policy ranks by a scorer that is not registered.
-      FileExistsError: the folder has weights in the other format, which would then belong to another gate.
+      ValueError: an argument is of another kind, hf_config describes another model, or the policy ranks by a scorer that is not registered.
+      FileExistsError: the folder has weights in the other format, which would then belong to another gate, and force is False.
+      OSError: a file can't be written, such as on a full disk.
     """
-    folder = Path(folder)
-    if jnp.dtype(dtype) not in map(jnp.dtype, DType):
-        raise ValueError(f"Gates must be saved in float32 or bfloat16; got dtype={jnp.dtype(dtype)}.")
+    if not isinstance(gate, PrefillGate | DecodeGate):
+        raise ValueError(f"gate must be a PrefillGate or a DecodeGate; got {gate!r}.")
+    for name, value in (("folder", folder), ("base_model", base_model)):
+        if not isinstance(value, str | os.PathLike):
+            raise ValueError(f"{name} must be text or a path; got {value!r}.")
+    if format not in list(GateFormat):
+        raise ValueError(f"format must be one of {', '.join(GateFormat)}; got {format!r}.")
+    if policy is not None:
+        check_policy("policy", policy)
+    folder, base_model, format, dtype = Path(folder), os.fspath(base_model), GateFormat(format), DType.of(dtype)
     other = next(f for f in GateFormat if f is not format)
-    if (folder / other.file_name).exists():
+    if (folder / other.file_name).exists() and not force:
         raise FileExistsError(
-            f"A folder must hold one gate; {folder} already has {other.file_name}. Choose another folder, or remove that file first."
+            f"A folder must hold one gate; {folder} already has {other.file_name}. Choose another folder, or replace it with force=True."
         )
     hf = dict(config_to_hf(gate.model) if hf_config is None else hf_config)
     _check_same_model(str(folder), hf, config_from_hf(hf), gate.model)
@@ -198,6 +208,7 @@ def save_gates(
         hf[TRAINING_KEY] = dict(training)
     arrays = {key: np.asarray(x.astype(dtype)) for key, x in tensors_of(gate, GateParam, gate_rules(gate.config))}
     with replacing_files(folder) as files:
+        files.remove(folder / other.file_name)
         if format is GateFormat.TORCH:
             write_torch_zip(files.path(format.file_name), arrays)
         else:

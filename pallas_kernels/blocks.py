@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float32, Int, Int32, Shaped
 
-from pallas_kernels.checks import check_block_size
+from pallas_kernels.checks import check_arrays, check_block_size
 
 
 def _scatter(targets: Int[Array, "... n"], values: Shaped[Array, "n"], width: int) -> Shaped[Array, "... width"]:
@@ -59,6 +59,7 @@ class BlockIndices:
 
     def __post_init__(self):
         check_block_size("BlockIndices", self.block_size)
+        check_arrays("BlockIndices", counts=self.counts, indices=self.indices)
         for name, array in (("counts", self.counts), ("indices", self.indices)):
             if array.dtype != jnp.int32:
                 raise ValueError(
@@ -112,6 +113,7 @@ class BlockIndices:
           ValueError: a row keeps more than `max_blocks` blocks. This is not checked under `jax.jit`, where such a row loses its
             highest blocks.
         """
+        check_arrays("from_mask", mask=mask)
         if mask.dtype != jnp.bool_ or mask.ndim < 2:
             raise ValueError(f"from_mask: mask must be a bool array [..., R, Sb]; got {mask.dtype} {mask.shape}.")
         width = mask.shape[-1] if max_blocks is None else max_blocks

@@ -15,6 +15,23 @@ def check_block_size(where: str, block_size: int) -> None:
         raise ValueError(f"{where}: block_size must be one of {BLOCK_SIZES} tokens; got {block_size!r}.")
 
 
+def check_arrays(where: str, **arrays: Any) -> None:
+    """Raises ValueError unless each of these arguments is an array; None, one that is left out, is none of them."""
+    for name, array in arrays.items():
+        if array is not None and not all(hasattr(array, attribute) for attribute in ("ndim", "shape", "dtype")):
+            raise ValueError(
+                f"{where}: {name} must be an array; got {type(array).__name__}. Convert it with jnp.asarray."
+            )
+
+
+def check_lists(where: str, blocks: Any) -> None:
+    """Raises ValueError unless `blocks` is a `BlockIndices`."""
+    if not all(hasattr(blocks, attribute) for attribute in ("counts", "indices", "block_size")):
+        raise ValueError(
+            f"{where}: blocks must be BlockIndices; got {type(blocks).__name__}. A mask becomes one by BlockIndices.from_mask."
+        )
+
+
 def check_shape(where: str, name: str, array: Any, expected: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless `array` has that shape; `expected` is the shape in letters."""
     if array.shape != shape:
@@ -23,6 +40,7 @@ def check_shape(where: str, name: str, array: Any, expected: str, shape: tuple[i
 
 def check_integers(where: str, name: str, array: Any, expected: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless `array` holds integers and has that shape."""
+    check_arrays(where, **{name: array})
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{where}: {name} must hold integers; got {array.dtype}.")
     check_shape(where, name, array, expected, shape)
@@ -37,6 +55,7 @@ def check_attention_inputs(where: str, q: Any, k: Any, v: Any, *, query_axes: st
       k, v: [B, S, K, D].
       same_batch: whether B of k and v is that of q.
     """
+    check_arrays(where, q=q, k=k, v=v)
     if q.ndim != len(query_axes.split()):
         raise ValueError(f"{where}: q must be [{query_axes.replace(' ', ', ')}]; got shape {q.shape}.")
     if k.ndim != 4 or k.shape != v.shape:

@@ -1,5 +1,6 @@
 """Checks that configurations share. A message names the setting, what it must be, and what came."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,6 +26,11 @@ def whole_number(name: str, value: Any, must: str = "an integer of at least 1", 
     """Raises ValueError where a value is no integer from `least` on; True and 2.0 are none, NumPy's integers are."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be {must}; got {value!r}.")
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Values as they are typed, for messages; "none" without any."""
+    return ", ".join(map(str, values)) or "none"
 
 
 def is_placeholder(x: Any) -> bool:

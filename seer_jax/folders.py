@@ -40,17 +40,23 @@ def contents(folder: Path) -> str:
     return " and ".join(found)
 
 
-def check_is_base(folder: Path) -> None:
-    """Raises ValueError where a folder that is to be a base model is a gate or a training run."""
+def check_is_base(folder: Path, *, with_gates: bool = True) -> None:
+    """Raises ValueError where a folder that is to be a base model is a gate or a training run.
+
+    Args:
+      folder: that is there.
+      with_gates: whether gates can be given beside the base model, for the remedy.
+    """
     if holds_base(folder) or (folder / "tokenizer.json").is_file():
         return
     gates, values = gates_of_run(folder), _config(folder)
     if _is_run(folder):
-        remedy = f"Give model={values.get('model', '...')}" + (f" and gates={folder}." if gates else ".")
+        base, gates_too = values.get("model", "..."), bool(gates)
     elif holds_gate(folder) or any(key in values for key in GATE_KEYS):
-        remedy = f"Give model={values.get('base_model', '...')} and gates={folder}."
+        base, gates_too = values.get("base_model", "..."), True
     else:
         return
+    remedy = f"Give model={base}" + (f" and gates={folder}." if gates_too and with_gates else ".")
     what = contents(folder) if _is_run(folder) or holds_gate(folder) else f"a gate of {_base_model(folder)}"
     raise ValueError(f"{folder} must hold a base model; got {what}. {remedy}")
 

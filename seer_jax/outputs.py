@@ -1,13 +1,18 @@
 """Outputs: places checked before the work whose results they take, and files written whole or not at all."""
 
+import contextlib
 import errno
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PLOT_FORMATS = (".png", ".pdf", ".svg")
+
+PARTIAL = ".partial"  # behind the name of a file until it is whole, beside others of its folder
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output_file(path: Path, *, setting: str = "output") -> None:
@@ -81,19 +86,48 @@ def check_plot_file(path: Path, *, setting: str = "plot") -> None:
     check_output_file(path, setting=setting)
 
 
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Makes errors of writing name the file: Python's own of a full disk names none, or the file that was copied.
+
+    Args:
+      path: what is written.
+
+    Raises:
+      OSError: with the file, the cause and a remedy, in place of one without a name or of a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror or (str(error) if "requested and" in str(error) else "")  # NumPy counts items
+        if not cause or (error.filename is not None and error.errno not in _FULL):
+            raise
+        raise OSError(not_written(path, cause)) from error
+
+
+def not_written(path: Path, cause: str) -> str:
+    """The line for a file that can't be written, by the name that it gets when it is whole."""
+    name = str(path).removesuffix(PARTIAL)
+    return f"{name} must be written whole; got {cause!r}. Make room there (disk, quota, ulimit -f), or choose another place."
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file in one step, so that readers and interrupted writers find the old or the new file, whole.
 
     Missing folders are made. Devices and pipes are written in place.
+
+    Raises:
+      OSError: it can't be written; the old file is left.
     """
     path = Path(os.path.realpath(path))  # a link stays one
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        with naming_file(path):
+            path.write_text(text, encoding="utf-8")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with new.open("w", encoding="utf-8") as file:
+        with naming_file(path), new.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

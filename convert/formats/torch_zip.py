@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from seer_jax.convert.formats.torch_pickle import STORAGES, Storage, StoredTensor, read_pickle, write_pickle
+from seer_jax.outputs import naming_file
 
 MAX_BYTES = 16 * 2**30
 MAX_PICKLE_BYTES = 8 * 2**20
@@ -62,6 +63,7 @@ def write_torch_zip(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarr
 
     Raises:
       ValueError: an array is empty, or of a dtype that torch has no storage for.
+      OSError: it can't be written, such as on a full disk; nothing is left of it.
     """
     path = Path(path)
     stored = {}
@@ -74,15 +76,18 @@ def write_torch_zip(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarr
         strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
         stored[name] = StoredTensor(Storage(str(number), array.dtype, array.size), 0, array.shape, strides)
     partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        members = {"data.pkl": write_pickle(stored), ".format_version": b"1", ".storage_alignment": b"64"}
-        members["byteorder"] = b"little"
-        for name, data in members.items():
-            _write(archive, f"archive/{name}", data)
-        for number, array in enumerate(tensors.values()):
-            _write(archive, f"archive/data/{number}", np.ascontiguousarray(array).tobytes())
-        _write(archive, "archive/version", b"3\n")
-    partial.replace(path)
+    try:
+        with naming_file(path), zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            members = {"data.pkl": write_pickle(stored), ".format_version": b"1", ".storage_alignment": b"64"}
+            members["byteorder"] = b"little"
+            for name, data in members.items():
+                _write(archive, f"archive/{name}", data)
+            for number, array in enumerate(tensors.values()):
+                _write(archive, f"archive/data/{number}", np.ascontiguousarray(array).tobytes())
+            _write(archive, "archive/version", b"3\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _check_format(path: Path) -> None:

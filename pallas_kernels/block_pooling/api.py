@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.backends import Implementation, Operation
-from pallas_kernels.checks import check_block_size
+from pallas_kernels.checks import check_arrays, check_block_size
 
 KINDS = ("max", "min", "avg")
 
@@ -46,6 +46,7 @@ def pool_blocks(
     """
     name = "pool_blocks"
     check_block_size(name, block_size)
+    check_arrays(name, x=x, valid=valid)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"{name}: kinds must be some of {KINDS}; got {kinds}.")
     if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.checks import check_attention_inputs, check_integers, resolve_scale
+from pallas_kernels.checks import check_attention_inputs, check_integers, check_lists, resolve_scale
 
 _run = Operation(
     "block_sparse_attention",
@@ -67,6 +67,7 @@ def block_sparse_attention(
     """
     name = "block_sparse_attention"
     check_attention_inputs(name, q, k, v, query_axes="B T H D")
+    check_lists(name, blocks)
     batch, num_queries, heads, head_dim = q.shape
     kv_heads, num_rows = k.shape[2], -(-num_queries // blocks.block_size)
     lists = tuple((batch, h, num_rows) for h in sorted({1, kv_heads, heads}))

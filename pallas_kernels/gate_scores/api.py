@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
-from pallas_kernels.checks import check_integers, resolve_scale
+from pallas_kernels.checks import check_arrays, check_integers, resolve_scale
 
 _run = Operation("score_blocks", "pallas_kernels.gate_scores", gradients="score_blocks_gradients")
 
@@ -49,6 +49,7 @@ def score_blocks(
     [[8.0, 8.0, 8.0], [8.0, 8.0, 8.0]]
     """
     name = "score_blocks"
+    check_arrays(name, queries=queries, keys=keys)
     if {str(queries.dtype), str(keys.dtype)} != {"float32"} or queries.ndim != 4 or keys.ndim != 4:
         raise ValueError(
             f"{name}: queries must be float32 [B, T, H, C] and keys float32 [B, Sb, K, C]; "

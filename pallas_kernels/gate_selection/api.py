@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.checks import check_block_size
+from pallas_kernels.checks import check_arrays, check_block_size
 
 _run = Operation("select_blocks", "pallas_kernels.gate_selection")
 
@@ -72,6 +72,7 @@ def select_blocks(
     """
     name = "select_blocks"
     check_block_size(name, block_size)
+    check_arrays(name, logits=logits, keep=keep, visible=visible)
     if logits.dtype != jnp.float32 or logits.ndim < 2:
         raise ValueError(f"{name}: logits must be a float32 array [..., R, Sb]; got {logits.dtype} {logits.shape}.")
     rules = {"threshold": threshold, "mass": mass, "top_k": top_k, "max_blocks": max_blocks}

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.checks import check_attention_inputs, check_integers, check_shape, resolve_scale
+from pallas_kernels.checks import check_attention_inputs, check_integers, check_lists, check_shape, resolve_scale
 
 _run = Operation(
     "sparse_decode_attention", "pallas_kernels.sparse_decode", gradients="sparse_decode_attention_gradients"
@@ -35,7 +35,7 @@ def sparse_decode_attention(
       k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed
         blocks. Beyond `lengths` they may hold anything, NaN and infinity too. P is B unless `cache_rows` is given.
       blocks: lists of key blocks, counts [B, K] and indices [B, K, N]; None: every key, dense attention.
-      lengths: number of keys of each sequence, the newest token included, at most S; 0 for an unused row.
+      lengths: number of keys of each sequence, the newest token included; S where it is more, 0 for an unused row.
       cache_rows: row of k and v that each sequence reads, 0 to P - 1; None: its own index. If the caches of all layers are one
         array of L * B rows, a layer reads its rows layer * B + arange(B) without a copy.
       scale: factor on the scores; 1 / sqrt(D) if None.
@@ -65,6 +65,7 @@ def sparse_decode_attention(
         cache_rows = jnp.arange(batch)
     check_integers(name, "cache_rows", cache_rows, "[B]", (batch,))
     if blocks is not None:
+        check_lists(name, blocks)
         check_shape(name, "blocks.counts", blocks.counts, "[B, K]", (batch, k.shape[2]))
     check_integers(name, "lengths", lengths, "[B]", (batch,))
     out, lse = _run(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backends import Implementation, Operation
+from pallas_kernels.checks import check_arrays
 
 _run = Operation("stacked_linear", "pallas_kernels.stacked_linear", gradients="stacked_linear_gradients")
 
@@ -45,6 +46,7 @@ def stacked_linear(
     ([[4.0, 4.0]], (1, 5))
     """
     name = "stacked_linear"
+    check_arrays(name, x=x, **{f"weights[{i}]": w for i, w in enumerate(weights)})
     if x.ndim != 2 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name}: x must be floats [R, in], no axis empty; got {x.dtype} {x.shape}.")
     if not weights:

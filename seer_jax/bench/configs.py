@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from pallas_kernels.backends import Implementation
 from pallas_kernels.cases import Heads
 from pallas_kernels.devices import default_device
-from seer_jax.checks import check_at_least
+from seer_jax.checks import check_at_least, listed
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.selection.notation import parse_policy
@@ -90,7 +90,7 @@ class BenchConfig:
     def _check_lengths(self, blocks: int, *, whole: bool = False) -> None:
         if not self.lengths or any(n < blocks * BLOCK or (whole and n % BLOCK) for n in self.lengths):
             least = f"at least {blocks * BLOCK} tokens{f', whole blocks of {BLOCK}' if whole else ''}"
-            raise ValueError(f"lengths must be {least}; got {self.lengths}.")
+            raise ValueError(f"lengths must be {least}; got {listed(self.lengths)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ class DecodeBench(PolicyBench):
         self._check_lengths(2)
         self._check_policies()
         if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"batches must hold at least one sequence; got {self.batches}.")
+            raise ValueError(f"batches must hold at least one sequence; got {listed(self.batches)}.")
         if not 1 <= self.tokens < min(self.lengths):
             raise ValueError(f"tokens must be 1 to {min(self.lengths) - 1}, part of the lengths; got {self.tokens}.")
         if not self.only:

@@ -169,21 +169,37 @@ def import_scorers(module: str) -> None:
     Raises:
       ImportError: there is no such module or file, or it fails.
     """
+    is_file = module.endswith(".py")
+    if is_file and not Path(module).is_file():
+        raise ImportError(
+            f"--scorers must name a module or a Python file; got {module!r}, which is not there. Check the path."
+        )
     try:
-        if module.endswith(".py"):
+        if is_file:
             _import_file(module)
         else:
             importlib.import_module(module)
-    except ImportError:
-        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            raise ImportError(
+                f"--scorers must name a module or a Python file; got {module!r}, which Python does not find. Check the name, or give "
+                "FILE.py."
+            ) from error
+        raise _not_imported(module, error) from error
     except Exception as error:  # the module's own code may raise anything
-        raise ImportError(f"--scorers {module} must be a module that can be imported; got {error!r}.") from error
+        raise _not_imported(module, error) from error
+
+
+def _not_imported(module: str, error: Exception) -> ImportError:
+    return ImportError(
+        f"--scorers {module} must be a module that can be imported; got {type(error).__name__}: {error}. Mend it first; --traceback "
+        "shows where."
+    )
 
 
 def _import_file(path: str) -> None:
     spec = importlib.util.spec_from_file_location(f"scorers_of_{Path(path).stem}", path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise ImportError(f"--scorers must name a module or a Python file; got {path!r}, which is not there.")
+    assert spec is not None and spec.loader is not None  # as the name ends in .py
     # Known by its name while it runs, as dataclasses look their modules up.
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])

@@ -15,6 +15,7 @@ from seer_jax.models.hub import is_hub_id, read_config, resolve, resolve_gate
 from seer_jax.outputs import check_output_folder
 
 _MODEL_PATTERNS = (*BASE_PATTERNS, *TOKENIZER_PATTERNS, "generation_config.json")
+_SAME = "output must differ from the folders that are read; got {}. Choose another folder."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,13 @@ class ConvertConfig(HubOptions):
     push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
+        for place in filter(None, (self.gates, self.model)):
+            if Path(place).expanduser().resolve() == self.output.expanduser().resolve():
+                raise ValueError(_SAME.format(self.output))
+        if self.model is None and self.revision is not None and not self.include_base:
+            raise ValueError(
+                f"revision must come with the `model` that it is of; got {self.revision!r} alone. Leave it out."
+            )
         if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
             raise ValueError(f"push_to_hub must name a repository, owner/name; got {self.push_to_hub!r}.")
 
@@ -67,7 +75,7 @@ def convert(config: ConvertConfig) -> Path:
     source = resolve_gate(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
     check_is_gate(source)
     hf = read_config(source)
-    base, base_model = None, hf.get("base_model", "")
+    base, base_model = None, hf.get("base_model") or ""
     name = config.model or (base_model if config.include_base else None)
     if config.include_base and not name:
         raise ValueError("include_base must come with the model to copy, and the gates name none. Give model=...")
@@ -86,6 +94,7 @@ def convert(config: ConvertConfig) -> Path:
         format=config.format,
         dtype=config.dtype,
         copies=copied,
+        force=config.force,
     )
 
 
@@ -93,11 +102,9 @@ def _check_output(config: ConvertConfig, read: list[Path], copied: list[str]) ->
     """Refuses to write where something is read, or where gates or a model are that the user may want to keep."""
     output = config.output
     if any(output.resolve() == folder.resolve() for folder in read):
-        raise ValueError(f"output must differ from the folders that are read; got {output}. Choose another folder.")
+        raise ValueError(_SAME.format(output))
     check_output_folder(output)
-    there = [
-        name for name in dict.fromkeys((config.format.file_name, "config.json", *copied)) if (output / name).exists()
-    ]
+    there = [name for name in dict.fromkeys((*GATE_PATTERNS, *copied)) if (output / name).exists()]
     if there and not config.force:
         raise FileExistsError(
             f"output must not hold what is to be written; {output} has {', '.join(there)}. Choose another folder, or overwrite "

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.checks import check_at_least
+from seer_jax.checks import check_at_least, listed
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
 from seer_jax.commands.stages import Stages
 from seer_jax.convert import save_gates
@@ -81,7 +81,9 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if not self.densities or not all(0 < density <= 1 for density in self.densities):
-            raise ValueError(f"densities must be at least one share of the blocks in (0, 1]; got {self.densities}.")
+            raise ValueError(
+                f"densities must be at least one share of the blocks in (0, 1]; got {listed(self.densities)}."
+            )
         if self.bundled_gates and self.tokens_per_block != BUNDLED_BLOCK_SIZE:
             raise ValueError(
                 f"block_size must be {BUNDLED_BLOCK_SIZE} with the bundled gates; got {self.block_size}. Leave it out."
@@ -235,7 +237,7 @@ def _continue(
     """A pass-key prompt without its answer, continued greedily."""
     question: Int[np.ndarray, "T"] = prompt.tokens[: -prompt.answer_length]
     result = generate(model, question[None], max_new_tokens=config.new_tokens, prefill=policy, decode=policy)
-    return tokenizer.decode(result.rows()[0])
+    return tokenizer.decode_known(result.rows()[0])
 
 
 def _report(

@@ -52,7 +52,7 @@ class GenerateConfig(HubOptions):
       temperature: 0 takes the most likely token; above 0 tokens are sampled.
       top_k: sample from the k most likely tokens; None: from all.
       top_p: sample from the most likely tokens that hold this share of the probability; None: from all.
-      seed: seed of the sampling.
+      seed: seed of the sampling, with a temperature above 0; None: 0.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
       beyond_context: allow more tokens than the model's context.
       stats: report policies, planned memory, speed and kept blocks on standard error.
@@ -73,7 +73,7 @@ class GenerateConfig(HubOptions):
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: int | None = None
     dtype: DType | None = None
     beyond_context: bool = False
     stats: bool = True
@@ -83,18 +83,26 @@ class GenerateConfig(HubOptions):
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("The prompt must come from prompt or from prompt_file; got both. Leave one out.")
+            raise ValueError("The prompt must come from `prompt` or from prompt_file; got both. Leave one out.")
         if self.system is not None and not self.chat:
-            raise ValueError("system must come with chat, as a system message is part of a conversation. Add --chat.")
+            raise ValueError(
+                "system must come with `chat`, as a system message is part of a conversation; got none. Add `chat`."
+            )
         if self.temperature < 0:
             raise ValueError(
                 f"temperature must be 0 (the most likely token) or greater (sampling); got {self.temperature}."
             )
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+        drawn = [f"`{name}`" for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
+        if self.temperature == 0 and drawn:
             raise ValueError(
-                "top_k and top_p must come with a temperature above 0; got temperature 0, which takes the most likely token."
+                f"{' and '.join(drawn)} must come with a `temperature` above 0; got 0, which takes the most likely token. "
+                "Add temperature=0.7."
             )
-
+        reports = [f"`{name}`" for name in ("kept", "report") if getattr(self, name)]
+        if self.plan and reports:
+            raise ValueError(
+                f"{' and '.join(reports)} must come without `plan`, with which nothing is generated; got both. Leave one out."
+            )
         if getattr(self.decode, "dense_last_rows", ROWS) != ROWS:
             raise ValueError(
                 f"decode must leave out dense_last_rows, which concerns the rows of prompts; got {self.decode}. Set it in prefill=..."
@@ -134,7 +142,9 @@ def generate(config: GenerateConfig) -> Generated | None:
     if config.plan:
         print(job.plan())
         return None
-    job.plan(compiled=False).check()  # loading and compiling take long, and are not for what can't run anyway
+    job.plan(compiled=False).check(
+        "Lower max_new_tokens, or shorten the prompt"
+    )  # loading and compiling take long, and are not for what can't run anyway
     clock.start()
     job = dataclasses.replace(job, model=_load(config, name, tokenizer))
     jax.block_until_ready(jax.tree.leaves(job.model))
@@ -285,7 +295,7 @@ def _report(job: Job, result: Generated, plan: MemoryPlan, clock: "Clock", token
         "policy_reasons": {phase: chosen.reason for phase, chosen in job.policies.items()},
         "prompt_tokens": len(job.tokens),
         "tokens": new,
-        "text": tokenizer.decode(new),
+        "text": tokenizer.decode_known(new),
         "failed_at": int(result.failed[0]) if has_failed(result) else None,
         "seconds": clock.seconds,
         "tokens_per_second": clock.tokens_per_second,
@@ -357,7 +367,7 @@ class Clock:
 
 
 def _write_stream(job: Job, tokenizer: Tokenizer, clock: Clock) -> Generated:
-    key = None if isinstance(job.config.sampling, Greedy) else jax.random.key(job.config.seed)
+    key = None if isinstance(job.config.sampling, Greedy) else jax.random.key(job.config.seed or 0)
     pieces = stream(job.model, [job.tokens], key=key, **job.settings)
     text = tokenizer.stream()
     with warnings.catch_warnings():

@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 from seer_jax.commands.arguments import ExitCode, HubOptions, parse
-from seer_jax.convert.base import load_base
+from seer_jax.convert.base import BASE_PATTERNS, load_base
 from seer_jax.convert.logits import Bounds, LogitsReport, verify_logits
+from seer_jax.folders import check_is_base
 from seer_jax.models.config import DType
+from seer_jax.models.hub import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,4 +37,6 @@ def run(words: list[str]) -> int:
 
 def verify(config: VerifyConfig) -> LogitsReport:
     """Runs the comparison; the report's `passed` says whether the errors are within the bounds."""
-    return verify_logits(load_base(config.model, dtype=config.dtype, **config.hub), config.reference, config.bounds)
+    folder = resolve(config.model, BASE_PATTERNS, **config.hub)
+    check_is_base(folder, with_gates=False)
+    return verify_logits(load_base(folder, dtype=config.dtype), config.reference, config.bounds)

@@ -125,7 +125,7 @@ def insert_lines(
 
 
 def _spelled(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    return [tokenizer.decode([i], skip_special_tokens=False) for i in range(vocab_size)]
+    return [tokenizer.decode_known([i], skip_special_tokens=False) for i in range(vocab_size)]
 
 
 def _ends_line(spelled: Sequence[str]) -> Bool[np.ndarray, "V"]:
@@ -174,9 +174,9 @@ class _PromptWriter:
         starts = lines[lines < len(self.text) - room - 1]
         if room < 1 or not len(starts):
             raise ValueError(
-                f"The text of pass-key prompts must have several lines and length={self.length} tokens or more, and length must "
+                f"The text of pass-key prompts must have several lines and length={self.length} tokens or more, and `length` must "
                 f"leave room for the lines of the keys; got {len(self.text)} tokens and room for {room}. Use a longer text, "
-                "another length, fewer distractors, or set passkeys to 0."
+                "another `length`, fewer `distractors`, or set `passkeys` to 0."
             )
         begin = int(rng.choice(starts))
         return self.text[begin : begin + room - 1]
@@ -187,6 +187,6 @@ class _PromptWriter:
         if not len(places) or places[-1] - places[0] + 1 != len(places):
             raise ValueError(
                 "The tokenizer of pass-key prompts must encode a number as tokens of digits alone; got one that does not. "
-                "Set passkeys to 0, or use another model."
+                "Set `passkeys` to 0, or use another model."
             )
         return line[: places[0]], line[places]

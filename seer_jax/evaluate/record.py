@@ -19,7 +19,7 @@ from seer_jax.outputs import write_json
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
 ENDS = 2**20  # bytes at the start and the end of a file that its fingerprint is made of
 IDENTITY = "identity"
-REMEDY = "Choose another output, or pass force=True to start over."
+REMEDY = "Choose another `output`, or pass force=True to start over."
 Facts = Mapping[str, Any]
 
 
@@ -145,7 +145,7 @@ def _check_same(path: Path, old: Any, new: Any) -> None:
         more = f", and {len(different) - 3} more" if len(different) > 3 else ""
         raise ValueError(
             f"{path} holds scores of another evaluation: {', '.join(different[:3])}{more}. Repeat its settings to go on from it, choose "
-            "another output, or pass force=True to start over."
+            "another `output`, or pass force=True to start over."
         )
 
 

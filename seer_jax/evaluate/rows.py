@@ -113,7 +113,7 @@ def text_windows(text: Int[np.ndarray, "tokens"], length: int, count: int | None
     if not len(windows):
         raise ValueError(
             f"The text must fill at least one window of {length} tokens; got {len(text)} tokens. Use a longer text or "
-            "a smaller length."
+            "a smaller `length`."
         )
     if count is None or count >= len(windows):
         return windows

@@ -5,7 +5,7 @@ import json
 from seer_jax.models.config import ModelConfig
 from seer_jax.selection.interfaces import LayerGate
 from seer_jax.selection.notation import policy_from_json, policy_to_json
-from seer_jax.selection.policies import Policy
+from seer_jax.selection.policies import Policy, check_policy
 
 
 class Recommending(LayerGate):
@@ -34,8 +34,7 @@ class Recommending(LayerGate):
     @recommended.setter
     def recommended(self, policy: Policy | None) -> None:
         if policy is not None:
-            if not isinstance(policy, Policy):
-                raise ValueError(f"recommended must be a policy such as Threshold(5e-4), or None; got {policy!r}.")
+            check_policy("recommended", policy)
             policy.check(self.model.num_layers, self)
             policy.stacked(self.model.num_layers, self.num_lists)
             self._recommended = json.dumps(policy_to_json(policy))

@@ -13,6 +13,7 @@ from seer_jax.inference.host_memory import host_memory
 GIB = 2**30
 FRACTION, USUAL_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75  # of a GPU's memory, that JAX takes
 MOST_FRACTION = 0.95  # the rest is for the driver and libraries
+LOWER = "Take fewer rows at a time, shorter prompts, fewer new tokens or a smaller cache_capacity"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +65,18 @@ class MemoryPlan:
         """By how much the total exceeds what is available; 0 where it fits or nothing is known."""
         return 0 if self.available is None else max(self.total - self.available, 0)
 
-    def check(self) -> None:
-        """Raises MemoryError where the plan does not fit the device."""
+    def check(self, lower: str = LOWER) -> None:
+        """Raises MemoryError where the plan does not fit the device.
+
+        Args:
+          lower: what takes less memory, for the remedy.
+        """
         if self.missing:
             parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in self._parts() if size is not None)
             raise MemoryError(
                 f"The generation must fit in device memory: needs {self.total / GIB:.3f} GiB ({parts}), "
-                f"{(self.available or 0) / GIB:.3f} GiB available. Take fewer rows at a time, shorter prompts, fewer new tokens or a "
-                f"smaller cache_capacity, or free other memory of the device.{self._more()}"
+                f"{(self.available or 0) / GIB:.3f} GiB available. {lower}, or free other memory of the device."
+                f"{self._more()}"
             )
 
     def _more(self) -> str:

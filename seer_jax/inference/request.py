@@ -12,7 +12,7 @@ from seer_jax.checks import whole_number
 from seer_jax.inference.prompts import bucket
 from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, check_key
 from seer_jax.models.decoder import Transformer
-from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.policies import Dense, Policy, check_policy
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
 EOS_MULTIPLE = 8  # programs take multiples of so many EOS tokens
@@ -80,11 +80,8 @@ class Request:
         whole_number("max_new_tokens", self.max_new_tokens)
         for name in ("prefill", "decode"):
             policy = getattr(self, name)
-            if policy is not None and not isinstance(policy, Policy):
-                raise ValueError(
-                    f"{name} must be a sparsity policy such as Dense() or Threshold(5e-4), or None; got {policy!r}. "
-                    "Text becomes one by seer_jax.parse_policy(text)."
-                )
+            if policy is not None:
+                check_policy(name, policy)
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling must be Greedy() or Sample(temperature, ...); got {self.sampling!r}.")
         if self.key is not None:

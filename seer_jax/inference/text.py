@@ -1,8 +1,12 @@
 """Text to tokens and back: a model's tokenizer and chat template, and text that appears while tokens stream in."""
 
+import functools
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from seer_jax.inference import chat
 from seer_jax.inference.chat import Message
@@ -70,8 +74,10 @@ class Tokenizer:
           special_tokens: whether to add those that the model's texts begin or end with (Llama: BOS in front).
 
         Raises:
-          ValueError: the text holds half a surrogate pair, which is no character.
+          ValueError: it is no text, or holds half a surrogate pair, which is no character.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"A text must be of type str; got {text!r}.")
         try:
             return self._backend.encode(text, add_special_tokens=special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:
@@ -84,8 +90,34 @@ class Tokenizer:
             ) from error
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Text of tokens; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+          tokens: integers, those of one text.
+          skip_special_tokens: whether to leave out those that mark beginnings and ends.
+
+        Raises:
+          ValueError: they are no integers, or none of the vocabulary.
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(f"Tokens of a text must be integers [T]; got {reprlib.repr(tokens)}.")
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if wrong.size:
+            raise ValueError(
+                f"Tokens must lie in [0, {self.vocab_size}), the vocabulary of the tokenizer; got {wrong[0]}. Use the tokenizer of their "
+                "model."
+            )
+        return self.decode_known(ids.tolist(), skip_special_tokens=skip_special_tokens)
+
+    def decode_known(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """As `decode`, for tokens that a model made; those beyond the tokenizer's vocabulary, to which models are padded, are no text."""
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token."""
+        return max(self._backend.get_vocab().values(), default=-1) + 1
 
     def stream(self) -> "TextStream":
         """A decoder for tokens that arrive one after the other."""
@@ -148,7 +180,7 @@ class TextStream:
         if not text or text.endswith(REPLACEMENT):
             return ""
         self._context, self._pending = self._pending, []
-        self._context_text = self._tokenizer.decode(self._context)
+        self._context_text = self._tokenizer.decode_known(self._context)
         return text
 
     def finish(self) -> str:
@@ -158,7 +190,7 @@ class TextStream:
         return text
 
     def _new_text(self) -> str:
-        return self._tokenizer.decode(self._context + self._pending)[len(self._context_text) :]
+        return self._tokenizer.decode_known(self._context + self._pending)[len(self._context_text) :]
 
 
 def _load_backend(folder: Path) -> "tokenizers.Tokenizer":

@@ -23,7 +23,7 @@ from seer_jax.models.families import FAMILIES
 from seer_jax.models.layers import BaseParam, Projections, layer_view, rms_norm, update_tokens
 from seer_jax.models.rope import rotate, same_rope
 from seer_jax.selection.context import DecodeContext, PrefillContext
-from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.policies import Dense, Policy, check_policy
 
 
 class DecoderLayer(nnx.Module):
@@ -217,8 +217,7 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: it is no policy, or does not fit the model.
         """
-        if not isinstance(policy, Policy):
-            raise ValueError(f"sparsity must be a policy such as Dense() or Threshold(5e-4); got {policy!r}.")
+        check_policy("sparsity", policy)
         num_layers = self.config.num_layers
         policy.check(num_layers, gate)
         dense = policy.dense_first_layers(gate)

@@ -41,12 +41,17 @@ def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettin
       FileNotFoundError: neither a folder nor a hub id of that name exists (for this user).
       PermissionError: the model's terms must be accepted, or the user must log in, first.
       ConnectionError: the hub can't be reached (or HF_HUB_OFFLINE is set) and the cache does not hold the model.
+      ValueError: it is no name, or a revision is given twice, or for what is not on the hub.
     """
+    if not isinstance(location, str | os.PathLike):
+        raise ValueError(f"A model must be named by a folder or a hub id, as text or Path; got {location!r}.")
     name, folder = os.fspath(location), Path(os.path.expanduser(location))
-    if name == tiny_lm.NAME:
-        return tiny_lm.path()
-    if name and folder.is_dir():  # Path("") would be the current folder
-        return folder
+    if name == tiny_lm.NAME or (name and folder.is_dir()):  # Path("") would be the current folder
+        if (asked := hub.get("revision")) is not None:
+            raise ValueError(
+                f"revision must be that of a hub id; got {asked!r} for {name!r}, which is on this computer. Leave it out."
+            )
+        return tiny_lm.path() if name == tiny_lm.NAME else folder
     if folder.is_file():
         raise NotADirectoryError(
             f"A model must be named by its folder; got the file {name!r}. Give the folder that holds it."
@@ -80,6 +85,8 @@ def resolve_gates(
         return []
     if isinstance(locations, (str, os.PathLike)):
         locations = [locations]
+    if not isinstance(locations, Sequence) or not all(isinstance(place, str | os.PathLike) for place in locations):
+        raise ValueError(f"gates must be named by folders or hub ids, as text or Path; got {locations!r}.")
     bundled = list(tiny_lm.gates().values())
     return [
         folder

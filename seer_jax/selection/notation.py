@@ -34,6 +34,8 @@ def parse_policy(text: str) -> Policy:
     Raises:
       ValueError: it is none.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"A policy must be written as text, such as 'topk:0.1'; got {text!r}.")
     rule, *settings = text.split(",")
     name, _, rest = rule.partition(":")
     value, colon, scorer = rest.partition(":")

@@ -6,6 +6,7 @@ change numbers (a threshold) are leaves; values that change shapes (a density, a
 
 import abc
 import dataclasses
+import reprlib
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from seer_jax.checks import is_placeholder
 from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.interfaces import LayerGate
 
+_SHORT = reprlib.Repr(maxlevel=2, maxlist=3, maxtuple=3)  # masks have many values
 DEFAULT_BLOCK_SIZE = 64  # of a model without gates
 
 
@@ -144,6 +146,15 @@ class Lists(NamedTuple):
     per_row: bool
 
 
+def check_policy(name: str, policy: Any) -> None:
+    """Raises ValueError where what is given as a policy is none."""
+    if not isinstance(policy, Policy):
+        raise ValueError(
+            f"{name} must be a sparsity policy such as Dense() or Threshold(5e-4), or None; got {policy!r}. "
+            "Text becomes one by seer_jax.parse_policy(text)."
+        )
+
+
 def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
     """A value as [L, heads] or [L, 1]."""
     shape = jnp.shape(value)
@@ -201,7 +212,7 @@ class Given(Policy):
     def __post_init__(self) -> None:
         check_block_size("Given", self.block_size)
         if not is_placeholder(self.mask) and not isinstance(self.mask, np.ndarray | jax.Array):
-            raise ValueError(f"Given.mask must be a bool array; got {self.mask!r}. Wrap it in jnp.asarray.")
+            raise ValueError(f"Given.mask must be a bool array; got {_SHORT.repr(self.mask)}. Wrap it in jnp.asarray.")
 
     def tokens_per_block(self, gate: LayerGate | None) -> int:
         return self.block_size
@@ -210,6 +221,8 @@ class Given(Policy):
         return context.of_mask(jnp.asarray(self.mask))
 
     def stacked(self, num_layers: int, heads: int) -> "Policy":
+        if not hasattr(self.mask, "dtype"):  # JAX's trees may hold None and the like, policies that are used must not
+            raise ValueError(f"Given.mask must be a bool array; got {self.mask!r}. Wrap it in jnp.asarray.")
         if jnp.ndim(self.mask) not in (4, 5) or self.mask.shape[0] != num_layers or self.mask.dtype != jnp.bool_:
             raise ValueError(
                 f"Given.mask must be bool [L, B, Hs, Tb, Sb] (prefill) or [L, B, K, Sb] (decode) with L = {num_layers}; "

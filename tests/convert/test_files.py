@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import resource
 import shutil
 import stat
 from collections.abc import Callable
@@ -157,6 +158,27 @@ def test_an_error_while_writing_leaves_the_old_files(kind: str, tmp_path: Path, 
         monkeypatch.setattr(f"seer_jax.{place}", full)
     with pytest.raises(OSError, match="No space left"):
         KINDS[kind].save(folder, 1)
+    assert contents(folder) == before and not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_ones(kind: str, tmp_path: Path):
+    """By the process's own limit of file sizes, which each writer meets as it meets a full disk."""
+    folder = tmp_path / "folder"
+    for number, place in enumerate((folder, tmp_path / "other")):  # the other one makes what is read
+        KINDS[kind].save(place, number)
+    before = contents(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(
+            OSError,
+            match=rf"{tmp_path}/\S+[a-z0-9](?<!partial) must be written whole; got '.*File too large.*'\. Make room",
+        ) as caught:
+            KINDS[kind].save(folder, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
     assert contents(folder) == before and not list(folder.glob("*.partial"))
 
 

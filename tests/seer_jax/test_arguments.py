@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 import seer_jax
+import seer_jax.convert
+from pallas_kernels import BlockIndices, block_sparse_attention, sparse_decode_attention, stacked_linear
 from seer_jax import (
     CumulativeMass,
     Given,
@@ -28,6 +31,24 @@ pytestmark = pytest.mark.usefixtures("unchecked", "compile_quickly")
 
 ROWS, WIDTH = 2, 20
 TOKENS = np.ones((ROWS, WIDTH), np.int32)
+TOKENIZER = seer_jax.load_tokenizer("tiny-lm")
+X, ONES = jnp.ones((1, 2, 64)), jnp.ones(1, jnp.int32)
+Q, K = X[None], X[None]
+# The arrays of each operation, and its other arguments.
+KERNELS: dict[str, dict[str, Any]] = {
+    "attention_with_block_scores": dict(q=Q, k=K, v=K, lengths=ONES),
+    "pool_blocks": dict(x=Q, valid=None),
+    "score_blocks": dict(queries=Q, keys=K),
+    "select_blocks": dict(logits=Q, keep=None, visible=None),
+    "sparse_decode_attention": dict(q=X, k=K, v=K, lengths=ONES, cache_rows=ONES),
+    "stacked_linear": dict(x=X[0]),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pool_blocks": dict(kinds=("avg",), block_size=64),
+    "select_blocks": dict(block_size=64, top_k=1),
+    "sparse_decode_attention": dict(blocks=None),
+    "stacked_linear": dict(weights=[X], layer=0),
+}
 WHOLE = "must be an integer of at least 1; got "
 
 GENERATE: list[tuple[Callable[[], dict[str, Any]], str | None]] = [
@@ -127,6 +148,36 @@ MAKE: list[tuple[Callable[[], Any], str]] = [
     (lambda: Random("x"), "Random.seed must be an integer of at least 0; got 'x'"),
     (lambda: Given([[True]]), r"Given.mask must be a bool array; got \[\[True\]\]. Wrap it in jnp.asarray"),
     (lambda: Given(np.ones((2, 1, 1, 1, 1), bool), 48), "block_size must be one of .*; got 48"),
+    (lambda: Given(np.ones((9, 9), bool).tolist()), r"Given.mask must be a bool array; got .{9,150}\. Wrap"),
+    (lambda: tiny_model()(TOKENS, sparsity=Given(None)), "Given.mask must be a bool array; got None"),
+    (lambda: seer_jax.parse_policy(5), "A policy must be written as text, such as 'topk:0.1'; got 5"),
+    (lambda: seer_jax.from_pretrained(None), "A model must be named by a folder or a hub id, as text or Path; got None"),
+    (lambda: seer_jax.from_pretrained("tiny-lm", gates=5, abstract=True), "gates must be named by folders or hub ids, .*; got 5"),
+    (lambda: seer_jax.from_pretrained("tiny-lm", gates=[None], abstract=True), r"gates must be named .*; got \[None\]"),
+    (lambda: seer_jax.from_pretrained("tiny-lm", revision="v2"), "revision must be that of a hub id; got 'v2' for 'tiny-lm'"),
+    (lambda: seer_jax.load_generation_settings(5), "A model must be named .*; got 5"),
+    (lambda: save(gate=None), "gate must be a PrefillGate or a DecodeGate; got None"),
+    (lambda: save(folder=None), "folder must be text or a path; got None"),
+    (lambda: save(base_model=None), "base_model must be text or a path; got None"),
+    (lambda: save(format="torch"), "format must be one of pth, safetensors; got 'torch'"),
+    (lambda: save(dtype="int8"), "dtype must be bfloat16 or float32; got 'int8'"),
+    (lambda: save(policy="topk:0.1"), r"policy must be a sparsity policy .*; got 'topk:0.1'\. Text becomes one by seer_jax.parse_policy"),
+    (lambda: TOKENIZER.encode(5), "A text must be of type str; got 5"),
+    (lambda: TOKENIZER.decode("x"), r"Tokens of a text must be integers \[T\]; got 'x'"),
+    (lambda: TOKENIZER.decode([0.5]), r"Tokens of a text must be integers \[T\]; got \[0.5\]"),
+    (lambda: TOKENIZER.decode([10**7]), r"Tokens must lie in \[0, \d+\), .*; got 10000000"),
+    (lambda: TOKENIZER.decode([-1]), r"Tokens must lie in \[0, \d+\), .*; got -1"),
+    *(
+        (lambda name=name, change=change: call_kernel(name, change), rf"{name}: {change} must be an array; got list\. Convert it")
+        for name, arguments in KERNELS.items()
+        for change in arguments
+    ),
+    (lambda: block_sparse_attention(X[None], X[None], X[None], X), "blocks must be BlockIndices; got .*Array.* BlockIndices.from_mask"),
+    (lambda: sparse_decode_attention(X, X[None], X[None], X, lengths=ONES), "blocks must be BlockIndices; got Array"),
+    (lambda: sparse_decode_attention(X, X[None], X[None], None, lengths=1000), "lengths must be an array; got int"),
+    (lambda: stacked_linear(X[0], [[1.0]], 0), r"stacked_linear: weights\[0\] must be an array; got list"),
+    (lambda: BlockIndices([1], [[1]], 64), "BlockIndices: counts must be an array; got list"),
+    (lambda: BlockIndices.from_mask([[True]], block_size=64), "from_mask: mask must be an array; got list"),
     (lambda: Sample("hot"), "temperature must be one number; got 'hot'"),
     (lambda: Sample(True), "temperature must be one number; got True"),
     (lambda: Sample(np.ones(2)), "temperature must be one number"),
@@ -140,17 +191,28 @@ MAKE: list[tuple[Callable[[], Any], str]] = [
     (lambda: seer_jax.generate(tiny_model(), TOKENS), f"max_new_tokens {WHOLE}none"),
     (lambda: tiny_model()([[1.0]]), r"tokens must be integers \[B, T\]"),
     (lambda: tiny_model()([[1, 2], [3]]), r"rows of different lengths. .*pad_prompts\(rows\)"),
-    (lambda: tiny_model()(TOKENS, sparsity="dense"), "sparsity must be a policy such as .*; got 'dense'"),
+    (lambda: tiny_model()(TOKENS, sparsity="dense"), "sparsity must be a sparsity policy such as .*; got 'dense'"),
     (lambda: tiny_model().attach("gate"), "A gate must be a PrefillGate or a DecodeGate; got 'gate'"),
     (lambda: tiny_model().make_cache(1, 2.0), "A cache's capacity must be an integer of at least 1; got 2.0"),
     (lambda: block_maps(tiny_model(), [[1, 2]], TopK(0.1)), r"tokens must be integers \[T\], one prompt; got shape \(1, 2\)"),
     (lambda: block_maps(tiny_model(), [0.5], TopK(0.1)), r"tokens must be integers"),
     (lambda: block_maps(tiny_model(), [1, 99], TopK(0.1)), r"Tokens must lie in \[0, 64\)"),
     (lambda: block_maps(tiny_model(), [1, 2], "topk:0.1"), r"policy must rank blocks, as TopK\(0.1\) does; got 'topk:0.1'"),
-    (lambda: recommend("topk:0.1"), "recommended must be a policy such as .*; got 'topk:0.1'"),
+    (lambda: recommend("topk:0.1"), "recommended must be a sparsity policy such as .*; got 'topk:0.1'"),
     (lambda: recommend(Threshold(np.full(9, 0.1))), r"Threshold.threshold must be .*; got shape \(9,\)"),
     (lambda: recommend(TopK(0.1, dense_layers=2)), "dense_layers must leave a sparse layer: below 2"),
 ]  # fmt: skip
+
+
+def save(**changes: Any) -> None:
+    given: dict[str, Any] = dict(gate=tiny_model().prefill_gate, folder="/proc/x", base_model="x") | changes
+    seer_jax.convert.save_gates(given.pop("gate"), given.pop("folder"), **given)
+
+
+def call_kernel(name: str, change: str) -> None:
+    """Calls an operation with a list in place of one of its arrays."""
+    arguments = KERNELS[name]
+    getattr(pallas_kernels, name)(**(arguments | {change: [1.0]}), **SETTINGS.get(name, {}))
 
 
 def recommend(policy: Any) -> None:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def test_files_are_written_whole_or_not_at_all(
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"x": 1})
     assert path.read_text(encoding="utf-8") == "é" and [p.name for p in path.parent.iterdir() if ".tmp" in p.name] == []
+
+
+@pytest.mark.parametrize("path", ["file", "/dev/full"])
+def test_a_full_disk_is_told_with_the_file(place: Callable[[str], Path], path: str):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(
+            OSError, match=rf"{path} must be written whole; got '.*'\. Make room there .*, or choose another"
+        ):
+            write_text(place(path), "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert place("file").read_text() == "old"
 
 
 def test_links_and_devices_stay_what_they_are(tmp_path: Path):

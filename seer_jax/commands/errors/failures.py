@@ -28,10 +28,22 @@ def failure(error: BaseException, lower: str) -> str | None:
     if ran_out := _memory(error, lower):
         return ran_out
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename!r}."
+        return f"{error.strerror}: {error.filename!r}. {_remedy(error)}"
     if isinstance(error, EXPECTED):
         return str(error) or type(error).__name__
     return _no_device()
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about a file that Python can't open, read or write."""
+    match error:
+        case IsADirectoryError():
+            return "Name a file in it."
+        case PermissionError():
+            return "Change its permissions, or choose another place."
+        case FileNotFoundError() | NotADirectoryError():
+            return "Check the path."
+    return "Check the path and its disk, or choose another place."
 
 
 def _memory(error: BaseException, lower: str) -> str | None:

@@ -35,13 +35,17 @@ class UsageParser(argparse.ArgumentParser):
 _ARGPARSE = {
     r"^argument (\S+): invalid choice: ('.*') \(choose from (.*)\)$": r"\1 must be one of \3; got \2",
     r"^argument (\S+): expected one argument$": r"\1 must have a value; got none",
-    r"^unrecognized arguments: (.*)$": r"there is no option \1",
+    r"^unrecognized arguments: (-\S*).*$": r"there is no option \1",
+    r"^unrecognized arguments: (.*)$": r"there must be nothing behind the command; got '\1'",
     r"^the following arguments are required: (.*)$": r"\1 must be given; got none",
 }
 _VALUES = {
     r"^invalid literal for int\(\) with base 10: (.*)$": r"must be a whole number; got \1.",
     r"^could not convert string to float: (.*)$": r"must be a number; got \1.",
 }
+
+# Names that other commands, or earlier versions, have for an option.
+_MEANT = {"--base": "--model", "--precision": "--dtype"}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -99,4 +103,7 @@ def _unknown(words: Sequence[str], options: Options) -> str:
     if not word.startswith("-") or word[1:2].isdigit():
         return f"{word!r} must belong to an option; got it alone. Put values with spaces into quotes."
     name = word.partition("=")[0].replace("_", "-")
-    return f"there is no option {name}.{did_you_mean(name, (option.flag for option in options.all))}"
+    flags = [option.flag for option in options.all]
+    meant = _MEANT.get(name)
+    hint = f" Did you mean {meant}?" if meant in flags else did_you_mean(name, flags)
+    return f"there is no option {name}.{hint}"

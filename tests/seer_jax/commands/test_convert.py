@@ -96,11 +96,18 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path):
     convert(ConvertConfig(gates, out, **settings[2]))
     for config in (ConvertConfig(gates, out, GateFormat.SAFETENSORS, **extra) for extra in settings):
         before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-        with pytest.raises(FileExistsError, match=r"output must not hold .* has attn_gate_weights.safetensors, config"):
+        with pytest.raises(
+            FileExistsError, match=r"output must not hold .* has config\.json, attn_gate_weights\.safetensors"
+        ):
             convert(config)
         assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
         convert(dataclasses.replace(config, force=True))
-    (out / "attn_gate_weights.safetensors").unlink()
+    torch = ConvertConfig(gates, out, GateFormat.TORCH)
+    with pytest.raises(FileExistsError, match=r"has config\.json, attn_gate_weights\.safetensors\. .* with force=True"):
+        convert(torch)
+    convert(dataclasses.replace(torch, force=True))
+    assert [path.name for path in out.glob("attn*")] == ["attn_gate_weights.pth"]
+    (out / "attn_gate_weights.pth").unlink()
     with pytest.raises(FileExistsError, match=r"has config\.json, model\.safetensors\. Choose another folder"):
         convert(ConvertConfig(gates, out, **settings[2]))
     with pytest.raises(NotADirectoryError, match="must be a folder; got the file"):

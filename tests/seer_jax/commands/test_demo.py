@@ -74,8 +74,8 @@ def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pyte
 BAD = [
     (dict(bundled_gates=True, block_size=32), "must be 64 with the bundled gates; got 32. Leave it out"),
     (dict(bundled_gates=True, length=2080), "multiple of block_size = 64.*got 2080"),
-    (dict(densities=()), r"at least one share.*got \(\)"),
-    (dict(densities=(0.0,)), r"\(0, 1\]; got \(0.0,\)"),
+    (dict(densities=()), r"at least one share.*got none"),
+    (dict(densities=(0.0,)), r"\(0, 1\]; got 0.0"),
     (dict(length=100), "length must be a multiple of block_size = 32.*got 100"),
     (dict(windows=0), "windows must be at least 1; got 0"),
     (dict(steps=1), "steps must be at least 2; got 1"),

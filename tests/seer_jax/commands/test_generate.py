@@ -84,7 +84,7 @@ def test_generate_writes_what_generate_returns(
     assert f"prefill {float(expected.prefill_kept.mean()):.1%}" in captured.err
     plan = plan_memory(model, 1, len(tokenizer.encode(PROMPT)), streamed=True, **arguments)
     policies = "prefill: topk:0.4 (recommended by the gate)\ndecode: budget:32 (recommended by the gate)\n"
-    assert captured.err.startswith(f"{policies}{plan}\n[") and captured.err.count("\n") == 9
+    assert captured.err.startswith(f"{policies}Compiling ...\n{plan}\n[") and captured.err.count("\n") == 10
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
     assert cli.main([*common, *named, "--no-stats"]) == 0
@@ -178,7 +178,10 @@ def test_what_does_not_fit_the_device_is_one_line(capsys: pytest.CaptureFixture[
     monkeypatch.setattr(memory, "device_memory", lambda device: memory.DeviceMemory(2**20, 0))
     words = ["generate", "--prompt", "import", "--max-new-tokens", "2", "--no-stats"]
     assert cli.main(words) == 1
-    assert re.fullmatch(r"seer-jax generate: The generation must fit .*fewer rows.*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"seer-jax generate: The generation must fit .* available\. Lower --max-new-tokens, or shorten the prompt, or .*\n",
+        capsys.readouterr().err,
+    )
     assert cli.main([*words, "--plan"]) == 0
     assert re.search(r"\navailable +0.001 GiB\nmissing +0.0\d\d GiB\n$", capsys.readouterr().out)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,12 +42,18 @@ USAGE = [
         "generate --decode topk:0.1,dense_last_rows=1",
         "--decode must leave out dense_last_rows, which concerns the rows of *",
     ),
-    ("generate --prompt x --prompt-file y", "The prompt must come from prompt or from --prompt-file; got both. *"),
-    ("generate --system x", "--system must come with chat, * Add --chat. *"),
+    ("generate --prompt x --prompt-file y", "The prompt must come from --prompt or from --prompt-file; got both. *"),
+    ("generate --system x", "--system must come with --chat, * Add --chat. *"),
     ("generate --temperature -1", "--temperature must be 0 *; got -1.0. *"),
     ("generate --temperature hot", "--temperature must be a number; got 'hot'. *"),
     ("generate --max-new-tokens many", "--max-new-tokens must be a whole number; got 'many'. *"),
-    ("generate --top-k 3", "--top-k and --top-p must come with a temperature above 0; got temperature 0, *"),
+    ("generate --top-k 3", "--top-k must come with a --temperature above 0; got 0, * Add --temperature 0.7. *"),
+    ("generate --seed 5 --top-p 0.5", "--top-p and --seed must come with a --temperature above 0; got 0, *"),
+    ("generate --plan --report x", "--report must come without --plan, with which nothing is generated; got both. *"),
+    ("generate --plan --kept", "--kept must come without --plan, *"),
+    ("convert --gates x --output ./x", "--output must differ from the folders that are read; got x. Choose another *"),
+    ("convert --gates x --output y --model y", "--output must differ from the folders that are read; got y. Choose *"),
+    ("convert --gates x --output y --revision v2", "--revision must come with the --model that it is of; got 'v2' *"),
     ("generate --dtype float33", "--dtype must be one of *; got 'float33'. Did you mean float32? *"),
     ("generate --scorers", "--scorers must name a module or FILE.py; got none. *"),
     ("eval --methods gate best", "--methods must be one of gate, oracle, random, window; got 'best'. *"),
@@ -70,17 +77,24 @@ USAGE = [
         "bench prefil",
         "what to measure must be one of prefill, *; got 'prefil'. Did you mean prefill? See seer-jax bench --help.",
     ),
-    ("bench decode --lengths 5", "--lengths must be at least 128 tokens; got (5,). See seer-jax bench decode --help."),
+    ("bench decode --lengths 5", "--lengths must be at least 128 tokens; got 5. See seer-jax bench decode --help."),
+    ("bench decode --batches 0 1", "--batches must hold at least one sequence; got 0, 1. *"),
+    ("demo --densities 0.1 2", "--densities must be at least one share of the blocks in (0, 1]; got 0.1, 2.0. *"),
     (
         "bench prefill --policies [a,b]",
         "--policies must be policies; '[a,b]' is not a policy: the rule must be one of dense, *",
     ),
     ("info --all", "there is no option --all. See seer-jax info --help."),
+    ("info x", "there must be nothing behind the command; got 'x'. See seer-jax info --help."),
+    ("eval --base tiny-lm", "there is no option --base. Did you mean --model? *"),
+    ("generate --base=tiny-lm", "there is no option --base. Did you mean --model? *"),
+    ("train --base tiny-lm", "there is no option --base. Did you mean --model? *"),
+    ("verify --model x --precision float32", "there is no option --precision. Did you mean --dtype? *"),
     ("generate --prompt \udcff", "a command line must be UTF-8; got '*xff'. *"),
 ]
 FAILURES = [
     ("generate --model /absent --prompt x", "There is no folder '/absent', *"),
-    ("generate --prompt-file /absent --model tiny-lm", "No such file or directory: '/absent'."),
+    ("generate --prompt-file /absent --model tiny-lm", "No such file or directory: '/absent'. Check the path."),
     ("generate --prompt ''", "The prompt must have at least one token; *"),
     ("generate --prompt x --max-new-tokens 0", "--max-new-tokens must be an integer of at least 1; got 0."),
     ("generate --prompt x --max-new-tokens 99999", "Prompt and new tokens must fit * or pass --beyond-context."),
@@ -93,7 +107,20 @@ FAILURES = [
         "generate --prompt x --report /proc/x",
         "--report must be writable; got /proc/x, and no file can be made in /proc *",
     ),
-    ("generate --prompt x --scorers absent_module", "No module named 'absent_module'"),
+    (
+        "generate --prompt x --scorers absent_module",
+        "--scorers must name a module or a Python file; got 'absent_module', which Python does not find. Check the name, or *",
+    ),
+    ("info --scorers README.md", "--scorers must name a module or a Python file; got 'README.md', which Python does *"),
+    ("generate --prompt-file /tmp", "Is a directory: '/tmp'. Name a file in it."),
+    ("generate --prompt x --revision v2", "--revision must be that of a hub id; got 'v2' for 'tiny-lm', which is on *"),
+    ("eval --model seer_jax/tiny_lm --revision v2", "--revision must be that of a hub id; got 'v2' for 'seer_jax/*"),
+    (
+        "verify --model seer_jax/tiny_lm/gates/decode --reference x",
+        "* must hold a base model; got a gate of 'tiny-lm'. Give --model tiny-lm.",
+    ),
+    ("eval --length 128 --windows 1 --distractors 20", "* fewer --distractors, or set --passkeys to 0."),
+    ("eval --text .gitignore", "The text must fill * or a smaller --length."),
     ("generate --prompt x --gates seer_jax/tiny_lm", "A gate folder must hold *; * has neither but base weights. *"),
     (
         "generate --prompt x --model seer_jax/tiny_lm/gates/decode",
@@ -101,7 +128,7 @@ FAILURES = [
     ),
     ("--scorers /absent.py eval", "--scorers must name a module or a Python file; got '/absent.py', *"),
     ("eval --scorers=/absent.py", "--scorers must name a module or a Python file; got '/absent.py', *"),
-    ("train --config /absent.yaml", "No such file or directory: '/absent.yaml'."),
+    ("train --config /absent.yaml", "No such file or directory: '/absent.yaml'. Check the path."),
     ("convert --gates /absent --output /also", "There is no folder '/absent', *"),
     ("verify --base tiny-lm --reference README.md", "README.md: a reference must be a safetensors file; *"),
 ]
@@ -120,6 +147,23 @@ def test_what_went_wrong_is_one_line(
     command = next((f" {word}" for word in words if word in cli.COMMANDS and words[0] != "--verbose"), "")
     pattern = ".*".join(map(re.escape, f"seer-jax{command}: {text}".split("*")))
     assert re.fullmatch(pattern, last), last
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("f(", "SyntaxError: '(' was never closed (scorers.py, line 1). Mend it first; *"),
+        ("1 / 0", "ZeroDivisionError: division by zero. Mend *"),
+        ("import absent_module", "ModuleNotFoundError: No module named 'absent_module'. Mend *"),
+    ],
+)
+def test_scorers_that_can_not_be_imported(source: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "scorers.py"
+    path.write_text(source)
+    assert cli.main(["--scorers", str(path), "info"]) == 1
+    line = capsys.readouterr().err
+    text = f"seer-jax info: --scorers {path} must be a module that can be imported; got {text}"
+    assert re.fullmatch(".*".join(map(re.escape, f"{text}\n".split("*"))), line), line
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
