@@ -39,6 +39,7 @@ def model_with_blocks(folder: Path, block_size: int) -> Transformer:
     return model.add_gate(DecodeGateConfig(block_size=block_size), rngs=nnx.Rngs(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "block_size"), CASES)
 def test_prefill_recalls_every_pair_with_the_blocks_of_the_oracle(folder: Path, length: int, block_size: int):
     model = model_with_blocks(folder, block_size)

@@ -51,6 +51,7 @@ def in_first_row(row: Sequence[np.ndarray]) -> Batch:
     return Batch(*(jnp.stack([jnp.asarray(x, jnp.int32), jnp.zeros(LENGTH, jnp.int32)]) for x in row))
 
 
+@pytest.mark.slow
 def test_packed_sequences_learn_as_they_would_alone():
     documents = [make_rows(3)[i, :n] for i, n in enumerate((50, 30, 20))]
     data = pack(
@@ -165,7 +166,8 @@ def make_task(gates: TrainedGates | None, layers: int = 2):
     return (*LanguageModelling.start(model, packed=True), *optimizer)
 
 
-@pytest.mark.parametrize("gates", [pytest.param(TrainedGates.DECODE, marks=pytest.mark.slow), None])
+@pytest.mark.slow
+@pytest.mark.parametrize("gates", [TrainedGates.DECODE, None])
 def test_accumulation_is_one_large_batch(gates):
     task, trained, frozen, optimizer, schedule = make_task(gates)
     documents = [row[:n] for row, n in zip(make_rows(6), (128, 90, 64, 128, 50, 40), strict=True)]
@@ -223,6 +225,7 @@ def scratch_bytes(layers: int) -> int:
     return step.lower(trained, state, frozen, batch, jnp.int32(0)).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_layer():
     few, many = scratch_bytes(2), scratch_bytes(10)
     gates = sum(x.nbytes for x in jax.tree.leaves(make_task(TrainedGates.PREFILL, layers=8)[1]))

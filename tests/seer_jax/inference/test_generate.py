@@ -68,7 +68,8 @@ def test_greedy_generation_is_the_argmax_of_full_forward_passes(model: Transform
     np.testing.assert_array_equal(generated.decode_kept, np.ones((2, len(LENGTHS))))
 
 
-@pytest.mark.parametrize("policy", [pytest.param(Threshold(0.0), marks=pytest.mark.slow), TokenBudget(80)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [Threshold(0.0), TokenBudget(80)], ids=str)
 def test_policies_that_keep_everything_generate_what_dense_does(policy: Policy):
     generated = run(prefill=policy, decode=policy)
     assert generated.rows() == run().rows()
@@ -160,7 +161,7 @@ def test_sparse_phases_are_independent():
     assert dense.rows()[3] != both.rows()[3]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 7, 1000])
 def test_a_stream_gives_the_tokens_of_generate(chunk: int):
     tokens, lengths = prompts()
     arguments: dict[str, Any] = dict(SPARSE, max_new_tokens=NEW, sampling=SAMPLE, key=jax.random.key(3), eos=NEVER)

@@ -100,7 +100,8 @@ def test_a_whole_size_is_planned_without_memory():
     assert plan_memory(nnx.eval_shape(build), 5, 130048, max_new_tokens=1024, **sizes).missing > 0
 
 
-@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streamed", [False, True])
 def test_scratch_is_what_the_compiler_lays_out(streamed: bool):
     """More rows and longer prompts take more of it, and it holds at least one layer's activations."""
     sizes: dict[str, Any] = dict(streamed=streamed, decode=TokenBudget(32))
@@ -140,7 +141,7 @@ def test_a_plan_compiles_what_then_runs(
         assert compiled() == []
 
 
-@pytest.mark.parametrize("function", [run, run_stream])
+@pytest.mark.parametrize("function", [pytest.param(run, marks=pytest.mark.slow), run_stream])
 def test_what_does_not_fit_is_refused_before_it_is_allocated(function: Any, monkeypatch: pytest.MonkeyPatch):
     needed = plan(streamed=function is run_stream)
     assert needed.scratch
