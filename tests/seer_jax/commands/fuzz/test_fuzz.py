@@ -22,6 +22,7 @@ GROUP = 100  # cases of one test
 pytestmark = [
     pytest.mark.timeout(0),  # each case has an alarm of its own, which takes the place of the tests' one
     pytest.mark.cpu,
+    pytest.mark.filterwarnings("default"),  # a warning is a line on standard error, as for users
     pytest.mark.usefixtures("compile_quickly", "unchecked"),
 ]
 
