@@ -17,6 +17,18 @@ for module in Path(__file__).parent.glob("suites/*.py"):
     pytest.register_assert_rewrite(f"tests.pallas_kernels.suites.{module.stem}")
 
 
+# Of the interpreter's tests, which take seconds each, these run always: what a kernel computes, and that padding stays out of it.
+INTERPRETED, ALWAYS = "TestMosaicGpuInterpreted", ("test_errs_no_more", "test_follows_the_rule", "test_padding")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves slow tests out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the interpreter's other tests slow."""
+    for item in items:
+        if getattr(getattr(item, "cls", None), "__name__", "") == INTERPRETED and not item.name.startswith(ALWAYS):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quickly(compile_quickly: None, exact_products: None) -> None:
     """Every module here compiles many small programs, and compares with plain attention in float32."""
