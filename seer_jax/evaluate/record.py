@@ -71,7 +71,7 @@ class Record:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device, as far as they may change a score."""
+    """Versions and device, as far as they may change a score or a time."""
     versions, device = {"python": platform.python_version()}, default_device()
     for name in PACKAGES:
         try:

@@ -3,10 +3,8 @@
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +16,11 @@ from jaxtyping import Array
 
 from pallas_kernels.devices import default_device
 from seer_jax.bench.harness.clock import Timing, time_calls, time_carried
+from seer_jax.evaluate.record import environment
 from seer_jax.inference.memory import GIB, device_memory, laid_out_bytes
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.outputs import write_text
 
-PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
 MEMORY_SHARE = 0.9  # of the device's memory; the rest is for what programs need besides
 Results = dict[str, float | None]
 DenseTime = tuple[float | None, str | None]  # milliseconds, or a note why there are none
@@ -175,14 +173,7 @@ def _peak_bytes() -> int:
 @functools.cache
 def hardware() -> dict[str, Any]:
     """What measurements are taken on: devices and versions."""
-    versions, device = {"python": platform.python_version()}, default_device()
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    kind = dict(device=device.device_kind, platform=device.platform, devices=jax.device_count())
-    return {**kind, "versions": versions}
+    return {**environment(), "devices": jax.device_count()}
 
 
 def write_json(path: Path, measurements: Sequence[Measurement], *, command: Sequence[str]) -> None:
