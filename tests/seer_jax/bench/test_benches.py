@@ -441,7 +441,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]):
         (
             ["bench", "decode", "--policies", "topk:0.1:nothing"],
             2,
-            "the scorer must be one of gate, oracle, random, window; got 'nothing'",
+            f"the scorer must be one of {', '.join(SCORERS)}; got 'nothing'",
         ),
         (["bench", "cooking"], 2, "must be one of prefill, decode, ground-truth, train; got 'cooking'"),
         (["bench"], 2, "train} must be given; got none"),

@@ -70,7 +70,8 @@ def flexprefill(q: np.ndarray, k: np.ndarray, size: int, tau: float) -> np.ndarr
     true = np.stack([vertical[:, part].sum(1) for part in parts], 1)
     lines = np.stack([slash[:, part].sum(1) for part in parts], 1)
     middle = (pooled + true) / 2
-    divergence = np.sqrt(((pooled * np.log(pooled / middle)).sum(1) + (true * np.log(true / middle)).sum(1)) / 2)
+    twice = (pooled * np.log(pooled / middle)).sum(1) + (true * np.log(true / middle)).sum(1)
+    divergence = np.sqrt(np.maximum(twice, 0) / 2)  # rounding may leave less than 0
 
     def score(h: int, i: int, j: int) -> float:
         if divergence[h] < tau:
