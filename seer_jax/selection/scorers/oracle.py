@@ -11,8 +11,6 @@ from seer_jax.selection.context import DecodeContext, PrefillContext
 from seer_jax.selection.estimates import by_block, grouped, log, log_shares, padded, product, without
 from seer_jax.selection.scorers.base import Scorer, register
 
-ELEMENTS_AT_ONCE = 2**24  # attention probabilities that exist at once, 64 MiB, unless a single block row has more
-
 
 @register
 @jax.tree_util.register_dataclass
@@ -59,24 +57,23 @@ class MassOracle(Scorer):
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B H Tb Sb"]:
         b, (batch, keys, kv_heads, dim) = context.block_size, context.k.shape
-        k = without(context.k_rotated, context.valid_keys)
-        queries = padded(without(context.q_rotated, context.valid_queries), b).reshape(
-            batch, -1, b, kv_heads, context.q.shape[2] // kv_heads, dim
-        )
+        k = jnp.moveaxis(without(context.k_rotated, context.valid_keys), 2, 1)
+        queries = grouped(padded(without(context.q_rotated, context.valid_queries), b), kv_heads)
+        # Block rows first, and the queries that read one key head together, so that each row is one product.
+        queries = queries.reshape(batch, -1, b, *queries.shape[2:]).transpose(1, 0, 3, 4, 2, 5)
+        queries = queries.reshape(context.num_rows, batch, kv_heads, -1, dim)
         lengths = context.lengths[:, None, None, None, None]
 
         def of_row(x: tuple[Array, Array]) -> Float32[Array, "B K G Sb"]:
             row, q = x
             position = (row * b + jnp.arange(b))[None, None, None, :, None]
-            logits = product("btkgd,bskd->bkgts", q, k) * dim**-0.5
+            logits = product("bkqd,bksd->bkqs", q, k).reshape(batch, kv_heads, -1, b, keys) * dim**-0.5
             seen = jnp.arange(keys)[None, None, None, None] <= position
             shares = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
             return jnp.where(position < lengths, by_block(shares, b).sum(-1), 0).max(3)
 
-        most = max(1, ELEMENTS_AT_ONCE // (batch * context.q.shape[2] * b * keys))
         rows = context.first_row + jnp.arange(context.num_rows)
-        at_once = next(n for n in range(min(most, context.num_rows), 0, -1) if context.num_rows % n == 0)
-        mass = jax.lax.map(of_row, (rows, jnp.moveaxis(queries, 1, 0)), batch_size=at_once)
+        mass = jax.lax.map(of_row, (rows, queries))  # one at a time, for memory
         return log(jnp.moveaxis(mass, 0, 3).reshape(batch, -1, context.num_rows, context.num_key_blocks))
 
     def decode_scores(self, context: DecodeContext) -> Float32[Array, "B K Sb"]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float32
 
 from pallas_kernels.precision import precise_einsum
 from seer_jax.checks import whole_number
-from seer_jax.selection.context import DecodeContext, PrefillContext
+from seer_jax.selection.context import Context, DecodeContext, PrefillContext
 from seer_jax.selection.estimates import grouped, log_shares, means
 from seer_jax.selection.scorers.base import Scorer, register
 
@@ -23,7 +23,9 @@ class SubBlock(Scorer):
 
     over the sub-blocks of each block, after RoPE: an estimate of the block's unnormalised softmax mass. Here c starts no later than a
     ends, as attention is causal. While decoding, the query is the token's own, and the score is the share of the completed
-    blocks' mass, in the mean over the query heads that read one key head. Nothing but the own block is always kept.
+    blocks' mass, in the mean over the query heads that read one key head. The own block is always kept, and the first one, which the
+    original does not reserve: it is made for diffusion models, and means hide the single key that is the attention sink of a
+    language model.
 
     Attributes:
       parts: sub-blocks per block; divides the block size.
@@ -41,6 +43,9 @@ class SubBlock(Scorer):
 
     def prepare(self, context: PrefillContext) -> tuple[Float32[Array, "B n K D"], Bool[Array, "B n"]]:
         return means(context.k_rotated, context.valid_keys, self._size(context.block_size), context.block_size)
+
+    def keep(self, context: Context) -> Bool[Array, "..."]:
+        return context.sink_and_own
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B H Tb Sb"]:
         keys, some_keys = self.prepare(context) if context.prepared is None else context.prepared

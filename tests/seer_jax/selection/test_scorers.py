@@ -157,7 +157,7 @@ KEPT: list[tuple[Scorer, np.ndarray]] = [
     # The first 30 tokens, and distances below 100: the nearest in a block 7 blocks before is 97, 8 blocks before 113.
     (MInference(), (COLUMN < 2) | (ROW - COLUMN <= 7)),
     (ProxyAttn(), OWN),
-    (SubBlock(), OWN),
+    (SubBlock(), OWN | FIRST),
     (MassOracle(), OWN),
 ]
 
