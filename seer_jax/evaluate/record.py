@@ -14,6 +14,7 @@ from typing import Any
 from pallas_kernels.devices import default_device
 from seer_jax.evaluate.score import ESTIMATORS, Score, score_from_json, score_to_json
 from seer_jax.evaluate.table import legend
+from seer_jax.folders import files_of
 from seer_jax.outputs import write_json
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
@@ -100,11 +101,11 @@ def describe_folder(name: str, folder: Path, patterns: Sequence[str]) -> dict[st
 
     Args:
       name: as the user gave it.
-      folder: that it stands for.
+      folder: that it stands for, or its GGUF file.
       patterns: of the files that count.
     """
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+    for path in files_of(folder, patterns):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
