@@ -122,7 +122,8 @@ def _gates_at(place: Location, patterns: Sequence[str], hub: HubSettings) -> lis
         return _gates_in(resolve(_file_to_folder(place), patterns, **hub))
     if not (folders := list(NAMED[name].gates().values())):
         raise FileNotFoundError(
-            f"There are no gates for {name!r} in this version. Distil them: seer-jax train --model {name} --output FOLDER."
+            f"There are no gates for {name!r} in this version. Distil them: seer-jax train --recipe prefill --model {name} "
+            "--data.paths TEXTS --output FOLDER."
         )
     return folders
 
