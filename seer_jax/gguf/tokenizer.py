@@ -169,6 +169,7 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> "tok
     splits = _splits(header)
     kept = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if not _is_padding(token, kind)}
     merges = [_pair(merge) for merge in _list(header, f"{_KEY}.merges", str)]
+    _check_merges(header, kept, merges)
     backend = Tokenizer(models.BPE(kept, merges, ignore_merges=splits.whole))
     if splits.compose:
         backend.normalizer = normalizers.NFC()
@@ -201,6 +202,15 @@ def _pair(merge: str) -> tuple[str, str]:
     return merge[:1] + left, right
 
 
+def _check_merges(header: GGUFHeader, vocab: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> None:
+    """Raises ValueError for a merge of or to what is no token, at which `tokenizers` would panic."""
+    for left, right in merges:
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise ValueError(
+                f"{header.path}: {_KEY}.merges must be of two tokens to one; got {shown(f'{left} {right}')}. {DAMAGED}"
+            )
+
+
 def _sentencepiece(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> "tokenizers.Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -210,15 +220,10 @@ def _sentencepiece(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> "
         )
     prefix = header.get(f"{_KEY}.add_space_prefix", bool, True)
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
-    backend = Tokenizer(
-        models.BPE(
-            {token: i for i, token in enumerate(tokens)},
-            list(_merges(header, tokens, kinds)),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=BYTE in kinds,
-        )
-    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = _merges(header, tokens, kinds)
+    _check_merges(header, vocab, merges)
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in kinds))
     spaces = normalizers.Replace(" ", _SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
     parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -226,10 +231,10 @@ def _sentencepiece(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> "
     return backend
 
 
-def _merges(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> Iterable[tuple[str, str]]:
+def _merges(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> list[tuple[str, str]]:
     """The file's merges; without them, all ways to make a token of two, the best token first."""
     if f"{_KEY}.merges" in header.metadata:
-        return map(_pair, _list(header, f"{_KEY}.merges", str))
+        return [_pair(merge) for merge in _list(header, f"{_KEY}.merges", str)]
     scores = _list(header, f"{_KEY}.scores", float)
     if len(scores) != len(tokens):
         raise ValueError(
@@ -242,7 +247,7 @@ def _merges(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> Iterable
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
                 found.append((-scores[i], left, right))
-    return ((tokens[left], tokens[right]) for _, left, right in sorted(found))
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
 
 
 def _add_tokens(backend: "tokenizers.Tokenizer", tokens: Sequence[str], added: Mapping[int, bool]) -> None:
