@@ -225,9 +225,9 @@ def _llama3(header: GGUFHeader, theta: float, head_dim: int, original: int) -> d
     factors = _rope_factors(header, head_dim)
     if np.allclose(factors, 1, rtol=1e-6, atol=0):
         return None
-    factor = round(float(factors.max()), 4)
+    factor = round(float(factors.max()), 4) if np.isfinite(factors).all() else math.inf
     scaling = dict(LLAMA3, rope_type="llama3", factor=factor, original_max_position_embeddings=original)
-    if math.isfinite(factor) and factor >= 1:
+    if math.isfinite(factor) and factors.min() > 0.5 and factor >= 1:
         plain, scaled = (
             inverse_frequencies(RopeConfig(theta=theta, **entries), head_dim)
             for entries in ({}, dict(kind=RopeKind.LLAMA3, factor=factor, original_max_position=original))

@@ -55,10 +55,15 @@ def stored(name: str, w: np.ndarray, hf: Mapping[str, Any]) -> np.ndarray:
     return w
 
 
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of RoPE, in the style of transformers 4 or 5."""
+    return dict(hf.get("rope_parameters") or {"rope_theta": hf["rope_theta"], **(hf["rope_scaling"] or {})})
+
+
 def metadata_of(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that llama.cpp's converter writes for a `config.json`."""
     arch = {"mistral": "llama"}.get(hf["model_type"], hf["model_type"])
-    rope = dict(hf.get("rope_parameters") or {})
+    rope = _rope(hf)
     heads = hf["num_attention_heads"]
     keys: dict[str, Any] = {
         "vocab_size": hf["vocab_size"],
@@ -84,7 +89,7 @@ def metadata_of(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def rope_factors(hf: Mapping[str, Any]) -> np.ndarray | None:
     """llama.cpp's `rope_freqs.weight`: by how much llama3 divides each frequency."""
-    rope = dict(hf.get("rope_parameters") or {})
+    rope = _rope(hf)
     if rope.get("rope_type") != "llama3":
         return None
     plain, scaled = (

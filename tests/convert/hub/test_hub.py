@@ -148,7 +148,8 @@ def test_what_can_only_be_a_path_is_not_asked_for(name: str, hub: Hub):
 def test_a_file_is_no_folder(hub: Hub, tmp_path: Path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
-        NotADirectoryError, match=r"must be named by its folder or a \.gguf file; got the file .*Give the folder that holds it"
+        NotADirectoryError,
+        match=r"must be named by its folder or a \.gguf file; got the file .*Give the folder that holds it",
     ):
         resolve(tmp_path / "model.safetensors", ["*"])
 
