@@ -140,7 +140,7 @@ def _check_output(config: ConvertConfig, read: list[Path], written: Iterable[str
     if any(output.resolve() == folder.resolve() for folder in read):
         raise ValueError(_SAME.format(output))
     check_output_folder(output)
-    there = sorted({path.name for name in written for path in output.glob(name)})
+    there = list(dict.fromkeys(path.name for name in written for path in sorted(output.glob(name))))
     if there and not config.force:
         raise FileExistsError(
             f"output must not hold what is to be written; {output} has {', '.join(there)}. Choose another folder, or overwrite "

@@ -1,4 +1,4 @@
-"""Names of models and gates: the bundled model, local folders, and repositories of the Hugging Face hub."""
+"""Names of models and gates: the bundled model, local folders and GGUF files, and repositories of the Hugging Face hub."""
 
 import contextlib
 import json

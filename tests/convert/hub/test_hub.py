@@ -80,6 +80,18 @@ def test_a_hub_id_is_downloaded_by_patterns(hub: Hub, tmp_path: Path):
     assert hub.calls == [("owner/name", dict(revision="v2", allow_patterns=["config.json", "*.safetensors"]))]
 
 
+def test_one_file_of_a_repository_is_downloaded_alone(hub: Hub, tmp_path: Path):
+    hub.answer = tmp_path
+    (tmp_path / "Q4").mkdir()
+    (tmp_path / "Q4/model.gguf").touch()
+    assert resolve("owner/name/Q4/model.gguf@v2", ("config.json",)) == tmp_path / "Q4/model.gguf"
+    assert hub.calls == [("owner/name", dict(revision="v2", allow_patterns=["Q4/model.gguf"]))]
+    with pytest.raises(
+        FileNotFoundError, match=r"'owner/name' must hold the file 'other\.gguf'; it has none of that name"
+    ):
+        resolve("owner/name/other.gguf", ("config.json",))
+
+
 def test_models_and_gates_load_from_the_hub(hub: Hub, tmp_path: Path):
     hub.answer = write_base(tmp_path / "base", transformers_case("llama_llama3"))
     assert load_base("owner/model").config.family == "llama"
