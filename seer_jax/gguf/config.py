@@ -228,11 +228,9 @@ def _llama3(header: GGUFHeader, theta: float, head_dim: int, original: int) -> d
     factor = round(float(factors.max()), 4) if np.isfinite(factors).all() else math.inf
     scaling = dict(LLAMA3, rope_type="llama3", factor=factor, original_max_position_embeddings=original)
     if math.isfinite(factor) and factors.min() > 0.5 and factor >= 1:
-        plain, scaled = (
-            inverse_frequencies(RopeConfig(theta=theta, **entries), head_dim)
-            for entries in ({}, dict(kind=RopeKind.LLAMA3, factor=factor, original_max_position=original))
-        )
-        if np.allclose(plain / factors, scaled, rtol=1e-5, atol=0):
+        rope = RopeConfig(theta, RopeKind.LLAMA3, factor, original)  # with LLAMA3's other factors, its defaults
+        plain = inverse_frequencies(RopeConfig(theta), head_dim)
+        if np.allclose(plain / factors, inverse_frequencies(rope, head_dim), rtol=1e-5, atol=0):
             return scaling
     raise ValueError(
         f"{header.path}: {ROPE_FACTORS} must be the scaling of Llama 3.1 to 3.3 ({', '.join(f'{k} {v}' for k, v in scaling.items())}); its "

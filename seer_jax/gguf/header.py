@@ -64,10 +64,10 @@ class GGUFHeader:
         Raises:
           ValueError: it is of another type, or absent where there is no default.
         """
-        value = self.metadata.get(key, default)
+        value: Any = self.metadata.get(key, default)
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", list: "a list"}
             got = "none" if value is None else shown(value)
             raise ValueError(f"{self.path}: {key} must be {words[kind]}; got {got}. {DAMAGED}")

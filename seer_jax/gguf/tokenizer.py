@@ -113,7 +113,7 @@ def tokenizer_of(header: GGUFHeader) -> "tokenizers.Tokenizer":
     """
     kind = header.metadata.get(f"{_KEY}.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         got = "no tokenizer" if kind is None else f"{_KEY}.model {shown(kind)}"
         raise ValueError(
             f"{header.path} must hold a tokenizer of kind {' or '.join(builders)}; it has {got}. Use a Hugging Face folder of the model."
@@ -184,7 +184,7 @@ def _byte_level(header: GGUFHeader, tokens: list[str], kinds: list[int]) -> "tok
 
 def _splits(header: GGUFHeader) -> _Splits:
     name = header.metadata.get(f"{_KEY}.pre")
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         got = "none" if name is None else shown(name)
         raise ValueError(
             f"{header.path}: {_KEY}.pre must be one of {', '.join(PRE_TOKENIZERS)}; got {got}. Other pre-tokenizers would give other tokens: "

@@ -17,10 +17,10 @@ from tests.golden.data import transformers_case
 LLAMA, QWEN3 = "mistral", "qwen3_tied"  # plain RoPE
 
 
-def written(path: Path, name: str = LLAMA, tensors: Any = None, **metadata: Any) -> Path:
+def written(path: Path, name: Any = LLAMA, tensors: Any = None, **metadata: Any) -> Path:
     """A golden model with changed metadata: "x__y" is the key "x.y", and a leading "_" the architecture."""
     golden = transformers_case(name)
-    arch = {"mistral": "llama"}.get(golden.config["model_type"], golden.config["model_type"])
+    arch = "llama" if golden.config["model_type"] == "mistral" else golden.config["model_type"]
     keys = {
         (arch + key if key.startswith("_") else key).replace("__", ".").replace(f"{arch}_", f"{arch}."): v
         for key, v in metadata.items()

@@ -47,7 +47,7 @@ def package(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("import llm")
     monkeypatch.syspath_prepend(folder.parent)
-    return shutil.copy(file, folder / file.name)
+    return Path(shutil.copy(file, folder / file.name))
 
 
 def same(a: Any, b: Any) -> bool:

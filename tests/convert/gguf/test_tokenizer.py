@@ -213,6 +213,8 @@ def test_its_merges_are_taken_where_the_file_has_them():
 
 REFUSED = [
     (dict(model=None), r"must hold a tokenizer of kind gpt2 or llama; it has no tokenizer\. Use a Hugging Face folder"),
+    (dict(model=["gpt2"]), r"must hold a tokenizer of kind gpt2 or llama; it has tokenizer\.ggml\.model \['gpt2'\]"),
+    (dict(pre=["qwen2"]), r"tokenizer\.ggml\.pre must be one of .*; got \['qwen2'\]"),
     (dict(model="t5"), r"must hold a tokenizer of kind gpt2 or llama; it has tokenizer\.ggml\.model 't5'"),
     (
         dict(pre="chatglm-bpe"),
