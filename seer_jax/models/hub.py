@@ -255,8 +255,10 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"A model folder must hold config.json; {folder} has none, since it was being written when the process ended. "
                 "Write it again."
             )
+        of_hub = folder.parent.name == "snapshots"  # the layout of its cache
+        more = f" In a repository of GGUF files, name one: owner/name/FILE{SUFFIX}." if of_hub else ""
         raise FileNotFoundError(
-            f"A model folder must hold config.json; {folder} has none. Check that the download is complete."
+            f"A model folder must hold config.json; {folder} has none. Check that the download is complete.{more}"
         )
     return read_json(path)
 

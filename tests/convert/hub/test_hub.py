@@ -92,6 +92,13 @@ def test_one_file_of_a_repository_is_downloaded_alone(hub: Hub, tmp_path: Path):
         resolve("owner/name/other.gguf", ("config.json",))
 
 
+def test_a_repository_of_gguf_files_needs_the_name_of_one(hub: Hub, tmp_path: Path):
+    hub.answer = tmp_path / "snapshots" / "0123abc"
+    hub.answer.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"In a repository of GGUF files, name one: owner/name/FILE\.gguf\."):
+        load_base("owner/name-GGUF")
+
+
 def test_models_and_gates_load_from_the_hub(hub: Hub, tmp_path: Path):
     hub.answer = write_base(tmp_path / "base", transformers_case("llama_llama3"))
     assert load_base("owner/model").config.family == "llama"
