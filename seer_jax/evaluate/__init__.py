@@ -7,22 +7,27 @@ from seer_jax.evaluate.plots import BlockMaps, block_maps, plot_block_maps
 from seer_jax.evaluate.record import Record, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows, text_windows
 from seer_jax.evaluate.score import (
-    Estimate,
     PromptScore,
     Score,
     WindowScore,
     passkey_difference,
-    perplexity_difference,
+    perplexity_over,
     score_from_json,
     score_to_json,
 )
-from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts
+from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts, score_windows
+from seer_jax.evaluate.statistics.blocks_needed import BlocksNeeded, all_blocks_needed, blocks_needed
+from seer_jax.evaluate.statistics.intervals import Estimate, Interval
 from seer_jax.evaluate.table import legend, score_line, table_rows
+from seer_jax.evaluate.window import DecodedWindow, decode_window
 
 __all__ = [
     "BlockMaps",
+    "BlocksNeeded",
+    "DecodedWindow",
     "Estimate",
     "EvalRows",
+    "Interval",
     "Measurement",
     "PassKeyPrompt",
     "Phase",
@@ -32,9 +37,12 @@ __all__ = [
     "SparsityLevel",
     "TokenScores",
     "WindowScore",
+    "all_blocks_needed",
     "all_methods",
     "block_maps",
+    "blocks_needed",
     "compare",
+    "decode_window",
     "legend",
     "level_name",
     "load_words",
@@ -43,7 +51,7 @@ __all__ = [
     "passkey_difference",
     "passkey_prompts",
     "perplexity",
-    "perplexity_difference",
+    "perplexity_over",
     "plan_measurements",
     "plot_block_maps",
     "recommended_levels",
@@ -52,6 +60,7 @@ __all__ = [
     "score_line",
     "score_prompts",
     "score_to_json",
+    "score_windows",
     "table_rows",
     "text_windows",
     "write_scores",
