@@ -17,7 +17,7 @@ from seer_jax.evaluate.scoring import TokenScores, read_prompts, score_decoded, 
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
-from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.policies import Dense, Policy, check_decode_policy
 from seer_jax.selection.rules import TokenBudget
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
 
@@ -107,6 +107,8 @@ def _check_policy(model: Transformer, measurement: Measurement) -> None:
     model.segments(
         measurement.policy, gate, config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
     )
+    if measurement.phase is Phase.DECODE:
+        check_decode_policy(measurement.policy)
     if isinstance(measurement.policy, TokenBudget):
         measurement.policy.blocks_per_row(measurement.policy.tokens_per_block(gate))
 

@@ -64,7 +64,8 @@ def parse_level(text: str) -> SparsityLevel:
     policy: Any = parse_policy(text)
     if not isinstance(policy, RankingPolicy):
         raise ValueError(
-            f"policies must rank blocks (topk, budget, threshold or mass); got {text}. Dense attention is measured anyway."
+            f"policies must rank blocks (topk, budget, threshold or mass); got {text}. Dense attention is measured anyway"
+            + (f"; with skip it is written threshold:0:window,skip={policy.skip}." if policy.skip is not None else ".")
         )
     rule, *settings = text.split(",")
     named = rule.count(":") > 1 and not rule.endswith(":")
