@@ -14,6 +14,7 @@ from seer_jax.evaluate.tasks.base import PromptEncoder, Sample
 
 FEWER = 4  # units that may be given up for a tail
 NEAR = 3  # tokens that words may gain or lose where they join the text
+GAP = 12  # tokens that short words make up where the text's own words are longer
 TRIED = 6  # tails of one size that are tried in the whole prompt
 SHORT = (" so", " and", " it", " a", " the", ".", " 1")
 REPEATS = 24
@@ -94,8 +95,10 @@ def _nearest(tails: Iterable[str], encoder: PromptEncoder, missing: int) -> list
         return [(tail, len(encoder.tokenizer.encode(tail, special_tokens=False)) if tail else 0) for tail in candidates]
 
     own = sized(dict.fromkeys(["", *tails]))
-    close = [tail for tail, size in own if abs(size - missing) <= NEAR]
-    mixed = sized(tail + word * repeats for tail in close for repeats in (1, 2) for word in SHORT)
+    close = [(tail, size) for tail, size in own if -NEAR <= missing - size <= GAP]
+    mixed = sized(
+        tail + word * n for tail, size in close for n in range(1, missing - size + NEAR + 1) for word in SHORT
+    )
     short = sized(word * repeats for word in SHORT for repeats in range(1, min(missing, REPEATS) + 1))
     by_size: dict[int, list[str]] = {}
     for tail, size in (*own, *mixed, *short):

@@ -59,7 +59,9 @@ class Lines(Haystack):
     line: Callable[[int], str]
 
     def text(self, units: int, tail: str, hidden: Sequence[tuple[float, str]]) -> str:
-        return "\n".join(insert([self.line(i) for i in range(units)], hidden)) + (f"\n{tail.lstrip(' ')}" if tail else "")
+        return "\n".join(insert([self.line(i) for i in range(units)], hidden)) + (
+            f"\n{tail.lstrip(' ')}" if tail else ""
+        )
 
     def tails(self, units: int) -> list[str]:
         return NOISE_TAILS

@@ -8,17 +8,23 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-ADJECTIVES = tuple(
-    """able amber ancient autumn bare bitter bold brave brief bright brisk broad bronze calm careful cheap clean clear
-    clever coarse cold common copper cosy crisp curious curved daily damp dark deep dense distant double dry dusty eager early easy
-    eastern empty even faint fair famous fast fine firm flat fresh frozen gentle giant glad golden grand green grey happy hard
+
+def listed_words(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
+ADJECTIVES = listed_words(
+    """able amber ancient bare bitter bold brave brief bright brisk broad bronze calm careful cheap clean clear
+    clever coarse cold common cosy crisp curious curved daily damp dark deep dense distant double dry dusty eager early easy
+    eastern empty even faint famous fast fine firm flat fresh frozen gentle giant glad golden grand green grey happy hard
     heavy hidden high hollow honest humble icy idle keen kind large late light little lively lonely long loud low lucky
     mellow mild misty modern narrow neat new noble northern odd old open orange pale plain polite proud purple quick quiet
     rapid rare ready red rich ripe rough round royal rustic safe salty scarlet serious sharp short shy silent silver simple
     slow small smooth soft solid sour southern spare steady steep still strange strong sunny sweet swift tall tame
-    thick thin tidy tiny tired upper vast violet warm wary western white wide wild wise wooden young""".split()
+    thick thin tidy tiny tired upper vast violet warm wary western white wide wild wise wooden young"""
 )
-NOUNS = tuple(
+NOUNS = listed_words(
     """acorn anchor apple apron arrow autumn axle badge bakery balloon bamboo banner barley barn barrel basket beach beacon bench
     berry blanket blossom boat bonnet border bottle boulder branch bread bridge broom bucket button cabin cable candle canvas canyon
     carpet castle cedar cellar chair chalk cherry chimney church circle cliff clock cloud clover coat coffee compass copper coral
@@ -30,10 +36,17 @@ NOUNS = tuple(
     pigeon pillow pine planet pocket pond poppy potato prairie pumpkin quarry rabbit raven ribbon ridge river robin
     rocket saddle sailor salmon school shadow shell shovel signal sparrow spoon spring squirrel stable statue stone street summit
     table teapot temple thistle thunder tiger timber tower tractor tunnel turnip valley velvet village violin wagon walnut
-    whistle willow window winter yarn zebra""".split()
+    whistle willow window winter yarn zebra
+    air alley antler arch attic axe bank bark basin bath bay beam bean bear bee beetle bell belt bird blade bowl box brass brick
+    brook brush cage cake camel camp card cart cave chain chest clay cloth coast coin colt cook corn couch crab crane crown cup curb
+    dam dance deck deer desk dish dock dove drum duck dune dwarf ear elbow elk elm ember fair farm fawn fern fig finch fish flag
+    flame flock flour fog fox frame frog frost fruit gate gem goat goose gown grain grass grove gull hall hare hat hawk hay hen herd
+    hive hook horn hut ink iris iron jar jet jug kelp key king kite knot lace lake lamb lamp land lane lark lawn leather"""
 )
-VERBS = "admires avoids carries crosses describes draws finds follows guards keeps leaves measures misses needs passes recalls repairs".split()
-PLACES = "above along behind below beside beyond near outside past under".split()
+VERBS = listed_words(
+    "admires avoids carries crosses describes draws finds follows guards keeps leaves measures misses needs passes recalls repairs"
+)
+PLACES = listed_words("above along behind below beside beyond near outside past under")
 
 # Sentences without content, repeated as they are.
 NOISE = "Rain falls on the hills. The wind turns north. A door stays shut. Nothing has changed here. The day goes on."
@@ -78,12 +91,19 @@ def word_pool(count: int) -> list[str]:
       ValueError: there are not so many.
     """
     single = dict.fromkeys((*ADJECTIVES, *NOUNS))
-    pairs = (f"{a}-{n}" for a in ADJECTIVES for n in NOUNS)
+    pairs = _pairs()
     triples = (f"{a}-{b}-{n}" for a, b in itertools.permutations(ADJECTIVES, 2) for n in NOUNS)
     found = list(itertools.islice(itertools.chain(single, pairs, triples), count))
     if len(found) < count:
         raise ValueError(f"Lists of words must have at most {len(found)} different ones; got {count}. Lower `length`.")
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def _pairs() -> list[str]:
+    """Pairs in random order, so that those of one word do not come together."""
+    every = [f"{a}-{n}" for a in ADJECTIVES for n in NOUNS]
+    return [every[i] for i in np.random.default_rng(0).permutation(len(every))]
 
 
 @functools.lru_cache(maxsize=4)
