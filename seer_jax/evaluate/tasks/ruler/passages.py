@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from seer_jax.evaluate.tasks.json_rows import SUFFIX, read_lines, read_list, read_value
 from seer_jax.evaluate.tasks.ruler.words import ADJECTIVES, NOUNS, draw_distinct, listed_words
-from seer_jax.text_files import read_text
 
-FORMS = 'a JSON object as SQuAD\'s, or JSON objects with "question", "context" and "answers" (SQuAD) or "answer" (HotpotQA), in a list or one a line'
+FORMS = (
+    "SQuAD's JSON, or objects with `question`, `context` and `answers` (as SQuAD) or `answer` (as HotpotQA), in a list (.json) or one a "
+    "line (.jsonl)"
+)
 
 PEOPLE, TOWNS, LANDS = 2400, 800, 60  # of the generated passages, about 160k tokens
 FIRST, MIDDLE, LAST = (
@@ -66,7 +68,7 @@ def read_passages(path: Path) -> PassageSet:
                 raise TypeError("texts must be strings")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} must hold {FORMS}; {place} has another form ({type(error).__name__}: {error})."
+                f"{place} must be of {FORMS}; got another form ({type(error).__name__}: {error})."
             ) from error
         ids = tuple(numbers.setdefault(text, len(numbers)) for text in given)
         if any(answers):
@@ -80,34 +82,16 @@ def read_passages(path: Path) -> PassageSet:
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Objects with question, context and answers, and their places in the file."""
-    text = read_text(path)
-    try:
-        whole = json.loads(text)
-    except ValueError:
-        whole = None
-    if isinstance(whole, Mapping) and "data" in whole:
-        yield from _squad_rows(path, whole["data"])
+    if path.suffix == SUFFIX:
+        yield from read_lines(path)
         return
+    whole = read_value(path)
     if isinstance(whole, list):
-        yield from _objects(path, enumerate(whole), "row")
-        return
-    yield from _objects(path, _lines(path, text), "line")
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} must hold {FORMS}; line {number} is no JSON ({error}).") from error
-
-
-def _objects(path: Path, rows: Any, unit: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, row in rows:
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{path} must hold {FORMS}; {unit} {number} is no object.")
-        yield f"{unit} {number}", row
+        yield from read_list(path, whole)
+    elif isinstance(whole, Mapping) and "data" in whole:
+        yield from _squad_rows(path, whole["data"])
+    else:
+        raise ValueError(f"{path} must hold {FORMS}; it holds something else.")
 
 
 def _squad_rows(path: Path, data: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -118,7 +102,7 @@ def _squad_rows(path: Path, data: Any) -> Iterator[tuple[str, Mapping[str, Any]]
                     if not question.get("is_impossible"):
                         yield f"data[{i}].paragraphs[{j}].qas[{k}]", {**question, "context": paragraph["context"]}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must hold {FORMS}; it has another form ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{path} must hold {FORMS}; got another form ({type(error).__name__}: {error}).") from error
 
 
 def _contexts(context: Any) -> list[str]:
