@@ -52,7 +52,7 @@ PLACES = listed_words("above along behind below beside beyond near outside past 
 NOISE = "Rain falls on the hills. The wind turns north. A door stays shut. Nothing has changed here. The day goes on."
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-SENTENCES = 4000  # generated ones; longer texts repeat them
+SENTENCES = 2000  # generated ones; longer texts repeat them
 
 
 def draw_word(rng: np.random.Generator) -> str:
