@@ -84,7 +84,14 @@ def calibrate(
     levels = found.levels(rule, density)
     real = found.density(rule, levels)
     return Calibration(
-        phase, target, found.policy(rule, levels), real, found.kept_mass(rule, levels), over, found.length, found.rivals(real)
+        phase,
+        target,
+        found.policy(rule, levels),
+        real,
+        found.kept_mass(rule, levels),
+        over,
+        found.length,
+        found.rivals(real),
     )
 
 
@@ -201,10 +208,29 @@ def losses(
     model: Transformer, windows: Int[np.ndarray, "n T"], policy: Policy, phase: Phase
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
     """Mean loss of each window under a policy, nats, and the share of the blocks that it kept there."""
+    policy = by_list(model, policy, phase)
     # Dense attention computes the same in either phase.
     score = score_prompts if phase is Phase.PREFILL or policy.is_dense else score_windows
     found = [jax.device_get(score(model, jnp.asarray(window, jnp.int32)[None], policy)) for window in windows]
     return np.array([x.nll.mean(dtype=np.float64) for x in found]), np.array([float(x.kept.mean()) for x in found])
+
+
+def by_list(model: Transformer, policy: Policy, phase: Phase) -> Policy:
+    """The policy with every value as `[L, heads]`, so that policies of one rule share a compiled program."""
+    config = model.config
+    shape = config.num_layers, config.num_heads if phase is Phase.PREFILL else config.num_kv_heads
+    values = {name: np.broadcast_to(np.float32(getattr(policy, name)), shape) for name in policy.per_head}
+    return dataclasses.replace(policy, **values) if values else policy
+
+
+def num_steps(target: Target, rules: Sequence[str], windows: int) -> int:
+    """How often `calibrate` calls `progress`, at most."""
+    searched = {
+        Quantity.DENSITY: len(rules) if len(rules) > 1 else 0,
+        Quantity.OVER: len(rules) * SEARCH_STEPS + len(rules) - 1,
+        Quantity.KEPT_MASS: 1,
+    }
+    return windows + searched[target.quantity]
 
 
 _Found = tuple[str, float, float | None]  # rule, density, perplexity over dense
@@ -249,10 +275,9 @@ def _least_density(found: Statistics, measure: Callable[[str, float], float], mo
     best, chosen, value = 1.0, next(iter(found.curves)), 0.0
     for number, rule in enumerate(found.curves):
         low, high, reached = _floor(found, rule), best, value
-        if number:
-            # A rule that misses the target at the density of an earlier one needs more blocks than that one.
-            if low >= high or (reached := measure(rule, high)) > most:
-                continue
+        # A rule that misses the target at the density of an earlier one needs more blocks than that one.
+        if number and (low >= high or (reached := measure(rule, high)) > most):
+            continue
         for _ in range(SEARCH_STEPS):
             middle = math.sqrt(low * high)
             if (now := measure(rule, middle)) <= most:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.online_softmax import dot
 from seer_jax.calibrate.levels import GRIDS, Curves, Rows, drop_curves
@@ -18,10 +18,10 @@ from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import LayerContext, Transformer
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.selection.context import Context, PrefillContext
-from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import Scorer
 
-ELEMENTS = 2**24  # of the attention map that exist at once
+ELEMENTS = 2**25  # of the attention map that exist at once
 MAX_BLOCKS = ROWS_AT_ONCE  # of a window: scores of longer prompts are made in several parts
 
 # Of the lists of some consecutive tokens, from the first one on: [X, rows, Sb].

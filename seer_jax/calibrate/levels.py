@@ -104,7 +104,9 @@ def drop_curves(
         return jnp.take_along_axis(jnp.pad(sums, [(0, 0)] * 4 + [(1, 0)]), counts, axis=-1)
 
     missed = jnp.clip(dropped(mass), 0, 1)
-    change = (dropped(effect) / jnp.maximum(1 - missed, LEAST_KEPT_MASS)).sum(3)  # a list's heads lose their blocks together
+    change = (dropped(effect) / jnp.maximum(1 - missed, LEAST_KEPT_MASS)).sum(
+        3
+    )  # a list's heads lose their blocks together
     kept = (rows.visible.sum(-1)[None, :, None] - drops.counts).astype(jnp.float32)
     return Curves(kept.sum(1), missed.sum((1, 2)).mean(1), rise(change).sum((1, 2)))
 
@@ -136,15 +138,15 @@ def _drops(rows: Rows, grid: Grid) -> _Drops:
     droppable = rows.visible & ~rows.keep
     better = _better_mass(probability) if grid.rule is CumulativeMass else probability
 
-    def count(value: jax.Array) -> jax.Array:
-        if grid.rule is CumulativeMass:
-            dropped = ~allowed | ((better >= value) & (value < 1))
-        else:
-            dropped = ~(probability > value)
-        return (droppable & dropped).sum(-1, dtype=jnp.int32)
+    values = jnp.asarray(grid.values, jnp.float32)[:, None]
 
-    counts = jax.lax.map(count, jnp.asarray(grid.values, jnp.float32))
-    return _Drops(probability, droppable, jnp.moveaxis(counts, 0, -1))
+    allowed, better, dropping = (x[..., None, :] for x in (allowed, better, droppable))
+    if grid.rule is CumulativeMass:
+        dropping &= ~allowed | ((better >= values) & (values < 1))
+    else:
+        dropping &= ~(better > values)
+    counts = dropping.sum(-1, dtype=jnp.int32)
+    return _Drops(probability, droppable, counts)
 
 
 def _better_mass(probability: Float32[Array, "X R Sb"]) -> Float32[Array, "X R Sb"]:

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from seer_jax.calibrate.calibration import Calibration, losses
+from seer_jax.calibrate.calibration import Calibration, by_list, losses
 from seer_jax.calibrate.collect import kept_mass
 from seer_jax.evaluate.scoring import perplexity
 from seer_jax.models.decoder import Transformer
-from seer_jax.selection.notation import policy_to_json, write_policy
+from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import RankingPolicy
 
 CALIBRATED = "calibrated"
 # Two-sided 95% points of Student's t by degrees of freedom, 1 to 30; SciPy's import takes longer than a calibration of a tiny model.
@@ -114,8 +114,8 @@ def held_out_report(
     policies: Mapping[str, Policy] = {CALIBRATED: calibration.policy, **calibration.rivals}
     rows = []
     for title, policy in policies.items():
-        found, kept = losses(model, windows, policy, phase)
-        masses = [float(kept_mass(model, jnp.asarray(w, jnp.int32)[None], policy, phase=phase).mean()) for w in windows]
+        every, (found, kept) = by_list(model, policy, phase), losses(model, windows, policy, phase)
+        masses = [float(kept_mass(model, jnp.asarray(w, jnp.int32)[None], every, phase=phase).mean()) for w in windows]
         rows.append(HeldOut(title, policy, float(kept.mean()), float(np.mean(masses)), tuple((found - dense).tolist())))
         progress(f"{title}: {rows[-1].kept:.1%} of the blocks, +{rows[-1].over:.2%} of dense perplexity")
     return Report(calibration, perplexity(dense), tuple(rows))
@@ -124,12 +124,19 @@ def held_out_report(
 def print_report(console: Console, report: Report) -> None:
     """Prints the table of a report."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for column in (str(report.calibration.phase), "policy", "kept", "kept mass", "over dense", "95% interval"):
-        table.add_column(column, justify="left" if column in (report.calibration.phase, "policy") else "right", no_wrap=True)
-    table.add_row("dense", "dense", "100.0%", "100.0%", f"perplexity {report.dense:.4f}", "")
+    table.add_column(report.calibration.phase, no_wrap=True)
+    for column in ("kept", "kept mass", "over dense", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(f"dense, perplexity {report.dense:.3f}", "100.0%", "100.0%")
     for row in report.rows:
         low, high = row.interval
         shown = "-" if math.isnan(low) else f"{low:+.2%} to {high:+.2%}"
-        cells = (row.title, write_policy(row.policy), f"{row.kept:.1%}", f"{row.kept_mass:.1%}", f"{row.over:+.2%}", shown)
-        table.add_row(*map(escape, cells))
+        table.add_row(_named(row), f"{row.kept:.1%}", f"{row.kept_mass:.1%}", f"{row.over:+.2%}", shown)
     console.print(table)
+
+
+def _named(row: HeldOut) -> str:
+    """The title with the policy's value."""
+    assert isinstance(row.policy, RankingPolicy)
+    value = getattr(row.policy, row.policy.value)
+    return f"{row.title}, {row.policy.name} per layer and head" if np.ndim(value) else f"{row.title}, {value:.3g}"

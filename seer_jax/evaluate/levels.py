@@ -3,10 +3,11 @@
 import dataclasses
 import enum
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from seer_jax.models.decoder import Transformer
-from seer_jax.selection.notation import parse_policy, write_policy
+from seer_jax.selection.notation import POLICY_FILE, parse_policy, write_policy
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import RankingPolicy, TopK, settings_of
 from seer_jax.selection.scorers import LearnedGate, Scorer
@@ -66,6 +67,8 @@ def parse_level(text: str) -> SparsityLevel:
         raise ValueError(
             f"policies must rank blocks (topk, budget, threshold or mass); got {text}. Dense attention is measured anyway."
         )
+    if text.endswith(POLICY_FILE):
+        return SparsityLevel(Path(text).name, policy, methods=(policy.scorer,))
     rule, *settings = text.split(",")
     named = rule.count(":") > 1 and not rule.endswith(":")
     written = any(setting.startswith(f"{ROWS}=") for setting in settings)
