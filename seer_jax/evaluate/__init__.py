@@ -16,11 +16,13 @@ from seer_jax.evaluate.score import (
     score_from_json,
     score_to_json,
 )
-from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts
+from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts, score_windows
 from seer_jax.evaluate.table import legend, score_line, table_rows
+from seer_jax.evaluate.window import DecodedWindow, decode_window
 
 __all__ = [
     "BlockMaps",
+    "DecodedWindow",
     "Estimate",
     "EvalRows",
     "Measurement",
@@ -35,6 +37,7 @@ __all__ = [
     "all_methods",
     "block_maps",
     "compare",
+    "decode_window",
     "legend",
     "level_name",
     "load_words",
@@ -52,6 +55,7 @@ __all__ = [
     "score_line",
     "score_prompts",
     "score_to_json",
+    "score_windows",
     "table_rows",
     "text_windows",
     "write_scores",
