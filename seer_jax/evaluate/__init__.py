@@ -1,9 +1,8 @@
-"""Quality of a model with fewer blocks: perplexity, pass keys, and plots of block maps."""
+"""Quality of a model with fewer blocks: perplexity and pass keys."""
 
 from seer_jax.evaluate.comparison import Measurement, all_methods, compare, plan_measurements
 from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name, parse_level, recommended_levels
 from seer_jax.evaluate.passkey import PassKeyPrompt, load_words, passkey_prompts
-from seer_jax.evaluate.plots import BlockMaps, block_maps, plot_block_maps
 from seer_jax.evaluate.record import Record, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows, text_windows
 from seer_jax.evaluate.score import (
@@ -21,7 +20,6 @@ from seer_jax.evaluate.table import legend, score_line, table_rows
 from seer_jax.evaluate.window import DecodedWindow, decode_window
 
 __all__ = [
-    "BlockMaps",
     "DecodedWindow",
     "Estimate",
     "EvalRows",
@@ -35,7 +33,6 @@ __all__ = [
     "TokenScores",
     "WindowScore",
     "all_methods",
-    "block_maps",
     "compare",
     "decode_window",
     "legend",
@@ -48,7 +45,6 @@ __all__ = [
     "perplexity",
     "perplexity_difference",
     "plan_measurements",
-    "plot_block_maps",
     "recommended_levels",
     "score_decoded",
     "score_from_json",
