@@ -26,7 +26,7 @@ from seer_jax.evaluate.levels import (
 from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
 from seer_jax.evaluate.record import Record, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.rows import EvalRows, make_rows
-from seer_jax.evaluate.score import Score
+from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import print_scores, score_line
 from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.inference.text import TOKENIZER_PATTERNS
@@ -72,8 +72,9 @@ class EvalConfig(HubOptions):
       windows: number of windows for the perplexity, spread over the text.
       passkeys: number of pass-key prompts; a multiple of 9 covers all depths equally.
       distractors: number of pass keys of other names in each prompt.
-      decoded: tokens at the end of each row that decoding appends.
-      batch_size: rows decoded at a time.
+      decoded: tokens at the end of each pass-key prompt that decoding appends, after dense attention over the others; windows are decoded
+        whole.
+      batch_size: pass-key prompts decoded at a time.
       seed: seed of the pass keys.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
       beyond_context: allow more tokens than the model's context.
@@ -223,12 +224,12 @@ class Job:
     def check_memory(self) -> None:
         """Raises MemoryError where the device has no room for weights and caches, even without what programs need besides."""
         memory, weights = available_memory(self.shapes), tree_bytes(self.shapes)
-        rows = len(self.rows.tokens) if Phase.DECODE in self.config.phases else 0
+        rows = len(self.rows.prompts) if Phase.DECODE in self.config.phases else 0
         caches = rows * tree_bytes(jax.eval_shape(lambda: self.shapes.make_cache(1, self.rows.length)))
         if memory is not None and weights + caches > memory.free:
             raise MemoryError(
                 f"The evaluation must fit in device memory: needs {(weights + caches) / GIB:.3f} GiB (weights {weights / GIB:.3f}, caches of "
-                f"{rows} rows {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length`, `windows` or `passkeys`, or "
+                f"{rows} prompts {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length` or `passkeys`, or "
                 "measure `phases` prefill alone, which needs no caches."
             )
 
@@ -237,7 +238,7 @@ class Job:
         config, levels = self.config, self.levels
         notes = recommendations(self.shapes) + left_out(self.planned, levels, config.methods, config.phases)
         notes += repeated(levels)
-        notes += equal_counts(self.shapes, levels, config.phases, length=config.length, decoded=config.decoded)
+        notes += equal_counts(self.shapes, levels, config.phases, length=config.length)
         if (found := len(self.rows.windows)) < config.windows:
             notes.append(f"The text fills {found} windows of {config.length} tokens; {config.windows} were asked for.")
         return notes
@@ -291,7 +292,7 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
                     scores.append(score)
                     if record is not None:
                         record.add(score, planned=len(planned))
-                    advance(score_line(score))
+                    advance(score_line(score, dense_of(score, scores)))
     except KeyboardInterrupt:
         kept = (
             f"{len(scores)} of {len(planned)} scores are kept in {record.path}; the same command goes on from there."

@@ -6,23 +6,26 @@ from seer_jax.evaluate.passkey import PassKeyPrompt, load_words, passkey_prompts
 from seer_jax.evaluate.record import Record, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows, text_windows
 from seer_jax.evaluate.score import (
-    Estimate,
     PromptScore,
     Score,
     WindowScore,
     passkey_difference,
-    perplexity_difference,
+    perplexity_over,
     score_from_json,
     score_to_json,
 )
 from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts, score_windows
+from seer_jax.evaluate.statistics.blocks_needed import BlocksNeeded, all_blocks_needed, blocks_needed
+from seer_jax.evaluate.statistics.intervals import Estimate, Interval
 from seer_jax.evaluate.table import legend, score_line, table_rows
 from seer_jax.evaluate.window import DecodedWindow, decode_window
 
 __all__ = [
+    "BlocksNeeded",
     "DecodedWindow",
     "Estimate",
     "EvalRows",
+    "Interval",
     "Measurement",
     "PassKeyPrompt",
     "Phase",
@@ -32,7 +35,9 @@ __all__ = [
     "SparsityLevel",
     "TokenScores",
     "WindowScore",
+    "all_blocks_needed",
     "all_methods",
+    "blocks_needed",
     "compare",
     "decode_window",
     "legend",
@@ -43,7 +48,7 @@ __all__ = [
     "passkey_difference",
     "passkey_prompts",
     "perplexity",
-    "perplexity_difference",
+    "perplexity_over",
     "plan_measurements",
     "recommended_levels",
     "score_decoded",

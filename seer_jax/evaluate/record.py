@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.devices import default_device
-from seer_jax.evaluate.score import ESTIMATORS, Score, score_from_json, score_to_json
+from seer_jax.evaluate.score import ESTIMATORS, Score, dense_of, score_from_json, score_to_json
+from seer_jax.evaluate.statistics.blocks_needed import all_blocks_needed
 from seer_jax.evaluate.table import legend
 from seer_jax.outputs import write_json
 
@@ -24,9 +25,14 @@ Facts = Mapping[str, Any]
 
 
 def write_scores(path: Path, scores: Sequence[Score], **facts: Any) -> None:
-    """Writes JSON in one step: the facts, `legend`, `estimators`, and `scores` with one object each; NaN becomes null."""
-    rows = [score_to_json(score) for score in scores]
-    write_json(path, {**facts, "legend": legend(scores), "estimators": ESTIMATORS, "scores": rows})
+    """Writes JSON in one step: the facts, `legend`, `estimators`, `blocks_needed` and `scores` with one object each.
+
+    `score_to_json` and `BlocksNeeded.to_json` say what the objects hold.
+    """
+    rows = [score_to_json(score, dense_of(score, scores)) for score in scores]
+    needed = [one.to_json() for one in all_blocks_needed(scores)]
+    words = {"legend": legend(scores), "estimators": ESTIMATORS}
+    write_json(path, {**facts, **words, "blocks_needed": needed, "scores": rows})
 
 
 class Record:
