@@ -1,11 +1,8 @@
 """What a reader of a comparison's table should know before it comes: levels left out, named twice, or alike."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from seer_jax.evaluate.comparison import Measurement
 from seer_jax.evaluate.levels import Phase, SparsityLevel, gates_by_phase
@@ -76,7 +73,7 @@ def repeated(levels: Sequence[SparsityLevel]) -> list[str]:
 
 
 def equal_counts(
-    model: Transformer, levels: Sequence[SparsityLevel], phases: Sequence[Phase], *, length: int, decoded: int
+    model: Transformer, levels: Sequence[SparsityLevel], phases: Sequence[Phase], *, length: int
 ) -> list[str]:
     """One line for each group of top-k levels, or of budgets, that keep equally many blocks in every row at this length.
 
@@ -84,7 +81,7 @@ def equal_counts(
       model: whose gates set the size of a block.
       levels: of the comparison.
       phases: of the comparison.
-      length, decoded: tokens of a row, and those of them that decoding appends.
+      length: tokens of a row.
     """
     lines = []
     for phase in phases:
@@ -93,7 +90,7 @@ def equal_counts(
             if phase not in level.phases or not isinstance(level.policy, TopK | TokenBudget):
                 continue
             block = level.policy.tokens_per_block(gates_by_phase(model)[phase])
-            counts = _counts(level.policy, phase, block, length, decoded)
+            counts = _counts(level.policy, phase, block, length)
             kind = type(level.policy), level.policy.dense_layers, level.dense_last_rows, level.methods
             groups.setdefault((*kind, tuple(counts), -(-length // block)), []).append(level.name)
         for (*_, counts, total), names in groups.items():
@@ -105,12 +102,11 @@ def equal_counts(
     return lines
 
 
-def _counts(policy: TopK | TokenBudget, phase: Phase, block: int, length: int, decoded: int) -> list[int]:
-    """Blocks that the rule keeps in the longest row of a prompt, or for each appended token."""
+def _counts(policy: TopK | TokenBudget, phase: Phase, block: int, length: int) -> list[int]:
+    """Blocks that the rule keeps in the longest row of a prompt, or for the tokens of each block of a window."""
     total = -(-length // block)
     if isinstance(policy, TokenBudget):
         return [min(policy.blocks_per_row(block), total)]
     if phase is Phase.PREFILL:
         return [policy.blocks_per_row(total)]
-    visible = range((length - decoded) // block + 1, total + 1)
-    return [min(max(2, math.floor(np.float32(policy.density) * np.float32(n))), n) for n in visible]
+    return [policy.blocks_per_token(n) for n in range(1, total + 1)]

@@ -14,7 +14,7 @@ from pallas_kernels import BlockIndices
 from seer_jax.checks import is_placeholder, whole_number
 from seer_jax.selection.context import Context, DecodeContext, PrefillContext
 from seer_jax.selection.interfaces import LayerGate
-from seer_jax.selection.policies import Policy
+from seer_jax.selection.policies import Policy, check_skip
 from seer_jax.selection.scorers import LearnedGate, Scorer
 
 Scores = Float32[Array, "B Hs Tb Sb"] | Float32[Array, "B K Sb"]
@@ -30,6 +30,7 @@ class RankingPolicy(Policy):
       scorer: what ranks the blocks.
       dense_layers: the first layers, which keep every block in either phase; fewer than the model has. While decoding it is
         the larger of this and the gate's own `start_layer`.
+      skip: see `policies.check_skip`. Prefill alone, in the layers that `dense_layers` does not make dense.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class RankingPolicy(Policy):
                 whole_number(f"{name}.{setting}", getattr(self, setting), "an integer of at least 0", least=0)
         if isinstance(self.scorer, type) or (not isinstance(self.scorer, Scorer) and not is_placeholder(self.scorer)):
             raise ValueError(f"{name}.scorer must be a scorer such as LearnedGate() or Oracle(); got {self.scorer!r}.")
+        check_skip(self)
 
     def blocks(self, context: Context) -> BlockIndices:
         with jax.named_scope("scores"):
@@ -118,7 +120,7 @@ class Threshold(RankingPolicy):
       scorer: what ranks the blocks.
       dense_last_rows: the last block rows of a prompt, which hold its question, keep every block (`last_block_dense` of the
         release is 2). Prefill alone.
-      dense_layers: see `RankingPolicy`.
+      dense_layers, skip: see `RankingPolicy`.
     """
 
     name = "threshold"
@@ -130,6 +132,7 @@ class Threshold(RankingPolicy):
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    skip: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         self._check_settings()
@@ -149,7 +152,7 @@ class CumulativeMass(RankingPolicy):
 
     Attributes:
       mass: in (0, 1]; 1 keeps every block. A number or an array, as in `Threshold`.
-      scorer, dense_last_rows, dense_layers: as in `Threshold`.
+      scorer, dense_last_rows, dense_layers, skip: as in `Threshold`.
     """
 
     name = "mass"
@@ -161,6 +164,7 @@ class CumulativeMass(RankingPolicy):
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    skip: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         self._check_settings()
@@ -183,7 +187,7 @@ class TopK(RankingPolicy):
 
     Attributes:
       density: in (0, 1].
-      scorer, dense_last_rows, dense_layers: as in `Threshold`.
+      scorer, dense_last_rows, dense_layers, skip: as in `Threshold`.
     """
 
     name = "topk"
@@ -194,6 +198,7 @@ class TopK(RankingPolicy):
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    skip: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         self._check_settings()
@@ -234,7 +239,7 @@ class TokenBudget(RankingPolicy):
 
     Attributes:
       tokens: the budget, at least one block.
-      scorer, dense_layers: as in `Threshold`.
+      scorer, dense_layers, skip: as in `Threshold`.
     """
 
     name = "budget"
@@ -244,6 +249,7 @@ class TokenBudget(RankingPolicy):
     tokens: int = dataclasses.field(metadata=dict(static=True))
     scorer: Scorer = LearnedGate()
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    skip: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         self._check_settings()

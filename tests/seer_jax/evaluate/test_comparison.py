@@ -151,7 +151,7 @@ def test_readers_are_told_what_a_table_would_hide(texts: tuple[str, ...], gates:
             left_out(plan, levels, METHODS, phases)
         return
     notes = left_out(plan, levels, METHODS, phases) + repeated(levels)
-    assert notes + equal_counts(tiny_model(), levels, phases, length=96, decoded=16) == expected
+    assert notes + equal_counts(tiny_model(), levels, phases, length=96) == expected
 
 
 def test_a_phase_that_lacks_the_gate_is_named():

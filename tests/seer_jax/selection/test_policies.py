@@ -268,6 +268,7 @@ def test_chunks_of_any_number_of_rows(tokens: int, rows_at_once: int, monkeypatc
     assert_chunks_change_nothing(TopK(0.4, dense_last_rows=1), context, rows_at_once, monkeypatch)
 
 
+@jax.default_matmul_precision("highest")  # of plain attention: a GPU would multiply in TF32
 @pytest.mark.parametrize("rows_at_once", [2, 512])
 def test_a_policy_that_gives_no_lists_is_dense(rows_at_once: int, monkeypatch: pytest.MonkeyPatch):
     class Everything(Policy):
@@ -317,6 +318,7 @@ def test_a_given_mask_has_a_row_for_each_block_row(rows: int, at_once: int, monk
         model.hidden_states(tokens, sparsity=Given(jnp.ones((2, 1, 1, rows, 6), bool), block_size=16))
 
 
+@jax.default_matmul_precision("highest")
 @pytest.mark.parametrize("policy", [Dense(), TopK(0.5, SinkWindow()), Threshold(0.0, SinkWindow())], ids=str)
 def test_late_queries_attend_as_in_the_whole_prompt(policy: Policy):
     """Queries from a later block row on: the same output, and a share of 0 for a sequence that ended before them."""
