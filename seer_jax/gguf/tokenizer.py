@@ -55,9 +55,9 @@ class _Splits:
 PRE_TOKENIZERS: Mapping[str, _Splits] = {
     "gpt-2": _Splits(),
     "smollm": _Splits(digits=True),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe"), _Splits(_LLAMA3, whole=True, add_bos=True)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _Splits(_LLAMA3, whole=True, add_bos=True)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Splits(_QWEN2, compose=True)),
-    "tekken": _Splits(_TEKKEN, whole=True),
+    "tekken": _Splits(_TEKKEN, whole=True, add_bos=True),
 }
 
 
