@@ -2,7 +2,7 @@
 
 Byte-level BPE ("gpt2") is rebuilt with the pre-tokenizer that the file names, SentencePiece ("llama") as BPE with byte fallback, whose merges
 follow from the scores. transformers' own converter is not used: its reader imports torch, it takes "smollm" and every pre-tokenizer that it does
-not know for GPT-2's, and it leaves `add_space_prefix` aside. Where it knows the pre-tokenizer, the tokens are the same.
+not know for GPT-2's, and it leaves `add_space_prefix` aside. Where it knows the pre-tokenizer, composed text has the same tokens.
 """
 
 import dataclasses
