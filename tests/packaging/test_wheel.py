@@ -80,7 +80,8 @@ def test_wheel_holds_every_module_and_all_data(wheel: Path):
     suffixes = {name: "/__init__.py" if path.name == "__init__.py" else ".py" for name, path in modules().items()}
     expected = {name.replace(".", "/") + suffix for name, suffix in suffixes.items()}
     expected |= {"seer_jax/py.typed", "pallas_kernels/py.typed"}
-    data = (path for name in ("tiny_lm", "smollm2") for path in (ROOT / "seer_jax" / name).rglob("*") if path.is_file())
+    folders = "seer_jax/tiny_lm", "seer_jax/smollm2", "seer_jax/plots/viewer"
+    data = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
     expected |= {path.relative_to(ROOT).as_posix() for path in data if "__pycache__" not in path.parts}
     assert files(wheel) == expected
 
