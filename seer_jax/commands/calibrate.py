@@ -66,7 +66,7 @@ class CalibrateConfig(HubOptions):
       kept_mass: share of the attention mass to keep, mean over tokens, layers and heads.
       rule: whose values are chosen; best: the one that does best on the calibration windows.
       baseline: scorer that ranks the blocks in place of the gates.
-      phases: what is calibrated; None: the phases that have a gate, or with a baseline both.
+      phases: what is calibrated; None: the phases that have a gate, or those that the baseline works in.
       length: tokens of a window, a multiple of the block size. Thresholds fit the length that they were calibrated at.
       windows: number of calibration windows.
       held_out_windows: number of held-out windows; 0: no report.
@@ -236,8 +236,12 @@ class Job:
 def _phases(config: CalibrateConfig, shapes: Transformer) -> tuple[Phase, ...]:
     gates = gates_by_phase(shapes)
     if config.phases is None:
-        return tuple(phase for phase in Phase if config.baseline is not None or gates[phase] is not None)
+        return tuple(
+            p for p in Phase if p in config.scorer.phases() and (config.baseline is not None or gates[p] is not None)
+        )
     phases = tuple(dict.fromkeys(config.phases))
+    for phase in phases:
+        config.scorer.check_phase(phase)
     if config.baseline is None and (missing := [phase for phase in phases if gates[phase] is None]):
         raise ValueError(
             f"phases must be those of the gates; got {missing[0]}, and the model has no such gate. Load one (gates=...), or leave it out."
