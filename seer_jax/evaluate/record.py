@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.devices import default_device
-from seer_jax.evaluate.score import ESTIMATORS, Score, score_from_json, score_to_json
+from seer_jax.evaluate.score import ESTIMATORS, Score, dense_of, score_from_json, score_to_json
+from seer_jax.evaluate.statistics.blocks_needed import all_blocks_needed
 from seer_jax.evaluate.table import legend
+from seer_jax.folders import files_of
 from seer_jax.outputs import write_json
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
@@ -24,9 +26,14 @@ Facts = Mapping[str, Any]
 
 
 def write_scores(path: Path, scores: Sequence[Score], **facts: Any) -> None:
-    """Writes JSON in one step: the facts, `legend`, `estimators`, and `scores` with one object each; NaN becomes null."""
-    rows = [score_to_json(score) for score in scores]
-    write_json(path, {**facts, "legend": legend(scores), "estimators": ESTIMATORS, "scores": rows})
+    """Writes JSON in one step: the facts, `legend`, `estimators`, `blocks_needed` and `scores` with one object each.
+
+    `score_to_json` and `BlocksNeeded.to_json` say what the objects hold.
+    """
+    rows = [score_to_json(score, dense_of(score, scores)) for score in scores]
+    needed = [one.to_json() for one in all_blocks_needed(scores)]
+    words = {"legend": legend(scores), "estimators": ESTIMATORS}
+    write_json(path, {**facts, **words, "blocks_needed": needed, "scores": rows})
 
 
 class Record:
@@ -116,11 +123,11 @@ def describe_folder(name: str, folder: Path, patterns: Sequence[str]) -> dict[st
 
     Args:
       name: as the user gave it.
-      folder: that it stands for.
+      folder: that it stands for, or its GGUF file.
       patterns: of the files that count.
     """
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+    for path in files_of(folder, patterns):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
