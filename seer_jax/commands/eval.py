@@ -183,6 +183,10 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
       ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
       MemoryError: the device has no room for it.
     """
+    if config.tasks:
+        raise ValueError(
+            f"tasks must be empty for perplexity and pass keys; got {', '.join(config.tasks)}. Call evaluate_tasks for them."
+        )
     if config.output is not None:
         check_output_folder(config.output)
     stages, job = Stages(console or Console()), Job.of(config)
