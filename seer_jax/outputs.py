@@ -112,7 +112,12 @@ def not_written(path: Path, cause: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file in one step, so that readers and interrupted writers find the old or the new file, whole.
+    """Writes a UTF-8 file in one step, see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file in one step, so that readers and interrupted writers find the old or the new file, whole.
 
     Missing folders are made. Devices and pipes are written in place.
 
@@ -122,13 +127,13 @@ def write_text(path: Path, text: str) -> None:
     path = Path(os.path.realpath(path))  # a link stays one
     if path.exists() and not path.is_file():
         with naming_file(path):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming_file(path), new.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with naming_file(path), new.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)

