@@ -27,6 +27,7 @@ class ExitCode(enum.IntEnum):
     FAILED = 1
     USAGE = 2
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
