@@ -20,7 +20,7 @@ from seer_jax.commands.errors.failures import failure, one_line
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
 from seer_jax.compilation_cache import use_compilation_cache
 
-COMMANDS = ("demo", "convert", "verify", "train", "generate", "eval", "bench", "info")
+COMMANDS = ("demo", "convert", "verify", "train", "generate", "eval", "plot", "bench", "info")
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
 
 # What takes less memory, by command.
@@ -30,6 +30,7 @@ LOWER = {
     "train": "--sequence-length or --micro-batch-size",
     "generate": "--max-new-tokens, or shorten the prompt",
     "eval": "--length, and for decoding --windows, --passkeys or --batch-size, whose caches are held at once",
+    "plot": "--length",
     "bench": "--lengths",
 }
 
