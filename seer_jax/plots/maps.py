@@ -154,7 +154,9 @@ def _decode_block_maps(
         blocks = of_layer.select(scores, context)
         assert isinstance(blocks, BlockIndices)
         kept = (blocks.to_mask(context.num_key_blocks) | (context.layer < dense_layers)) & visible
-        return tuple(x[0] for x in (_softmax(oracle.decode_scores(context), visible), _softmax(scores, completed), kept))
+        return tuple(
+            x[0] for x in (_softmax(oracle.decode_scores(context), visible), _softmax(scores, completed), kept)
+        )
 
     observed = decode_window(model, tokens[None], Dense(), observe=observe).observed
     true, scores, kept = (jnp.swapaxes(x[:, 0], 1, 2) for x in observed)  # [L, K, T, Sb]
