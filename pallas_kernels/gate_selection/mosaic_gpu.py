@@ -63,8 +63,29 @@ def select_blocks(
     rule, value = next(((name, value) for name, value in rules.items() if value is not None), ("all", 0))
     value = jnp.broadcast_to(jnp.asarray(value, _f32), (*logits.shape[:-1], 1))[..., 0]  # counts are exact in float32
     visible = None if visible is None else visible[..., 0]
-    counts, indices = _select(rule, width, interpreter(), logits, value, visible, keep)
+    counts, indices = _batchable(rule, width, interpreter())(logits, value, visible, keep)
     return BlockIndices(counts, indices, block_size)
+
+
+def _batchable(rule: str, width: int, interpret: Any) -> Any:
+    """`_select`, under `jax.vmap` with more lists for the same kernel, whose CTAs take four rows of any lists."""
+
+    @jax.custom_batching.custom_vmap
+    def select(*operands: Any) -> Any:
+        return _select(rule, width, interpret, *operands)
+
+    @select.def_vmap
+    def _(size: int, batched: list[Any], logits: Array, value: Array, visible: Any, keep: Any) -> Any:
+        def fold(x: Array | None, is_batched: Any, own: int) -> Array | None:
+            if x is None or is_batched:
+                return x
+            return jnp.broadcast_to(x, (own, *x.shape))  # `keep` may be shared between lists
+
+        sizes = size, size, size, 1
+        operands = [fold(*of) for of in zip((logits, value, visible, keep), batched, sizes, strict=True)]
+        return select(*operands), (True, True)
+
+    return select
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seer_jax import tiny_lm
+from seer_jax import smollm2, tiny_lm
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.errors.usage import UsageError, reason
 from seer_jax.models.hub import HubSettings, is_name
@@ -27,6 +27,7 @@ class ExitCode(enum.IntEnum):
     FAILED = 1
     USAGE = 2
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,8 @@ def model_of(model: str | None, gates: Sequence[str], hub: HubSettings) -> str:
 def _last(name: str) -> str:
     """What the name of a folder and that of the same model on the hub have in common."""
     path = tiny_lm.path() if name == tiny_lm.NAME else Path(name).expanduser()
-    return path.resolve().name.partition("@")[0].lower()
+    last = path.resolve().name.partition("@")[0].lower()
+    return smollm2.NAME if last.startswith(smollm2.FILE) else last
 
 
 def _constructors() -> Any:

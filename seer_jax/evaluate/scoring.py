@@ -1,4 +1,4 @@
-"""Likelihood of given tokens under a sparsity policy, in one pass over prompts or token by token."""
+"""Likelihood of given tokens under a sparsity policy: of prompts and decoded windows in one pass, or token by token."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from seer_jax.evaluate.window import decode_window
 from seer_jax.models.attention import prefill_attention
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import LayerContext, Transformer
@@ -47,9 +48,33 @@ def score_prompts(model: Transformer, tokens: Int[Array, "B T"], policy: Policy 
       policy: which key blocks the attention keeps.
     """
     hidden, kept = model.hidden_states(tokens, sparsity=policy)
+    return TokenScores(*_score_rows(model, hidden, tokens), kept.mean(0))
+
+
+@jax.jit
+def score_windows(model: Transformer, tokens: Int[Array, "B T"], policy: Policy = Dense()) -> TokenScores:
+    """Scores tokens 1 .. T-1 of each row as `score_decoded` does from an empty cache on, but in one pass: the policy works on each token.
+
+    Args:
+      tokens: rows of T tokens, no padding.
+      policy: which key blocks each token reads.
+
+    Returns:
+      `kept` is the share of the causal blocks: the sum over tokens of kept blocks over that of visible ones.
+    """
+    window = decode_window(model, tokens, policy)
+    nll, best = _score_rows(model, window.hidden, tokens)
+    visible = jnp.arange(tokens.shape[1]) // policy.tokens_per_block(model.decode_gate) + 1.0
+    return TokenScores(nll, best, jnp.einsum("lbt,t->b", window.kept, visible) / (len(window.kept) * visible.sum()))
+
+
+def _score_rows(
+    model: Transformer, hidden: Float[Array, "B T E"], tokens: Int[Array, "B T"]
+) -> tuple[Float32[Array, "B n"], Bool[Array, "B n"]]:
+    """Scores of tokens 1 .. T-1."""
     nll, best = _score(model, hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1))
     shape = (tokens.shape[0], -1)
-    return TokenScores(nll.reshape(shape), best.reshape(shape), kept.mean(0))
+    return nll.reshape(shape), best.reshape(shape)
 
 
 def _score(

@@ -82,6 +82,7 @@ class Request:
             policy = getattr(self, name)
             if policy is not None:
                 check_policy(name, policy)
+                policy.check_phase(name)
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling must be Greedy() or Sample(temperature, ...); got {self.sampling!r}.")
         if self.key is not None:

@@ -4,21 +4,27 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from seer_jax.outputs import write_json
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import RULES, RankingPolicy, settings_of
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Scorer
+from seer_jax.text_files import parse_json
+
+POLICY_FILE = ".json"  # how the names of files end that hold a policy
+POLICY_KEY = "policy"  # in such a file
 
 
 def policy_syntax() -> str:
     """How a policy is written, with the rules and scorers that exist."""
     rules = "|".join(f"{name}:{rule.metavar}" for name, rule in RULES.items())
     settings = dict.fromkeys(name for rule in RULES.values() for name in settings_of(rule))
-    return f"dense|{rules}[:{'|'.join(SCORERS)}]" + "".join(f"[,{name}=N]" for name in settings)
+    return f"dense|FILE.json|{rules}[:{'|'.join(SCORERS)}]" + "".join(f"[,{name}=N]" for name in settings)
 
 
 def parse_policy(text: str) -> Policy:
@@ -33,11 +39,16 @@ def parse_policy(text: str) -> Policy:
     >>> str(parse_policy("dense,skip=1e-3"))
     'dense,skip=0.001'
 
+    A name that ends in .json is a file that `write_policy_file` wrote.
+
     Raises:
       ValueError: it is none.
+      OSError: a file can't be read.
     """
     if not isinstance(text, str):
         raise ValueError(f"A policy must be written as text, such as 'topk:0.1'; got {text!r}.")
+    if text.endswith(POLICY_FILE):
+        return read_policy_file(Path(text))
     rule, *settings = text.split(",")
     name, _, rest = rule.partition(":")
     value, colon, scorer = rest.partition(":")
@@ -112,6 +123,35 @@ def write_policy(policy: Policy) -> str:
     'topk:0.1:random,dense_layers=2'
     """
     return str(policy)
+
+
+def write_policy_file(path: Path, policy: Policy, **facts: Any) -> None:
+    """Writes a policy as a JSON file, which stands for it wherever a policy is written.
+
+    Args:
+      path: its name ends in .json.
+      policy: of a registered scorer.
+      **facts: for readers of the file, JSON; nothing depends on them.
+    """
+    write_json(path, {POLICY_KEY: policy_to_json(policy), **facts})
+
+
+def read_policy_file(path: Path) -> Policy:
+    """The policy in a file that `write_policy_file` wrote.
+
+    Raises:
+      OSError: it can't be read.
+      ValueError: it holds none.
+    """
+    values = parse_json(path.read_bytes(), str(path))
+    try:
+        return policy_from_json(values[POLICY_KEY])
+    except (ValueError, TypeError, KeyError) as error:
+        because = f"it has no {error}." if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path} must hold a policy, as seer-jax calibrate writes it; {because} Write the policy as text, such as topk:0.1, or "
+            "calibrate again."
+        ) from error
 
 
 def policy_to_json(policy: Policy) -> dict[str, Any]:

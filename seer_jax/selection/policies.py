@@ -99,6 +99,10 @@ class Policy(abc.ABC):
                 f"Lower it, or use the policy {Dense.name}."
             )
 
+    def check_phase(self, phase: str) -> None:
+        """Raises ValueError where the policy cannot choose blocks in a phase, "prefill" or "decode"."""
+        del phase  # most policies work in both
+
     def stacked(self, num_layers: int, heads: int) -> "Policy":
         """The policy with every array that its fields hold as `[L, heads]` or `[L, 1]`; scalars stay.
 

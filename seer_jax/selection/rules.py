@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels import BlockIndices
 from seer_jax.checks import is_placeholder, whole_number
@@ -42,6 +42,20 @@ class RankingPolicy(Policy):
     @abc.abstractmethod
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         """The lists that the rule makes of scores before softmax."""
+
+    def kept(self, context: Context) -> Bool[Array, "..."]:
+        """Blocks that are kept whatever their scores: each row's own, those of the dense last rows, and those that the scorer's method
+        always keeps."""
+        keep, always = context.keep(getattr(self, "dense_last_rows", 0)), self.scorer.keep(context)
+        return keep if always is None else keep | always
+
+    def preferred(self, scores: Scores, context: Context) -> Scores:
+        """Scores by which a fixed number of blocks first takes those that the scorer's method always keeps."""
+        always = self.scorer.keep(context)
+        return scores if always is None else jnp.where(always, jnp.finfo(jnp.float32).max, scores)
+
+    def check_phase(self, phase: str) -> None:
+        self.scorer.check_phase(phase)
 
     def _check_settings(self) -> None:
         """Checks what the rules share: the scorer and the numbers of layers and rows."""
@@ -126,7 +140,7 @@ class Threshold(RankingPolicy):
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         scores, threshold = context.per_head(scores, self.threshold)
-        return context.select(scores, threshold=threshold, keep=context.keep(self.dense_last_rows))
+        return context.select(scores, threshold=threshold, keep=self.kept(context))
 
 
 @jax.tree_util.register_dataclass
@@ -158,7 +172,7 @@ class CumulativeMass(RankingPolicy):
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         scores, mass = context.per_head(scores, self.mass)
-        return context.select(scores, mass=mass, keep=context.keep(self.dense_last_rows))
+        return context.select(scores, mass=mass, keep=self.kept(context))
 
 
 @jax.tree_util.register_dataclass
@@ -207,14 +221,15 @@ class TopK(RankingPolicy):
         return min(max(2, _floor(self.density * num_blocks)), num_blocks)
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
-        keep, total = context.keep(self.dense_last_rows), context.num_key_blocks
+        total = context.num_key_blocks
         if isinstance(context, DecodeContext):
             by_length = [self.blocks_per_token(n) for n in range(1, total + 1)]
             wanted = jnp.asarray(by_length, jnp.int32)[context.current]
+            keep, scores = context.keep(self.dense_last_rows), self.preferred(scores, context)
             return context.select(scores, max_blocks=wanted, keep=keep, width=by_length[-1])
         # As many as a sequence's own length asks for, whatever the batch is padded to.
         counts = jnp.asarray([self.blocks_per_row(n) for n in range(1, total + 1)])
-        return context.select(scores, top_k=counts[context.last], keep=keep)
+        return context.select(scores, top_k=counts[context.last], keep=self.kept(context))
 
 
 @jax.tree_util.register_dataclass
@@ -252,7 +267,7 @@ class TokenBudget(RankingPolicy):
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         most = self.blocks_per_row(context.block_size)
         keep = context.sink_and_own if most > 1 else context.own  # a budget of one block is for the current one
-        return context.select(scores, max_blocks=most, keep=keep)
+        return context.select(self.preferred(scores, context), max_blocks=most, keep=keep)
 
 
 RULES: dict[str, type[RankingPolicy]] = {rule.name: rule for rule in (Threshold, CumulativeMass, TopK, TokenBudget)}

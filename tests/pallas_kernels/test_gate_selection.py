@@ -57,6 +57,27 @@ def test_mosaic_gpu_lowers_for_cuda_under_vmap_and_grad(rule: str):
         gradients.trace(jnp.zeros((2, 8, 70)), number).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_mosaic_gpu_under_vmap_runs_once_for_all_lists():
+    """Whether an argument has the axis or is shared, the lists are XLA's, and one kernel makes them."""
+    logits, keep = jax.random.normal(jax.random.key(0), (5, 1, 3, 40)), jnp.arange(40)[None, None] % 7 == 0
+    visible = jnp.arange(20, 25)[:, None, None, None]
+
+    def select(logits: jax.Array, visible: jax.Array, implementation: Any) -> jax.Array:
+        blocks = select_blocks(
+            logits, mass=0.5, keep=keep, visible=visible, block_size=64, implementation=implementation
+        )
+        return blocks.to_mask(40)
+
+    got, expected = (jax.vmap(lambda *x: select(*x, of))(logits, visible) for of in ("mosaic_gpu", "xla"))
+    assert (got == expected).all() and got.shape == logits.shape
+    with assume_hopper():
+        calls = str(jax.make_jaxpr(jax.vmap(lambda *x: select(*x, "mosaic_gpu")))(logits, visible))
+    assert calls.count("grid=(4,)") == 1  # 15 lists, four for each CTA
+
+
 def test_mosaic_gpu_leaves_longer_rows_to_xla():
     with assume_hopper():
         with pytest.raises(NotImplementedError, match="takes rows of at most 4096 key blocks; got 4097"):

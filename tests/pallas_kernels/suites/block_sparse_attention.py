@@ -305,7 +305,9 @@ class Conformance(Definition):
             (out, lse), pull_back = jax.vjp(lambda q, k, v: call(q, k, v, **others), q, k, v)
             return pull_back((fill(jnp.ones_like(out), padding["q"], values), jnp.zeros_like(lse)))
 
-        assert_bitwise_equal(gradients(0.0), gradients(np.nan, np.inf))
+        # Within rounding: a GPU adds up what the rows of queries give a key in any order.
+        for got, truth in zip(gradients(np.nan, np.inf), gradients(0.0), strict=True):
+            assert_within_rounding(got, truth)
 
 
 QUICK = slow_but(HALF, "half-own", "half-ragged")

@@ -161,7 +161,7 @@ def test_memory_that_does_not_suffice_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("phases", "needs"), [(tuple(Phase), r"caches of 4 rows 0\.\d*[1-9]"), ((Phase.PREFILL,), "0 rows 0.000")]
+    ("phases", "needs"), [(tuple(Phase), r"caches of 2 prompts 0\.\d*[1-9]"), ((Phase.PREFILL,), "0 prompts 0.000")]
 )
 def test_weights_and_caches_must_fit_the_device(phases: tuple[Phase, ...], needs: str, monkeypatch: pytest.MonkeyPatch):
     config = EvalConfig(phases=phases, length=256, windows=2, passkeys=2, decoded=16)

@@ -99,7 +99,7 @@ def test_other_words_are_no_policies(text: str):
         ("topk:10", "density, the share of the causal map to keep, must lie in (0, 1]; got 10.0."),
         ("topk:ten", "density must be a number such as 0.1, or a percentage such as 10%; got 'ten'."),
         ("budget:512.5", "tokens must be a whole number; got '512.5'."),
-        ("topk:0.1:oracle:x", "the scorer must be one of gate, oracle, random, window; got 'oracle:x'."),
+        ("topk:0.1:oracle:x", f"the scorer must be one of {', '.join(SCORERS)}; got 'oracle:x'."),
         ("mass:0.9,dense_layers=1,dense_layers=1", "dense_layers must be given once; got it twice"),
         ("threshold:0.1,dense_last_rows=-1", "dense_last_rows must be an integer of at least 0; got -1."),
     ],

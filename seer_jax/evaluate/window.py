@@ -1,0 +1,177 @@
+"""Sparse decoding of whole windows in one pass: every token attends by a list of its own, as if it were appended to the cache."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels.online_softmax import OnlineSoftmax, dot
+from seer_jax.models.cache import Cache
+from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.dense_attention import dense_attention
+from seer_jax.models.rope import rotate
+from seer_jax.selection.context import DecodeContext
+from seer_jax.selection.policies import Dense, Policy
+
+MAX_TOKENS_AT_ONCE = 256  # more only take more memory
+SCORES_AT_ONCE = 2**25  # attention scores of a chunk, [H, chunk, S]: 128 MiB
+Observe = Callable[[DecodeContext], Any]
+
+
+class DecodedWindow(NamedTuple):
+    """What one pass over windows gives.
+
+    Fields:
+      hidden: hidden states after the final norm.
+      kept: share of the visible blocks that each token read in each layer; the token at position t sees floor(t / b) + 1 of them.
+      observed: what `observe` returned, with axes [L, B, T] in front; None without it.
+    """
+
+    hidden: Float[Array, "B T E"]
+    kept: Float32[Array, "L B T"]
+    observed: Any
+
+
+class Token(NamedTuple):
+    """Queries before and after RoPE, and the position; of several tokens with a leading axis."""
+
+    q: Float[Array, "*n H D"]
+    q_rotated: Float[Array, "*n H D"]
+    position: Int[Array, "*n"]
+
+
+def decode_window(
+    model: Transformer, tokens: Int[Array, "B T"], policy: Policy = Dense(), *, observe: Observe | None = None
+) -> DecodedWindow:
+    """Decodes every token of windows by the policy, in one pass through the layers.
+
+    Each token gets the `DecodeContext` that it would have if it were appended to a cache of T slots, and attends to the blocks of
+    `policy.blocks(context)`. The results are those of appending the tokens one at a time. Takes time O(T^2) like dense attention, and
+    memory O(T): tokens are taken in chunks, rows one after the other, since each fills the device. To be called under `jax.jit`.
+
+    Args:
+      model: with the decode gate that the policy needs.
+      tokens: rows of T tokens, no padding.
+      policy: which key blocks each token reads; its dense first layers are dense.
+      observe: called with the context of each token and layer, whatever the policy keeps there; returns a pytree of arrays, for example
+        a scorer's scores of one row: `lambda context: Oracle().decode_scores(context)[0]`, which gives `observed` the shape
+        [L, B, T, K, Sb]. It is traced under `jax.vmap` over tokens that share their keys, so that what depends on keys alone is
+        computed once for a chunk. With `policy=Dense()` it sees what gates are distilled from.
+
+    Raises:
+      ValueError: the policy is none, or does not fit the model.
+    """
+    tokens, _ = model.check(tokens, None)
+    segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads)
+    gate = None if model.decode_gate is None else model.decode_gate.config
+    layer = dataclasses.replace(model.config, num_layers=1)
+
+    def decode(row: Int[Array, "T"]) -> tuple[Array, Any]:
+        cache = Cache.create(layer, 1, len(row), model.dtype, decode_gate=gate)  # of one layer after the other
+        hidden, _, aux = model.scan(row[None], functools.partial(_attend, model, observe), cache, segments=segments)
+        return hidden[0], aux
+
+    hidden, aux = jax.lax.map(decode, tokens)
+    kept, observed = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), aux)
+    return DecodedWindow(hidden, kept, observed)
+
+
+def token_contexts(
+    layer: LayerContext, cache: Cache, k: Float[Array, "1 T K D"], k_rotated: Float[Array, "1 T K D"], v: Array
+) -> tuple[Cache, Callable[[Token], DecodeContext]]:
+    """The contexts that the tokens of one window would have in a layer if each were appended to the cache.
+
+    Args:
+      layer: of the model.
+      cache: of one layer and one row with T slots; what it held is lost.
+      k, k_rotated: before and after RoPE.
+      v: values.
+
+    Returns:
+      (the filled cache, a function that gives the context of one token).
+    """
+    first = jnp.int32(0)
+    cache = cache.fill(first, k_rotated, v)
+    if layer.decode_gate is not None:
+        # The keys of a block do not depend on later tokens, and a token reads those of the blocks before its own.
+        cache = cache.fill_decode_gate(first, layer.decode_gate, k, jnp.full(1, k.shape[1], jnp.int32))
+
+    def context_of(token: Token) -> DecodeContext:
+        return DecodeContext(
+            q=token.q[None, None],
+            q_rotated=token.q_rotated[None, None],
+            cache=cache.with_lengths(token.position[None]).view(first),
+            layer=layer.index,
+            block_size=layer.policy.tokens_per_block(layer.decode_gate),
+            gate=layer.decode_gate,
+        )
+
+    return cache, context_of
+
+
+def _attend(
+    model: Transformer, observe: Observe | None, layer: LayerContext, cache: Cache, q: Array, k: Array, v: Array
+) -> tuple[Float[Array, "1 T H D"], Cache, Any]:
+    """Attention of one layer of one window; q and k before RoPE."""
+    positions = jnp.arange(q.shape[1])
+    q_rotated, k_rotated = rotate(q, k, positions[None], model.config.rope)
+    cache, context_of = token_contexts(layer, cache, k, k_rotated, v)
+    keys, values = jnp.swapaxes(k_rotated[0], 0, 1), jnp.swapaxes(v[0], 0, 1)
+    block_size = layer.policy.tokens_per_block(layer.decode_gate)
+
+    def choose(token: Token) -> tuple[Any, Any]:
+        """Blocks that the token keeps, `[K, Sb]`, and what is observed of it."""
+        context = context_of(token)
+        blocks = layer.policy.blocks(context)
+        mask = None if blocks is None else blocks.to_mask(context.num_key_blocks)[0]
+        return mask, None if observe is None else observe(context)
+
+    def attend(tokens: Token) -> tuple[Any, Any, Any]:
+        with jax.named_scope("choose"):
+            mask, observed = jax.vmap(choose)(tokens)
+        if mask is None:
+            return None, None, observed
+        with jax.named_scope("window_attention"):
+            out = _attend_blocks(tokens, keys, values, mask, block_size)
+        return out, mask.sum((1, 2)) / mask.shape[1] / (tokens.position // block_size + 1), observed
+
+    if layer.policy.is_dense and observe is None:
+        out = kept = observed = None
+    else:
+        out, kept, observed = _map_chunks(attend, Token(q[0], q_rotated[0], positions))
+    if out is None or kept is None:
+        out, kept = dense_attention(q_rotated, k_rotated, v)[0], jnp.ones(len(positions), jnp.float32)
+    return out[None], cache, (kept, observed)
+
+
+def _map_chunks(function: Callable[[Token], Any], tokens: Token) -> Any:
+    """`function` of all tokens, a chunk at a time. The last chunk repeats the last token, whose results are dropped."""
+    count, heads, _ = tokens.q.shape
+    size = min(MAX_TOKENS_AT_ONCE, max(1, SCORES_AT_ONCE // (heads * count)), count)
+    places = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
+    results = jax.lax.map(lambda places: function(Token(*(x[places] for x in tokens))), places)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)
+
+
+def _attend_blocks(
+    tokens: Token,
+    keys: Float[Array, "K S D"],
+    values: Float[Array, "K S D"],
+    mask: Bool[Array, "n K Sb"],
+    block_size: int,
+) -> Float[Array, "n H D"]:
+    """Attention to the keys of the kept blocks up to each token's own, with the arithmetic of `sparse_decode_attention` in XLA."""
+    (count, heads, dim), (kv_heads, size, _) = tokens.q.shape, keys.shape
+    listed = jnp.repeat(mask, block_size, axis=2, total_repeat_length=mask.shape[2] * block_size)[..., :size]
+    listed &= (jnp.arange(size)[None] <= tokens.position[:, None])[:, None]
+    queries = tokens.q_rotated.reshape(count, kv_heads, -1, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
+    scores = dot("kmd,ksd->kms", queries, keys) * dim**-0.5
+    scores = scores.reshape(kv_heads, count, -1, size)
+    scores = jnp.where(jnp.swapaxes(listed, 0, 1)[:, :, None], scores, -jnp.inf).reshape(kv_heads, -1, size)
+    out, _ = OnlineSoftmax.empty(*queries.shape).add(scores, values).finish()
+    out = out.reshape(kv_heads, count, -1, dim).transpose(1, 0, 2, 3)
+    return out.reshape(count, heads, dim).astype(tokens.q.dtype)
