@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from seer_jax.models.decoder import Transformer
-from seer_jax.plots import BlockMaps, block_maps, decode_block_maps, far_sighted_heads, plot_block_maps
+from seer_jax.plots import BlockMaps, block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.selection.rules import RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Oracle, SinkWindow
 from tests.seer_jax.conftest import LLAMA, tiny_model
