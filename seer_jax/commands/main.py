@@ -25,7 +25,7 @@ from seer_jax.commands.errors.failures import failure, one_line
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
 from seer_jax.compilation_cache import use_compilation_cache
 
-COMMANDS = ("demo", "convert", "verify", "train", "calibrate", "generate", "eval", "bench", "info")
+COMMANDS = ("demo", "convert", "verify", "train", "calibrate", "generate", "eval", "plot", "bench", "info")
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
 
 # What takes less memory, by command.
@@ -36,6 +36,7 @@ LOWER = {
     "generate": "--max-new-tokens, or shorten the prompt",
     "calibrate": "--length",
     "eval": "--length, and for decoding --windows, --passkeys or --batch-size, whose caches are held at once",
+    "plot": "--length",
     "bench": "--lengths",
 }
 

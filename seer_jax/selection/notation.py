@@ -60,7 +60,7 @@ def parse_policy(text: str) -> Policy:
         given = _parse_settings(f"{name}:{kind.metavar}:{ranking.name}", kind, ranking, settings)
         return kind(**{kind.value: _number(kind.value, value, _types(kind)[kind.value] is int)}, **given)
     except ValueError as error:
-        kind = RULES.get(name)
+        kind = {Dense.name: Dense, **RULES}.get(name)
         because = str(error).rstrip(".").removeprefix(f"{kind.__name__}." if kind else "")
         raise ValueError(f"{text!r} is not a policy: {because}. A policy is written {policy_syntax()}.") from error
 

@@ -65,11 +65,12 @@ class SubBlock(Scorer):
         return scores.reshape(len(queries), -1, *scores.shape[3:])
 
     def decode_scores(self, context: DecodeContext) -> Float32[Array, "B K Sb"]:
-        valid = jnp.arange(context.cache.capacity)[None] <= context.position[:, None]
-        keys, some = means(context.cache.keys, valid, self._size(context.block_size), context.block_size)
+        # Of keys alone, whatever the position: tokens that share keys share these. Only completed blocks are read below.
+        every = jnp.ones((1, context.cache.capacity), bool)
+        keys, _ = means(context.cache.keys, every, self._size(context.block_size), context.block_size)
         queries = grouped(context.q_rotated.astype(jnp.float32), keys.shape[2])
         logits = precise_einsum("btkgd,bskd->bkgts", queries, keys)[:, :, :, 0] * keys.shape[-1] ** -0.5
-        logits = jnp.where(some[:, None, None], logits, -jnp.inf).reshape(*logits.shape[:3], -1, self.parts)
+        logits = logits.reshape(*logits.shape[:3], -1, self.parts)
         completed = jnp.arange(context.num_key_blocks)[None, None, None] < context.current[..., None]
         shares = log_shares(jax.nn.logsumexp(logits, axis=-1), completed)
         return jax.nn.logsumexp(shares, axis=2) - jnp.log(shares.shape[2])
