@@ -66,7 +66,7 @@ def decode_window(
       ValueError: the policy is none, or does not fit the model.
     """
     tokens, _ = model.check(tokens, None)
-    segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads)
+    segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads, "decode")
     gate = None if model.decode_gate is None else model.decode_gate.config
     layer = dataclasses.replace(model.config, num_layers=1)
 
