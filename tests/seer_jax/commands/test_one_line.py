@@ -12,6 +12,7 @@ import tyro
 from seer_jax.commands import main as cli
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.train import TrainOptions
+from seer_jax.selection.scorers import SCORERS
 from tests.packaging.checkout import ROOT
 from tests.seer_jax.commands.fuzz.cases import COMMANDS
 
@@ -56,7 +57,7 @@ USAGE = [
     ("convert --gates x --output y --revision v2", "--revision must come with the --model that it is of; got 'v2' *"),
     ("generate --dtype float33", "--dtype must be one of *; got 'float33'. Did you mean float32? *"),
     ("generate --scorers", "--scorers must name a module or FILE.py; got none. *"),
-    ("eval --methods gate best", "--methods must be one of gate, oracle, random, window; got 'best'. *"),
+    ("eval --methods gate best", f"--methods must be one of {', '.join(SCORERS)}; got 'best'. *"),
     ("eval --policies dense", "--policies must rank blocks *; got dense. *"),
     ("train --recipe both", "--recipe must be one of prefill, decode; got 'both'. *"),
     (
