@@ -63,7 +63,7 @@ class BenchConfig:
       lengths: tokens of each sequence.
       seed: of weights, inputs and lists.
       output: file for the measurements (JSON); None: none is written.
-      plot: file for a plot (PNG); None: none is drawn.
+      plot: file for a plot (.png, .svg or .pdf); None: none is drawn.
     """
 
     shape: ModelShape = ModelShape.LLAMA_3_1_8B

@@ -1,7 +1,8 @@
 """The tokenizer of a GGUF file as `tokenizers` and transformers have it, from its metadata.
 
 Byte-level BPE ("gpt2") is rebuilt with the pre-tokenizer that the file names, SentencePiece ("llama") as BPE with byte fallback, whose merges
-follow from the scores. transformers' own converter is not used, as it imports torch and splits the digits of "smollm" wrongly.
+follow from the scores. transformers' own converter is not used: its reader imports torch, it takes "smollm" and every pre-tokenizer that it does
+not know for GPT-2's, and it leaves `add_space_prefix` aside. Where it knows the pre-tokenizer, composed text has the same tokens.
 """
 
 import dataclasses
@@ -55,9 +56,9 @@ class _Splits:
 PRE_TOKENIZERS: Mapping[str, _Splits] = {
     "gpt-2": _Splits(),
     "smollm": _Splits(digits=True),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe"), _Splits(_LLAMA3, whole=True, add_bos=True)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _Splits(_LLAMA3, whole=True, add_bos=True)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _Splits(_QWEN2, compose=True)),
-    "tekken": _Splits(_TEKKEN, whole=True),
+    "tekken": _Splits(_TEKKEN, whole=True, add_bos=True),
 }
 
 

@@ -42,7 +42,7 @@ class BlockMaps:
     scores: Float32[Array | np.ndarray, "*L Hs R Sb"]
     kept: Bool[Array | np.ndarray, "*L Hs R Sb"]
     density: Float32[Array | np.ndarray, "*L Hs"]
-    last: Int[Array | np.ndarray, "*L R"]
+    last: Int[Array | np.ndarray, "R"]
     block_size: int = dataclasses.field(metadata=dict(static=True))
 
     @property
@@ -109,7 +109,7 @@ def _checked(model: Transformer, tokens: Any, policy: RankingPolicy) -> Int[Arra
 @jax.jit
 def _block_maps(model: Transformer, tokens: Int[Array, "T"], policy: RankingPolicy) -> BlockMaps:
     heads, gate, count = model.config.num_heads, model.prefill_gate, len(tokens)
-    policy.check(model.config.num_layers, gate)
+    policy.check(model.config.num_layers, gate, "prefill")
     stacked, dense_layers = policy.stacked(model.config.num_layers, heads), policy.dense_first_layers(gate)
     block_size = policy.tokens_per_block(gate)
     lengths = jnp.full(1, count, jnp.int32)
@@ -141,7 +141,7 @@ def _decode_block_maps(
     model: Transformer, tokens: Int[Array, "T"], policy: RankingPolicy, rows: Int[Array, "R"]
 ) -> BlockMaps:
     gate, oracle = model.decode_gate, Oracle()
-    policy.check(model.config.num_layers, gate)
+    policy.check(model.config.num_layers, gate, "decode")
     stacked = policy.stacked(model.config.num_layers, model.config.num_kv_heads)
     dense_layers, block_size = policy.dense_first_layers(gate), policy.tokens_per_block(gate)
 
@@ -154,7 +154,9 @@ def _decode_block_maps(
         blocks = of_layer.select(scores, context)
         assert isinstance(blocks, BlockIndices)
         kept = (blocks.to_mask(context.num_key_blocks) | (context.layer < dense_layers)) & visible
-        return tuple(x[0] for x in (_softmax(oracle.decode_scores(context), visible), _softmax(scores, completed), kept))
+        return tuple(
+            x[0] for x in (_softmax(oracle.decode_scores(context), visible), _softmax(scores, completed), kept)
+        )
 
     observed = decode_window(model, tokens[None], Dense(), observe=observe).observed
     true, scores, kept = (jnp.swapaxes(x[:, 0], 1, 2) for x in observed)  # [L, K, T, Sb]

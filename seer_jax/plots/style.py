@@ -36,6 +36,15 @@ SETTINGS = {
     "svg.hashsalt": "seer-jax",
 }
 LINES = ("-", "--", ":", "-.")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # of what is no method, in order
 
 
 class Look(NamedTuple):
@@ -103,51 +112,55 @@ def drawing(path: Path, height: float, *, width: float = WIDTH) -> Iterator[Any]
     write_bytes(path, data.getvalue())
 
 
-def label_ends(axis: Any, ends: Sequence[tuple[float, str, str]], *, size: float = 8, gap: float = 1.25) -> None:
+class End(NamedTuple):
+    """The end of a curve, in data, and what stands beside it."""
+
+    x: float
+    y: float
+    text: str
+    look: Look
+
+
+def label_ends(axis: Any, ends: Sequence[End], *, title: str = "", size: float = 8, gap: float = 1.35) -> None:
     """Writes labels on the right of an axis at the heights of their curves' ends, moved apart where they would overlap.
 
     Args:
       axis: with its final limits.
-      ends: (height in data, text, colour) of each curve.
+      ends: of the curves.
+      title: above the labels.
       size: of the letters, points.
       gap: least distance of two labels, in letters' heights.
     """
-    figure = axis.figure
-    figure.draw_without_rendering()
-    low, high = (axis.transData.transform((0, y))[1] for y in axis.get_ylim())
-    least = gap * size * figure.dpi / 72 / (high - low)
-    order = sorted(range(len(ends)), key=lambda i: ends[i][0])
-    places = [(axis.transData.transform((1, ends[i][0]))[1] - low) / (high - low) for i in order]
-    for i, place in zip(order, spread(places, least), strict=True):
-        height, text, colour = ends[i]
-        axis.annotate(
-            text,
-            (1.0, height),
-            xycoords=axis.get_yaxis_transform(),
-            xytext=(1.03, place),
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=size,
-            va="center",
-            annotation_clip=False,
-            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, alpha=0.6, shrinkA=1, shrinkB=0),
-        )
+    axis.figure.draw_without_rendering()
+    least = gap * size * axis.figure.dpi / 72 / axis.get_window_extent().height
+    heights = [axis.transAxes.inverted().transform(axis.transData.transform(end[:2]))[1] for end in ends]
+    order = sorted(range(len(ends)), key=heights.__getitem__)
+    whole = dict(xycoords="axes fraction", fontsize=size, color=INK, annotation_clip=False)
+    for i, place in zip(order, spread([heights[i] for i in order], least), strict=True):
+        end = ends[i]
+        line = dict(arrowstyle="-", color=end.look.colour, linewidth=0.8, alpha=0.6, shrinkA=0, shrinkB=2)
+        axis.annotate("", end[:2], (1.03, place), textcoords="axes fraction", arrowprops=line, annotation_clip=False)
+        mark = dict(color=end.look.colour, marker=end.look.marker, clip_on=False, transform=axis.transAxes)
+        axis.plot([1.03], [place], **mark)
+        axis.annotate(end.text, (1.045, place), va="center", **whole)
+    if title:
+        axis.annotate(title, (1.02, 1.06), **whole)
 
 
-def spread(places: Sequence[float], least: float) -> list[float]:
-    """Sorted places moved apart to a least distance, each group around the mean of its own.
+def spread(places: Sequence[float], least: float, top: float = 1.0) -> list[float]:
+    """Sorted places moved apart to a least distance, each group around the mean of its own, none above the top.
 
     >>> spread([0.0, 0.25, 1.0], 0.5)
     [-0.125, 0.375, 1.0]
     """
+
+    def start(group: Sequence[float]) -> float:
+        return min(sum(group) / len(group) - least * (len(group) - 1) / 2, top - least * (len(group) - 1))
+
     groups: list[list[float]] = []
     for place in places:
         groups.append([place])
-        while len(groups) > 1 and _start(groups[-1], least) < _start(groups[-2], least) + least * len(groups[-2]):
+        while len(groups) > 1 and start(groups[-1]) < start(groups[-2]) + least * len(groups[-2]):
             last = groups.pop()
             groups[-1] += last
-    return [_start(group, least) + least * i for group in groups for i in range(len(group))]
-
-
-def _start(group: Sequence[float], least: float) -> float:
-    return sum(group) / len(group) - least * (len(group) - 1) / 2
+    return [start(group) + least * i for group in groups for i in range(len(group))]

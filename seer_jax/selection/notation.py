@@ -60,7 +60,7 @@ def parse_policy(text: str) -> Policy:
         given = _parse_settings(f"{name}:{kind.metavar}:{ranking.name}", kind, ranking, settings)
         return kind(**{kind.value: _number(kind.value, value, _types(kind)[kind.value] is int)}, **given)
     except ValueError as error:
-        kind = RULES.get(name)
+        kind = {Dense.name: Dense, **RULES}.get(name)
         because = str(error).rstrip(".").removeprefix(f"{kind.__name__}." if kind else "")
         raise ValueError(f"{text!r} is not a policy: {because}. A policy is written {policy_syntax()}.") from error
 
@@ -102,7 +102,7 @@ def _parse_settings(written: str, rule: type[Policy], scorer: type[Scorer] | Non
             raise ValueError(f"the settings of {written} are {', '.join((*own, *theirs))}; got {name!r}")
         if name in found:
             raise ValueError(f"{name} must be given once; got it twice")
-        kind = _types(rule)[name] if name in own else _types(scorer)[name]
+        kind = _types(rule if name in own or scorer is None else scorer)[name]
         found[name] = _number(name, value, kind is int)
     if scorer is None:
         return found

@@ -33,7 +33,7 @@ def load_harness_model(
     """A model by the arguments of `--model_args`.
 
     Args:
-      pretrained: folder or hub id of the base model.
+      pretrained: folder, GGUF file or hub id of the base model.
       gates: folders or hub ids of gates, several separated by ";".
       prefill, decode: policies as on the command line, with ";" in place of ","; None: what the gates recommend, otherwise dense.
       dtype: bfloat16 or float32; None: bfloat16, or float32 on a CPU.

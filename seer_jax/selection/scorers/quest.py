@@ -32,8 +32,8 @@ class Quest(Scorer):
     by_default = False
 
     def decode_scores(self, context: DecodeContext) -> Float32[Array, "B K Sb"]:
-        valid = jnp.arange(context.cache.capacity)[None] <= context.position[:, None]
-        pooled = pool_blocks(context.cache.keys, ("max", "min"), block_size=context.block_size, valid=valid)
+        # Of keys alone, whatever the position: tokens that share keys share these. Only completed blocks are read below.
+        pooled = pool_blocks(context.cache.keys, ("max", "min"), block_size=context.block_size)
         queries = grouped(context.q_rotated.astype(jnp.float32), pooled.shape[2])
         # q_d selects the largest key where it is positive and the smallest where it is negative.
         queries = jnp.concatenate([jnp.maximum(queries, 0), jnp.minimum(queries, 0)], axis=-1)

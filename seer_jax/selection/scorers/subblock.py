@@ -41,6 +41,12 @@ class SubBlock(Scorer):
     def __post_init__(self) -> None:
         whole_number("SubBlock.parts", self.parts)
 
+    def check_block_size(self, block_size: int) -> None:
+        if block_size % self.parts:
+            raise ValueError(
+                f"SubBlock.parts must divide the block size of {block_size} tokens; got {self.parts}. Use 1, 2, 4 or 8."
+            )
+
     def prepare(self, context: PrefillContext) -> tuple[Float32[Array, "B n K D"], Bool[Array, "B n"]]:
         return means(context.k_rotated, context.valid_keys, self._size(context.block_size), context.block_size)
 
@@ -65,19 +71,17 @@ class SubBlock(Scorer):
         return scores.reshape(len(queries), -1, *scores.shape[3:])
 
     def decode_scores(self, context: DecodeContext) -> Float32[Array, "B K Sb"]:
-        valid = jnp.arange(context.cache.capacity)[None] <= context.position[:, None]
-        keys, some = means(context.cache.keys, valid, self._size(context.block_size), context.block_size)
+        # Of keys alone, whatever the position: tokens that share keys share these. Only completed blocks are read below.
+        every = jnp.ones((1, context.cache.capacity), bool)
+        keys, _ = means(context.cache.keys, every, self._size(context.block_size), context.block_size)
         queries = grouped(context.q_rotated.astype(jnp.float32), keys.shape[2])
         logits = precise_einsum("btkgd,bskd->bkgts", queries, keys)[:, :, :, 0] * keys.shape[-1] ** -0.5
-        logits = jnp.where(some[:, None, None], logits, -jnp.inf).reshape(*logits.shape[:3], -1, self.parts)
+        logits = logits.reshape(*logits.shape[:3], -1, self.parts)
         completed = jnp.arange(context.num_key_blocks)[None, None, None] < context.current[..., None]
         shares = log_shares(jax.nn.logsumexp(logits, axis=-1), completed)
         return jax.nn.logsumexp(shares, axis=2) - jnp.log(shares.shape[2])
 
     def _size(self, block_size: int) -> int:
         """Tokens of a sub-block."""
-        if block_size % self.parts:
-            raise ValueError(
-                f"SubBlock.parts must divide the block size of {block_size} tokens; got {self.parts}. Use 1, 2, 4 or 8."
-            )
+        self.check_block_size(block_size)
         return block_size // self.parts

@@ -116,7 +116,7 @@ def test_texts_are_cut_as_the_file_says(pre: str, text: str, pieces: list[str]):
 
 
 def test_every_pre_tokenizer_has_a_case():
-    assert {pre for pre, *_ in PIECES} | {"llama-v3", "smaug-bpe"} == set(PRE_TOKENIZERS)  # these are llama-bpe
+    assert {pre for pre, *_ in PIECES} | {"llama-v3"} == set(PRE_TOKENIZERS)  # another name of llama-bpe
 
 
 def test_llama3_keeps_whole_tokens():
@@ -139,6 +139,7 @@ ENDS = [
     (dict(pre="qwen2", add_bos_token=True), [0], []),
     (dict(pre="qwen2", add_bos_token=True, add_eos_token=True, eos_token_id=1), [0], [1]),
     (dict(pre="llama-bpe"), [0], []),
+    (dict(pre="tekken"), [0], []),
     (dict(pre="llama-bpe", add_bos_token=False), [], []),
 ]
 

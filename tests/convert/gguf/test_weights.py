@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,17 @@ def test_every_type_is_read_in_pieces_as_the_package_reads_it(tmp_path: Path):
             whole = gguf.dequantize(data, kind)
             pieces = np.concatenate([source.read(name, *rows) for rows in ((0, 3), (3, 4), (4, 7))])
             np.testing.assert_array_equal(pieces, whole, err_msg=name)
+
+
+def test_rows_are_read_alone(tmp_path: Path):
+    data = np.zeros((4096, 16 * 34), np.uint8)  # 8 MiB as float32
+    with GGUFSource(file_of(tmp_path / "x.gguf", {"x": (data, Type.Q8_0)}), head_dim=8) as source:
+        tracemalloc.start()
+        try:
+            assert source.read("x", 4000, 4010).shape == (10, 512)
+            assert tracemalloc.get_traced_memory()[1] < 2**18
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 20])

@@ -218,6 +218,8 @@ BAD = [
     ),
     (lambda: planned("budget:8"), "at least one block of 16 tokens; got 8"),
     (lambda: planned("topk:0.5,dense_layers=2"), "must leave a sparse layer: below 2"),
+    (lambda: parse_level("dense,skip=0.1"), "with skip it is written threshold:0:window,skip=0.1"),
+    (lambda: planned("topk:0.5,skip=0.1"), "A policy for decoding must have no skip.*--phases prefill"),
     (lambda: parse_level("dense"), "policies must rank blocks.*got dense. Dense attention is measured anyway"),
     (
         lambda: plan_measurements(tiny_model(), [SparsityLevel("x", TopK(0.1)), SparsityLevel("x", TopK(0.2))]),

@@ -116,6 +116,16 @@ def test_scores_do_not_depend_on_chunks(scorer: Scorer):
         np.testing.assert_allclose(got, shares(whole[row, :, :n, :n], seen), atol=1e-6)
 
 
+@pytest.mark.parametrize("scorer", [FlexPrefill(0.22), MInference()], ids=str)
+def test_the_last_queries_of_a_part_of_a_prompt_are_those_of_the_prompt(scorer: Scorer):
+    """Of a pass over the later rows alone, which hold them."""
+    scores = jax.jit(lambda: scorer.prefill_scores(poisoned().rows(4, TOKENS - 4 * BLOCK)))()
+    n = -(-TOKENS // BLOCK)
+    seen = np.tri(n, dtype=bool)[4:]
+    got, expected = (shares(x, seen) for x in (scores[0], prefill_scores()[scorer][0][0, :, 4:]))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
 def test_heads_of_both_patterns_are_tested():
     """Otherwise a threshold of FlexPrefill stood for one of them."""
     by_tau = {tau: np.asarray(prefill_scores()[FlexPrefill(tau)][0])[0, :, 1:, 0] for tau in (0.1, 0.22, 1)}
@@ -248,3 +258,5 @@ def test_settings_that_do_not_divide_the_block_are_refused(scorer: Scorer):
         ValueError, match=rf"{type(scorer).__name__}\..* must divide the block size of 16 tokens; got 3. Use "
     ):
         scorer.prefill_scores(prefill_context(TOKENS, LENGTHS))
+    with pytest.raises(ValueError, match="must divide the block size of 64 tokens"):  # before anything is computed
+        TopK(0.5, scorer).check(2, None)
