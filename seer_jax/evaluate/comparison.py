@@ -17,8 +17,7 @@ from seer_jax.evaluate.scoring import TokenScores, read_prompts, score_decoded, 
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
-from seer_jax.selection.policies import Dense, Policy
-from seer_jax.selection.rules import TokenBudget
+from seer_jax.selection.policies import Dense, Policy, check_decode_policy
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
 
 DENSE = "dense"
@@ -45,9 +44,10 @@ class Measurement:
 
 
 def all_methods() -> tuple[Scorer, ...]:
-    """Every registered scorer: the gate, the baselines, further ones, and last the oracle, their upper bound."""
+    """What is compared where no methods are named: the gate, the baselines, scorers of the caller's own, and last the oracle, their
+    upper bound. The published heuristics are compared where they are named."""
     first = (LearnedGate.name, SinkWindow.name, Random.name)
-    others = (name for name in SCORERS if name not in (*first, Oracle.name))
+    others = (name for name, kind in SCORERS.items() if kind.by_default and name not in (*first, Oracle.name))
     return tuple(SCORERS[name]() for name in (*first, *others, Oracle.name))
 
 
@@ -60,7 +60,7 @@ def plan_measurements(
 ) -> list[Measurement]:
     """What `compare` will measure, in its order and checked against the model: dense attention first in each phase.
 
-    Equal measurements come once. A method that needs a gate is left out of a phase for which the model has none.
+    Equal measurements come once. A method is left out of a phase that it has no scores for, or whose gate it needs and the model lacks.
 
     Args:
       model: with weights, or with shapes alone.
@@ -80,7 +80,7 @@ def plan_measurements(
                 found += [
                     Measurement(phase, method.name, level.name, level.policy_of(method))
                     for method in used
-                    if not method.needs_gate or gates[phase] is not None
+                    if phase in method.phases() and (not method.needs_gate or gates[phase] is not None)
                 ]
         for one in found:
             _check_policy(model, one)
@@ -103,11 +103,10 @@ def _check_registered(methods: Sequence[Scorer]) -> None:
 
 def _check_policy(model: Transformer, measurement: Measurement) -> None:
     gate, config = gates_by_phase(model)[measurement.phase], model.config
-    model.segments(
-        measurement.policy, gate, config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
-    )
-    if isinstance(measurement.policy, TokenBudget):
-        measurement.policy.blocks_per_row(measurement.policy.tokens_per_block(gate))
+    heads = config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
+    model.segments(measurement.policy, gate, heads, measurement.phase)
+    if measurement.phase is Phase.DECODE:
+        check_decode_policy(measurement.policy)
 
 
 def check_context(model: Transformer, length: int, *, beyond_context: bool) -> None:
@@ -140,7 +139,8 @@ def compare(
     that both have the scores of one pass.
 
     Args:
-      model: with the gates that the methods need; a method that needs a gate is left out of a phase for which the model has none.
+      model: with the gates that the methods need. A method is left out of a phase that it has no scores for, or whose gate it needs
+        and the model lacks.
       rows: what is scored.
       levels: how many blocks are kept; a level that names methods is measured with them alone.
       methods: registered scorers that rank the blocks; None: `all_methods()`.

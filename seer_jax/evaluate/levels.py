@@ -3,10 +3,11 @@
 import dataclasses
 import enum
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from seer_jax.models.decoder import Transformer
-from seer_jax.selection.notation import parse_policy, write_policy
+from seer_jax.selection.notation import POLICY_FILE, parse_policy, write_policy
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import RankingPolicy, TopK, settings_of
 from seer_jax.selection.scorers import LearnedGate, Scorer
@@ -64,8 +65,11 @@ def parse_level(text: str) -> SparsityLevel:
     policy: Any = parse_policy(text)
     if not isinstance(policy, RankingPolicy):
         raise ValueError(
-            f"policies must rank blocks (topk, budget, threshold or mass); got {text}. Dense attention is measured anyway."
+            f"policies must rank blocks (topk, budget, threshold or mass); got {text}. Dense attention is measured anyway"
+            + (f"; with skip it is written threshold:0:window,skip={policy.skip}." if policy.skip is not None else ".")
         )
+    if text.endswith(POLICY_FILE):
+        return SparsityLevel(Path(text).name, policy, methods=(policy.scorer,))
     rule, *settings = text.split(",")
     named = rule.count(":") > 1 and not rule.endswith(":")
     written = any(setting.startswith(f"{ROWS}=") for setting in settings)

@@ -28,7 +28,8 @@ def left_out(
     methods: Sequence[Scorer],
     phases: Sequence[Phase],
 ) -> list[str]:
-    """One line for each level that is not measured in a phase, as all its methods need a gate that the model lacks.
+    """One line for each level that is not measured in a phase, as all its methods are for the other phase or need a gate that the model
+    lacks, and one for each method that is for the other phase.
 
     Args:
       planned: see `plan_measurements`.
@@ -37,18 +38,32 @@ def left_out(
     Raises:
       ValueError: a level is not measured in any phase.
     """
-    measured, lines = {one.key for one in planned}, []
+    measured, lines, used = {one.key for one in planned}, [], {}
     for level in levels:
-        names = [method.name for method in (methods if level.methods is None else level.methods)]
+        of_level = methods if level.methods is None else level.methods
+        used |= {method.name: method for method in of_level}
         wanted = [phase for phase in phases if phase in level.phases]
-        missing = [phase for phase in wanted if not measured & {(phase, name, level.name) for name in names}]
+        missing = [phase for phase in wanted if not measured & {(phase, m.name, level.name) for m in of_level}]
         if missing and missing == wanted:
-            raise ValueError(
-                f"{level.name} is to be measured with the learned gate, but the model has no {' or '.join(missing)} gate. Load one "
-                "(gates=...), or add another scorer."
-            )
-        lines += [f"{phase}: the model has no gate, so {level.name} is left out." for phase in missing]
-    return lines
+            raise ValueError(f"{level.name} is to be measured with {_obstacle(of_level, missing)}")
+        for phase in missing:
+            if any(phase in method.phases() for method in of_level):
+                lines.append(f"{phase}: the model has no gate, so {level.name} is left out.")
+    return lines + [
+        f"{phase}: {name} has no scores for this phase, so it is left out."
+        for phase in phases
+        for name, method in used.items()
+        if phase not in method.phases()
+    ]
+
+
+def _obstacle(methods: Sequence[Scorer], phases: Sequence[Phase]) -> str:
+    """The methods of a level, why none of them is measured in the phases, and what helps."""
+    names = " or ".join(phases)
+    others = [method.name for method in methods if not set(phases) & set(method.phases())]
+    if others:
+        return f"{', '.join(others)}, which cannot rank blocks at {names}. Add the other phase, or another scorer."
+    return f"the learned gate, but the model has no {names} gate. Load one (gates=...), or add another scorer."
 
 
 def repeated(levels: Sequence[SparsityLevel]) -> list[str]:

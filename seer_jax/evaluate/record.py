@@ -15,6 +15,7 @@ from pallas_kernels.devices import default_device
 from seer_jax.evaluate.score import ESTIMATORS, Score, dense_of, score_from_json, score_to_json
 from seer_jax.evaluate.statistics.blocks_needed import all_blocks_needed
 from seer_jax.evaluate.table import legend
+from seer_jax.folders import files_of
 from seer_jax.outputs import write_json
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
@@ -38,6 +39,8 @@ def write_scores(path: Path, scores: Sequence[Score], **facts: Any) -> None:
 class Record:
     """scores.json of one evaluation, which an interrupted one goes on from.
 
+    A subclass keeps scores of another kind, which have a `key`, by `parse` and `write`.
+
     Attributes:
       path: of the file.
       scores: that it holds.
@@ -54,15 +57,29 @@ class Record:
         Raises:
           ValueError: the file is of another evaluation, or none.
         """
-        self.path, self.scores = path, []
+        self.path, self.scores = path, list[Any]()
         self._facts = {**facts, IDENTITY: json.loads(json.dumps(identity)), "started": _now()}
         if path.exists() and not force:
             values = _read(path)
             _check_same(path, values[IDENTITY], self._facts[IDENTITY])
             self._facts["started"] = values["started"]
-            self.scores = _scores(path, values["scores"])
+            self.scores = self._checked(values["scores"])
 
-    def add(self, score: Score, *, planned: int) -> None:
+    def parse(self, values: Sequence[Any]) -> list[Any]:
+        """The scores that `write` wrote. Raises ValueError where they are none."""
+        return [score_from_json(score) for score in values]
+
+    def write(self, facts: Facts) -> None:
+        """Writes the file with all scores and some facts."""
+        write_scores(self.path, self.scores, **facts)
+
+    def _checked(self, values: Sequence[Any]) -> list[Any]:
+        try:
+            return self.parse(values)
+        except ValueError as error:
+            raise ValueError(f"{self.path} must hold scores that can be read; {error} {REMEDY}") from error
+
+    def add(self, score: Any, *, planned: int) -> None:
         """Keeps a score, unless it is there, and writes the file.
 
         Args:
@@ -73,7 +90,7 @@ class Record:
             return
         self.scores.append(score)
         state = {"updated": _now(), "complete": len(self.scores) >= planned}
-        write_scores(self.path, self.scores, **self._facts, **state)
+        self.write({**self._facts, **state})
 
 
 def environment() -> dict[str, Any]:
@@ -106,11 +123,11 @@ def describe_folder(name: str, folder: Path, patterns: Sequence[str]) -> dict[st
 
     Args:
       name: as the user gave it.
-      folder: that it stands for.
+      folder: that it stands for, or its GGUF file.
       patterns: of the files that count.
     """
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+    for path in files_of(folder, patterns):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
@@ -123,13 +140,6 @@ def describe_folder(name: str, folder: Path, patterns: Sequence[str]) -> dict[st
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _scores(path: Path, values: Sequence[Any]) -> list[Score]:
-    try:
-        return [score_from_json(score) for score in values]
-    except ValueError as error:
-        raise ValueError(f"{path} must hold scores that can be read; {error} {REMEDY}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

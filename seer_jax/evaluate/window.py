@@ -38,6 +38,14 @@ class DecodedWindow(NamedTuple):
     observed: Any
 
 
+class Token(NamedTuple):
+    """Queries before and after RoPE, and the position; of several tokens with a leading axis."""
+
+    q: Float[Array, "*n H D"]
+    q_rotated: Float[Array, "*n H D"]
+    position: Int[Array, "*n"]
+
+
 def decode_window(
     model: Transformer, tokens: Int[Array, "B T"], policy: Policy = Dense(), *, observe: Observe | None = None
 ) -> DecodedWindow:
@@ -60,7 +68,7 @@ def decode_window(
       ValueError: the policy is none, or does not fit the model.
     """
     tokens, _ = model.check(tokens, None)
-    segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads)
+    segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads, "decode")
     gate = None if model.decode_gate is None else model.decode_gate.config
     layer = dataclasses.replace(model.config, num_layers=1)
 
@@ -74,37 +82,57 @@ def decode_window(
     return DecodedWindow(hidden, kept, observed)
 
 
-def _attend(
-    model: Transformer, observe: Observe | None, layer: LayerContext, cache: Cache, q: Array, k: Array, v: Array
-) -> tuple[Float[Array, "1 T H D"], Cache, Any]:
-    """Attention of one layer of one window; q and k before RoPE."""
-    first, positions = jnp.int32(0), jnp.arange(q.shape[1], dtype=jnp.int32)
-    q_rotated, k_rotated = rotate(q, k, positions[None], model.config.rope)
+def token_contexts(
+    layer: LayerContext, cache: Cache, k: Float[Array, "1 T K D"], k_rotated: Float[Array, "1 T K D"], v: Array
+) -> tuple[Cache, Callable[[Token], DecodeContext]]:
+    """The contexts that the tokens of one window would have in a layer if each were appended to the cache.
+
+    Args:
+      layer: of the model.
+      cache: of one layer and one row with T slots; what it held is lost.
+      k, k_rotated: before and after RoPE.
+      v: values.
+
+    Returns:
+      (the filled cache, a function that gives the context of one token).
+    """
+    first = jnp.int32(0)
     cache = cache.fill(first, k_rotated, v)
     if layer.decode_gate is not None:
         # The keys of a block do not depend on later tokens, and a token reads those of the blocks before its own.
-        cache = cache.fill_decode_gate(first, layer.decode_gate, k, jnp.full(1, q.shape[1], jnp.int32))
-    keys, values = jnp.swapaxes(k_rotated[0], 0, 1), jnp.swapaxes(v[0], 0, 1)
-    block_size = layer.policy.tokens_per_block(layer.decode_gate)
+        cache = cache.fill_decode_gate(first, layer.decode_gate, k, jnp.full(1, k.shape[1], jnp.int32))
 
-    def context_of(token: "_Token") -> DecodeContext:
+    def context_of(token: Token) -> DecodeContext:
         return DecodeContext(
             q=token.q[None, None],
             q_rotated=token.q_rotated[None, None],
             cache=cache.with_lengths(token.position[None]).view(first),
             layer=layer.index,
-            block_size=block_size,
+            block_size=layer.policy.tokens_per_block(layer.decode_gate),
             gate=layer.decode_gate,
         )
 
-    def choose(token: "_Token") -> tuple[Any, Any]:
+    return cache, context_of
+
+
+def _attend(
+    model: Transformer, observe: Observe | None, layer: LayerContext, cache: Cache, q: Array, k: Array, v: Array
+) -> tuple[Float[Array, "1 T H D"], Cache, Any]:
+    """Attention of one layer of one window; q and k before RoPE."""
+    positions = jnp.arange(q.shape[1], dtype=jnp.int32)
+    q_rotated, k_rotated = rotate(q, k, positions[None], model.config.rope)
+    cache, context_of = token_contexts(layer, cache, k, k_rotated, v)
+    keys, values = jnp.swapaxes(k_rotated[0], 0, 1), jnp.swapaxes(v[0], 0, 1)
+    block_size = layer.policy.tokens_per_block(layer.decode_gate)
+
+    def choose(token: Token) -> tuple[Any, Any]:
         """Blocks that the token keeps, `[K, Sb]`, and what is observed of it."""
         context = context_of(token)
         blocks = layer.policy.blocks(context)
         mask = None if blocks is None else blocks.to_mask(context.num_key_blocks)[0]
         return mask, None if observe is None else observe(context)
 
-    def attend(tokens: "_Token") -> tuple[Any, Any, Any]:
+    def attend(tokens: Token) -> tuple[Any, Any, Any]:
         with jax.named_scope("choose"):
             mask, observed = jax.vmap(choose)(tokens)
         if mask is None:
@@ -116,31 +144,23 @@ def _attend(
     if layer.policy.is_dense and observe is None:
         out = kept = observed = None
     else:
-        out, kept, observed = _map_chunks(attend, _Token(q[0], q_rotated[0], positions))
+        out, kept, observed = _map_chunks(attend, Token(q[0], q_rotated[0], positions))
     if out is None or kept is None:
         out, kept = dense_attention(q_rotated, k_rotated, v)[0], jnp.ones(len(positions), jnp.float32)
     return out[None], cache, (kept, observed)
 
 
-class _Token(NamedTuple):
-    """Queries before and after RoPE, and the position; of several tokens with a leading axis."""
-
-    q: Float[Array, "*n H D"]
-    q_rotated: Float[Array, "*n H D"]
-    position: Int[Array, "*n"]
-
-
-def _map_chunks(function: Callable[[_Token], Any], tokens: _Token) -> Any:
+def _map_chunks(function: Callable[[Token], Any], tokens: Token) -> Any:
     """`function` of all tokens, a chunk at a time. The last chunk repeats the last token, whose results are dropped."""
     count, heads, _ = tokens.q.shape
     size = min(MAX_TOKENS_AT_ONCE, max(1, SCORES_AT_ONCE // (heads * count)), count)
     places = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
-    results = jax.lax.map(lambda places: function(_Token(*(x[places] for x in tokens))), places)
+    results = jax.lax.map(lambda places: function(Token(*(x[places] for x in tokens))), places)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)
 
 
 def _attend_blocks(
-    tokens: _Token,
+    tokens: Token,
     keys: Float[Array, "K S D"],
     values: Float[Array, "K S D"],
     mask: Bool[Array, "n K Sb"],

@@ -105,12 +105,8 @@ def all_blocks_needed(scores: Sequence[Score], *, target: float = TARGET) -> lis
 
     By phase, and within a phase the fewest blocks first.
     """
-    ladders: dict[tuple, list[Score]] = {}
-    for score in scores:
-        if score.method is not None and score.policy.get("rule") in RULES and math.isfinite(score.kept):
-            ladders.setdefault((score.phase, score.method, _rule(score), _rest(score)), []).append(score)
     found = []
-    for (phase, method, rule, _), ladder in ladders.items():
+    for (phase, method, rule, _), ladder in ladders(scores).items():
         dense = dense_of(ladder[0], scores)
         if dense is not None and len(ladder) >= LEAST_LEVELS:
             kept = [score.kept for score in ladder]
@@ -118,6 +114,15 @@ def all_blocks_needed(scores: Sequence[Score], *, target: float = TARGET) -> lis
             found.append(BlocksNeeded(phase, method, rule, target, *needed, (min(kept), max(kept)), len(ladder)))
     phases = list(Phase)
     return sorted(found, key=lambda one: (phases.index(one.phase), one.kept))
+
+
+def ladders(scores: Sequence[Score]) -> dict[tuple[Phase, str, str, str], list[Score]]:
+    """Scores of levels that differ in the rule's value alone, by phase, method, rule, and what else the policies have in common."""
+    found: dict[tuple[Phase, str, str, str], list[Score]] = {}
+    for score in scores:
+        if score.method is not None and score.policy.get("rule") in RULES and math.isfinite(score.kept):
+            found.setdefault((score.phase, score.method, _rule(score), _rest(score)), []).append(score)
+    return found
 
 
 def _rule(score: Score) -> str:

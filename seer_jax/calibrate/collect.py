@@ -1,0 +1,230 @@
+"""One dense pass over a window: what rules keep and lose at each of their levels, and what a policy keeps, in every layer and list."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.online_softmax import dot
+from seer_jax.calibrate.levels import GRIDS, Curves, Rows, drop_curves
+from seer_jax.evaluate.levels import Phase
+from seer_jax.evaluate.window import Token, token_contexts
+from seer_jax.models.attention import ROWS_AT_ONCE
+from seer_jax.models.cache import Cache
+from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.dense_attention import dense_attention
+from seer_jax.selection.context import Context, PrefillContext
+from seer_jax.selection.policies import Policy
+from seer_jax.selection.scorers import Scorer
+
+ELEMENTS = 2**25  # of the attention map that exist at once
+MAX_BLOCKS = ROWS_AT_ONCE  # of a window: scores of longer prompts are made in several parts
+
+# Of the lists of some consecutive tokens, from the first one on: [X, rows, Sb].
+_Read = Callable[[Int[Array, ""], int], jax.Array]
+_Choose = Callable[[Context, Policy], jax.Array]
+
+
+@functools.partial(jax.jit, static_argnames=("phase", "rules"))
+def collect_curves(
+    model: Transformer,
+    tokens: Int[Array, "1 T"],
+    gradients: Float[Array, "L T H D"],
+    scorer: Scorer,
+    *,
+    phase: Phase,
+    rules: tuple[str, ...] = tuple(GRIDS),
+) -> dict[str, Curves]:
+    """Curves of each rule, `[L, heads, N]`, where every row of a window is sparse and its layers' inputs are those of dense attention.
+
+    Args:
+      tokens: a window whose length is a multiple of the block size, at most `MAX_BLOCKS` blocks.
+      gradients: see `output_gradients`.
+      scorer: what ranks the blocks.
+      phase: heads are H lists of each block row at prefill, K lists of each token while decoding.
+      rules: names in `GRIDS`.
+    """
+    heads = _num_lists(model, phase)
+
+    def scores(context: Context, policy: Policy) -> jax.Array:
+        del policy
+        if not isinstance(context, PrefillContext):
+            return scorer.decode_scores(context)
+        found = scorer.prefill_scores(dataclasses.replace(context, prepared=scorer.prepare(context)))
+        return jnp.repeat(found, heads // found.shape[1], axis=1)
+
+    def attend(layer: LayerContext, state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        part = _Layer.of(model, layer, q, k, v, phase)
+        return part.out[None], state, part.curves(part.reader(scores), state[layer.index], rules)
+
+    _, _, curves = model.scan(tokens, attend, gradients)
+    return curves
+
+
+@functools.partial(jax.jit, static_argnames="phase")
+def kept_mass(model: Transformer, tokens: Int[Array, "1 T"], policy: Policy, *, phase: Phase) -> Float32[Array, "L"]:
+    """Share of the true attention mass that lies in the blocks that a policy keeps, mean over tokens and heads, in each layer.
+
+    The layers' inputs are those of dense attention.
+    """
+    gate = model.prefill_gate if phase is Phase.PREFILL else model.decode_gate
+
+    def masks(context: Context, policy: Policy) -> jax.Array:
+        context = policy.prepare(context) if isinstance(context, PrefillContext) else context
+        blocks = policy.blocks(context)
+        assert blocks is not None  # as no policy but Dense keeps every block, and that is not asked
+        return blocks.to_mask(context.num_key_blocks)
+
+    def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        part = _Layer.of(model, layer, q, k, v, phase)
+        kept = jnp.float32(1) if layer.policy.is_dense else part.kept_mass(part.reader(masks))
+        return part.out[None], state, kept
+
+    _, _, kept = model.scan(tokens, attend, segments=model.segments(policy, gate, _num_lists(model, phase)))
+    return kept
+
+
+def _num_lists(model: Transformer, phase: Phase) -> int:
+    return model.config.num_heads if phase is Phase.PREFILL else model.config.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """Attention of one layer of a window.
+
+    Attributes:
+      q, k, v: after RoPE.
+      out: dense attention.
+      block_size: b.
+      row: tokens that share a list: b at prefill, 1 while decoding.
+      context_reader: gives the lists of some tokens, see `reader`.
+    """
+
+    q: Float[Array, "T H D"]
+    k: Float[Array, "T K D"]
+    v: Float[Array, "T K D"]
+    out: Float[Array, "T H D"]
+    block_size: int
+    row: int
+    reader: Callable[[_Choose], _Read]
+
+    @classmethod
+    def of(cls, model: Transformer, layer: LayerContext, q: Array, k: Array, v: Array, phase: Phase) -> "_Layer":
+        """Of one layer of `Transformer.scan`; q and k before RoPE."""
+        context = model.prefill_context(layer, q, k, v, jnp.full(1, q.shape[1], jnp.int32))
+        out = dense_attention(context.q_rotated, context.k_rotated, context.v)
+        if phase is Phase.PREFILL:
+            b = context.block_size
+            reader = functools.partial(_prefill_reader, context, layer.policy)
+        else:
+            b = layer.policy.tokens_per_block(layer.decode_gate)
+            reader = functools.partial(_decode_reader, model, layer, context)
+        row = b if phase is Phase.PREFILL else 1
+        return cls(context.q_rotated[0], context.k_rotated[0], context.v[0], out[0], b, row, reader)
+
+    @property
+    def num_blocks(self) -> int:
+        """Sb."""
+        return len(self.k) // self.block_size
+
+    def curves(self, scores: _Read, gradient: Float[Array, "T H D"], rules: tuple[str, ...]) -> dict[str, Curves]:
+        """Of each rule."""
+
+        def chunk(first: Int[Array, ""], size: int) -> dict[str, Curves]:
+            mass, effect = self._effects(first, size, gradient)
+            rows = self._rows(first, size, scores(first, size))
+            return {
+                rule: drop_curves(rows, self._by_list(mass, rows), self._by_list(effect, rows), GRIDS[rule])
+                for rule in rules
+            }
+
+        visible = self.block_size // self.row * self.num_blocks * (self.num_blocks + 1) / 2
+        return {rule: found.normalised(visible, len(self.q)) for rule, found in self._sum(chunk).items()}
+
+    def kept_mass(self, masks: _Read) -> Float32[Array, ""]:
+        """Mean over tokens and heads."""
+
+        def chunk(first: Int[Array, ""], size: int) -> Array:
+            mass, _ = self._effects(first, size, None)
+            mask = masks(first, size)  # [X, R, Sb]
+            mass = mass.reshape(mask.shape[0], -1, mask.shape[1], self.row, self.num_blocks)
+            return jnp.einsum("xgrnj,xrj->", mass, mask.astype(jnp.float32))
+
+        return self._sum(chunk) / (self.q.shape[0] * self.q.shape[1])
+
+    def _sum(self, function: Callable[[Int[Array, ""], int], Any]) -> Any:
+        """Of a function of consecutive tokens."""
+        elements = self.q.shape[1] * self.block_size * len(self.k)
+        size = self.block_size * _divisor(self.num_blocks, max(1, ELEMENTS // elements))
+        parts = jax.lax.map(lambda first: function(first, size), jnp.arange(0, len(self.q), size))
+        return jax.tree.map(lambda x: x.sum(0), parts)
+
+    def _rows(self, first: Int[Array, ""], size: int, scores: Float32[Array, "X R Sb"]) -> Rows:
+        current = ((first + jnp.arange(0, size, self.row)) // self.block_size)[None, :, None]
+        column = jnp.arange(self.num_blocks)[None, None]
+        own = column == current
+        if self.row > 1:
+            return Rows(scores, column <= current, column <= current, own)
+        return Rows(scores, column <= current, column < current, own | (column == 0))
+
+    def _by_list(self, x: Float32[Array, "H n Sb"], rows: Rows) -> Float32[Array, "X R row G Sb"]:
+        lists, count = rows.scores.shape[:2]
+        return jnp.moveaxis(x.reshape(lists, -1, count, self.row, self.num_blocks), 1, 3)
+
+    def _effects(
+        self, first: Int[Array, ""], size: int, gradient: Float[Array, "T H D"] | None
+    ) -> tuple[Float32[Array, "H n Sb"], Float32[Array, "H n Sb"]]:
+        """Mass of each key block in the attention of each token, and the sum over the block's keys s of A_s g . (v_s - out).
+
+        Without the blocks D, whose mass is m, the output changes by -(sum over s in D of A_s (v_s - out)) / (1 - m), and the loss, to
+        first order, by g times it.
+        """
+        (_, heads, dim), (keys, kv_heads, _) = self.q.shape, self.k.shape
+
+        def cut(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, first, size).reshape(size, kv_heads, -1, dim)
+
+        def by_block(x: jax.Array) -> jax.Array:
+            return x.reshape(heads, size, -1, self.block_size).sum(-1)
+
+        logits = dot("nkgd,skd->kgns", cut(self.q), self.k) * dim**-0.5
+        causal = jnp.arange(keys)[None] <= first + jnp.arange(size)[:, None]
+        weights = jax.nn.softmax(jnp.where(causal[None, None], logits, -jnp.inf), axis=-1)
+        mass = by_block(weights)
+        if gradient is None:
+            return mass, mass
+        change = dot("nkgd,skd->kgns", cut(gradient), self.v)
+        mean = jnp.einsum("nkgd,nkgd->kgn", cut(gradient), cut(self.out), preferred_element_type=jnp.float32)
+        return mass, by_block(weights * (change - mean[..., None]))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor up to `most`."""
+    return max(n for n in range(1, number + 1) if number % n == 0 and n <= most)
+
+
+def _prefill_reader(context: PrefillContext, policy: Policy, choose: _Choose) -> _Read:
+    lists, b = choose(context, policy)[0], context.block_size
+
+    def read(first: Int[Array, ""], size: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(lists, first // b, size // b, axis=1)
+
+    return read
+
+
+def _decode_reader(model: Transformer, layer: LayerContext, context: PrefillContext, choose: _Choose) -> _Read:
+    gate = None if layer.decode_gate is None else layer.decode_gate.config
+    tokens = context.q.shape[1]
+    cache = Cache.create(dataclasses.replace(model.config, num_layers=1), 1, tokens, model.dtype, decode_gate=gate)
+    _, context_of = token_contexts(layer, cache, context.k, context.k_rotated, context.v)
+    every = Token(context.q[0], context.q_rotated[0], jnp.arange(tokens))
+
+    def read(first: Int[Array, ""], size: int) -> jax.Array:
+        some = Token(*(jax.lax.dynamic_slice_in_dim(x, first, size) for x in every))
+        return jnp.swapaxes(jax.vmap(lambda token: choose(context_of(token), layer.policy)[0])(some), 0, 1)
+
+    return read

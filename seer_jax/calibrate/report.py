@@ -1,0 +1,142 @@
+"""What a calibration is worth on text that it has not seen, beside one value for all layers and heads."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+from rich.table import Table
+
+from seer_jax.calibrate.calibration import Calibration, by_list, losses
+from seer_jax.calibrate.collect import kept_mass
+from seer_jax.evaluate.scoring import perplexity
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.notation import policy_to_json
+from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.rules import RankingPolicy
+
+CALIBRATED = "calibrated"
+# Two-sided 95% points of Student's t by degrees of freedom, 1 to 30; SciPy's import takes longer than a calibration of a tiny model.
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """One policy on the held-out windows.
+
+    Attributes:
+      title: of the policy.
+      policy: that ran.
+      kept: share of the visible blocks.
+      kept_mass: share of the attention mass in them, with the inputs that dense attention gives each layer.
+      rises: mean loss of each window minus that of dense attention, nats.
+    """
+
+    title: str
+    policy: Policy
+    kept: float
+    kept_mass: float
+    rises: tuple[float, ...]
+
+    @property
+    def over(self) -> float:
+        """Perplexity over that of dense attention, minus 1."""
+        return math.expm1(float(np.mean(self.rises)))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of `over`, by Student's t over the windows' differences; NaN for one window."""
+        count = len(self.rises)
+        if count < 2:
+            return math.nan, math.nan
+        half = _T95[min(count - 1, len(_T95)) - 1] * float(np.std(self.rises, ddof=1)) / math.sqrt(count)
+        return math.expm1(float(np.mean(self.rises)) - half), math.expm1(float(np.mean(self.rises)) + half)
+
+    def to_json(self) -> dict[str, Any]:
+        """For files; NaN becomes null."""
+        finite = [None if math.isnan(x) else x for x in self.interval]
+        values = dict(kept=self.kept, kept_mass=self.kept_mass, over=self.over, interval=finite, rises=list(self.rises))
+        return {"title": self.title, "policy": policy_to_json(self.policy), **values}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A calibration on held-out windows.
+
+    Attributes:
+      calibration: that was made.
+      dense: perplexity of dense attention.
+      rows: the calibrated policy first.
+    """
+
+    calibration: Calibration
+    dense: float
+    rows: tuple[HeldOut, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For files."""
+        made = self.calibration
+        calibration = dict(
+            phase=made.phase.value,
+            target={made.target.quantity.value: made.target.value},
+            length=made.length,
+            density=made.density,
+            kept_mass=made.kept_mass,
+            over=made.over,
+        )
+        return {**calibration, "dense_perplexity": self.dense, "held_out": [row.to_json() for row in self.rows]}
+
+
+def held_out_report(
+    model: Transformer,
+    windows: Int[np.ndarray, "n T"],
+    calibration: Calibration,
+    *,
+    progress: Callable[[str], None] = lambda word: None,
+) -> Report:
+    """Measures the calibrated policy and its rivals.
+
+    Args:
+      model: that was calibrated.
+      windows: of text that was not used for it.
+      calibration: see `calibrate`.
+      progress: called with a word after each policy.
+    """
+    phase = calibration.phase
+    dense, _ = losses(model, windows, Dense(), phase)
+    policies: Mapping[str, Policy] = {CALIBRATED: calibration.policy, **calibration.rivals}
+    rows = []
+    for title, policy in policies.items():
+        every, (found, kept) = by_list(model, policy, phase), losses(model, windows, policy, phase)
+        masses = [float(kept_mass(model, jnp.asarray(w, jnp.int32)[None], every, phase=phase).mean()) for w in windows]
+        rows.append(HeldOut(title, policy, float(kept.mean()), float(np.mean(masses)), tuple((found - dense).tolist())))
+        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, +{rows[-1].over:.2%} of dense perplexity")
+    return Report(calibration, perplexity(dense), tuple(rows))
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Prints the table of a report."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(report.calibration.phase, no_wrap=True)
+    for column in ("kept", "kept mass", "over dense", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(f"dense, perplexity {report.dense:.3f}", "100.0%", "100.0%")
+    for row in report.rows:
+        low, high = row.interval
+        shown = "-" if math.isnan(low) else f"{low:+.2%} to {high:+.2%}"
+        table.add_row(_named(row), f"{row.kept:.1%}", f"{row.kept_mass:.1%}", f"{row.over:+.2%}", shown)
+    console.print(table)
+
+
+def _named(row: HeldOut) -> str:
+    """The title with the policy's value."""
+    assert isinstance(row.policy, RankingPolicy)
+    value = getattr(row.policy, row.policy.value)
+    return f"{row.title}, {row.policy.name} per layer and head" if np.ndim(value) else f"{row.title}, {value:.3g}"
