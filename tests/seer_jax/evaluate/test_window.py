@@ -94,9 +94,15 @@ def test_observed_contexts_are_those_of_the_tokens():
         np.testing.assert_allclose(long[:, 0, 39, :, :blocks], short[:, 0, 39, :, :blocks], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "scorer", [kind for kind in SCORERS.values() if "decode" in kind.phases()], ids=lambda kind: kind.name
-)
+QUICK = "gate", "quest"
+SCORING = [
+    pytest.param(kind, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, kind in SCORERS.items()
+    if "decode" in kind.phases()
+]
+
+
+@pytest.mark.parametrize("scorer", SCORING)
 def test_a_pass_chooses_by_the_kernel_on_gpus(scorer: Any):
     """Whatever scores: all tokens of a chunk are lists of one call, whose CTAs take four lists each, and keys are pooled once."""
     with assume_hopper():
