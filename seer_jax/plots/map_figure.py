@@ -57,7 +57,7 @@ def _percent(share: float, _: Any) -> str:
     return f"{100 * share:g}%"
 
 
-def _draw_head(axes: Sequence[Any], maps: BlockMaps, at: tuple[int, int], decode: bool) -> Any:
+def _draw_head(axes: Any, maps: BlockMaps, at: tuple[int, int], decode: bool) -> Any:
     """Draws the three maps of a head, and returns what their colour bar needs."""
     from matplotlib.colors import ListedColormap, LogNorm
 

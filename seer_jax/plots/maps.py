@@ -42,7 +42,7 @@ class BlockMaps:
     scores: Float32[Array | np.ndarray, "*L Hs R Sb"]
     kept: Bool[Array | np.ndarray, "*L Hs R Sb"]
     density: Float32[Array | np.ndarray, "*L Hs"]
-    last: Int[Array | np.ndarray, "*L R"]
+    last: Int[Array | np.ndarray, "R"]
     block_size: int = dataclasses.field(metadata=dict(static=True))
 
     @property

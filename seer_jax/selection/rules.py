@@ -54,6 +54,10 @@ class RankingPolicy(Policy):
         always = self.scorer.keep(context)
         return scores if always is None else jnp.where(always, jnp.finfo(jnp.float32).max, scores)
 
+    def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
+        super().check(num_layers, gate, phase)
+        self.scorer.check_block_size(self.tokens_per_block(gate))
+
     def check_phase(self, phase: str) -> None:
         self.scorer.check_phase(phase)
 

@@ -67,6 +67,14 @@ USAGE = [
     ("generate --scorers", "--scorers must name a module or FILE.py; got none. *"),
     ("eval --methods gate best", f"--methods must be one of {', '.join(SCORERS)}; got 'best'. *"),
     ("eval --policies dense", "--policies must rank blocks *; got dense. *"),
+    ("calibrate", "--gates must be named, or a --baseline in their place; got neither. *"),
+    ("calibrate --gates x --density 0.1 --over 0.1", "One target must be given, *; got density and over. *"),
+    (
+        "calibrate --gates x --density 2",
+        "--density, the share of the visible blocks to keep, must lie in (0, 1]; got 2.0. *",
+    ),
+    ("calibrate --gates x --rule topk", "--rule must be one of best, threshold, mass; got 'topk'. *"),
+    ("calibrate --baseline gate", "--baseline must be a scorer that needs no gate; got 'gate'. *"),
     ("train --recipe both", "--recipe must be one of prefill, decode; got 'both'. *"),
     (
         "train --gates runs/x",

@@ -1,8 +1,9 @@
-"""Block maps against the model's own choice of blocks, and the plot of them."""
+"""Block maps against the model's own choice of blocks, at prefill and while decoding, and their picture."""
 
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import pytest
 
 from seer_jax.models.decoder import Transformer
 from seer_jax.plots import BlockMaps, block_maps, decode_block_maps, far_sighted_heads, plot_block_maps
+from seer_jax.plots.maps import spread_tokens
+from seer_jax.selection.policies import Dense
 from seer_jax.selection.rules import RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Oracle, SinkWindow
 from tests.seer_jax.conftest import LLAMA, tiny_model
@@ -84,15 +87,74 @@ def test_far_sighted_heads_look_beyond_the_window():
     true[:, :, 5, 5] = 1
     true[0, 2, 5, 2] = true[1, 1, 5, 1] = 2
     true[1, 0, 5, 2] = 1
-    maps = BlockMaps(true, true, true > 0)
+    maps = BlockMaps(true, true, true > 0, np.ones((2, 3), np.float32), np.arange(6), 1)
     assert far_sighted_heads(maps, 2) == [(0, 2), (1, 1)]
     assert far_sighted_heads(maps, 3) == [(0, 2), (1, 0), (1, 1)]
 
 
-def test_plots_are_png_files(tmp_path: Path):
-    pytest.importorskip("matplotlib")
+def test_density_counts_the_kept_blocks():
     maps = maps_of(TopK(0.4, dense_last_rows=0))
-    path = plot_block_maps(tmp_path / "new" / "maps.png", maps, [(0, 1), (1, 3)], title="maps", scorer="gate")
-    assert path.read_bytes().startswith(b"\x89PNG")
+    visible = np.tri(BLOCKS).sum()
+    np.testing.assert_allclose(maps.density, maps.kept.sum((2, 3)) / visible, rtol=1e-6)
+    np.testing.assert_array_equal(maps.visible, np.arange(1, BLOCKS + 1))
+
+
+def test_decode_maps_are_those_of_tokens_decoded_one_by_one():
+    policy = TopK(0.4)
+    whole = jax.device_get(decode_block_maps(model(), TOKENS, policy))
+    assert whole.kept.shape == (LLAMA.num_layers, LLAMA.num_kv_heads, len(TOKENS), BLOCKS)
+    np.testing.assert_allclose(whole.density, whole.kept.sum((2, 3)) / whole.visible.sum(), rtol=1e-6)
+    # What attention reads when the token is appended to the cache of those before it.
+    last = len(TOKENS) - 1
+    _, cache, _ = model().prefill(TOKENS[None, :-1], None, model().make_cache(1, len(TOKENS)), sparsity=Dense())
+    _, _, kept = model().decode(TOKENS[-1:], cache, sparsity=policy)
+    shares = whole.kept[:, :, last].sum(-1).mean(-1) / whole.visible[last]
+    assert shares[0] == pytest.approx(float(kept[0, 0]), rel=1e-6)  # deeper layers read what sparse attention gave
+    completed = np.arange(BLOCKS) < (whole.visible - 1)[:, None]
+    assert not whole.scores[:, :, ~completed].any()
+    np.testing.assert_allclose(whole.scores[:, :, completed.any(-1)].sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(whole.true.sum(-1), 1, rtol=1e-5)
+    own = np.arange(BLOCKS) == (whole.visible - 1)[:, None]
+    assert whole.kept[:, :, own].all() and not whole.kept[:, :, ~completed & ~own].any()
+
+
+def test_the_oracle_s_decode_scores_are_the_true_map_of_completed_blocks():
+    maps = jax.device_get(decode_block_maps(model(), TOKENS, TokenBudget(32, Oracle()), rows=40))
+    np.testing.assert_array_equal(maps.last, spread_tokens(len(TOKENS), 40))
+    completed = np.arange(BLOCKS) < (maps.visible - 1)[:, None]
+    weights = np.where(completed, maps.true, 0)
+    sums = weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(maps.scores, np.divide(weights, sums, where=sums > 0, out=weights), rtol=1e-4, atol=1e-6)
+
+
+def test_spread_tokens_are_one_of_each_stretch():
+    places = spread_tokens(1000, 10)
+    np.testing.assert_array_equal(places // 100, np.arange(10))
+    assert len({place % 16 for place in places.tolist()}) > 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(rows=0), "rows must be at least 1; got 0"),
+        (dict(policy=Dense()), "policy must rank blocks, as TopK"),
+        (dict(tokens=TOKENS[None]), r"tokens must be integers \[T\], one prompt; got shape \(1, 120\)"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_decode_maps_refuse(settings: dict[str, Any], message: str):
+    given = dict(tokens=TOKENS, policy=TopK(0.4)) | settings
+    with pytest.raises(ValueError, match=message):
+        decode_block_maps(model(), given.pop("tokens"), given.pop("policy"), **given)
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_pictures_have_the_format_of_their_suffix(tmp_path: Path, suffix: str, start: bytes):
+    maps, path = maps_of(TopK(0.4, dense_last_rows=0)), tmp_path / f"new/maps{suffix}"
+    assert plot_block_maps(path, maps, [(1, 3)], decode=suffix == ".svg").read_bytes().startswith(start)
+
+
+def test_heads_of_a_picture_must_be_there(tmp_path: Path):
+    maps = maps_of(TopK(0.4, dense_last_rows=0))
     with pytest.raises(ValueError, match=r"layer < 2 and head < 4; got \(2, 0\)"):
         plot_block_maps(tmp_path / "x.png", maps, [(2, 0)])
