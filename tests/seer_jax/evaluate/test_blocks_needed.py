@@ -106,4 +106,6 @@ def test_methods_with_a_ladder_are_shown_and_kept(tmp_path: Path):
     first, second, third = json.loads((tmp_path / "scores.json").read_text())["blocks_needed"]
     assert (first["kept"], first["is_below"], first["is_above"]) == (None, True, False)
     assert (third["kept"], third["is_below"], third["is_above"]) == (None, False, True)
-    assert second["kept"] == pytest.approx(needed[1].kept) and second["target"] == 0.01 and second["ladder"] == [0.1, 0.4]
+    assert (
+        second["kept"] == pytest.approx(needed[1].kept) and second["target"] == 0.01 and second["ladder"] == [0.1, 0.4]
+    )

@@ -128,7 +128,21 @@ def test_tables_fit_a_terminal_of_80_characters(policies: int, name: str):
 def test_the_printed_table_explains_its_words():
     out = io.StringIO()
     print_scores(Console(file=out, width=120), SCORES)
-    words = ["ppl", "over", "95%", "keys", "±", "worst", "read", "prefill", "decode", "dense", "learned gate", "sink+window", "random"]
+    words = [
+        "ppl",
+        "over",
+        "95%",
+        "keys",
+        "±",
+        "worst",
+        "read",
+        "prefill",
+        "decode",
+        "dense",
+        "learned gate",
+        "sink+window",
+        "random",
+    ]
     assert list(legend(SCORES)) == words
     for word, meaning in legend(SCORES).items():
         assert f"{word}: {meaning}" in out.getvalue()
