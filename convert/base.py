@@ -24,7 +24,7 @@ from seer_jax.gguf.header import is_gguf
 from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
 from seer_jax.inference.text import TOKENIZER_CONFIG, TOKENIZER_PATTERNS, Tokenizer
 from seer_jax.models.config import DType, ModelConfig
-from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, read_optional, resolve
 from seer_jax.models.layers import BaseParam
@@ -112,6 +112,7 @@ def save_base(
       ValueError: hf_config describes another model.
       FileNotFoundError: the folder of `tokenizer` has none; see also `hub.resolve`.
     """
+    check_model(model)
     folder = Path(folder)
     hf = dict(config_to_hf(model.config) if hf_config is None else hf_config)
     expected, got = (_without_eos(config_from_hf(c)) for c in (config_to_hf(model.config), hf))

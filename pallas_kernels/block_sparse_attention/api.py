@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
@@ -137,7 +138,7 @@ def _checked_threshold(name: str, value: Any, heads: int) -> Float32[Array, "H"]
         raise ValueError(f"{name}: skip_threshold must hold numbers; got {array.dtype}.")
     if array.shape not in ((), (heads,)):
         raise ValueError(f"{name}: skip_threshold must have shape [] or [H] = ({heads},); got {array.shape}.")
-    if not isinstance(array, jax.core.Tracer) and not ((array >= 0) & (array <= 1)).all():
+    if not isinstance(array, Tracer) and not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name}: skip_threshold must lie in [0, 1]; got {value}.")
     return jnp.broadcast_to(array, (heads,)).astype(jnp.float32)
 

@@ -188,20 +188,20 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
             return *lax.cond(count > 0, add, skip), count
 
         def skipping_step(t: Array, carry: tuple, *, masked: bool) -> tuple:
-            *carry, kept = carry
+            *before, kept = carry
             stages = stage(t, config.k_stages), stage(jnp.maximum(t - 1, 0), config.v_stages)
             add = functools.partial(weigh_needed, t, masked)
-            *carry, count = scratch.rings.skipping_step(q, stages, tuple(carry), t > 0, add, interpret)
-            return *carry, count, kept + count
+            state, weights, count = scratch.rings.skipping_step(q, stages, tuple(before), t > 0, add, interpret)
+            return state, weights, count, kept + count
 
         start = i32(0)
         if sizes.skips:
             skipping = Skipping.read(sizes, refs, queries, blocks, interpret)
             full = lax.div(fully_visible(blocks, last), i32(entries))
             none = plgpu.layout_cast(jnp.full((QUERIES, width), 0, dtype), MATRIX)
-            carry = Softmax.empty(sizes.head_dim), none, start, start
-            carry = lax.fori_loop(start, full, functools.partial(skipping_step, masked=False), carry)
-            *carry, kept = lax.fori_loop(full, tiles, functools.partial(skipping_step, masked=True), carry)
+            empty = Softmax.empty(sizes.head_dim), none, start, start
+            seen = lax.fori_loop(start, full, functools.partial(skipping_step, masked=False), empty)
+            *carry, kept = lax.fori_loop(full, tiles, functools.partial(skipping_step, masked=True), seen)
             state = scratch.rings.skipping_last(stage(tiles - 1, config.v_stages), tuple(carry), interpret)
             write_results(queries, blocks, state, q_tile, scratch.lse_rows.at[consumer], result_refs, kept)
             return

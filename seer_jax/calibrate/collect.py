@@ -164,14 +164,14 @@ class _Layer:
         return jax.tree.map(lambda x: x.sum(0), parts)
 
     def _rows(self, first: Int[Array, ""], size: int, scores: Float32[Array, "X R Sb"]) -> Rows:
-        current = ((first + jnp.arange(0, size, self.row)) // self.block_size)[:, None]
-        column = jnp.arange(self.num_blocks)[None]
+        current = ((first + jnp.arange(0, size, self.row)) // self.block_size)[None, :, None]
+        column = jnp.arange(self.num_blocks)[None, None]
         own = column == current
         if self.row > 1:
             return Rows(scores, column <= current, column <= current, own)
         return Rows(scores, column <= current, column < current, own | (column == 0))
 
-    def _by_list(self, x: Float32[Array, "H n Sb"], rows: Rows) -> Float32[Array, "X R n G Sb"]:
+    def _by_list(self, x: Float32[Array, "H n Sb"], rows: Rows) -> Float32[Array, "X R row G Sb"]:
         lists, count = rows.scores.shape[:2]
         return jnp.moveaxis(x.reshape(lists, -1, count, self.row, self.num_blocks), 1, 3)
 
@@ -193,7 +193,7 @@ class _Layer:
 
         logits = dot("nkgd,skd->kgns", cut(self.q), self.k) * dim**-0.5
         causal = jnp.arange(keys)[None] <= first + jnp.arange(size)[:, None]
-        weights = jax.nn.softmax(jnp.where(causal, logits, -jnp.inf), axis=-1)
+        weights = jax.nn.softmax(jnp.where(causal[None, None], logits, -jnp.inf), axis=-1)
         mass = by_block(weights)
         if gradient is None:
             return mass, mass

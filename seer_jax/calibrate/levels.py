@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float32, Int32
 
 from seer_jax.selection.rules import CumulativeMass, Threshold
@@ -31,11 +32,11 @@ class Grid:
     rule: type[Threshold] | type[CumulativeMass]
     values: tuple[float, ...]
 
-    def dropped(self, values: np.ndarray | float) -> np.ndarray:
+    def dropped(self, values: ArrayLike) -> np.ndarray:
         """Levels as what grows with the sparsity and is evenly spaced in its logarithm: the threshold, or the mass that may be missed."""
         return np.asarray(values) if self.rule is Threshold else 1 - np.asarray(values)
 
-    def level(self, dropped: np.ndarray | float) -> np.ndarray:
+    def level(self, dropped: ArrayLike) -> np.ndarray:
         """The inverse of `dropped`."""
         return self.dropped(dropped)
 
@@ -78,9 +79,9 @@ class Rows(NamedTuple):
     """
 
     scores: Float32[Array, "X R Sb"]
-    visible: Bool[Array, "R Sb"]
-    candidates: Bool[Array, "R Sb"]
-    keep: Bool[Array, "R Sb"]
+    visible: Bool[Array, "1 R Sb"]
+    candidates: Bool[Array, "1 R Sb"]
+    keep: Bool[Array, "1 R Sb"]
 
 
 def drop_curves(
@@ -107,7 +108,7 @@ def drop_curves(
     change = (dropped(effect) / jnp.maximum(1 - missed, LEAST_KEPT_MASS)).sum(
         3
     )  # a list's heads lose their blocks together
-    kept = (rows.visible.sum(-1)[None, :, None] - drops.counts).astype(jnp.float32)
+    kept = (rows.visible.sum(-1)[..., None] - drops.counts).astype(jnp.float32)
     return Curves(kept.sum(1), missed.sum((1, 2)).mean(1), rise(change).sum((1, 2)))
 
 
@@ -126,7 +127,7 @@ class _Drops(NamedTuple):
     """How many blocks each level drops from each row: those with the lowest probability among `droppable`."""
 
     probability: Float32[Array, "X R Sb"]
-    droppable: Bool[Array, "R Sb"]
+    droppable: Bool[Array, "1 R Sb"]
     counts: Int32[Array, "X R N"]
 
 
@@ -138,13 +139,13 @@ def _drops(rows: Rows, grid: Grid) -> _Drops:
     droppable = rows.visible & ~rows.keep
     better = _better_mass(probability) if grid.rule is CumulativeMass else probability
 
-    values = jnp.asarray(grid.values, jnp.float32)[:, None]
+    values = jnp.asarray(grid.values, jnp.float32)[None, None, :, None]
 
     allowed, better, dropping = (x[..., None, :] for x in (allowed, better, droppable))
     if grid.rule is CumulativeMass:
-        dropping &= ~allowed | ((better >= values) & (values < 1))
+        dropping = dropping & (~allowed | ((better >= values) & (values < 1)))
     else:
-        dropping &= ~(better > values)
+        dropping = dropping & ~(better > values)
     counts = dropping.sum(-1, dtype=jnp.int32)
     return _Drops(probability, droppable, counts)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 
 
 class Quantity(enum.StrEnum):
@@ -16,7 +17,7 @@ _DOMAINS = {
     Quantity.DENSITY: ("the share of the visible blocks to keep, must lie in (0, 1]", lambda x: 0 < x <= 1),
     Quantity.OVER: (
         "the share by which perplexity may exceed that of dense attention, must be above 0",
-        lambda x: x > 0,
+        lambda x: 0 < x < math.inf,
     ),
     Quantity.KEPT_MASS: ("the share of the attention mass to keep, must lie in (0, 1)", lambda x: 0 < x < 1),
 }

@@ -156,7 +156,8 @@ def policy_help() -> str:
     scorers = "\n".join(f"  {name}: {scorer.meaning}" for name, scorer in SCORERS.items())
     return f"""A POLICY is written
   {policy_syntax()}
-for example threshold:5e-4, mass:0.9, topk:0.1, budget:4096:oracle or topk:0.1,dense_layers=2.
+for example threshold:5e-4, mass:0.9, topk:0.1, budget:4096:oracle or topk:0.1,dense_layers=2. FILE.json is a policy that
+seer-jax calibrate wrote.
 
 The word after the second colon says what ranks the blocks; without it the learned gate does:
 {scorers}

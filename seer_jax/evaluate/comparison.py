@@ -18,7 +18,6 @@ from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Policy, check_decode_policy
-from seer_jax.selection.rules import TokenBudget
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
 
 DENSE = "dense"
@@ -104,13 +103,10 @@ def _check_registered(methods: Sequence[Scorer]) -> None:
 
 def _check_policy(model: Transformer, measurement: Measurement) -> None:
     gate, config = gates_by_phase(model)[measurement.phase], model.config
-    model.segments(
-        measurement.policy, gate, config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
-    )
+    heads = config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
+    model.segments(measurement.policy, gate, heads, measurement.phase)
     if measurement.phase is Phase.DECODE:
         check_decode_policy(measurement.policy)
-    if isinstance(measurement.policy, TokenBudget):
-        measurement.policy.blocks_per_row(measurement.policy.tokens_per_block(gate))
 
 
 def check_context(model: Transformer, length: int, *, beyond_context: bool) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from seer_jax.checks import whole_number
 from seer_jax.inference.prompts import bucket
 from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, check_key
-from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.selection.policies import Dense, Policy, check_decode_policy, check_policy
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
@@ -101,10 +101,7 @@ class Request:
         Raises:
           ValueError: a setting is unknown or out of its domain, or a policy does not fit the model.
         """
-        if not isinstance(model, Transformer):
-            raise ValueError(
-                f"model must be a Transformer; got {model!r}. Load one: seer_jax.from_pretrained(folder or hub id)."
-            )
+        check_model(model)
         names = [field.name for field in dataclasses.fields(cls)]
         for name in settings:
             if name not in names:
@@ -121,8 +118,8 @@ class Request:
             policy or (None if gate is None else gate.recommended) or Dense()
             for policy, gate in ((self.prefill, model.prefill_gate), (self.decode, model.decode_gate))
         )
-        model.segments(prefill, model.prefill_gate, model.config.num_heads)
-        model.segments(decode, model.decode_gate, model.config.num_kv_heads)
+        model.segments(prefill, model.prefill_gate, model.config.num_heads, "prefill")
+        model.segments(decode, model.decode_gate, model.config.num_kv_heads, "decode")
         check_decode_policy(decode)
         return dataclasses.replace(self, prefill=prefill, decode=decode)
 

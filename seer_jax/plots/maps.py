@@ -109,7 +109,7 @@ def _checked(model: Transformer, tokens: Any, policy: RankingPolicy) -> Int[Arra
 @jax.jit
 def _block_maps(model: Transformer, tokens: Int[Array, "T"], policy: RankingPolicy) -> BlockMaps:
     heads, gate, count = model.config.num_heads, model.prefill_gate, len(tokens)
-    policy.check(model.config.num_layers, gate)
+    policy.check(model.config.num_layers, gate, "prefill")
     stacked, dense_layers = policy.stacked(model.config.num_layers, heads), policy.dense_first_layers(gate)
     block_size = policy.tokens_per_block(gate)
     lengths = jnp.full(1, count, jnp.int32)
@@ -141,7 +141,7 @@ def _decode_block_maps(
     model: Transformer, tokens: Int[Array, "T"], policy: RankingPolicy, rows: Int[Array, "R"]
 ) -> BlockMaps:
     gate, oracle = model.decode_gate, Oracle()
-    policy.check(model.config.num_layers, gate)
+    policy.check(model.config.num_layers, gate, "decode")
     stacked = policy.stacked(model.config.num_layers, model.config.num_kv_heads)
     dense_layers, block_size = policy.dense_first_layers(gate), policy.tokens_per_block(gate)
 

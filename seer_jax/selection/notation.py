@@ -102,7 +102,7 @@ def _parse_settings(written: str, rule: type[Policy], scorer: type[Scorer] | Non
             raise ValueError(f"the settings of {written} are {', '.join((*own, *theirs))}; got {name!r}")
         if name in found:
             raise ValueError(f"{name} must be given once; got it twice")
-        kind = _types(rule)[name] if name in own else _types(scorer)[name]
+        kind = _types(rule if name in own or scorer is None else scorer)[name]
         found[name] = _number(name, value, kind is int)
     if scorer is None:
         return found

@@ -20,7 +20,7 @@ from seer_jax.checks import is_placeholder
 from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.interfaces import LayerGate
 
-_SHORT = reprlib.Repr(maxlevel=2, maxlist=3, maxtuple=3)  # masks have many values
+SHORT = reprlib.Repr(maxlevel=2, maxlist=3, maxtuple=3)  # masks have many values
 DEFAULT_BLOCK_SIZE = 64  # of a model without gates
 
 
@@ -79,15 +79,20 @@ class Policy(abc.ABC):
         """The context with what all chunks of query rows share."""
         return context
 
-    def check(self, num_layers: int, gate: LayerGate | None) -> None:
+    def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
         """Checks the policy against a model.
+
+        Args:
+          num_layers: of the model.
+          gate: of the model and of the phase; None: it has none.
+          phase: "prefill" or "decode", for messages; "": either.
 
         Raises:
           ValueError: it ranks by a gate that the model has not, or leaves none of its layers sparse.
         """
         if self.needs_gate and gate is None:
             raise ValueError(
-                f"{self} ranks blocks by a learned gate, but the model has none of this kind; "
+                f"{self} ranks blocks by a learned gate, but the model has no {f'{phase} ' * bool(phase)}gate; "
                 f"load one (gates=...), train one, or use the policy {Dense.name}."
             )
         if empty := [name for name in self.per_head if getattr(self, name) is None]:
@@ -263,7 +268,7 @@ class Given(Policy):
     def __post_init__(self) -> None:
         check_block_size("Given", self.block_size)
         if not is_placeholder(self.mask) and not isinstance(self.mask, np.ndarray | jax.Array):
-            raise ValueError(f"Given.mask must be a bool array; got {_SHORT.repr(self.mask)}. Wrap it in jnp.asarray.")
+            raise ValueError(f"Given.mask must be a bool array; got {SHORT.repr(self.mask)}. Wrap it in jnp.asarray.")
 
     def tokens_per_block(self, gate: LayerGate | None) -> int:
         return self.block_size

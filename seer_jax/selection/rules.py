@@ -14,7 +14,7 @@ from pallas_kernels import BlockIndices
 from seer_jax.checks import is_placeholder, whole_number
 from seer_jax.selection.context import Context, DecodeContext, PrefillContext
 from seer_jax.selection.interfaces import LayerGate
-from seer_jax.selection.policies import Policy, check_skip
+from seer_jax.selection.policies import SHORT, Policy, check_skip
 from seer_jax.selection.scorers import LearnedGate, Scorer
 
 Scores = Float32[Array, "B Hs Tb Sb"] | Float32[Array, "B K Sb"]
@@ -53,6 +53,10 @@ class RankingPolicy(Policy):
         """Scores by which a fixed number of blocks first takes those that the scorer's method always keeps."""
         always = self.scorer.keep(context)
         return scores if always is None else jnp.where(always, jnp.finfo(jnp.float32).max, scores)
+
+    def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
+        super().check(num_layers, gate, phase)
+        self.scorer.check_block_size(self.tokens_per_block(gate))
 
     def check_phase(self, phase: str) -> None:
         self.scorer.check_phase(phase)
@@ -255,6 +259,10 @@ class TokenBudget(RankingPolicy):
         self._check_settings()
         whole_number("TokenBudget.tokens", self.tokens)
 
+    def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
+        super().check(num_layers, gate, phase)
+        self.blocks_per_row(self.tokens_per_block(gate))
+
     def blocks_per_row(self, block_size: int) -> int:
         """Blocks that fit the budget."""
         if self.tokens < block_size:
@@ -284,9 +292,10 @@ def _check_values(policy: RankingPolicy, inside: Any, must: str) -> None:
     if is_placeholder(value):
         return
     if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number or an array; got {value!r}. Wrap it in jnp.asarray.")
+        raise ValueError(f"{name} must be a number or an array; got {SHORT.repr(value)}. Wrap it in jnp.asarray.")
     dtype = np.asarray(value).dtype
     if dtype.kind not in "iu" and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must hold real numbers; got {dtype} {jnp.shape(value)}.")
-    if not inside(np.asarray(value)).all():
-        raise ValueError(f"{name} must {must}; got {value}.")
+    values = np.asarray(value)
+    if (wrong := values[~inside(values)]).size:
+        raise ValueError(f"{name} must {must}; got {wrong.flat[0]}.")

@@ -216,7 +216,8 @@ def test_skipping_has_no_gradients(implementation: Implementation):
     arguments = suite.named("own-lists").arguments(KEY)
 
     def loss(q: jax.Array) -> Any:
-        out = block_sparse_attention(**arguments | {"q": q}, skip_threshold=0.1, implementation=implementation)
+        changed: dict[str, Any] = arguments | {"q": q}
+        out = block_sparse_attention(**changed, skip_threshold=0.1, implementation=implementation)
         assert isinstance(out, jax.Array)
         return out.sum()
 
@@ -226,7 +227,13 @@ def test_skipping_has_no_gradients(implementation: Implementation):
 
 def test_thresholds_are_values_of_one_program():
     arguments = suite.named("own-lists").arguments(KEY)
-    run = jax.jit(lambda threshold: block_sparse_attention(**arguments, skip_threshold=threshold))
+    traced = []
+
+    @jax.jit
+    def run(threshold: jax.Array) -> Any:
+        traced.append(threshold)
+        return block_sparse_attention(**arguments, skip_threshold=threshold)
+
     for threshold in (0.0, 0.1, 1.0):
-        run(threshold)
-    assert run._cache_size() == 1
+        run(jnp.float32(threshold))
+    assert len(traced) == 1

@@ -102,6 +102,7 @@ BASE, GATE = str(tiny_lm.path()), str(tiny_lm.gates()["prefill"])
 COMMANDS = [
     (["demo"], "seer_jax.commands.demo:from_pretrained", ["--output"]),
     (["eval"], "seer_jax.commands.eval:from_pretrained", ["--output"]),
+    (["calibrate", "--gates", "tiny-lm"], "seer_jax.commands.calibrate:from_pretrained", ["--output"]),
     (["generate", "--prompt", "x"], "seer_jax.commands.generate:from_pretrained", ["--report"]),
     (["bench", "prefill"], "seer_jax.bench.prefill:measure_prefill", ["--output", "--plot"]),
     (["bench", "decode"], "seer_jax.bench.decode:measure_decode", ["--output", "--plot"]),

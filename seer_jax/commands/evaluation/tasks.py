@@ -142,8 +142,10 @@ class TaskJob:
         model = describe_folder(self.name, resolve(self.name, patterns, **config.hub), patterns)
         folders = resolve_gates(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
         gates = [describe_folder(str(folder), folder, GATE_PATTERNS) for folder in folders]
-        sources = [task.source for task, _ in self.tasks if getattr(task, "source", None) is not None]  # pyright: ignore[reportAttributeAccessIssue]
-        files = [describe_file(path) for path in dict.fromkeys([*sources, *([config.text] if config.text else [])])]
+        sources: list[Any] = [path for task, _ in self.tasks if (path := getattr(task, "source", None)) is not None]
+        if config.text is not None:
+            sources.append(config.text)
+        files = [describe_file(path) for path in dict.fromkeys(sources)]
         here, settings = environment(), config.to_json()
         facts = {
             "command": typed_command(PROGRAM),
@@ -213,8 +215,7 @@ def _new_scores(job: TaskJob, model: Transformer, there: Collection[Unit]) -> It
     if job.harness:
         from seer_jax.evaluate.harness.tasks import run_harness
 
-        of_harness = dict(samples=job.settings.count, length=job.settings.length, seed=job.settings.seed, done=there)
-        settings = of_harness | {"batch_size": job.config.batch_size}
+        settings |= dict(samples=job.settings.count, length=job.settings.length, seed=job.settings.seed, done=there)
         yield from run_harness(model, job.encoder.tokenizer, job.harness, job.policies, **settings)
 
 

@@ -12,7 +12,7 @@ def main() -> int:
     except ImportError as error:
         print(error, file=sys.stderr)
         return 1
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     cli_evaluate()
     return 0

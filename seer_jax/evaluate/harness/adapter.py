@@ -26,6 +26,7 @@ def load_harness_model(
     max_length: int | str | None = None,
     max_gen_toks: int | str = 256,
     seed: int | str = 0,
+    beyond_context: bool | str = False,
     revision: str | None = None,
     **others: Any,
 ) -> HarnessModel:
@@ -40,6 +41,7 @@ def load_harness_model(
       max_length: tokens of a row; None: the model's context.
       max_gen_toks: new tokens where a request names no number.
       seed: of requests that draw at random.
+      beyond_context: allow a `max_length` above the model's context.
       revision: of the base model on the hub.
       **others: those that the harness gives to every model.
 
@@ -59,7 +61,7 @@ def load_harness_model(
     model = from_pretrained(
         pretrained, named, dtype=DType.default() if dtype is None else jnp.dtype(dtype), revision=revision
     )
-    settings: dict[str, Any] = {**policies, **whole}
+    settings: dict[str, Any] = {**policies, **whole, "beyond_context": str(beyond_context) == "True"}
     return HarnessModel(model, load_tokenizer(pretrained, revision=revision), **settings)
 
 
@@ -78,8 +80,8 @@ def harness_class() -> Any:
       ImportError: lm-evaluation-harness is not installed.
     """
     try:
-        from lm_eval.api.model import LM
-        from lm_eval.api.registry import register_model
+        from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+        from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ImportError(
             f"lm-evaluation-harness must be installed; {error}. Install it: pip install 'seer-jax[eval]'."

@@ -69,6 +69,7 @@ class HarnessModel:
       max_length: tokens of a row; None: the model's context.
       new_tokens: of a continuation whose request names no number.
       seed: of requests that draw at random.
+      beyond_context: allow rows of more tokens than the model's context.
       kept: by phase, for each row so far, the share of the visible blocks that attention read.
     """
 
@@ -80,6 +81,7 @@ class HarnessModel:
     max_length: int | None = None
     new_tokens: int = 256
     seed: int = 0
+    beyond_context: bool = False
     kept: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {"prefill": [], "decode": []})
 
     def __post_init__(self) -> None:
@@ -89,6 +91,11 @@ class HarnessModel:
         if self.max_length is None:
             self.max_length = self.model.config.context
         whole_number("max_length", self.max_length, "an integer of at least 2", least=2)
+        if self.context > self.model.config.context and not self.beyond_context:
+            raise ValueError(
+                f"max_length must be at most {self.model.config.context}, the model's context; got {self.max_length}. Lower it, or pass "
+                "beyond_context=True."
+            )
         # As generations take them.
         request = Request.of(self.model, max_new_tokens=1, prefill=self.prefill, decode=self.decode)
         self.prefill, self.decode = request.prefill, request.decode
@@ -121,7 +128,9 @@ class HarnessModel:
         Raises:
           ValueError: a continuation has no token, or more than fit the context.
         """
-        return self.score([self._row(*pair) for pair in pairs])
+        rows = [self._row(*pair) for pair in pairs]
+        tokens = _cut([row.tokens for row in rows], [self.context] * len(rows))
+        return self.score([row._replace(tokens=kept) for row, kept in zip(rows, tokens, strict=True)])
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """Log-probability of each whole text, in windows of `max_length` tokens; each token is predicted once."""
@@ -140,6 +149,7 @@ class HarnessModel:
         """
         asked = [self._asked(settings) for _, settings in requests]
         prompts = [self._prompt(text, one.new_tokens) for (text, _), one in zip(requests, asked, strict=True)]
+        prompts = _cut(prompts, [self.context - one.new_tokens for one in asked])
         groups: dict[tuple[int, str], list[int]] = {}
         for number in sorted(range(len(requests)), key=lambda i: -len(prompts[i])):
             groups.setdefault((asked[number].new_tokens, str(asked[number].sampling)), []).append(number)
@@ -180,7 +190,7 @@ class HarnessModel:
                 f"A continuation must have 1 to {self.context - 1} tokens, as the context has {self.context}; got {scored} of "
                 f"{continuation[:40]!r}."
             )
-        return Row(self._cut(whole, self.context), scored)
+        return Row(whole, scored)
 
     def _windows(self, tokens: list[int]) -> Iterator[Row]:
         """Windows of a text, the first one after the prefix; the last one reaches back as far as the context does."""
@@ -191,20 +201,11 @@ class HarnessModel:
             yield Row(text[max(0, end - self.context) : end], new)
 
     def _prompt(self, text: str, new_tokens: int) -> list[int]:
-        room = self.context - new_tokens
-        if room < 1:
+        if new_tokens >= self.context:
             raise ValueError(
                 f"New tokens must leave room for the prompt in the context of {self.context} tokens; got {new_tokens}. Lower max_gen_toks."
             )
-        return self._cut(self.encode(text) or [self.prefix], room)
-
-    def _cut(self, tokens: list[int], room: int) -> list[int]:
-        if len(tokens) > room:
-            warnings.warn(
-                f"Prompts that exceed the context lose their beginning: {len(tokens)} tokens, {room} are kept.",
-                stacklevel=4,
-            )
-        return tokens[-room:]
+        return self.encode(text) or [self.prefix]
 
     def _asked(self, settings: Mapping[str, Any]) -> Asked:
         if unknown := [name for name in settings if name not in KNOWN]:
@@ -226,7 +227,7 @@ class HarnessModel:
 
     def _continue(self, numbers: Sequence[int], prompts: Sequence[list[int]], asked: Sequence[Asked]) -> list[str]:
         """Texts of one batch. Generation stops where every row has ended or holds one of its stop strings."""
-        filled = [*numbers, *numbers[:1] * (self.batch_size - len(numbers))]
+        filled = [*numbers, *[numbers[0]] * (self.batch_size - len(numbers))]
         tokens, lengths = pad_prompts([prompts[i] for i in filled])
         one = asked[numbers[0]]
         key = jax.random.key(self.seed)
@@ -240,7 +241,7 @@ class HarnessModel:
             if isinstance(one.sampling, Greedy)
             else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.array(filled)),
             eos=(*self.model.config.eos_token_ids, *self.tokenizer.end_of_turn()),
-            beyond_context=self.context > self.model.config.context,
+            beyond_context=self.beyond_context,
         )
         made: list[list[int]] = [[] for _ in filled]
         running = stream(self.model, tokens, lengths, chunk=STEPS, **settings)
@@ -287,6 +288,18 @@ def _score_ends(
     nll, best = jax.lax.map(chunk, places.T.reshape(-1, size, len(tokens)))
     columns = lambda x: jnp.swapaxes(x, 0, 1).reshape(len(tokens), -1)[:, :count]  # noqa: E731
     return columns(nll), columns(best), kept.mean(0)
+
+
+def _cut(prompts: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
+    """The ends of the prompts for which there is room; how many lose their beginning is told by a warning."""
+    longer = [len(tokens) for tokens, room in zip(prompts, rooms, strict=True) if len(tokens) > room]
+    if longer:
+        warnings.warn(
+            f"{len(longer)} of {len(prompts)} prompts exceed the context and lose their beginning: up to {max(longer)} tokens, at least "
+            f"{min(rooms)} are kept.",
+            stacklevel=3,
+        )
+    return [tokens[-room:] for tokens, room in zip(prompts, rooms, strict=True)]
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:

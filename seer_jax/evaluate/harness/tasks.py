@@ -25,6 +25,7 @@ def run_harness(
     length: int,
     batch_size: int = 8,
     seed: int = 0,
+    beyond_context: bool = False,
     done: Collection[Unit] = (),
 ) -> Iterator[list[TaskScore]]:
     """Scores each task under each policy, as the harness asks and scores it: without chat template, with its number of examples.
@@ -36,32 +37,25 @@ def run_harness(
       length: tokens of a row, at most.
       batch_size: rows at a time.
       seed: of the harness's random choices.
+      beyond_context: allow rows of more tokens than the model's context.
       done: units of scores that are there already; they are passed over.
 
     Yields:
       For one name and policy a score for each metric of each task.
     """
+    settings: dict[str, Any] = dict(batch_size=batch_size, max_length=length, seed=seed, beyond_context=beyond_context)
     for name in names:
         for policy in policies:
             if (name, policy.phase, policy.method, policy.level) not in done:
-                yield _scores(model, tokenizer, name, policy, samples, length, batch_size, seed)
+                wrapped = HarnessModel(model, tokenizer, policy.prefill, policy.decode, **settings)
+                yield _scores(wrapped, name, policy, samples)
 
 
-def _scores(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    name: str,
-    policy: TaskPolicy,
-    samples: int,
-    length: int,
-    batch_size: int,
-    seed: int,
-) -> list[TaskScore]:
-    from lm_eval.evaluator import simple_evaluate
+def _scores(wrapped: HarnessModel, name: str, policy: TaskPolicy, samples: int) -> list[TaskScore]:
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     started = time.monotonic()
-    wrapped = HarnessModel(model, tokenizer, policy.prefill, policy.decode, batch_size, length, seed=seed)
-    seeds: dict[str, Any] = {f"{kind}_seed": seed for kind in ("random", "numpy_random", "fewshot_random")}
+    seeds: dict[str, Any] = {f"{kind}_seed": wrapped.seed for kind in ("random", "numpy_random", "fewshot_random")}
     results: Any = simple_evaluate(
         harness_class()(wrapped), tasks=[name], limit=samples, bootstrap_iters=0, log_samples=True, **seeds
     )

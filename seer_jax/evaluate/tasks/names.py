@@ -84,7 +84,7 @@ def _beginning(name: str, tasks: Iterable[Task]) -> list[Task]:
 def _of_harness(name: str) -> str:
     if importlib.util.find_spec(HARNESS) is None:
         raise ImportError(f"tasks must be known; got {name!r}.{_hint(name)} {REMEDY}.")
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     if name not in (known := TaskManager().all_tasks):
         raise ValueError(f"tasks must be {SYNTAX}; got {name!r}.{_hint(name, known)}")

@@ -47,6 +47,10 @@ class Scorer:
                 f"{' and '.join(cls.phases()) or 'no phase'} alone. Use one of {others}."
             )
 
+    def check_block_size(self, block_size: int) -> None:
+        """Raises ValueError where the scorer's settings do not fit blocks of so many tokens."""
+        del block_size  # most fit any
+
     def prepare(self, context: PrefillContext) -> Any:
         """What the scorer makes of the keys of a layer and the last queries of its prompts, a pytree that all chunks of query rows
         share (`context.prepared`).

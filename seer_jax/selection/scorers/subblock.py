@@ -41,6 +41,12 @@ class SubBlock(Scorer):
     def __post_init__(self) -> None:
         whole_number("SubBlock.parts", self.parts)
 
+    def check_block_size(self, block_size: int) -> None:
+        if block_size % self.parts:
+            raise ValueError(
+                f"SubBlock.parts must divide the block size of {block_size} tokens; got {self.parts}. Use 1, 2, 4 or 8."
+            )
+
     def prepare(self, context: PrefillContext) -> tuple[Float32[Array, "B n K D"], Bool[Array, "B n"]]:
         return means(context.k_rotated, context.valid_keys, self._size(context.block_size), context.block_size)
 
@@ -77,8 +83,5 @@ class SubBlock(Scorer):
 
     def _size(self, block_size: int) -> int:
         """Tokens of a sub-block."""
-        if block_size % self.parts:
-            raise ValueError(
-                f"SubBlock.parts must divide the block size of {block_size} tokens; got {self.parts}. Use 1, 2, 4 or 8."
-            )
+        self.check_block_size(block_size)
         return block_size // self.parts

@@ -36,11 +36,14 @@ class XAttention(Scorer):
     def __post_init__(self) -> None:
         whole_number("XAttention.stride", self.stride)
 
-    def prepare(self, context: PrefillContext) -> Float[Array, "B Ss s K D"]:
-        if context.block_size % self.stride:
+    def check_block_size(self, block_size: int) -> None:
+        if block_size % self.stride:
             raise ValueError(
-                f"XAttention.stride must divide the block size of {context.block_size} tokens; got {self.stride}. Use 8 or 16."
+                f"XAttention.stride must divide the block size of {block_size} tokens; got {self.stride}. Use 8 or 16."
             )
+
+    def prepare(self, context: PrefillContext) -> Float[Array, "B Ss s K D"]:
+        self.check_block_size(context.block_size)
         keys = padded(without(context.k_rotated, context.valid_keys), context.block_size)
         return keys.reshape(len(keys), -1, self.stride, *keys.shape[2:])
 

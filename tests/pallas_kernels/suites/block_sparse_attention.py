@@ -98,7 +98,7 @@ def without_skipped(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, 
             if skipped:
                 left[i, h, queries, start : start + b] = False
             maximum = np.maximum(maximum, largest)
-    return left, *counts
+    return left, counts[0], counts[1]
 
 
 def attention64(arguments: dict[str, Any], mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -77,7 +77,11 @@ def test_a_run_is_shown_kept_and_can_be_repeated(
     assert {*facts, "block_sizes", "started", "updated", "estimators", "legend"} <= report.keys()
     assert report["text"]["bytes"] > 0 and len(report["text"]["sha256"]) == 64
     for score in report["scores"]:
-        assert {*ESTIMATORS, *(f"{name}_stderr" for name in ESTIMATORS), "passkey_by_depth"} <= score.keys()
+        figures = ("perplexity", "passkey", "passkey_tokens", "kept")
+        assert {*ESTIMATORS, *(f"{name}_stderr" for name in figures), "passkey_by_depth"} - {
+            "blocks_needed"
+        } <= score.keys()
+        assert score["tokens"] == 2 * 255 and score["over_dense"].keys() == {"value", "low", "high"}
         assert len(score["windows"]) == len(score["prompts"]) == 2
 
     # Next month, from the file alone.

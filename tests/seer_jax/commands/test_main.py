@@ -15,6 +15,7 @@ import seer_jax
 from pallas_kernels.backends import Operation
 from seer_jax.commands import info
 from seer_jax.commands import main as cli
+from seer_jax.commands.bench import BENCHES
 from seer_jax.selection.scorers import SCORERS
 
 
@@ -54,12 +55,18 @@ def test_help_comes_at_once():
     assert usage.ru_utime + usage.ru_stime < 2.5
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+# Names that mean nothing to a reader of a command line: those of code in backticks, of classes and of members of enums.
+INTERNAL = re.compile(r"`\S*`|\b[A-Z]\w+(?:Config|Settings|Options)\b|\b(?!HF_|XLA_|JAX_|SEER_)[A-Z]+_[A-Z_]+\b")
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *(f"bench {what}" for what in BENCHES)])
 def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     assert end.value.code == 0
-    assert f"usage: seer-jax {name}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"usage: seer-jax {name}" in text
+    assert INTERNAL.findall(" ".join(re.sub("[│╭╮╰╯─]", "", text).split())) == []
 
 
 @pytest.mark.parametrize("name", ["generate", "eval"])

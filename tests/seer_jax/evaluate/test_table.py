@@ -24,8 +24,8 @@ from seer_jax.evaluate import (
     write_scores,
 )
 from seer_jax.evaluate.score import ESTIMATORS
-from seer_jax.evaluate.table import losses, narrow_leads, print_scores
 from seer_jax.evaluate.statistics.intervals import interval_of_mean
+from seer_jax.evaluate.table import losses, narrow_leads, print_scores
 from seer_jax.selection.scorers import SinkWindow
 
 

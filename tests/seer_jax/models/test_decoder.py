@@ -457,7 +457,7 @@ BAD_INPUT = [
     (dict(lengths=np.ones(1, np.float32)), "lengths must be integers.*got float32"),
     (dict(lengths=np.zeros(1, np.int32)), "1 to T = 3 tokens.*got lengths 0 .. 0"),
     (dict(lengths=np.full(1, 4)), "got lengths 4 .. 4"),
-    (dict(sparsity=TopK(0.1)), "the model has none of this kind.*load one"),
+    (dict(sparsity=TopK(0.1)), "the model has no prefill gate.*load one"),
     (dict(sparsity=TokenBudget(8, Random())), "at least one block of 64 tokens; got 8"),
 ]
 

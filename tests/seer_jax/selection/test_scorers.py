@@ -258,3 +258,5 @@ def test_settings_that_do_not_divide_the_block_are_refused(scorer: Scorer):
         ValueError, match=rf"{type(scorer).__name__}\..* must divide the block size of 16 tokens; got 3. Use "
     ):
         scorer.prefill_scores(prefill_context(TOKENS, LENGTHS))
+    with pytest.raises(ValueError, match="must divide the block size of 64 tokens"):  # before anything is computed
+        TopK(0.5, scorer).check(2, None)

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from seer_jax import tiny_lm
 from seer_jax.bench.configs import DecodeBench, GroundTruthBench, PrefillBench, TrainBench
+from seer_jax.commands.calibrate import CalibrateConfig
 from seer_jax.commands.convert import ConvertConfig
 from seer_jax.commands.demo import DemoConfig
 from seer_jax.commands.errors.options import Options
@@ -180,6 +181,10 @@ def run_file_case(world: Path, place: Path, number: int) -> Outcome:
 COMMANDS: dict[str, tuple[type, str]] = {
     "generate": (GenerateConfig, "--prompt def --max-new-tokens 2 --model base --gates prefill decode"),
     "eval": (EvalConfig, EVAL.partition(" ")[2]),
+    "calibrate": (
+        CalibrateConfig,
+        "--model base --gates prefill --length 64 --windows 1 --held-out-windows 0 --density 0.7",
+    ),
     "convert": (ConvertConfig, "--gates prefill --output out"),
     "verify": (VerifyConfig, "--model base --reference reference.safetensors"),
     "train": (DistillConfig, TRAIN.partition(" ")[2]),

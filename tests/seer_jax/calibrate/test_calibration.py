@@ -1,0 +1,163 @@
+"""Calibrated policies: what the statistics say against the definition, targets, and the choice of levels."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seer_jax
+from seer_jax.calibrate import Quantity, Target, calibrate, held_out_report
+from seer_jax.calibrate.calibration import Statistics, losses
+from seer_jax.calibrate.choose import cheapest_levels
+from seer_jax.calibrate.collect import collect_curves, kept_mass
+from seer_jax.calibrate.levels import GRIDS, Curves, rise
+from seer_jax.calibrate.sensitivity import output_gradients
+from seer_jax.evaluate import score_prompts
+from seer_jax.evaluate.levels import Phase
+from seer_jax.models.decoder import Transformer
+from seer_jax.selection.policies import Dense
+from seer_jax.selection.scorers import LearnedGate
+from tests.seer_jax.conftest import tiny_model
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+TOKENS = np.random.default_rng(0).integers(0, 64, (1, 128)).astype(np.int32)
+LEVELS = (0, 30, 55, 70)
+
+
+@functools.cache
+def measured(phase: Phase) -> tuple[Transformer, jax.Array, dict[str, Curves]]:
+    """A tiny random model, gradients of its heads' outputs, and its curves."""
+    model = tiny_model()
+    gradients = output_gradients(model, jnp.asarray(TOKENS))
+    return model, gradients, collect_curves(model, jnp.asarray(TOKENS), gradients, LearnedGate(), phase=phase)
+
+
+@pytest.mark.parametrize(
+    ("phase", "rule"),
+    [
+        (Phase.PREFILL, "threshold"),
+        (Phase.DECODE, "mass"),
+        pytest.param(Phase.PREFILL, "mass", marks=pytest.mark.slow),
+        pytest.param(Phase.DECODE, "threshold", marks=pytest.mark.slow),
+    ],
+)
+def test_curves_say_what_policies_keep(phase: Phase, rule: str):
+    """In the first layer, whose inputs no policy changes, the curves are what the policy itself keeps there."""
+    model, _, curves = measured(phase)
+    found = curves[rule]
+    heads = 4 if phase is Phase.PREFILL else 2
+    assert found.density.shape == (2, heads, len(GRIDS[rule].values))
+    for level in LEVELS:
+        policy = GRIDS[rule].rule(np.full((2, heads), GRIDS[rule].values[level], np.float32), dense_last_rows=0)
+        kept = kept_mass(model, jnp.asarray(TOKENS), policy, phase=phase)
+        np.testing.assert_allclose(1 - found.missed[..., level].mean(1), kept, atol=1e-5)
+        if phase is Phase.PREFILL:
+            _, shares = model.hidden_states(jnp.asarray(TOKENS), sparsity=policy)
+            np.testing.assert_allclose(found.density[0, :, level].mean(), shares[0, 0], atol=1e-6)
+    assert (np.diff(found.density, axis=-1) <= 1e-6).all()
+    assert found.loss[..., 0].max() == 0 and found.loss[..., -1].min() > 0
+
+
+def test_gradients_are_those_of_the_loss():
+    """Along a direction, against a difference of losses of the model whose value projection's bias moves one head's output."""
+    model, gradients, _ = measured(Phase.PREFILL)
+    shift = np.random.default_rng(1).normal(size=gradients.shape[2:]).astype(np.float32)
+
+    def loss(step: float) -> float:
+        def attend(layer, state, q, k, v):
+            context = model.prefill_context(layer, q, k, v, jnp.array([128]))
+            out, _ = seer_jax.models.attention.prefill_attention(Dense(), context)
+            return out + (jnp.where(layer.index == 1, step, 0.0) * shift)[None, None], state, None
+
+        hidden, _, _ = model.scan(jnp.asarray(TOKENS), attend)
+        log_p = jax.nn.log_softmax(model.logits(hidden[0, :-1]))
+        return -float(jnp.take_along_axis(log_p, jnp.asarray(TOKENS[0, 1:, None]), 1).sum())
+
+    expected = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    np.testing.assert_allclose((gradients[1] * shift[None]).sum(), expected, rtol=2e-2)
+
+
+def test_rise_is_quadratic_then_linear():
+    np.testing.assert_allclose(rise(jnp.array([0.0, -0.5, 1.0, -3.0])), [0, 0.125, 0.5, 2.5])
+
+
+def test_levels_spend_blocks_where_they_count():
+    """One head loses ten times as much as the other: it keeps more; the mean density is met, and no cheaper choice exists."""
+    share = np.linspace(1, 0.1, 10)
+    loss = (1 - share) ** 2 * np.array([[[1.0], [10.0]]])
+    curves = Curves(np.broadcast_to(share, (1, 2, 10)), np.zeros((1, 2, 10)), loss)
+    levels = cheapest_levels(curves, 0.5)
+    kept = share[levels[0]]
+    assert kept.mean() <= 0.5 + 1e-9 and kept[1] > kept[0]
+    pairs = [(i, j) for i in range(10) for j in range(10) if share[i] + share[j] <= 1 + 1e-9]
+    assert (
+        loss[0, 0, levels[0, 0]] + loss[0, 1, levels[0, 1]]
+        <= min(loss[0, 0, i] + loss[0, 1, j] for i, j in pairs) * 1.3
+    )
+    fixed = cheapest_levels(Curves(*(np.concatenate([x, x]) for x in curves)), 0.75, dense_layers=1)
+    np.testing.assert_array_equal(fixed[0], 0)
+    with pytest.raises(
+        ValueError, match=r"density must be at least 0\.100, what every row keeps .*; got 0\.05\. Raise it"
+    ):
+        cheapest_levels(curves, 0.05)
+
+
+@functools.cache
+def bundled() -> tuple[Transformer, np.ndarray]:
+    """The bundled model with its gates, and windows of its held-out text."""
+    model = seer_jax.from_pretrained("tiny-lm", gates="tiny-lm", dtype="float32")
+    text = seer_jax.tiny_lm.eval_text()[:12_000]
+    tokens = np.array(seer_jax.load_tokenizer("tiny-lm").encode(text, special_tokens=False), np.int32)
+    return model, tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[:1]
+
+
+def test_calibrated_beats_one_threshold():
+    """On the calibration text, at equal density."""
+    model, windows = bundled()
+    found = Statistics.of(model, windows, phase=Phase.PREFILL, scorer=LearnedGate(), rules=["threshold"])
+    levels = found.levels("threshold", 0.35)
+    assert levels.shape == (8, 8)
+    assert found.density("threshold", levels) == pytest.approx(0.35, abs=0.005)
+    calibrated, one = found.policy("threshold", levels), found.rivals(0.35)["one threshold"]
+    (ours, kept), (theirs, shares) = (losses(model, windows, policy, Phase.PREFILL) for policy in (calibrated, one))
+    assert kept.mean() == pytest.approx(0.35, abs=0.02) and shares.mean() == pytest.approx(0.35, abs=0.02)
+    assert ours.mean() < theirs.mean()
+
+
+def test_kept_mass_is_met_and_reported():
+    model, _, _ = measured(Phase.DECODE)
+    windows = np.concatenate([TOKENS, TOKENS[:, ::-1]])
+    found = calibrate(model, windows, Target(Quantity.KEPT_MASS, 0.9), phase=Phase.DECODE)
+    assert 0.9 <= found.kept_mass < 0.93 and np.shape(getattr(found.policy, found.policy.value)) == (2, 2)
+    report = held_out_report(model, windows, found)
+    assert [row.title for row in report.rows] == ["calibrated", "one threshold", "one cumulative mass", "top-k"]
+    assert report.rows[0].kept_mass == pytest.approx(found.kept_mass, abs=1e-4)
+    assert all(row.interval[0] < row.over < row.interval[1] for row in report.rows)
+    assert math.isclose(
+        report.dense,
+        float(np.exp(np.mean([score_prompts(model, jnp.asarray(w)[None]).nll.mean() for w in windows]))),
+        rel_tol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("quantity", "value", "message"),
+    [
+        (Quantity.DENSITY, 0.0, r"density, the share of the visible blocks .* \(0, 1\]; got 0\.0"),
+        (Quantity.OVER, -0.1, r"over, the share by which .* above 0; got -0\.1"),
+        (Quantity.KEPT_MASS, 1.0, r"kept_mass, .* \(0, 1\); got 1\.0"),
+    ],
+)
+def test_targets_check_themselves(quantity: Quantity, value: float, message: str):
+    with pytest.raises(ValueError, match=message):
+        Target(quantity, value)
+
+
+def test_windows_are_whole_blocks():
+    model, _, _ = measured(Phase.PREFILL)
+    with pytest.raises(ValueError, match=r"`length`, .* multiple of the block size 16, from 32 to 8192; got 120"):
+        calibrate(model, TOKENS[:, :120], Target(Quantity.DENSITY, 0.5), phase=Phase.PREFILL)

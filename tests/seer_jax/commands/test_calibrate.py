@@ -1,0 +1,105 @@
+"""`seer-jax calibrate`: a whole run on a tiny model, what it leaves, and that other commands use it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seer_jax.calibrate import Quantity, Target
+from seer_jax.commands import main as cli
+from seer_jax.commands.calibrate import CalibrateConfig
+from seer_jax.convert import load_gates
+from seer_jax.evaluate import Phase, parse_level
+from seer_jax.selection.notation import parse_policy, write_policy_file
+from seer_jax.selection.rules import Threshold
+from seer_jax.selection.scorers import Oracle
+
+pytestmark = pytest.mark.usefixtures("compile_quickly", "unchecked")
+
+SMALL = ["--length", "64", "--windows", "1", "--held-out-windows", "2", "--rule", "threshold", "--density", "0.7"]
+
+
+@pytest.fixture
+def words(saved: Path, tmp_path: Path) -> list[str]:
+    (tmp_path / "text.txt").write_text("def main(argv):\n    return argv[1:]\n" * 120)
+    return ["calibrate", "--model", str(saved / "base"), "--text", str(tmp_path / "text.txt"), *SMALL]
+
+
+def test_calibrated_gates_are_used_by_default(
+    words: list[str], saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output, source = tmp_path / "out", saved / "prefill"
+    words = [*words, "--gates", str(source), "--output", str(output)]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert all(
+        f"\n{row}" in said
+        for row in ("dense, perplexity ", "calibrated, threshold per layer", "one threshold, 0.", "top-k, 0.")
+    )
+    gate = load_gates(output / "prefill_gate")
+    assert isinstance(gate.recommended, Threshold) and gate.recommended.dense_last_rows == 2
+    assert np.shape(gate.recommended.threshold) == (2, 4)
+    name = "attn_gate_weights.safetensors"
+    assert (output / "prefill_gate" / name).read_bytes() == (source / name).read_bytes()
+    saved_config = json.loads((output / "prefill_gate" / "config.json").read_text())
+    assert saved_config["seer_jax_calibration"]["length"] == 64 and saved_config["base_model"] == "base"
+    report = json.loads((output / "calibration.json").read_text())
+    assert [row["title"] for row in report["prefill"]["held_out"]] == ["calibrated", "one threshold", "top-k"]
+    generate = [
+        "generate",
+        "--model",
+        str(saved / "base"),
+        "--gates",
+        str(output),
+        "--prompt",
+        "def",
+        "--max-new-tokens",
+        "1",
+    ]
+    assert cli.main(generate) == 0
+    assert "threshold:[2 x 4]" in capsys.readouterr().err
+    assert cli.main(words) == 1
+    assert "--output must not hold what is to be written; " in capsys.readouterr().err
+
+
+def test_a_baseline_becomes_a_policy_file(words: list[str], saved: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    assert (
+        cli.main([*words, "--length", "128", "--baseline", "oracle", "--phases", "decode", "--output", str(output)])
+        == 0
+    )
+    policy = parse_policy(str(output / "decode.json"))
+    assert isinstance(policy, Threshold) and policy.scorer == Oracle() and np.shape(policy.threshold) == (2, 2)
+    assert parse_level(str(output / "decode.json")).methods == (Oracle(),)
+    generate = ["generate", "--model", str(saved / "base"), "--prompt", "def", "--max-new-tokens", "2"]
+    assert cli.main([*generate, "--decode", str(output / "decode.json")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "must hold JSON"),
+        ("[]", "must hold a policy, .* calibrate again"),
+        ("{}", "it has no 'policy'. Write the policy as text"),
+    ],
+)
+def test_a_file_that_holds_no_policy(text: str, message: str, tmp_path: Path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_policy(str(tmp_path / "x.json"))
+
+
+def test_policy_files_keep_policies(tmp_path: Path):
+    policy = Threshold(np.array([[0.25, 0.5]], np.float32), Oracle(), dense_last_rows=0)
+    write_policy_file(tmp_path / "x.json", policy, calibration={"length": 64})
+    again = parse_policy(str(tmp_path / "x.json"))
+    assert str(again) == str(policy) and isinstance(again, Threshold)
+    np.testing.assert_array_equal(np.asarray(again.threshold), policy.threshold)
+
+
+def test_the_target_is_one():
+    assert CalibrateConfig(gates=("x",)).target == Target(Quantity.OVER, 0.01)
+    assert CalibrateConfig(gates=("x",), kept_mass=0.9, phases=(Phase.DECODE,)).target == Target(
+        Quantity.KEPT_MASS, 0.9
+    )
