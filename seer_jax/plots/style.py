@@ -33,6 +33,7 @@ SETTINGS: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
     "legend.frameon": False,
+    "legend.handlelength": 3.2,
     "svg.hashsalt": "seer-jax",
 }
 LINES = ("-", "--", ":", "-.")
@@ -107,7 +108,9 @@ def drawing(path: Path, height: float, *, width: float = WIDTH) -> Iterator[Any]
         figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
         FigureCanvasAgg(figure)
         yield figure
-        undated: dict[str, Any] = {} if form == "png" else {"metadata": {"Date" if form == "svg" else "CreationDate": None}}
+        undated: dict[str, Any] = (
+            {} if form == "png" else {"metadata": {"Date" if form == "svg" else "CreationDate": None}}
+        )
         figure.savefig(data, format=form, **undated)
     write_bytes(path, data.getvalue())
 

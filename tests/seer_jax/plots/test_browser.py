@@ -12,13 +12,13 @@ import pytest
 
 from seer_jax.evaluate import Phase
 from seer_jax.plots import BlockMaps, write_page
-from seer_jax.plots.page import FLOOR, PagePhase
+from seer_jax.plots.page import FLOOR, STEPS, PagePhase
 from tests.browser import find_browser
 
 pytestmark = pytest.mark.browser
 
 BLOCK, LAYERS = 16, 3
-STEP = FLOOR ** (-0.5 / 254)  # half a step of the page's bytes, as a ratio
+STEP = FLOOR ** (-0.5 / STEPS)  # half a step of the page's bytes, as a ratio
 WIDTH = 900  # pixels of the window
 
 

@@ -78,7 +78,7 @@ def test_curves_are_levels_over_dense_by_their_density(write: Callable[..., Path
     assert [x.rule for x in loss_curves(experiment, Phase.PREFILL, rules=["mass"])] == ["mass"]
 
 
-@pytest.mark.parametrize(("scale", "label"), [(100.0, "window, topk: above 40%"), (0.01, "window, topk: below 10%")])
+@pytest.mark.parametrize(("scale", "label"), [(100.0, "window, topk: >40%"), (0.01, "window, topk: <10%")])
 def test_needed_blocks_outside_the_ladder_say_so(write: Callable[..., Path], scale: float, label: str):
     (experiment,) = read_experiments([write("scores.json", [DENSE, *ladder("window", scale)])])
     assert [curve.label for curve in loss_curves(experiment, Phase.PREFILL)] == [f"sink+{label}"]
