@@ -25,7 +25,7 @@ from seer_jax import (
     TokenBudget,
     TopK,
 )
-from seer_jax.evaluate import block_maps
+from seer_jax.plots import block_maps
 from seer_jax.train import DistillConfig, FinetuneConfig, distill, finetune
 from tests.seer_jax.conftest import tiny_model
 
