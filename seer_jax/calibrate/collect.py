@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.online_softmax import dot
-from seer_jax.calibrate.levels import GRIDS, Curves, Rows, drop_curves
+from seer_jax.calibrate.levels import GRIDS, Curves, Rows, Tokens, drop_curves
 from seer_jax.evaluate.levels import Phase
 from seer_jax.evaluate.window import Token, token_contexts
 from seer_jax.models.attention import ROWS_AT_ONCE
@@ -133,14 +133,20 @@ class _Layer:
 
     def curves(self, scores: _Read, gradient: Float[Array, "T H D"], rules: tuple[str, ...]) -> dict[str, Curves]:
         """Of each rule."""
+        size_of_values = jnp.sqrt(jnp.square(self.v.astype(jnp.float32)).mean((0, 2)))
 
         def chunk(first: Int[Array, ""], size: int) -> dict[str, Curves]:
             mass, effect = self._effects(first, size, gradient)
             rows = self._rows(first, size, scores(first, size))
-            return {
-                rule: drop_curves(rows, self._by_list(mass, rows), self._by_list(effect, rows), GRIDS[rule])
-                for rule in rules
-            }
+            lists, count = rows.scores.shape[:2]
+
+            def by_list(x: jax.Array) -> jax.Array:
+                return jnp.moveaxis(x.reshape(lists, -1, count, self.row, *x.shape[2:]), 1, 3)
+
+            scale = jnp.linalg.norm(jax.lax.dynamic_slice_in_dim(gradient, first, size).astype(jnp.float32), axis=-1)
+            scale = (scale * jnp.repeat(size_of_values, scale.shape[1] // len(size_of_values))[None]).T
+            tokens = Tokens(by_list(mass), by_list(effect), by_list(scale))
+            return {rule: drop_curves(rows, tokens, GRIDS[rule]) for rule in rules}
 
         visible = self.block_size // self.row * self.num_blocks * (self.num_blocks + 1) / 2
         return {rule: found.normalised(visible, len(self.q)) for rule, found in self._sum(chunk).items()}
@@ -170,10 +176,6 @@ class _Layer:
         if self.row > 1:
             return Rows(scores, column <= current, column <= current, own)
         return Rows(scores, column <= current, column < current, own | (column == 0))
-
-    def _by_list(self, x: Float32[Array, "H n Sb"], rows: Rows) -> Float32[Array, "X R row G Sb"]:
-        lists, count = rows.scores.shape[:2]
-        return jnp.moveaxis(x.reshape(lists, -1, count, self.row, self.num_blocks), 1, 3)
 
     def _effects(
         self, first: Int[Array, ""], size: int, gradient: Float[Array, "T H D"] | None

@@ -10,7 +10,7 @@ import pytest
 
 import seer_jax
 from seer_jax.calibrate import Quantity, Target, calibrate, held_out_report
-from seer_jax.calibrate.calibration import Statistics, losses
+from seer_jax.calibrate.calibration import Choice, Statistics, losses
 from seer_jax.calibrate.choose import cheapest_levels
 from seer_jax.calibrate.collect import collect_curves, kept_mass
 from seer_jax.calibrate.levels import GRIDS, Curves, rise
@@ -89,7 +89,7 @@ def test_levels_spend_blocks_where_they_count():
     """One head loses ten times as much as the other: it keeps more; the mean density is met, and no cheaper choice exists."""
     share = np.linspace(1, 0.1, 10)
     loss = (1 - share) ** 2 * np.array([[[1.0], [10.0]]])
-    curves = Curves(np.broadcast_to(share, (1, 2, 10)), np.zeros((1, 2, 10)), loss)
+    curves = Curves(np.broadcast_to(share, (1, 2, 10)), np.zeros((1, 2, 10)), loss, loss)
     levels = cheapest_levels(curves, 0.5)
     kept = share[levels[0]]
     assert kept.mean() <= 0.5 + 1e-9 and kept[1] > kept[0]
@@ -119,12 +119,12 @@ def test_calibrated_beats_one_threshold():
     """On the calibration text, at equal density."""
     model, windows = bundled()
     found = Statistics.of(model, windows, phase=Phase.PREFILL, scorer=LearnedGate(), rules=["threshold"])
-    levels = found.levels("threshold", 0.35)
+    levels = found.levels(Choice("threshold", 1.0), 0.25)
     assert levels.shape == (8, 8)
-    assert found.density("threshold", levels) == pytest.approx(0.35, abs=0.005)
-    calibrated, one = found.policy("threshold", levels), found.rivals(0.35)["one threshold"]
+    assert found.density("threshold", levels) == pytest.approx(0.25, abs=0.005)
+    calibrated, one = found.policy("threshold", levels), found.rivals(0.25)["one threshold"]
     (ours, kept), (theirs, shares) = (losses(model, windows, policy, Phase.PREFILL) for policy in (calibrated, one))
-    assert kept.mean() == pytest.approx(0.35, abs=0.02) and shares.mean() == pytest.approx(0.35, abs=0.02)
+    assert kept.mean() == pytest.approx(0.25, abs=0.02) and shares.mean() == pytest.approx(0.25, abs=0.02)
     assert ours.mean() < theirs.mean()
 
 
