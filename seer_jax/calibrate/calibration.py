@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from seer_jax.calibrate.choose import at_levels, cheapest_levels, one_level
+from seer_jax.calibrate.choose import at_levels, check_reachable, cheapest_levels, one_level
 from seer_jax.calibrate.collect import MAX_BLOCKS, collect_curves
 from seer_jax.calibrate.levels import GRIDS, Curves
 from seer_jax.calibrate.sensitivity import output_gradients
@@ -64,8 +64,7 @@ def calibrate(
 ) -> Calibration:
     """Chooses thresholds, or masses, per layer and head.
 
-    See the README of this folder for the method. One backward and one forward pass over each window; with several rules, or a target
-    loss, some sparse passes more.
+    See the README of this folder for the method. One backward and one forward pass over each window, then a few sparse ones.
 
     Args:
       model: with the gate that the scorer needs.
@@ -159,8 +158,9 @@ class Statistics:
 
     @property
     def choices(self) -> list[Choice]:
-        """That are tried."""
-        return [Choice(rule, caution) for caution in CAUTIONS for rule in self.curves]
+        """That are tried; of a single window, which nothing can be checked against, the most cautious ones."""
+        cautions = CAUTIONS if len(self.windows) > 1 else (max(CAUTIONS),)
+        return [Choice(rule, caution) for caution in cautions for rule in self.curves]
 
     @property
     def length(self) -> int:
@@ -266,6 +266,8 @@ _Found = tuple[Choice, float, float | None]  # density, perplexity over dense
 
 def _for_density(found: Statistics, density: float, progress: Progress) -> _Found:
     """The choice with the least measured loss at a density."""
+    for curves in found.curves.values():
+        check_reachable(curves, density, dense_layers=found.dense_layers)
     measured = [(_measured(found, choice, density, progress), choice) for choice in found.choices]
     over, choice = min(measured)
     return choice, density, over
@@ -288,14 +290,14 @@ def _for_loss(found: Statistics, over: float, progress: Progress) -> _Found:
 
 def _measured(found: Statistics, choice: Choice, density: float, progress: Progress) -> float:
     over = found.over(choice, density)
-    progress(f"{choice} at {density:.1%} of the blocks: +{over:.2%} of dense perplexity")
+    progress(f"{choice} at {density:.1%} of the blocks: {over:+.2%} of dense perplexity")
     return over
 
 
 def _for_kept_mass(found: Statistics, mass: float, progress: Progress) -> _Found:
     """The rule with the least density that keeps an attention mass, by the curves alone."""
     results = []
-    for choice in (choice for choice in found.choices if choice.caution == CAUTIONS[0]):
+    for choice in (choice for choice in found.choices if choice.caution == found.choices[0].caution):
 
         def missed(density: float, choice: Choice = choice) -> float:
             return 1 - found.kept_mass(choice.rule, found.levels(choice, density))

@@ -117,7 +117,7 @@ def held_out_report(
         every, (found, kept) = by_list(model, policy, phase), losses(model, windows, policy, phase)
         masses = [float(kept_mass(model, jnp.asarray(w, jnp.int32)[None], every, phase=phase).mean()) for w in windows]
         rows.append(HeldOut(title, policy, float(kept.mean()), float(np.mean(masses)), tuple((found - dense).tolist())))
-        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, +{rows[-1].over:.2%} of dense perplexity")
+        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, {rows[-1].over:+.2%} of dense perplexity")
     return Report(calibration, perplexity(dense), tuple(rows))
 
 
