@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 ENVIRONMENT := .venv/.installed$(if $(EXTRA),-$(subst $(comma),-,$(EXTRA)))
 
-.PHONY: help demo test test-slow test-gpu check format lock clean environment
+.PHONY: help demo test test-slow test-gpu check format lock clean environment browser
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test        make the environment and run the tests (8 minutes on 2 cores)"
 	@echo "make test-slow   run the tests that take longest (15 minutes on 2 cores)"
 	@echo "make test-gpu    run all tests on an NVIDIA GPU"
+	@echo "make browser     install Chromium for the tests of pages where there is none (apt-get, as root)"
 	@echo "make check       lint, format and types"
 	@echo "make format      let ruff format the code and fix what it can"
 	@echo "make environment make the environment alone"
@@ -42,6 +43,10 @@ test-slow: $(ENVIRONMENT)
 # The GPU comes first; its host's CPU is there for the tests about arrays of several devices.
 test-gpu: .venv/.installed-cuda13
 	SEER_JAX_TEST_PLATFORM=cuda,cpu $(PYTEST) -m "" $(ARGS)
+
+browser:
+	@command -v chromium-headless-shell || command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell; }
 
 check: $(ENVIRONMENT)
 	$(BIN)/ruff format --check

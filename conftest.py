@@ -26,6 +26,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from tests.browser import find_browser
 from tests.packaging.checkout import PACKAGES, RECIPE, ROOT
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -49,7 +50,11 @@ hypothesis.settings.load_profile("seer_jax")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that are for another device."""
+    """Skips the tests that are for another device, and outside of CI those that need a browser where there is none."""
+    if find_browser() is None and not os.environ.get("CI"):
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason="for Chromium (make browser)"))
     other, reason = ("cpu", "for a CPU") if jax.default_backend() == "gpu" else ("gpu", "for an NVIDIA GPU")
     skip = pytest.mark.skip(reason=f"{reason} (SEER_JAX_TEST_PLATFORM)")
     for item in items:

@@ -1,4 +1,4 @@
-"""Base models: Hugging Face safetensors folders in and out."""
+"""Base models: Hugging Face safetensors folders in and out, and GGUF files in."""
 
 import dataclasses
 import fnmatch
@@ -15,22 +15,25 @@ import numpy as np
 from flax import nnx
 
 from seer_jax.convert.files import Replacement, replacing_files
+from seer_jax.convert.formats.gguf import GGUFSource
 from seer_jax.convert.formats.sources import SafetensorsSource, TensorSource
 from seer_jax.convert.rules import ROTARY_BUFFERS, TIED_HEAD, base_rules
 from seer_jax.convert.stream import Sharding, load_parameters, tensors_of
 from seer_jax.folders import check_is_base
-from seer_jax.inference.text import TOKENIZER_PATTERNS
+from seer_jax.gguf.header import is_gguf
+from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
+from seer_jax.inference.text import TOKENIZER_CONFIG, TOKENIZER_PATTERNS, Tokenizer
 from seer_jax.models.config import DType, ModelConfig
-from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, resolve
+from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, read_optional, resolve
 from seer_jax.models.layers import BaseParam
 from seer_jax.outputs import not_written
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 TEXT_PATTERNS = (
     *TOKENIZER_PATTERNS,
-    "generation_config.json",
+    GENERATION_CONFIG,
 )  # what a model needs besides weights to read and write text
 SHARD_BYTES = 5 * 10**9
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -44,12 +47,13 @@ _SHARDS = "model*.safetensors"
 def load_base(
     location: Location, *, dtype: Any = jnp.bfloat16, sharding: Sharding | None = None, **hub: Unpack[HubSettings]
 ) -> Transformer:
-    """A base model from a Hugging Face folder or hub id, without gates.
+    """A base model from a Hugging Face folder, a GGUF file or a hub id, without gates.
 
     Tensors go to their device piece by piece: the host never holds more than a few tens of MB besides the model.
 
     Args:
-      location: a folder with `config.json` and safetensors (one file, or several with an index), a hub id, or "tiny-lm".
+      location: a folder with `config.json` and safetensors (one file, or several with an index), a GGUF file, a hub id, "tiny-lm" or
+        "smollm2".
       dtype: of all weights, bfloat16 or float32.
       sharding: the `jax.sharding.Sharding` of each parameter, from its path (such as "layers.mlp.up_proj.weight", with its
         leading axis over layers) and its abstract array; each device reads only its own part. None: the default device.
@@ -63,16 +67,18 @@ def load_base(
     dtype = DType.of(dtype)
     folder = resolve(location, BASE_PATTERNS, **hub)
     check_is_base(folder)
-    hf = read_config(folder)
-    config = config_from_hf(hf)
-    files = _weight_files(folder)
+    config = config_from_hf(read_config(folder))
     ignored = (*ROTARY_BUFFERS, TIED_HEAD) if config.tie_word_embeddings else ROTARY_BUFFERS
-    with SafetensorsSource(files) as source:
+    with _open(folder, config) as source:
         if config.tie_word_embeddings:
             _check_tied(source)
         return load_parameters(
             abstract_model(config, dtype), base_rules(config), source, ignored=ignored, sharding=sharding
         )
+
+
+def _open(place: Path, config: ModelConfig) -> GGUFSource | SafetensorsSource:
+    return GGUFSource(place, head_dim=config.head_dim) if is_gguf(place) else SafetensorsSource(_weight_files(place))
 
 
 def abstract_model(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Transformer:
@@ -98,7 +104,7 @@ def save_base(
       folder: created if it does not exist.
       hf_config: the `config.json` to write, for example of the model this one was trained from; None: one is made from the
         configuration.
-      tokenizer: folder or hub id of the model whose tokenizer and `generation_config.json` are copied, without which the folder takes
+      tokenizer: folder, GGUF file or hub id of the model whose tokenizer and `generation_config.json` are copied, without which the folder takes
         tokens alone. None: none is written, and one that the folder has stays.
       shard_bytes: larger weights are split into files of at most this size; the host holds one file at a time.
 
@@ -106,6 +112,7 @@ def save_base(
       ValueError: hf_config describes another model.
       FileNotFoundError: the folder of `tokenizer` has none; see also `hub.resolve`.
     """
+    check_model(model)
     folder = Path(folder)
     hf = dict(config_to_hf(model.config) if hf_config is None else hf_config)
     expected, got = (_without_eos(config_from_hf(c)) for c in (config_to_hf(model.config), hf))
@@ -116,7 +123,9 @@ def save_base(
     source = None if tokenizer is None else _tokenizer_folder(tokenizer)
     with replacing_files(folder) as files:
         _write_shards(files, tensors_of(model, BaseParam, base_rules(model.config)), shard_bytes)
-        if source is not None and source.resolve() != folder.resolve():
+        if source is not None and is_gguf(source):
+            _write_text_files(files, source)
+        elif source is not None and source.resolve() != folder.resolve():
             copy_files(files, {path for pattern in TEXT_PATTERNS for path in source.glob(pattern)})
         files.path("config.json").write_text(config_text(hf), encoding="utf-8")
 
@@ -131,13 +140,20 @@ def copy_files(files: Replacement, paths: Iterable[Path]) -> None:
         _remove_weights(files)
 
 
+def _write_text_files(files: Replacement, source: Path) -> None:
+    """Writes the tokenizer and the settings of a generation that a GGUF file describes."""
+    files.path("tokenizer.json").write_text(Tokenizer.load(source).to_json(), encoding="utf-8")
+    for name in (TOKENIZER_CONFIG, GENERATION_CONFIG):
+        files.path(name).write_text(config_text(read_optional(source, name)), encoding="utf-8")
+
+
 def _remove_weights(files: Replacement) -> None:
     files.remove(*files.folder.glob(_SHARDS), files.folder / _INDEX)
 
 
 def _tokenizer_folder(location: Location) -> Path:
     folder = resolve(location, TEXT_PATTERNS)
-    if not any(path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)):
+    if not is_gguf(folder) and not any(path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)):
         raise FileNotFoundError(
             f"The folder of `tokenizer` must hold a tokenizer; {folder} has none of {', '.join(TOKENIZER_PATTERNS)}."
         )

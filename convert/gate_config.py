@@ -173,7 +173,12 @@ def policy_to_hf(policy: Policy, config: GateConfig) -> dict[str, Any]:
 
 def _release_keys(policy: Policy, config: GateConfig) -> dict[str, Any]:
     """The release's keys for a policy, without their prefix; none where they cannot express it."""
-    if not isinstance(policy, RankingPolicy) or type(policy.scorer) is not LearnedGate or policy.dense_layers:
+    if (
+        not isinstance(policy, RankingPolicy)
+        or type(policy.scorer) is not LearnedGate
+        or policy.dense_layers
+        or policy.skip is not None
+    ):
         return {}
     rows, dense_rows = {}, getattr(policy, "dense_last_rows", None)
     if isinstance(config, PrefillGateConfig) and dense_rows is not None:

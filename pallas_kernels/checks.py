@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 BLOCK_SIZES = (16, 32, 64, 128)
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -44,6 +46,15 @@ def check_integers(where: str, name: str, array: Any, expected: str, shape: tupl
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{where}: {name} must hold integers; got {array.dtype}.")
     check_shape(where, name, array, expected, shape)
+
+
+def check_range(where: str, name: str, array: Any, most: int, what: str) -> None:
+    """Raises ValueError where a value is below 0 or above `most`; values inside JAX's transformations are not known."""
+    if isinstance(array, Tracer):
+        return
+    values = np.asarray(array)
+    if (wrong := values[(values < 0) | (values > most)]).size:
+        raise ValueError(f"{where}: {name} must lie in [0, {most}], {what}; got {wrong.flat[0]}.")
 
 
 def check_attention_inputs(where: str, q: Any, k: Any, v: Any, *, query_axes: str, same_batch: bool = True) -> None:

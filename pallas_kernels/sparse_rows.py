@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels import devices
 from pallas_kernels.online_softmax import OnlineSoftmax, dot, finite
@@ -65,6 +65,59 @@ def attend_sparse_rows(
     Reverse-mode differentiable in q, k and v; gradients are summed in float32.
     """
     return _attend(q, k, v, rows, tiling)
+
+
+def attend_sparse_rows_skipping(
+    q: Float[Array, "R M D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    rows: SparseRows,
+    threshold: Float32[Array, "R tiles"],
+    tiling: Tiling,
+) -> tuple[Float[Array, "R M D"], Float32[Array, "R M"], Int32[Array, "R tiles"]]:
+    """As `attend_sparse_rows`, without blocks of negligible weight; not differentiable.
+
+    The M queries of a row form equal tiles. A tile skips a block if each of its queries that sees a key of it has its largest score
+    there below its largest score so far plus `threshold` (at most 0). Also returns the number of blocks that each tile did not skip.
+    """
+    return _with_chunk_size(_attend_chunks_skipping, tiling, q, k, v, rows, threshold)
+
+
+def _attend_chunks_skipping(tiling, chunk_elements, q, k, v, rows, threshold):
+    order, chunks = _sorted_chunks(rows, tiling, chunk_elements, q, threshold)
+
+    def chunk(operands):
+        rows, q, threshold = operands
+
+        def step(i, carry):
+            state, kept = carry
+            source, scores = _scores(q, k, rows, i, tiling)
+            needed = _needed(scores, state.maximum, threshold, tiling)
+            spread = jnp.repeat(needed, q.shape[1] // threshold.shape[1], axis=1)
+            scores = jnp.where(jnp.repeat(spread, tiling.block_size, axis=2), scores, -jnp.inf)
+            return state.add(scores, _vectors(v, source)), kept + needed.sum(-1, dtype=jnp.int32)
+
+        start = OnlineSoftmax.empty(*q.shape), jnp.zeros(threshold.shape, jnp.int32)
+        state, kept = jax.lax.fori_loop(0, _num_steps(rows, tiling), step, start)
+        out, lse = state.finish()
+        return out.astype(q.dtype), lse, kept
+
+    return _unsort(order, jax.lax.map(chunk, chunks), len(q))
+
+
+def _needed(
+    scores: Float32[Array, "X M W"],
+    maximum: Float32[Array, "X M"],
+    threshold: Float32[Array, "X tiles"],
+    tiling: Tiling,
+) -> Bool[Array, "X tiles blocks"]:
+    """Which blocks of a step each tile of queries does not skip; `maximum` is that of each query before the step."""
+    rows, tiles = threshold.shape
+    largest = scores.reshape(*maximum.shape, tiling.blocks_per_step, tiling.block_size).max(-1)
+    before = jax.lax.cummax(jnp.concatenate([maximum[..., None], largest[..., :-1]], axis=2), axis=2)
+    before = before.reshape(rows, tiles, -1, tiling.blocks_per_step)
+    largest = largest.reshape(before.shape)
+    return ((largest != -jnp.inf) & ~(largest < before + threshold[..., None, None])).any(2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

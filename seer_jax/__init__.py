@@ -17,7 +17,20 @@ from seer_jax.models.pretrained import from_pretrained, load_generation_settings
 from seer_jax.selection.notation import parse_policy
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import LearnedGate, Oracle, Random, Scorer, SinkWindow
+from seer_jax.selection.scorers import (
+    FlexPrefill,
+    LearnedGate,
+    MassOracle,
+    MInference,
+    Oracle,
+    ProxyAttn,
+    Quest,
+    Random,
+    Scorer,
+    SinkWindow,
+    SubBlock,
+    XAttention,
+)
 
 __version__ = "0.1.0"
 
@@ -32,10 +45,13 @@ __all__ = [
     "DecodeGate",
     "DecodeGateConfig",
     "Dense",
+    "FlexPrefill",
     "Generated",
     "Given",
     "Greedy",
     "LearnedGate",
+    "MInference",
+    "MassOracle",
     "MemoryPlan",
     "ModelConfig",
     "Oracle",
@@ -43,7 +59,9 @@ __all__ = [
     "Pool",
     "PrefillGate",
     "PrefillGateConfig",
+    "ProxyAttn",
     "QueryReduction",
+    "Quest",
     "Random",
     "Request",
     "RopeConfig",
@@ -52,11 +70,13 @@ __all__ = [
     "Sampling",
     "Scorer",
     "SinkWindow",
+    "SubBlock",
     "Threshold",
     "TokenBudget",
     "Tokenizer",
     "TopK",
     "Transformer",
+    "XAttention",
     "__version__",
     "from_pretrained",
     "generate",

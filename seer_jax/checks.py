@@ -7,6 +7,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+MOST = 2**31 - 1  # of numbers that programs hold as int32
+MOST_SEED = 2**32 - 1  # JAX keeps 32 bits of a seed
+
 
 def check_positive(config: Any, *names: str) -> None:
     """Raises ValueError where a setting of these names is not above 0."""
@@ -22,10 +25,19 @@ def check_at_least(least: int, config: Any, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name} must be at least {least}; got {getattr(config, name)}.")
 
 
-def whole_number(name: str, value: Any, must: str = "an integer of at least 1", *, least: int = 1) -> None:
-    """Raises ValueError where a value is no integer from `least` on; True and 2.0 are none, NumPy's integers are."""
+def whole_number(
+    name: str, value: Any, must: str = "an integer of at least 1", *, least: int = 1, most: int = MOST
+) -> None:
+    """Raises ValueError where a value is no integer from `least` to `most`; True and 2.0 are none, NumPy's integers are."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be {must}; got {value!r}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}; got {value}.")
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Raises ValueError where a value is no seed of JAX's random numbers, of which larger ones would lose bits."""
+    whole_number(name, value, "an integer of at least 0", least=0, most=MOST_SEED)
 
 
 def listed(values: Iterable[Any]) -> str:

@@ -1,6 +1,7 @@
 """What a folder holds: base weights, a gate, or a training run with the gates that it wrote."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ def holds_gate(folder: Path) -> bool:
 def holds_base(folder: Path) -> bool:
     """Whether weights of a base model are there."""
     return any(folder.glob("model*.safetensors")) or (folder / "model.safetensors.index.json").is_file()
+
+
+def files_of(place: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a model that match patterns, sorted; a model that is one file is that file."""
+    if place.is_file():
+        return [place]
+    return sorted({path for pattern in patterns for path in place.glob(pattern) if path.is_file()})
 
 
 def gates_of_run(folder: Path) -> list[Path]:
@@ -44,10 +52,10 @@ def check_is_base(folder: Path, *, with_gates: bool = True) -> None:
     """Raises ValueError where a folder that is to be a base model is a gate or a training run.
 
     Args:
-      folder: that is there.
+      folder: that is there; a file passes.
       with_gates: whether gates can be given beside the base model, for the remedy.
     """
-    if holds_base(folder) or (folder / "tokenizer.json").is_file():
+    if folder.is_file() or holds_base(folder) or (folder / "tokenizer.json").is_file():
         return
     gates, values = gates_of_run(folder), _config(folder)
     if _is_run(folder):

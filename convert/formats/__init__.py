@@ -1,1 +1,1 @@
-"""Weight files, tensor by tensor: safetensors, and torch's .pth without torch."""
+"""Weight files, tensor by tensor: safetensors, GGUF, and torch's .pth without torch."""

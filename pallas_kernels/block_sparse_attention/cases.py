@@ -27,6 +27,9 @@ class Case:
       query_offset: position of the first query, one for the batch or one per sequence.
       lengths: valid keys of each sequence; all of them if None.
       dtype: dtype of q, k and v.
+      peak: if above 0, a query or key is a quarter of a random vector plus `peak` times one that all of its block share, so that
+        large scores come in blocks.
+      skip_threshold: see api.py.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Case:
     query_offset: int | tuple[int, ...] = 0
     lengths: tuple[int, ...] | None = None
     dtype: str = "bfloat16"
+    peak: float = 0.0
+    skip_threshold: float | tuple[float, ...] | None = None
 
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
         """Random arguments of the call."""
@@ -53,6 +58,12 @@ class Case:
         key_qkv, key_blocks = jax.random.split(key)
         queries = self.batch, self.num_queries, self.heads.heads, self.heads.head_dim
         arguments = random_arrays(key_qkv, self.dtype, q=queries, k=keys, v=keys)
+        if self.peak:
+            for name, key in zip("qk", jax.random.split(key_qkv), strict=True):
+                x = arguments[name]
+                common = jax.random.normal(key, (x.shape[0], -(-x.shape[1] // b), *x.shape[2:]))
+                common = self.peak * jnp.repeat(common, b, axis=1)[:, : x.shape[1]]
+                arguments[name] = (x / 4 + common).astype(x.dtype)
 
         ends = jnp.minimum((jnp.arange(-(-self.num_queries // b)) + 1) * b, self.num_queries)
         ends = jnp.broadcast_to(jnp.asarray(self.query_offset), (self.batch,))[:, None, None] + ends[None, None]
@@ -60,7 +71,11 @@ class Case:
         last = jnp.broadcast_to(last, (self.batch, self.lists or self.heads.heads, last.shape[-1]))
         blocks = random_blocks(key_blocks, last, -(-num_keys // b), block_size=b, density=density)
         arguments |= {"blocks": blocks, "query_offset": jnp.asarray(self.query_offset)}
-        return arguments if self.lengths is None else arguments | {"lengths": jnp.asarray(self.lengths)}
+        if self.lengths is not None:
+            arguments["lengths"] = jnp.asarray(self.lengths)
+        if self.skip_threshold is not None:
+            arguments["skip_threshold"] = jnp.asarray(self.skip_threshold, jnp.float32)
+        return arguments
 
 
 REAL = (
@@ -93,4 +108,19 @@ HALF = (
     Case("half-ragged", Heads(2, 1, 64), 131, 271, batch=2, density=0.5, query_offset=(40, 7), lengths=(171, 30)),
     Case("half-ragged-group-lists", Heads(2, 1, 64), 131, 271, batch=2, lists=1, density=0.5, query_offset=(40, 7), lengths=(171, 30)),
     Case("half-ragged-128", Heads(2, 1, 64), 131, 371, batch=2, density=0.5, query_offset=(140, 7), lengths=(171, 30), block_size=128),
+)  # fmt: skip
+
+SKIPPING = (
+    Case("skip-own", Heads(4, 2, 64), 300, density=0.8, dtype="float32", peak=2.0, skip_threshold=0.1),
+    Case("skip-dense", Heads(4, 2, 64), 200, lists=1, density=1.0, dtype="float32", block_size=16, peak=2.0, skip_threshold=(0.0, 1e-3, 0.1, 1.0)),
+    Case("skip-128", Heads(2, 1, 64), 700, lists=1, density=1.0, block_size=128, peak=2.0, skip_threshold=1e-2),
+    Case("skip-ragged", Heads(4, 2, 64), 133, 301, batch=3, lists=2, density=0.7, query_offset=(140, 0, 7), lengths=(273, 100, 0),
+         dtype="float32", block_size=32, peak=2.0, skip_threshold=1e-2),
+)  # fmt: skip
+
+SKIPPING_HALF = (
+    Case("skip-half-ragged-dense", Heads(2, 1, 64), 131, 523, batch=2, lists=1, density=1.0, query_offset=(384, 130), lengths=(510, 250), peak=2.0, skip_threshold=1e-2),
+    Case("skip-half-own", Heads(2, 1, 128), 460, density=0.9, peak=2.0, skip_threshold=(0.1, 0.0)),
+    Case("skip-half-128", Heads(2, 1, 64), 601, lists=1, density=1.0, block_size=128, dtype="float16", peak=2.0, skip_threshold=1e-2),
+    Case("skip-half-chunk", Heads(2, 1, 64), 68, 640, lists=1, density=1.0, query_offset=448, peak=2.0, skip_threshold=0.1),
 )  # fmt: skip

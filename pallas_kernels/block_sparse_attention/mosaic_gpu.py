@@ -5,15 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.block_sparse_attention.query_tiles import Sizes
 from pallas_kernels.block_sparse_attention.single_warpgroup import SingleWarpgroup, single_warpgroup_kernel
+from pallas_kernels.block_sparse_attention.skipping import log_threshold
 from pallas_kernels.block_sparse_attention.warp_specialized import Sharing, WarpSpecialized, warp_specialized_kernel
 from pallas_kernels.blocks import BlockIndices
 from pallas_kernels.devices import interpreter
-from pallas_kernels.mosaic.flash_tiles import LOG2_E, positive_scale
+from pallas_kernels.mosaic.flash_tiles import LOG2_E, QUERIES, positive_scale
 
 TOKENS = 8  # TMA moves tokens in groups of 8
 
@@ -31,14 +32,19 @@ SHORT = 32  # blocks up to which a list ends before warp specialization pays
 
 
 def choose_config(
-    heads: int, kv_heads: int, lists: int, block_size: int, num_key_blocks: int, density: float | None
+    heads: int, kv_heads: int, lists: int, block_size: int, num_key_blocks: int, density: float | None, skips: bool
 ) -> Config:
-    """The fastest kernel for lists of this kind. `density` is the density that the caller expects, None if unknown."""
+    """The fastest kernel for lists of this kind.
+
+    `density` is the density that the caller expects, None if unknown. `skips`: only warp-specialized kernels skip blocks.
+    """
     if block_size == 128:
         return CONFIGS["shared-by-queries"]
     if lists <= kv_heads and heads // kv_heads % 2 == 0:
-        short = density is not None and density * num_key_blocks <= SHORT
+        short = not skips and density is not None and density * num_key_blocks <= SHORT
         return CONFIGS["single-warpgroup" if short else "shared-by-heads"]
+    if skips:
+        return CONFIGS["own-lists"]
     return CONFIGS["own-lists" if density is not None and density >= DENSE else "single-warpgroup"]
 
 
@@ -53,8 +59,9 @@ def block_sparse_attention(
     lengths: Int[Array, "B"],
     density: float | None,
     padded: bool,
+    skip_threshold: Float32[Array, "H"] | None = None,
     config: Config | None = None,
-) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
+) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], Int32[Array, "B H tiles"] | None]:
     """See the function of this name in api.py.
 
     Args:
@@ -67,11 +74,14 @@ def block_sparse_attention(
         raise Unsupported(f"takes head dims 64 and 128; got {head_dim}.")
     if blocks.block_size not in (64, 128):
         raise Unsupported(f"takes blocks of 64 and 128 tokens; got {blocks.block_size}.")
+    skips = skip_threshold is not None
     config = config or choose_config(
-        heads, kv_heads, lists, blocks.block_size, -(-k.shape[1] // blocks.block_size), density
+        heads, kv_heads, lists, blocks.block_size, -(-k.shape[1] // blocks.block_size), density, skips
     )
+    if skips and isinstance(config, SingleWarpgroup):
+        raise Unsupported("must have a WarpSpecialized config for skip_threshold; got SingleWarpgroup().")
     _check_config(config, heads // kv_heads, lists <= kv_heads, blocks.block_size)
-    return _attend(config, scale, padded, interpreter(), q, k, v, blocks, query_offset, lengths)
+    return _attend(config, scale, padded, interpreter(), q, k, v, blocks, query_offset, lengths, skip_threshold)
 
 
 def _check_config(config: Config, group: int, shared_lists: bool, block_size: int) -> None:
@@ -96,21 +106,38 @@ def _attend(
     blocks: BlockIndices,
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
+    skip_threshold: Float32[Array, "H"] | None,
+) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], Int32[Array, "B H tiles"] | None]:
     q, scale = positive_scale(q, scale)
     num_queries = q.shape[1]
-    edge = (_edge_values(v, lengths, blocks.block_size),) if padded else ()
+    optional = (_edge_values(v, lengths, blocks.block_size),) if padded else ()
+    if skip_threshold is not None:
+        optional += (log_threshold(skip_threshold) * LOG2_E,)
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TOKENS), (0, 0), (0, 0))) for x in (q, k, v))
     batch, padded_queries, heads, head_dim = q.shape
     _, lists, rows = blocks.counts.shape
-    sizes = Sizes(batch, padded_queries, heads, head_dim, k.shape[2], lists, rows, blocks.block_size, padded)
+    sizes = Sizes(
+        batch,
+        padded_queries,
+        heads,
+        head_dim,
+        k.shape[2],
+        lists,
+        rows,
+        blocks.block_size,
+        padded,
+        skips=skip_threshold is not None,
+        real_queries=num_queries,
+    )
     c = scale * LOG2_E
     if isinstance(config, SingleWarpgroup):
         kernel = single_warpgroup_kernel(sizes, c, interpret, q.dtype)
     else:
         kernel = warp_specialized_kernel(sizes, config, c, interpret, q.dtype)
-    out, lse = kernel(q, k, v, blocks.counts, blocks.indices, jnp.stack([query_offset, lengths], axis=1), *edge)
-    return out[:, :num_queries], lse[:, :, :num_queries].transpose(0, 2, 1)
+    offsets = jnp.stack([query_offset, lengths], axis=1)
+    out, lse, *kept = kernel(q, k, v, blocks.counts, blocks.indices, offsets, *optional)
+    tiles = -(-num_queries // QUERIES)
+    return out[:, :num_queries], lse[:, :, :num_queries].transpose(0, 2, 1), kept[0][..., :tiles] if kept else None
 
 
 def _edge_values(v: Float[Array, "B S K D"], lengths: Int[Array, "B"], b: int) -> Float[Array, "B b K D"]:

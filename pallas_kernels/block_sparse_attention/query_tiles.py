@@ -1,7 +1,7 @@
 """What the kernels of `block_sparse_attention` share: the queries of a warpgroup and the list of key blocks that they read."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.mosaic.flash_tiles import QUERIES, ROW_VECTOR, Softmax, i32, mask
+from pallas_kernels.mosaic.votes import any_row
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes that a kernel is compiled for: B, T, H, D, K, Hs, Tb and b, and whether sequences may end before the keys do."""
+    """Sizes that a kernel is compiled for: B, T, H, D, K, Hs, Tb and b, whether sequences may end before the keys do, whether blocks
+    are skipped, and T before it was padded for TMA."""
 
     batch: int
     num_queries: int
@@ -27,24 +29,30 @@ class Sizes:
     rows: int
     block_size: int
     padded: bool
+    skips: bool
+    real_queries: int
 
     @property
-    def inputs(self) -> int:
-        """Number of the kernel's inputs, see `InputRefs`."""
-        return 7 if self.padded else 6
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the kernel's inputs, see `InputRefs`."""
+        optional = ("edge",) * self.padded + ("log2_thresholds",) * self.skips
+        return "q", "k", "v", "counts", "indices", "offsets", *optional
 
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
 
     def outputs(self, dtype: Any, lse_queries: int) -> list[jax.ShapeDtypeStruct]:
-        """Results of both kernels: out [B, T, H, D] and lse [B, H, lse_queries].
+        """Results of both kernels: out [B, T, H, D], lse [B, H, lse_queries] and, if blocks are skipped, kept [B, H, lse_queries / 64].
 
         TMA clips writes to `out` at T. It cannot clip those to `lse`, whose last axis is therefore a multiple of a CTA's queries.
         """
         queries = self.batch, self.num_queries, self.heads, self.head_dim
         lse = self.batch, self.heads, lse_queries
-        return [jax.ShapeDtypeStruct(queries, dtype), jax.ShapeDtypeStruct(lse, jnp.float32)]
+        results = [jax.ShapeDtypeStruct(queries, dtype), jax.ShapeDtypeStruct(lse, jnp.float32)]
+        if self.skips:
+            results.append(jax.ShapeDtypeStruct((*lse[:2], lse_queries // QUERIES), jnp.int32))
+        return results
 
     def work_of(self, cta: Array, per_head: int, per_group: int) -> tuple[Array, Array, Array, Array]:
         """(sequence, key/value head, index in its group, index among the head's query blocks) of a CTA.
@@ -135,6 +143,7 @@ class InputRefs:
       offsets: [B, 2], query_offset and length.
       edge: [B, b, K, D], the values of the block that holds a sequence's last key, with zeros beyond that key; None where every
         sequence has as many keys as the array.
+      log2_thresholds: [H], log2(lambda); None where no block is skipped.
     """
 
     q: Any
@@ -144,6 +153,13 @@ class InputRefs:
     indices: Any
     offsets: Any
     edge: Any = None
+    log2_thresholds: Any = None
+
+    @classmethod
+    def of(cls, sizes: Sizes, arguments: tuple[Any, ...]) -> tuple["InputRefs", tuple[Any, ...]]:
+        """The inputs among a kernel's arguments, and the arguments after them."""
+        names = sizes.inputs
+        return cls(**dict(zip(names, arguments[: len(names)], strict=True))), arguments[len(names) :]
 
     def load_values(self, queries: QueryTile, block: Array, blocks: BlockList, target: Any, barrier: Any) -> None:
         """Starts the copy of a block of values.
@@ -166,14 +182,55 @@ class InputRefs:
             plgpu.copy_gmem_to_smem(self.edge.at[sequence, :, head], target, barrier)
 
 
+@dataclasses.dataclass(frozen=True)
+class Skipping:
+    """Decides which blocks a query tile skips; see api.py.
+
+    Attributes:
+      log2_threshold: log2(lambda), finite and at most 0.
+      num_queries: leading rows of the tile that are queries of the sequence; what the others hold decides nothing.
+      interpret: settings of JAX's interpreter, None on a GPU.
+    """
+
+    log2_threshold: Array
+    num_queries: Array
+    interpret: Any
+
+    @classmethod
+    def read(cls, sizes: Sizes, refs: InputRefs, queries: QueryTile, blocks: BlockList, interpret: Any) -> "Skipping":
+        num_queries = jnp.minimum(sizes.real_queries - queries.start, blocks.length - blocks.position)
+        return cls(refs.log2_thresholds[queries.head], num_queries, interpret)
+
+    def needs(self, largest: Array, maximum: Array) -> Array:
+        """1 if any query needs a block, otherwise 0; the same in every thread of the warpgroup.
+
+        Args:
+          largest: [64], the largest score of each query in the block, in base 2; -inf where it sees no key.
+          maximum: [64], that in the blocks before.
+        """
+        row = plgpu.broadcasted_iota(jnp.int32, (QUERIES,), 0, layout=ROW_VECTOR)
+        # The threshold and the first maximum are finite: -inf lies below their sum, and NaN does not.
+        needed = jnp.where(largest < maximum + self.log2_threshold, 0, 1)
+        return any_row(jnp.where(row < self.num_queries, needed, 0), self.interpret)
+
+
 def write_results(
-    queries: QueryTile, blocks: BlockList, state: Softmax, q_tile: Any, lse_row: Any, out_ref: Any, lse_ref: Any
+    queries: QueryTile,
+    blocks: BlockList,
+    state: Softmax,
+    q_tile: Any,
+    lse_row: Any,
+    result_refs: Sequence[Any],
+    kept: Array | None = None,
 ) -> None:
     """Writes the results through shared memory, the output through the query tile, which is no longer needed."""
+    out_ref, lse_ref, *kept_refs = result_refs
     out, lse = blocks.finish(state)
     q_tile[...] = out.astype(q_tile.dtype)
     lse_row[...] = lse
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_tile, queries.of(out_ref))
     plgpu.copy_smem_to_gmem(lse_row, lse_ref.at[queries.sequence, queries.head, pl.ds(queries.start, QUERIES)])
+    for kept_ref in kept_refs:
+        kept_ref[queries.sequence, queries.head, lax.div(queries.start, i32(QUERIES))] = kept
     plgpu.wait_smem_to_gmem(0)

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from pallas_kernels.block_sparse_attention.skipping import tile_queries
 from pallas_kernels.blocks import BlockIndices
 
 
@@ -18,7 +19,8 @@ def block_sparse_attention(
     lengths: Int[Array, "B"],
     density: float | None = None,
     padded: bool = True,
-) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
+    skip_threshold: Float32[Array, "H"] | None = None,
+) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], Int32[Array, "B H tiles"] | None]:
     """See the function of this name in api.py. `density` and `padded` have no effect."""
     (_, num_queries, heads, _), num_keys, b = q.shape, k.shape[1], blocks.block_size
     inside = (jnp.arange(num_keys)[None] < lengths[:, None])[..., None, None]
@@ -35,7 +37,34 @@ def block_sparse_attention(
 
     scores = scale * jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k, precision="highest")
     scores = jnp.where(mask, scores, -jnp.inf)
+    kept = None
+    if skip_threshold is not None:
+        computed = _computed_blocks(scores, b, skip_threshold)
+        kept = computed.sum(-1, dtype=jnp.int32)
+        computed = jnp.repeat(jnp.repeat(computed, tile_queries(b), axis=2), b, axis=3)[:, :, :num_queries, :num_keys]
+        mask &= computed
+        scores = jnp.where(mask, scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.where(mask, jnp.exp(scores - jnp.where(lse > -jnp.inf, lse, 0)[..., None]), 0)
     out = jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest")
-    return out.astype(q.dtype), lse.transpose(0, 2, 1)
+    return out.astype(q.dtype), lse.transpose(0, 2, 1), kept
+
+
+def _computed_blocks(
+    scores: Float32[Array, "B H T S"], b: int, skip_threshold: Float32[Array, "H"]
+) -> Bool[Array, "B H tiles Sb"]:
+    """Which blocks each tile of queries does not skip, from scores that are -inf for keys that a query does not see.
+
+    A query needs a block of which it sees a key, unless exp(its largest score there - its largest score in the blocks before) <
+    lambda. A tile skips the blocks that none of its queries needs.
+    """
+    (batch, heads, num_queries, num_keys), tile = scores.shape, tile_queries(b)
+    edges = (0, 0), (0, 0), (0, -num_queries % tile), (0, -num_keys % b)
+    scores = jnp.pad(scores, edges, constant_values=-jnp.inf)
+    largest = scores.reshape(batch, heads, scores.shape[2], -1, b).max(-1)
+    # A block that was skipped did not raise the maximum of any query: all blocks before count alike.
+    before = jax.lax.cummax(largest, axis=3)[..., :-1]
+    before = jnp.concatenate([jnp.full_like(largest[..., :1], -jnp.inf), before], axis=3)
+    negligible = largest < before + jnp.log(skip_threshold)[None, :, None, None]
+    needed = (largest != -jnp.inf) & ~negligible
+    return needed.reshape(batch, heads, -1, tile, needed.shape[-1]).any(3)

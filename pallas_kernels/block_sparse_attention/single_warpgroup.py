@@ -25,8 +25,9 @@ def single_warpgroup_kernel(sizes: Sizes, c: float, interpret: Any, dtype: Any) 
     b = sizes.block_size
 
     def kernel(*arguments: Any) -> None:
-        refs = InputRefs(*arguments[: sizes.inputs])
-        out_ref, lse_ref, q_tile, k_tile, v_tile, lse_row, q_ready, k_ready, v_ready = arguments[sizes.inputs :]
+        refs, (*result_refs, q_tile, k_tile, v_tile, lse_row, q_ready, k_ready, v_ready) = InputRefs.of(
+            sizes, arguments
+        )
         sequence, kv_head, in_group, block = sizes.work_of(lax.axis_index("cta"), sizes.rows, sizes.group)
         queries = QueryTile(sequence, kv_head * sizes.group + in_group, kv_head, block * QUERIES, block)
         plgpu.copy_gmem_to_smem(queries.of(refs.q), q_tile, q_ready)
@@ -74,7 +75,7 @@ def single_warpgroup_kernel(sizes: Sizes, c: float, interpret: Any, dtype: Any) 
         carry = i32(0), first, Softmax.empty(sizes.head_dim)
         carry = lax.while_loop(unmasked, functools.partial(step, masked=False), carry)
         carry = lax.while_loop(lambda carry: carry[0] < blocks.count, functools.partial(step, masked=True), carry)
-        write_results(queries, blocks, carry[2], q_tile, lse_row, out_ref, lse_ref)
+        write_results(queries, blocks, carry[2], q_tile, lse_row, result_refs)
 
     return plgpu.kernel(
         kernel,

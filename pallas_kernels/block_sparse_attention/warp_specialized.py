@@ -3,7 +3,8 @@
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,8 +13,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.block_sparse_attention.query_tiles import BlockList, InputRefs, QueryTile, Sizes, write_results
-from pallas_kernels.mosaic.flash_tiles import QUERIES, Rings, Softmax, i32, tile
+from pallas_kernels.block_sparse_attention.query_tiles import (
+    BlockList,
+    InputRefs,
+    QueryTile,
+    Sizes,
+    Skipping,
+    write_results,
+)
+from pallas_kernels.mosaic.flash_tiles import MATRIX, QUERIES, ROW_VECTOR, Rings, Softmax, i32, tile
 
 
 class Sharing(enum.Enum):
@@ -120,7 +128,7 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
 
         return lax.while_loop(hidden, shorten, last_entries)[0]
 
-    def consume(consumer: Array, refs: InputRefs, out_ref: Any, lse_ref: Any, scratch: _Scratch) -> None:
+    def consume(consumer: Array, refs: InputRefs, result_refs: Sequence[Any], scratch: _Scratch) -> None:
         q_tile, q_ready = scratch.q_tiles.at[consumer], scratch.q_ready.at[consumer]
         queries = queries_of(consumer)
         plgpu.copy_gmem_to_smem(queries.of(refs.q), q_tile, q_ready)
@@ -128,7 +136,9 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
         tiles = num_tiles(blocks)
         last = last_entries(blocks)  # read early, since it comes from L2
         plgpu.barrier_wait(q_ready)
-        q = q_tile[...] if config.queries_in_registers and not interpret else q_tile
+        # Branches around blocks that may be skipped take the registers.
+        in_registers = config.queries_in_registers and not sizes.skips and not interpret
+        q = q_tile[...] if in_registers else q_tile
         ring = consumer if rings == consumers else i32(0)
 
         def stage(t: Array, stages: int) -> Array:
@@ -152,14 +162,56 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
             stages = stage(t, config.k_stages), stage(t - 1, config.v_stages)
             return scratch.rings.step(q, stages, carry, functools.partial(weigh, t, masked), interpret)
 
+        def weigh_needed(t: Array, masked: bool, scores: Array, state: Softmax, weights: Array) -> tuple:
+            """(maximum, total, weights, factor on `out`, blocks that are not skipped)."""
+            scores = mask(scores, t) if masked else scores
+            parts = [scores[:, i * b : (i + 1) * b] for i in range(entries)] if entries > 1 else [scores]
+            largest = [part.max(axis=1) for part in parts]
+            needed, before = [], state.maximum
+            for x in largest:
+                needed.append(skipping.needs(x * c, before))
+                before = jnp.maximum(before, x * c)
+            count = functools.reduce(operator.add, needed)
+
+            def add() -> tuple[Array, Array, Array, Array]:
+                left = scores
+                if entries > 1:
+                    left = [part + jnp.where(x > 0, 0.0, -jnp.inf) for x, part in zip(needed, parts, strict=True)]
+                    left = jnp.concatenate(left, axis=1)
+                maximum, total, weights, factor = state.add(left, c, functools.reduce(jnp.maximum, largest))
+                return maximum, total, weights.astype(dtype), factor
+
+            def skip() -> tuple[Array, Array, Array, Array]:
+                one = plgpu.layout_cast(jnp.full((QUERIES,), 1, jnp.float32), ROW_VECTOR)
+                return state.maximum, state.total, weights, one
+
+            return *lax.cond(count > 0, add, skip), count
+
+        def skipping_step(t: Array, carry: tuple, *, masked: bool) -> tuple:
+            *before, kept = carry
+            stages = stage(t, config.k_stages), stage(jnp.maximum(t - 1, 0), config.v_stages)
+            add = functools.partial(weigh_needed, t, masked)
+            state, weights, count = scratch.rings.skipping_step(q, stages, tuple(before), t > 0, add, interpret)
+            return state, weights, count, kept + count
+
         start = i32(0)
+        if sizes.skips:
+            skipping = Skipping.read(sizes, refs, queries, blocks, interpret)
+            full = lax.div(fully_visible(blocks, last), i32(entries))
+            none = plgpu.layout_cast(jnp.full((QUERIES, width), 0, dtype), MATRIX)
+            empty = Softmax.empty(sizes.head_dim), none, start, start
+            seen = lax.fori_loop(start, full, functools.partial(skipping_step, masked=False), empty)
+            *carry, kept = lax.fori_loop(full, tiles, functools.partial(skipping_step, masked=True), seen)
+            state = scratch.rings.skipping_last(stage(tiles - 1, config.v_stages), tuple(carry), interpret)
+            write_results(queries, blocks, state, q_tile, scratch.lse_rows.at[consumer], result_refs, kept)
+            return
         first = functools.partial(weigh, start, True)
         carry = scratch.rings.first(q, stage(start, config.k_stages), sizes.head_dim, first)
         full = lax.div(fully_visible(blocks, last), i32(entries))
         carry = lax.fori_loop(i32(1), full, functools.partial(step, masked=False), carry)
         carry = lax.fori_loop(jnp.maximum(full, 1), tiles, functools.partial(step, masked=True), carry)
         state = scratch.rings.last(stage(tiles - 1, config.v_stages), carry, interpret)
-        write_results(queries, blocks, state, q_tile, scratch.lse_rows.at[consumer], out_ref, lse_ref)
+        write_results(queries, blocks, state, q_tile, scratch.lse_rows.at[consumer], result_refs)
 
     def produce(ring: int, refs: InputRefs, rings: Rings) -> None:
         queries = queries_of(i32(ring))
@@ -195,8 +247,8 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
                     plgpu.barrier_wait(free.at[ring * stages + lax.rem(t, i32(stages))])
 
     def kernel(*arguments: Any) -> None:
-        refs = InputRefs(*arguments[: sizes.inputs])
-        out_ref, lse_ref, *scratch_refs = arguments[sizes.inputs :]
+        refs, rest = InputRefs.of(sizes, arguments)
+        result_refs, scratch_refs = rest[: 3 if sizes.skips else 2], rest[3 if sizes.skips else 2 :]
         q_tiles, k_tiles, v_tiles, lse_rows, q_ready, *barriers = scratch_refs
         scratch = _Scratch(q_tiles, lse_rows, q_ready, Rings(k_tiles, v_tiles, *barriers))
         warpgroup = lax.axis_index("warpgroup")
@@ -204,7 +256,7 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
         @pl.when(warpgroup < consumers)
         def _():
             plgpu.set_max_registers(240, action="increase")
-            consume(warpgroup, refs, out_ref, lse_ref, scratch)
+            consume(warpgroup, refs, result_refs, scratch)
 
         @pl.when(warpgroup == consumers)
         def _():

@@ -5,10 +5,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
+from pallas_kernels.block_sparse_attention.skipping import log_threshold, tile_queries
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.sparse_rows import SparseRows, Tiling, attend_sparse_rows, attend_sparse_rows_gradients
+from pallas_kernels.sparse_rows import (
+    SparseRows,
+    Tiling,
+    attend_sparse_rows,
+    attend_sparse_rows_gradients,
+    attend_sparse_rows_skipping,
+)
 
 _KEYS_PER_STEP = 128  # fills matrix units; more would waste work on short lists
 
@@ -25,17 +32,26 @@ def block_sparse_attention(
     lengths: Int[Array, "B"],
     density: float | None = None,
     padded: bool = True,
-) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
-    """See the function of this name in api.py. `density` and `padded` have no effect."""
+    skip_threshold: Float32[Array, "H"] | None = None,
+) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], Int32[Array, "B H tiles"] | None]:
+    """See the function of this name in api.py. `density` and `padded` have no effect.
+
+    A skipped block is computed and left out, since rows are computed many at a time: skipping saves no time here.
+    """
     folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
-    out, lse = attend_sparse_rows(folding.fold(q), k, v, rows, Tiling(blocks.block_size, scale, _KEYS_PER_STEP))
-    return folding.unfold(out), folding.unfold(lse[..., None])[..., 0]
+    tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
+    if skip_threshold is None:
+        out, lse = attend_sparse_rows(folding.fold(q), k, v, rows, tiling)
+        return folding.unfold(out), folding.unfold(lse[..., None])[..., 0], None
+    threshold = folding.fold_tiles(log_threshold(skip_threshold))
+    out, lse, kept = attend_sparse_rows_skipping(folding.fold(q), k, v, rows, threshold, tiling)
+    return folding.unfold(out), folding.unfold(lse[..., None])[..., 0], folding.unfold_tiles(kept)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "density", "padded"))
 def block_sparse_attention_gradients(
-    results: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]],
-    cotangents: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]],
+    results: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], None],
+    cotangents: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], None],
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
@@ -46,9 +62,10 @@ def block_sparse_attention_gradients(
     lengths: Int[Array, "B"],
     density: float | None = None,
     padded: bool = True,
+    skip_threshold: None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """Gradients in q, k and v, from the results (out, lse) of any implementation and the gradients in those."""
-    (out, lse), (d_out, d_lse) = results, cotangents
+    """Gradients in q, k and v, from the results (out, lse, None) of any implementation and the gradients in those."""
+    (out, lse, _), (d_out, d_lse, _) = results, cotangents
     folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
     lse, d_lse = (folding.fold(x[..., None], fill)[..., 0] for x, fill in ((lse, -jnp.inf), (d_lse, 0)))
     residuals = folding.fold(q), k, v, rows, folding.fold(out), lse
@@ -84,6 +101,24 @@ class _Folding(NamedTuple):
         (batch, lists, _), b = self.axes, self.block_size
         x = x.reshape(*self.axes, self.group, b, x.shape[-1]).transpose(0, 2, 4, 1, 3, 5)
         return x.reshape(batch, -1, lists * self.group, x.shape[-1])[:, : self.length]
+
+    def fold_tiles(self, per_head: Shaped[Array, "H"]) -> Shaped[Array, "R row_tiles"]:
+        """A value per head, for the tiles of queries of each row."""
+        _, lists, _ = self.axes
+        per_head = jnp.broadcast_to(per_head.reshape(lists, 1, self.group, 1), (*self.axes, self.group, self._tiles))
+        return per_head.reshape(-1, self.group * self._tiles)
+
+    def unfold_tiles(self, x: Shaped[Array, "R row_tiles"]) -> Shaped[Array, "B H tiles"]:
+        """A value per tile of each row, for the tiles of each head."""
+        batch, lists, _ = self.axes
+        x = x.reshape(*self.axes, self.group, self._tiles).transpose(0, 1, 3, 2, 4)
+        x = x.reshape(batch, lists * self.group, -1)
+        return x[..., : -(-self.length // tile_queries(self.block_size))]
+
+    @property
+    def _tiles(self) -> int:
+        """Tiles of a block."""
+        return self.block_size // tile_queries(self.block_size)
 
 
 def _fold_rows(

@@ -137,6 +137,77 @@ class Rings:
         sizes = k_tile.shape[0], v_tile.shape[1]
         return pl.run_scoped(overlapped, *(accumulator((QUERIES, n), jnp.float32) for n in sizes))
 
+    def skipping_step(
+        self,
+        q: Any,
+        stages: tuple[Array, Array],
+        carry: tuple[Softmax, Array, Array],
+        has_previous: Array,
+        weigh: Callable[..., tuple],
+        interpret: Any,
+    ) -> tuple[Softmax, Array, Array]:
+        """As `step`, for tiles that may be skipped.
+
+        Args:
+          q, stages, interpret: as in `step`.
+          carry: as in `step`, and the number of blocks of the previous tile that were not skipped.
+          has_previous: whether there is a previous tile.
+          weigh: `weigh(scores, state, weights)` returns (maximum, total, weights in the dtype of the values, factor on `out`, number
+            of blocks that are not skipped). The weights of a skipped tile may be anything.
+        """
+        state, weights, previous = carry
+        k_stage, v_stage = stages
+        k_tile, v_tile = self.k_tiles.at[k_stage], self.v_tiles.at[v_stage]
+        plgpu.barrier_wait(self.k_ready.at[k_stage])
+
+        def alone() -> tuple[Softmax, Array, Array]:
+            scores = product(q, k_tile)
+            plgpu.barrier_arrive(self.k_free.at[k_stage])
+
+            @pl.when(has_previous)
+            def _():
+                plgpu.barrier_wait(self.v_ready.at[v_stage])
+                plgpu.barrier_arrive(self.v_free.at[v_stage])
+
+            maximum, total, new_weights, factor, needed = weigh(scores, state, weights)
+            return Softmax(state.out * columns(factor, state.out), maximum, total), new_weights, needed
+
+        def both() -> tuple[Softmax, Array, Array]:
+            plgpu.barrier_wait(self.v_ready.at[v_stage])
+            if interpret:
+                scores = product(q, k_tile)
+                plgpu.barrier_arrive(self.k_free.at[k_stage])
+                maximum, total, new_weights, factor, needed = weigh(scores, state, weights)
+                out = accumulate(state.out, weights, v_tile, interpret)
+                plgpu.barrier_arrive(self.v_free.at[v_stage])
+                return Softmax(out * columns(factor, out), maximum, total), new_weights, needed
+
+            def overlapped(scores_ref: Any, out_ref: Any) -> tuple[Softmax, Array, Array]:
+                out_ref[...] = state.out
+                plgpu.wgmma(scores_ref, q, k_tile.transpose((1, 0)))
+                plgpu.wgmma(out_ref, weights, v_tile)
+                scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+                plgpu.barrier_arrive(self.k_free.at[k_stage])
+                maximum, total, new_weights, factor, needed = lax.optimization_barrier(weigh(scores, state, weights))
+                out = out_ref[...]
+                _, new_weights = lax.optimization_barrier((weights, new_weights))  # as in `step`
+                plgpu.barrier_arrive(self.v_free.at[v_stage])
+                return Softmax(out * columns(factor, out), maximum, total), new_weights, needed
+
+            sizes = k_tile.shape[0], v_tile.shape[1]
+            return pl.run_scoped(overlapped, *(accumulator((QUERIES, n), jnp.float32) for n in sizes))
+
+        return lax.cond(previous > 0, both, alone)
+
+    def skipping_last(self, stage: Array, carry: tuple[Softmax, Array, Array], interpret: Any) -> Softmax:
+        """As `last`, for a tile that may have been skipped."""
+        state, weights, previous = carry
+        plgpu.barrier_wait(self.v_ready.at[stage])
+        v_tile = self.v_tiles.at[stage]
+        out = lax.cond(previous > 0, lambda: accumulate(state.out, weights, v_tile, interpret), lambda: state.out)
+        plgpu.barrier_arrive(self.v_free.at[stage])
+        return dataclasses.replace(state, out=out)
+
     def last(self, stage: Array, carry: tuple[Softmax, Array], interpret: Any) -> Softmax:
         """The softmax with the values of the last tile."""
         state, weights = carry

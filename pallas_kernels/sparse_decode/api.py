@@ -5,7 +5,14 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.checks import check_attention_inputs, check_integers, check_lists, check_shape, resolve_scale
+from pallas_kernels.checks import (
+    check_attention_inputs,
+    check_integers,
+    check_lists,
+    check_range,
+    check_shape,
+    resolve_scale,
+)
 
 _run = Operation(
     "sparse_decode_attention", "pallas_kernels.sparse_decode", gradients="sparse_decode_attention_gradients"
@@ -35,7 +42,8 @@ def sparse_decode_attention(
       k, v: the cache, keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed
         blocks. Beyond `lengths` they may hold anything, NaN and infinity too. P is B unless `cache_rows` is given.
       blocks: lists of key blocks, counts [B, K] and indices [B, K, N]; None: every key, dense attention.
-      lengths: number of keys of each sequence, the newest token included; S where it is more, 0 for an unused row.
+      lengths: number of keys of each sequence, the newest token included, 0 to S; 0 for an unused row. Under `jax.jit`, where they
+        are not known, larger ones are S and negative ones 0.
       cache_rows: row of k and v that each sequence reads, 0 to P - 1; None: its own index. If the caches of all layers are one
         array of L * B rows, a layer reads its rows layer * B + arange(B) without a copy.
       scale: factor on the scores; 1 / sqrt(D) if None.
@@ -47,7 +55,7 @@ def sparse_decode_attention(
       out [B, H, D] of q's dtype, or (out, lse [B, H] float32).
 
     Raises:
-      ValueError: shapes or dtypes that do not match, or an unknown implementation.
+      ValueError: shapes or dtypes that do not match, lengths outside 0 to S, or an unknown implementation.
       NotImplementedError: the named implementation cannot do this.
 
     Source: SeerAttention-R, arXiv 2506.08889 (its block-sparse decoding kernel).
@@ -68,13 +76,14 @@ def sparse_decode_attention(
         check_lists(name, blocks)
         check_shape(name, "blocks.counts", blocks.counts, "[B, K]", (batch, k.shape[2]))
     check_integers(name, "lengths", lengths, "[B]", (batch,))
+    check_range(name, "lengths", lengths, k.shape[1], "the keys of the cache")
     out, lse = _run(
         implementation,
         q,
         k,
         v,
         blocks,
-        lengths=jnp.minimum(lengths, k.shape[1]).astype(jnp.int32),
+        lengths=jnp.clip(lengths, 0, k.shape[1]).astype(jnp.int32),
         cache_rows=cache_rows.astype(jnp.int32),
         scale=resolve_scale(name, scale, head_dim),
     )

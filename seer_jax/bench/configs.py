@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from pallas_kernels.backends import Implementation
 from pallas_kernels.cases import Heads
@@ -63,7 +63,7 @@ class BenchConfig:
       lengths: tokens of each sequence.
       seed: of weights, inputs and lists.
       output: file for the measurements (JSON); None: none is written.
-      plot: file for a plot (PNG); None: none is drawn.
+      plot: file for a plot (.png, .svg or .pdf); None: none is drawn.
     """
 
     shape: ModelShape = ModelShape.LLAMA_3_1_8B
@@ -104,6 +104,8 @@ class PolicyBench(BenchConfig):
       implementation: of the attention kernel; None: the best one here. Layer and model always take the best one.
     """
 
+    phase: ClassVar[str]
+
     densities: tuple[float, ...] = (0.1,)
     model_density: float = 0.1
     policies: tuple[str, ...] = ()
@@ -113,7 +115,7 @@ class PolicyBench(BenchConfig):
         """The policies by their text.
 
         Raises:
-          ValueError: one is no policy, or ranks no blocks.
+          ValueError: one is no policy, or ranks no blocks, or not those of the phase.
         """
         rules = {}
         for text in self.policies:
@@ -123,6 +125,7 @@ class PolicyBench(BenchConfig):
                 raise ValueError(f"policies must be policies; {error}") from error
             if not isinstance(rules[text], RankingPolicy):
                 raise ValueError(f"policies must rank blocks, as topk:0.1 does; got {text}.")
+            rules[text].check_phase(self.phase)
         return rules
 
     def _check_policies(self) -> None:
@@ -142,6 +145,8 @@ class PrefillBench(PolicyBench):
       only: parts to measure.
       variants: measure every configuration that the implementation offers.
     """
+
+    phase = "prefill"
 
     densities: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5, 1.0)
     only: tuple[PrefillPart, ...] = get_args(PrefillPart)
@@ -170,6 +175,8 @@ class DecodeBench(PolicyBench):
       only: parts to measure.
       tokens: new ones of each sequence that the model makes in one run.
     """
+
+    phase = "decode"
 
     batches: tuple[int, ...] = (1, 8, 16)
     only: tuple[DecodePart, ...] = get_args(DecodePart)

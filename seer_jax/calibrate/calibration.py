@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from seer_jax.calibrate.choose import at_levels, check_reachable, cheapest_levels, one_level
+from seer_jax.calibrate.choose import at_levels, cheapest_levels, check_reachable, one_level
 from seer_jax.calibrate.collect import MAX_BLOCKS, collect_curves
 from seer_jax.calibrate.levels import GRIDS, Curves
 from seer_jax.calibrate.sensitivity import output_gradients

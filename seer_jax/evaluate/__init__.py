@@ -1,30 +1,31 @@
-"""Quality of a model with fewer blocks: perplexity, pass keys, and plots of block maps."""
+"""Quality of a model with fewer blocks: perplexity and pass keys."""
 
 from seer_jax.evaluate.comparison import Measurement, all_methods, compare, plan_measurements
 from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name, parse_level, recommended_levels
 from seer_jax.evaluate.passkey import PassKeyPrompt, load_words, passkey_prompts
-from seer_jax.evaluate.plots import BlockMaps, block_maps, plot_block_maps
 from seer_jax.evaluate.record import Record, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows, text_windows
 from seer_jax.evaluate.score import (
-    Estimate,
     PromptScore,
     Score,
     WindowScore,
     passkey_difference,
-    perplexity_difference,
+    perplexity_over,
     score_from_json,
     score_to_json,
 )
 from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts, score_windows
+from seer_jax.evaluate.statistics.blocks_needed import BlocksNeeded, all_blocks_needed, blocks_needed
+from seer_jax.evaluate.statistics.intervals import Estimate, Interval
 from seer_jax.evaluate.table import legend, score_line, table_rows
 from seer_jax.evaluate.window import DecodedWindow, decode_window
 
 __all__ = [
-    "BlockMaps",
+    "BlocksNeeded",
     "DecodedWindow",
     "Estimate",
     "EvalRows",
+    "Interval",
     "Measurement",
     "PassKeyPrompt",
     "Phase",
@@ -34,8 +35,9 @@ __all__ = [
     "SparsityLevel",
     "TokenScores",
     "WindowScore",
+    "all_blocks_needed",
     "all_methods",
-    "block_maps",
+    "blocks_needed",
     "compare",
     "decode_window",
     "legend",
@@ -46,9 +48,8 @@ __all__ = [
     "passkey_difference",
     "passkey_prompts",
     "perplexity",
-    "perplexity_difference",
+    "perplexity_over",
     "plan_measurements",
-    "plot_block_maps",
     "recommended_levels",
     "score_decoded",
     "score_from_json",

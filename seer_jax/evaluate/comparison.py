@@ -4,19 +4,20 @@ import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from seer_jax.evaluate.levels import Phase, SparsityLevel, gates_by_phase
+from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.rows import EvalRows
 from seer_jax.evaluate.score import PromptScore, Score, WindowScore
-from seer_jax.evaluate.scoring import TokenScores, read_prompts, score_decoded, score_prompts
+from seer_jax.evaluate.scoring import TokenScores, read_prompts, score_decoded, score_prompts, score_windows
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
-from seer_jax.selection.policies import Dense, Policy
-from seer_jax.selection.rules import TokenBudget
+from seer_jax.selection.policies import Dense, Policy, check_decode_policy
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
 
 DENSE = "dense"
@@ -43,9 +44,10 @@ class Measurement:
 
 
 def all_methods() -> tuple[Scorer, ...]:
-    """Every registered scorer: the gate, the baselines, further ones, and last the oracle, their upper bound."""
+    """What is compared where no methods are named: the gate, the baselines, scorers of the caller's own, and last the oracle, their
+    upper bound. The published heuristics are compared where they are named."""
     first = (LearnedGate.name, SinkWindow.name, Random.name)
-    others = (name for name in SCORERS if name not in (*first, Oracle.name))
+    others = (name for name, kind in SCORERS.items() if kind.by_default and name not in (*first, Oracle.name))
     return tuple(SCORERS[name]() for name in (*first, *others, Oracle.name))
 
 
@@ -58,7 +60,7 @@ def plan_measurements(
 ) -> list[Measurement]:
     """What `compare` will measure, in its order and checked against the model: dense attention first in each phase.
 
-    Equal measurements come once. A method that needs a gate is left out of a phase for which the model has none.
+    Equal measurements come once. A method is left out of a phase that it has no scores for, or whose gate it needs and the model lacks.
 
     Args:
       model: with weights, or with shapes alone.
@@ -78,7 +80,7 @@ def plan_measurements(
                 found += [
                     Measurement(phase, method.name, level.name, level.policy_of(method))
                     for method in used
-                    if not method.needs_gate or gates[phase] is not None
+                    if phase in method.phases() and (not method.needs_gate or gates[phase] is not None)
                 ]
         for one in found:
             _check_policy(model, one)
@@ -101,11 +103,10 @@ def _check_registered(methods: Sequence[Scorer]) -> None:
 
 def _check_policy(model: Transformer, measurement: Measurement) -> None:
     gate, config = gates_by_phase(model)[measurement.phase], model.config
-    model.segments(
-        measurement.policy, gate, config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
-    )
-    if isinstance(measurement.policy, TokenBudget):
-        measurement.policy.blocks_per_row(measurement.policy.tokens_per_block(gate))
+    heads = config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
+    model.segments(measurement.policy, gate, heads, measurement.phase)
+    if measurement.phase is Phase.DECODE:
+        check_decode_policy(measurement.policy)
 
 
 def check_context(model: Transformer, length: int, *, beyond_context: bool) -> None:
@@ -132,17 +133,19 @@ def compare(
 ) -> Iterator[Score]:
     """Scores dense attention, then each method at each level, phase by phase.
 
-    Prefill: one pass over each row with the policy. Decode: all methods start from the same cache, that of dense attention over
-    all but the last tokens of the rows; those are then appended one at a time. Dense decoding computes the same as dense
-    prefill, so its scores are those of the dense pass at the same tokens.
+    Prefill: one pass over each row with the policy. Decode: every token of a window is decoded by the policy, from the first on, in one
+    pass (`score_windows`). For pass keys all methods start from the same cache, that of dense attention over all but the last
+    `rows.decoded` tokens of the prompts; those are then appended one at a time. Dense decoding computes the same as dense prefill, so
+    that both have the scores of one pass.
 
     Args:
-      model: with the gates that the methods need; a method that needs a gate is left out of a phase for which the model has none.
+      model: with the gates that the methods need. A method is left out of a phase that it has no scores for, or whose gate it needs
+        and the model lacks.
       rows: what is scored.
       levels: how many blocks are kept; a level that names methods is measured with them alone.
       methods: registered scorers that rank the blocks; None: `all_methods()`.
       phases: what is sparse.
-      batch_size: rows that are decoded at a time. Prompts are read one by one, since each fills the device.
+      batch_size: pass-key prompts that are decoded at a time. Rows are read one by one, since each fills the device.
       workers: measurements at a time. Two keep the cores of a CPU busy while one of them compiles; the results are the same.
       done: scores of an earlier comparison of the same model on the same rows; they are yielded as they are and not measured again.
       beyond_context: allow rows of more tokens than the model's context.
@@ -170,21 +173,24 @@ def _compare(
     done: dict[tuple[Phase, str | None, str], Score],
 ) -> Iterator[Score]:
     todo, started = [one for one in planned if one.key not in done], time.monotonic()
-    dense, prompts = None, []
-    if any(one.phase is Phase.DECODE for one in todo):
-        dense, prompts = _read(model, rows, batch_size)
-    elif any(one.method is None for one in todo):
-        dense = _score_prompts(model, rows.tokens, Dense())
+    read, caches = None, []
+    if rows.prompts and any(one.phase is Phase.DECODE for one in todo):
+        read, caches = _read_prompts(model, rows, batch_size)
+    dense = None
+    if any(one.method is None for one in todo):
+        prompts = _each(score_prompts, model, rows.prompt_tokens, Dense()) if read is None else read
+        dense = _RowScores(_each(score_prompts, model, rows.windows, Dense()), prompts)
 
     def measure(one: Measurement) -> Score:
         begun = time.monotonic()
         if one.method is None:
             assert dense is not None
-            scores = dense if one.phase is Phase.PREFILL else _last(dense, rows.decoded - 1)
-            return _score(rows, scores, started, one)
+            return _score(rows, dense, started, one)
         if one.phase is Phase.PREFILL:
-            return _score(rows, _score_prompts(model, rows.tokens, one.policy), begun, one)
-        return _score(rows, _score_decoded(model, prompts, one.policy), begun, one)
+            parts = [_each(score_prompts, model, tokens, one.policy) for tokens in (rows.windows, rows.prompt_tokens)]
+        else:
+            parts = [_each(score_windows, model, rows.windows, one.policy), _decode_prompts(model, caches, one.policy)]
+        return _score(rows, _RowScores(*parts), begun, one)
 
     measured = _mapped(measure, todo, workers)
     for one in planned:
@@ -203,48 +209,57 @@ def _mapped[X, Y](function: Callable[[X], Y], items: Iterable[X], workers: int) 
         pool.shutdown(wait=False, cancel_futures=True)  # an interrupted command says so at once
 
 
-def _score_prompts(model: Transformer, tokens: np.ndarray, policy: Policy) -> TokenScores:
-    return _concatenate([jax.device_get(score_prompts(model, row[None], policy)) for row in tokens])
+class _RowScores(NamedTuple):
+    """Scores of the windows, and of the prompts if there are any."""
+
+    windows: TokenScores | None
+    prompts: TokenScores | None
 
 
-_Prompts = list[tuple[Cache, np.ndarray]]  # caches of a batch of rows, and the tokens that come next
+_Caches = list[tuple[Cache, np.ndarray]]  # of a batch of prompts, and the tokens that come next
 
 
-def _read(model: Transformer, rows: EvalRows, batch_size: int) -> tuple[TokenScores, _Prompts]:
-    """Dense attention: scores of the whole rows, and the caches of all but their last tokens."""
-    first = rows.length - rows.decoded
-    batches = [rows.tokens[i : i + batch_size] for i in range(0, len(rows.tokens), batch_size)]
+def _each(
+    score: Callable[..., TokenScores], model: Transformer, tokens: np.ndarray, policy: Policy
+) -> TokenScores | None:
+    """Scores of rows, one after the other."""
+    return _concatenate([jax.device_get(score(model, row[None], policy)) for row in tokens.astype(np.int32)])
+
+
+def _read_prompts(model: Transformer, rows: EvalRows, batch_size: int) -> tuple[TokenScores | None, _Caches]:
+    """Dense attention: scores of the whole prompts, and the caches of all but their last tokens."""
+    first, tokens = rows.length - rows.decoded, rows.prompt_tokens
+    batches = [tokens[i : i + batch_size] for i in range(0, len(tokens), batch_size)]
     read = [read_prompts(model, batch, keep=first) for batch in batches]
-    prompts = [(cache, batch[:, first:]) for (_, cache), batch in zip(read, batches, strict=True)]
-    return _concatenate([jax.device_get(scores) for scores, _ in read]), prompts
+    caches = [(cache, batch[:, first:]) for (_, cache), batch in zip(read, batches, strict=True)]
+    return _concatenate([jax.device_get(scores) for scores, _ in read]), caches
 
 
-def _score_decoded(model: Transformer, prompts: _Prompts, policy: Policy) -> TokenScores:
-    return _concatenate([jax.device_get(score_decoded(model, cache, tokens, policy)) for cache, tokens in prompts])
+def _decode_prompts(model: Transformer, caches: _Caches, policy: Policy) -> TokenScores | None:
+    return _concatenate([jax.device_get(score_decoded(model, cache, tokens, policy)) for cache, tokens in caches])
 
 
-def _concatenate(parts: Sequence[TokenScores]) -> TokenScores:
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+def _concatenate(parts: Sequence[TokenScores]) -> TokenScores | None:
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts) if parts else None
 
 
-def _last(scores: TokenScores, count: int) -> TokenScores:
-    return dataclasses.replace(scores, nll=scores.nll[:, -count:], best=scores.best[:, -count:])
-
-
-def _score(rows: EvalRows, scores: TokenScores, started: float, one: Measurement) -> Score:
-    windows = len(rows.windows)
-    nll, best, kept = np.asarray(scores.nll, np.float64), np.asarray(scores.best), np.asarray(scores.kept, np.float64)
-    right = [row[-p.answer_length :] for row, p in zip(best[windows:], rows.prompts, strict=True)]
+def _score(rows: EvalRows, scores: _RowScores, started: float, one: Measurement) -> Score:
+    windows, prompts = scores
+    assert windows is not None  # there is always a window
+    losses, kept = np.asarray(windows.nll, np.float64).mean(-1), np.asarray(windows.kept, np.float64)
     return Score(
         phase=one.phase,
         method=one.method,
         level=one.level,
-        windows=tuple(WindowScore(float(row.mean()), float(k)) for row, k in zip(nll[:windows], kept, strict=False)),
-        prompts=tuple(
-            PromptScore(p.depth, bool(r.all()), float(r.mean()), float(k))
-            for p, r, k in zip(rows.prompts, right, kept[windows:], strict=True)
-        ),
-        tokens=nll[:windows].size,
+        windows=tuple(WindowScore(float(loss), float(share)) for loss, share in zip(losses, kept, strict=True)),
+        prompts=() if prompts is None else tuple(map(_prompt_score, rows.prompts, prompts.best, prompts.kept)),
+        tokens=windows.nll.size,
         seconds=time.monotonic() - started,
         policy=policy_to_json(one.policy),
     )
+
+
+def _prompt_score(prompt: PassKeyPrompt, best: np.ndarray, kept: np.floating) -> PromptScore:
+    """Of the prompt's last tokens, its answer."""
+    right = best[-prompt.answer_length :]
+    return PromptScore(prompt.depth, bool(right.all()), float(right.mean()), float(kept))

@@ -65,7 +65,8 @@ def parse_level(text: str) -> SparsityLevel:
     policy: Any = parse_policy(text)
     if not isinstance(policy, RankingPolicy):
         raise ValueError(
-            f"policies must rank blocks (topk, budget, threshold or mass); got {text}. Dense attention is measured anyway."
+            f"policies must rank blocks (topk, budget, threshold or mass); got {text}. Dense attention is measured anyway"
+            + (f"; with skip it is written threshold:0:window,skip={policy.skip}." if policy.skip is not None else ".")
         )
     if text.endswith(POLICY_FILE):
         return SparsityLevel(Path(text).name, policy, methods=(policy.scorer,))

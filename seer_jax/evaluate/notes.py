@@ -1,11 +1,8 @@
 """What a reader of a comparison's table should know before it comes: levels left out, named twice, or alike."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from seer_jax.evaluate.comparison import Measurement
 from seer_jax.evaluate.levels import Phase, SparsityLevel, gates_by_phase
@@ -31,7 +28,8 @@ def left_out(
     methods: Sequence[Scorer],
     phases: Sequence[Phase],
 ) -> list[str]:
-    """One line for each level that is not measured in a phase, as all its methods need a gate that the model lacks.
+    """One line for each level that is not measured in a phase, as all its methods are for the other phase or need a gate that the model
+    lacks, and one for each method that is for the other phase.
 
     Args:
       planned: see `plan_measurements`.
@@ -40,18 +38,32 @@ def left_out(
     Raises:
       ValueError: a level is not measured in any phase.
     """
-    measured, lines = {one.key for one in planned}, []
+    measured, lines, used = {one.key for one in planned}, [], {}
     for level in levels:
-        names = [method.name for method in (methods if level.methods is None else level.methods)]
+        of_level = methods if level.methods is None else level.methods
+        used |= {method.name: method for method in of_level}
         wanted = [phase for phase in phases if phase in level.phases]
-        missing = [phase for phase in wanted if not measured & {(phase, name, level.name) for name in names}]
+        missing = [phase for phase in wanted if not measured & {(phase, m.name, level.name) for m in of_level}]
         if missing and missing == wanted:
-            raise ValueError(
-                f"{level.name} is to be measured with the learned gate, but the model has no {' or '.join(missing)} gate. Load one "
-                "(gates=...), or add another scorer."
-            )
-        lines += [f"{phase}: the model has no gate, so {level.name} is left out." for phase in missing]
-    return lines
+            raise ValueError(f"{level.name} is to be measured with {_obstacle(of_level, missing)}")
+        for phase in missing:
+            if any(phase in method.phases() for method in of_level):
+                lines.append(f"{phase}: the model has no gate, so {level.name} is left out.")
+    return lines + [
+        f"{phase}: {name} has no scores for this phase, so it is left out."
+        for phase in phases
+        for name, method in used.items()
+        if phase not in method.phases()
+    ]
+
+
+def _obstacle(methods: Sequence[Scorer], phases: Sequence[Phase]) -> str:
+    """The methods of a level, why none of them is measured in the phases, and what helps."""
+    names = " or ".join(phases)
+    others = [method.name for method in methods if not set(phases) & set(method.phases())]
+    if others:
+        return f"{', '.join(others)}, which cannot rank blocks at {names}. Add the other phase, or another scorer."
+    return f"the learned gate, but the model has no {names} gate. Load one (gates=...), or add another scorer."
 
 
 def repeated(levels: Sequence[SparsityLevel]) -> list[str]:
@@ -61,7 +73,7 @@ def repeated(levels: Sequence[SparsityLevel]) -> list[str]:
 
 
 def equal_counts(
-    model: Transformer, levels: Sequence[SparsityLevel], phases: Sequence[Phase], *, length: int, decoded: int
+    model: Transformer, levels: Sequence[SparsityLevel], phases: Sequence[Phase], *, length: int
 ) -> list[str]:
     """One line for each group of top-k levels, or of budgets, that keep equally many blocks in every row at this length.
 
@@ -69,7 +81,7 @@ def equal_counts(
       model: whose gates set the size of a block.
       levels: of the comparison.
       phases: of the comparison.
-      length, decoded: tokens of a row, and those of them that decoding appends.
+      length: tokens of a row.
     """
     lines = []
     for phase in phases:
@@ -78,7 +90,7 @@ def equal_counts(
             if phase not in level.phases or not isinstance(level.policy, TopK | TokenBudget):
                 continue
             block = level.policy.tokens_per_block(gates_by_phase(model)[phase])
-            counts = _counts(level.policy, phase, block, length, decoded)
+            counts = _counts(level.policy, phase, block, length)
             kind = type(level.policy), level.policy.dense_layers, level.dense_last_rows, level.methods
             groups.setdefault((*kind, tuple(counts), -(-length // block)), []).append(level.name)
         for (*_, counts, total), names in groups.items():
@@ -90,12 +102,11 @@ def equal_counts(
     return lines
 
 
-def _counts(policy: TopK | TokenBudget, phase: Phase, block: int, length: int, decoded: int) -> list[int]:
-    """Blocks that the rule keeps in the longest row of a prompt, or for each appended token."""
+def _counts(policy: TopK | TokenBudget, phase: Phase, block: int, length: int) -> list[int]:
+    """Blocks that the rule keeps in the longest row of a prompt, or for the tokens of each block of a window."""
     total = -(-length // block)
     if isinstance(policy, TokenBudget):
         return [min(policy.blocks_per_row(block), total)]
     if phase is Phase.PREFILL:
         return [policy.blocks_per_row(total)]
-    visible = range((length - decoded) // block + 1, total + 1)
-    return [min(max(2, math.floor(np.float32(policy.density) * np.float32(n))), n) for n in visible]
+    return [policy.blocks_per_token(n) for n in range(1, total + 1)]

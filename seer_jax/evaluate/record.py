@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.devices import default_device
-from seer_jax.evaluate.score import ESTIMATORS, Score, score_from_json, score_to_json
+from seer_jax.evaluate.score import ESTIMATORS, Score, dense_of, score_from_json, score_to_json
+from seer_jax.evaluate.statistics.blocks_needed import all_blocks_needed
 from seer_jax.evaluate.table import legend
+from seer_jax.folders import files_of
 from seer_jax.outputs import write_json
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
@@ -24,13 +26,20 @@ Facts = Mapping[str, Any]
 
 
 def write_scores(path: Path, scores: Sequence[Score], **facts: Any) -> None:
-    """Writes JSON in one step: the facts, `legend`, `estimators`, and `scores` with one object each; NaN becomes null."""
-    rows = [score_to_json(score) for score in scores]
-    write_json(path, {**facts, "legend": legend(scores), "estimators": ESTIMATORS, "scores": rows})
+    """Writes JSON in one step: the facts, `legend`, `estimators`, `blocks_needed` and `scores` with one object each.
+
+    `score_to_json` and `BlocksNeeded.to_json` say what the objects hold.
+    """
+    rows = [score_to_json(score, dense_of(score, scores)) for score in scores]
+    needed = [one.to_json() for one in all_blocks_needed(scores)]
+    words = {"legend": legend(scores), "estimators": ESTIMATORS}
+    write_json(path, {**facts, **words, "blocks_needed": needed, "scores": rows})
 
 
 class Record:
     """scores.json of one evaluation, which an interrupted one goes on from.
+
+    A subclass keeps scores of another kind, which have a `key`, by `parse` and `write`.
 
     Attributes:
       path: of the file.
@@ -48,15 +57,29 @@ class Record:
         Raises:
           ValueError: the file is of another evaluation, or none.
         """
-        self.path, self.scores = path, []
+        self.path, self.scores = path, list[Any]()
         self._facts = {**facts, IDENTITY: json.loads(json.dumps(identity)), "started": _now()}
         if path.exists() and not force:
             values = _read(path)
             _check_same(path, values[IDENTITY], self._facts[IDENTITY])
             self._facts["started"] = values["started"]
-            self.scores = _scores(path, values["scores"])
+            self.scores = self._checked(values["scores"])
 
-    def add(self, score: Score, *, planned: int) -> None:
+    def parse(self, values: Sequence[Any]) -> list[Any]:
+        """The scores that `write` wrote. Raises ValueError where they are none."""
+        return [score_from_json(score) for score in values]
+
+    def write(self, facts: Facts) -> None:
+        """Writes the file with all scores and some facts."""
+        write_scores(self.path, self.scores, **facts)
+
+    def _checked(self, values: Sequence[Any]) -> list[Any]:
+        try:
+            return self.parse(values)
+        except ValueError as error:
+            raise ValueError(f"{self.path} must hold scores that can be read; {error} {REMEDY}") from error
+
+    def add(self, score: Any, *, planned: int) -> None:
         """Keeps a score, unless it is there, and writes the file.
 
         Args:
@@ -67,7 +90,7 @@ class Record:
             return
         self.scores.append(score)
         state = {"updated": _now(), "complete": len(self.scores) >= planned}
-        write_scores(self.path, self.scores, **self._facts, **state)
+        self.write({**self._facts, **state})
 
 
 def environment() -> dict[str, Any]:
@@ -100,11 +123,11 @@ def describe_folder(name: str, folder: Path, patterns: Sequence[str]) -> dict[st
 
     Args:
       name: as the user gave it.
-      folder: that it stands for.
+      folder: that it stands for, or its GGUF file.
       patterns: of the files that count.
     """
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+    for path in files_of(folder, patterns):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
@@ -117,13 +140,6 @@ def describe_folder(name: str, folder: Path, patterns: Sequence[str]) -> dict[st
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _scores(path: Path, values: Sequence[Any]) -> list[Score]:
-    try:
-        return [score_from_json(score) for score in values]
-    except ValueError as error:
-        raise ValueError(f"{path} must hold scores that can be read; {error} {REMEDY}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

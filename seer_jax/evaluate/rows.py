@@ -17,8 +17,8 @@ class EvalRows:
     Attributes:
       windows: for perplexity.
       prompts: for retrieval.
-      decoded: tokens at the end of each row that are appended one at a time to measure decoding, after dense attention over
-        the tokens before them; all of them but the first are scored. They include the answers of the prompts.
+      decoded: tokens at the end of each prompt that are appended one at a time to measure decoding, after dense attention over
+        the tokens before them. They include the answer; all of them but the first are scored. Windows are decoded whole.
     """
 
     windows: Int[np.ndarray, "n T"]
@@ -48,9 +48,9 @@ class EvalRows:
         return self.windows.shape[1]
 
     @property
-    def tokens(self) -> Int[np.ndarray, "rows T"]:
-        """The windows, then the prompts."""
-        return np.concatenate([self.windows, *(p.tokens[None] for p in self.prompts)]).astype(np.int32)
+    def prompt_tokens(self) -> Int[np.ndarray, "prompts T"]:
+        """Of all prompts."""
+        return np.stack([p.tokens for p in self.prompts]) if self.prompts else self.windows[:0]
 
 
 def make_rows(

@@ -3,39 +3,30 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from seer_jax.evaluate.levels import Phase
 from seer_jax.evaluate.scoring import perplexity
+from seer_jax.evaluate.statistics.intervals import Estimate, Interval, estimate_mean, interval_of_mean
 from seer_jax.selection.scorers import SCORERS
 
 ESTIMATORS = {
     "perplexity": "exp of the mean loss per token. Standard error: perplexity times the standard error of that mean, with windows as "
     "the independent draws (the losses within a window are not): sample deviation of the windows' mean losses / sqrt(windows)",
+    "over_dense": "perplexity over that of dense attention in the same phase, less 1: exp of the mean over windows of each window's "
+    "difference in mean loss, less 1. Paired by token, with windows as clusters. 95% interval: exp(mean +- t * sample deviation of the "
+    "windows' differences / sqrt(windows)) - 1, t being Student's quantile for windows - 1 degrees of freedom",
     "passkey": "share of the prompts whose answer is right. Standard error: sample deviation of the prompts' outcomes (0 or 1) / sqrt(prompts)",
     "passkey_tokens": "mean over prompts of the share of right answer tokens. Standard error: sample deviation / sqrt(prompts)",
-    "kept": "mean over rows (windows and prompts) and layers. Standard error: sample deviation of the rows' shares / sqrt(rows)",
+    "passkey_worst": "smallest of the shares of right answers by the depth of the key, and the first depth that has it",
+    "blocks_needed": "share of the blocks at which over_dense meets the target: losses of the levels of one rule, made monotone by isotonic "
+    "regression in the order of kept and interpolated linearly in asinh(10 loss / target). The ends of the interval are where the lower and "
+    "the upper ends of the levels' 95% intervals, treated alike, meet the target",
+    "kept": "kept blocks over visible ones in a window, mean over windows and layers. Standard error: sample deviation of the windows' "
+    "shares / sqrt(windows)",
 }
-
-
-class Estimate(NamedTuple):
-    """A mean of a sample and its standard error; NaN where the sample is too small for one."""
-
-    value: float
-    stderr: float
-
-
-def estimate_mean(sample: Sequence[float]) -> Estimate:
-    """Mean and sample deviation / sqrt(n) of n independent draws.
-
-    >>> estimate_mean([1.0, 0.0, 1.0, 1.0])
-    Estimate(value=0.75, stderr=0.25)
-    """
-    values = np.asarray(sample, np.float64)
-    mean = float(values.mean()) if len(values) else math.nan
-    return Estimate(mean, float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +35,7 @@ class WindowScore:
 
     Attributes:
       loss: mean -log p of its scored tokens, nats.
-      kept: share of the visible blocks that attention read, mean over layers (and steps, while decoding).
+      kept: kept blocks over visible ones, summed over the window's rows (prefill) or tokens (decode); mean over layers.
     """
 
     loss: float
@@ -59,7 +50,7 @@ class PromptScore:
       depth: where the key is stated, as a share of the text before the question.
       found: whether greedy decoding gives exactly the answer.
       right: share of the answer's single tokens that are right, given the right ones before.
-      kept: as in `WindowScore`.
+      kept: as in `WindowScore`; for decode mean over the appended tokens of each one's share.
     """
 
     depth: float
@@ -77,7 +68,7 @@ class Score:
       method: name of the scorer; None: dense attention.
       level: name of the level; "dense" for dense attention.
       windows, prompts: results row by row.
-      tokens: number of the windows' tokens that were scored, the same in each window.
+      tokens: number of the windows' tokens that were scored: all but the first of each.
       seconds: duration of the measurement, compilation included.
       policy: the policy that ran, as JSON (`seer_jax.selection.notation.policy_to_json`).
     """
@@ -110,7 +101,7 @@ class Score:
             "perplexity": Estimate(ppl, ppl * error),
             "passkey": estimate_mean([p.found for p in self.prompts]),
             "passkey_tokens": estimate_mean([p.right for p in self.prompts]),
-            "kept": estimate_mean([row.kept for row in (*self.windows, *self.prompts)]),
+            "kept": estimate_mean([window.kept for window in self.windows]),
         }
 
     @property
@@ -130,7 +121,7 @@ class Score:
 
     @property
     def kept(self) -> float:
-        """Measured share of the visible blocks that attention read, mean over rows and layers."""
+        """Measured share of the visible blocks that attention read, mean over windows and layers."""
         return self.estimates["kept"].value
 
     @property
@@ -141,34 +132,70 @@ class Score:
             found.setdefault(prompt.depth, []).append(prompt.found)
         return {depth: estimate_mean(sample) for depth, sample in sorted(found.items())}
 
+    @property
+    def passkey_worst(self) -> tuple[float, Estimate] | None:
+        """The depth at which the fewest keys are found, the first of them, and the share there; None without prompts."""
+        return min(self.passkey_by_depth.items(), key=lambda depth: depth[1].value, default=None)
 
-def perplexity_difference(first: Score, second: Score) -> Estimate:
-    """By how much the first perplexity exceeds the second.
 
-    The error is that of the windows' differences: both scores are of the same windows, whose own spread cancels.
+def perplexity_over(first: Score, second: Score) -> Interval:
+    """By what share the first perplexity exceeds the second: exp(mean difference of the windows' losses) - 1.
+
+    Both scores are of the same tokens, so that what makes a window hard for both cancels. The interval takes the windows' differences
+    as independent draws.
+
+    Raises:
+      ValueError: they have different numbers of windows.
     """
-    means = [score.perplexity for score in (first, second)]
-    pairs = zip(first.windows, second.windows, strict=True)
-    error = estimate_mean([means[0] * a.loss - means[1] * b.loss for a, b in pairs]).stderr
-    return Estimate(means[0] - means[1], error)
+    mean, low, high = interval_of_mean(loss_differences(first, second))
+    with np.errstate(over="ignore"):
+        return Interval(*(float(np.expm1(x)) for x in (mean, low, high)))
 
 
-def passkey_difference(first: Score, second: Score) -> Estimate:
-    """By how much the first share of pass keys exceeds the second, with the error of the prompts' differences."""
-    return estimate_mean([float(a.found) - b.found for a, b in zip(first.prompts, second.prompts, strict=True)])
+def loss_differences(first: Score, second: Score) -> list[float]:
+    """Of each window, in nats per token."""
+    if len(first.windows) != len(second.windows):
+        raise ValueError(
+            f"Scores must be of the same windows to be compared; got {len(first.windows)} and {len(second.windows)} windows."
+        )
+    return [a.loss - b.loss for a, b in zip(first.windows, second.windows, strict=True)]
 
 
-def score_to_json(score: Score) -> dict[str, Any]:
-    """One object of scores.json: estimates with standard errors, pass keys by depth, and the rows. NaN and infinity become None."""
+def passkey_difference(first: Score, second: Score) -> Interval:
+    """By how much the first share of pass keys exceeds the second, with the interval of the prompts' differences."""
+    return interval_of_mean([float(a.found) - b.found for a, b in zip(first.prompts, second.prompts, strict=True)])
+
+
+def dense_of(score: Score, scores: Sequence[Score]) -> Score | None:
+    """The score of dense attention in the same phase; None where there is none."""
+    return next((one for one in scores if one.method is None and one.phase is score.phase), None)
+
+
+def score_to_json(score: Score, dense: Score | None = None) -> dict[str, Any]:
+    """One object of scores.json: the fields of `Score`, estimates with standard errors, and what depth and windows say.
+
+    Args:
+      score: what is written.
+      dense: dense attention in the same phase; None: `over_dense` is null.
+
+    Returns:
+      phase, method, level, policy; perplexity, passkey, passkey_tokens and kept, each with its `_stderr`; `over_dense` (value, low, high);
+      `passkey_by_depth` (value, stderr of each depth) and `passkey_worst` (depth, value, stderr); tokens, seconds; `windows` (loss, kept)
+      and `prompts` (depth, found, right, kept), row by row. NaN and infinity become None. `ESTIMATORS` says how they are made.
+    """
     estimates = {}
     for name, (value, stderr) in score.estimates.items():
         estimates |= {name: value, f"{name}_stderr": stderr}
     by_depth = {f"{depth:g}": of._asdict() for depth, of in score.passkey_by_depth.items()}
+    worst = (
+        None if score.passkey_worst is None else {"depth": score.passkey_worst[0], **score.passkey_worst[1]._asdict()}
+    )
+    over = None if dense is None else perplexity_over(score, dense)._asdict()
     rows = {name: [dataclasses.asdict(row) for row in getattr(score, name)] for name in ("windows", "prompts")}
     facts = dict(phase=score.phase.value, method=score.method, level=score.level, policy=dict(score.policy))
-    return _plain(
-        facts | estimates | {"passkey_by_depth": by_depth, "tokens": score.tokens, "seconds": score.seconds} | rows
-    )
+    depths = {"passkey_by_depth": by_depth, "passkey_worst": worst}
+    counts = {"tokens": score.tokens, "seconds": score.seconds}
+    return to_json(facts | estimates | {"over_dense": over} | depths | counts | rows)
 
 
 def score_from_json(values: Mapping[str, Any]) -> Score:
@@ -204,10 +231,10 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _plain(value: Any) -> Any:
-    """Without the numbers that JSON does not have."""
+def to_json(value: Any) -> Any:
+    """The value without the numbers that JSON does not have: None in place of NaN and infinity."""
     if isinstance(value, Mapping):
-        return {name: _plain(x) for name, x in value.items()}
+        return {name: to_json(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
+        return [to_json(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,39 +7,54 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seer_jax.evaluate.score import Estimate, Score, passkey_difference, perplexity_difference
+from seer_jax.evaluate.score import Score, dense_of, passkey_difference, perplexity_over
+from seer_jax.evaluate.statistics.blocks_needed import ABOVE, BELOW, BlocksNeeded, all_blocks_needed
+from seer_jax.evaluate.statistics.intervals import Estimate, Interval
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Random, SinkWindow
 
 QUANTITIES = {
     "ppl": "perplexity: how many equally likely tokens the model seems to choose from at each step of held-out text; lower is better",
+    "over": "perplexity over that of dense attention on the same windows",
+    "95%": "half the width of the 95% interval of over, from the differences to dense attention window by window",
     "keys": "pass keys: share of the long prompts whose hidden five digits are found exactly; higher is better",
-    "read": "measured share of the visible key blocks that attention read, mean over rows and layers. A row's own block is always "
+    "±": "standard error of keys over prompts",
+    "worst": "the smallest share of keys found at one depth, @ that depth (0 the start, 1 the question)",
+    "read": "measured share of the visible key blocks that attention read, mean over windows and layers. A row's own block is always "
     "read; where a top-k ranking of a prompt's blocks does not choose it, as random ones seldom do, it comes on top; "
     "a window never reads less than the first block and the row's own",
 }
-ERROR = "±"
-ERROR_MEANING = "standard error of the figure before it, over windows (ppl), prompts (keys) or rows (read)"
 PHASES = {
     "prefill": "blocks are chosen for every row of a prompt, the rows of its question included",
-    "decode": "blocks are chosen for each appended token, after dense attention over the prompt",
+    "decode": "blocks are chosen for each token: all tokens of a window, the last ones of a pass-key prompt after dense attention over the others",
 }
 DENSE = "every block"
-CLEAR = 2.0  # standard errors that a lead must exceed
 
 
 def table_rows(scores: Sequence[Score]) -> list[list[str]]:
-    """The scores as text: a head, then a row for each score. Each figure has its standard error behind it; missing ones are "-"."""
-    head = ["phase", "method", "policy", *(cell for quantity in QUANTITIES for cell in (quantity, ERROR))]
-    rows = [[s.phase, s.title, "-" if s.method is None else s.level, *_figures(s)] for s in scores]
+    """The scores as text: a head, then a row for each score; missing figures are "-"."""
+    head = ["phase", "method", "policy", *QUANTITIES]
+    rows = [[s.phase, s.title, "-" if s.method is None else s.level, *_figures(s, dense_of(s, scores))] for s in scores]
     return [head, *rows]
 
 
-def _figures(score: Score) -> list[str]:
-    of = score.estimates
-    cells = []
-    for name, form in (("perplexity", ".2f"), ("passkey", ".0%"), ("kept", ".1%")):
-        cells += ["-" if math.isnan(x) else format(x, form) for x in of[name]]
-    return cells
+def _figures(score: Score, dense: Score | None) -> list[str]:
+    """The cells of `QUANTITIES`."""
+    of, worst = score.estimates, score.passkey_worst
+    over = Interval(*[math.nan] * 3) if dense is None or dense is score else perplexity_over(score, dense)
+    figures = [
+        (of["perplexity"].value, ".2f"),
+        (over.value, "+.1%"),
+        (over.half_width, ".1%"),
+        (of["passkey"].value, ".0%"),
+        (of["passkey"].stderr, ".0%"),
+        (of["kept"].value, ".1%"),
+    ]
+    cells = ["-" if math.isnan(x) else format(x, form) for x, form in figures]
+    return [*cells[:-1], "-" if worst is None else _depth(worst), cells[-1]]
+
+
+def _depth(worst: tuple[float, Estimate]) -> str:
+    return f"{worst[1].value:.0%}@{worst[0]:g}"
 
 
 def legend(scores: Sequence[Score]) -> dict[str, str]:
@@ -47,23 +62,27 @@ def legend(scores: Sequence[Score]) -> dict[str, str]:
     phases = {phase: meaning for phase, meaning in PHASES.items() if any(s.phase == phase for s in scores)}
     methods = dict.fromkeys(s.method for s in scores)
     titles = {"dense" if m is None else SCORERS[m].title: DENSE if m is None else SCORERS[m].meaning for m in methods}
-    return QUANTITIES | {ERROR: ERROR_MEANING} | phases | titles
+    return QUANTITIES | phases | titles
 
 
-def score_line(score: Score) -> str:
-    """One score as a line of text."""
+def score_line(score: Score, dense: Score | None = None) -> str:
+    """One score as a line of text.
+
+    Args:
+      score: of any method.
+      dense: dense attention in the same phase, to say how far the score is from it.
+    """
     method = score.title if score.method is None else f"{score.title}, {score.level}"
-    of = score.estimates
-    found = f", pass keys {_written(of['passkey'], '.0%')}" if score.prompts else ""
-    return (
-        f"{score.phase} {method}: perplexity {_written(of['perplexity'], '.3f')}{found}, blocks read {score.kept:.1%} "
-        f"({score.seconds:.1f} s)"
-    )
+    over = "" if dense is None or dense is score else f", {_signed(perplexity_over(score, dense))} over dense"
+    worst = score.passkey_worst
+    found = "" if worst is None else f", pass keys {score.passkey:.0%} (worst {_depth(worst)})"
+    return f"{score.phase} {method}: perplexity {score.perplexity:.3f}{over}{found}, blocks read {score.kept:.1%} ({score.seconds:.1f} s)"
 
 
-def _written(estimate: Estimate, form: str) -> str:
-    error = "" if math.isnan(estimate.stderr) else f" {ERROR} {estimate.stderr:{form}}"
-    return f"{estimate.value:{form}}{error}"
+def _signed(interval: Interval) -> str:
+    """A difference in percent with its interval, if it has one."""
+    ends = f" ({interval.low:+.1%} to {interval.high:+.1%})" if interval.has_ends else ""
+    return f"{interval.value:+.1%}{ends}"
 
 
 def print_scores(console: Console, scores: Sequence[Score]) -> None:
@@ -77,7 +96,7 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
             justify="left" if is_text else "right",
             no_wrap=not is_text,
             overflow="fold",
-            style="dim" if column == ERROR else "",
+            style="dim" if column in ("95%", "±") else "",
         )
     for phase in dict.fromkeys(row[0] for row in rows):
         table.add_section()
@@ -85,9 +104,35 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
         for _, *cells in (row for row in rows if row[0] == phase):
             table.add_row(*map(escape, cells))
     console.print(table)
+    print_blocks_needed(console, all_blocks_needed(scores))
     console.print()
     for word, meaning in legend(scores).items():
         console.print(f"[bold]{escape(word)}[/bold]: {escape(meaning)}", highlight=False, soft_wrap=True)
+
+
+def print_blocks_needed(console: Console, needed: Sequence[BlocksNeeded]) -> None:
+    """Prints a line for each phase, method and rule; nothing where none has a ladder."""
+    if not needed:
+        return
+    console.print(f"\nBlocks needed to stay within {needed[0].target:+.0%} of dense perplexity, with 95% intervals:")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for one in needed:
+        table.add_row(one.phase, *map(escape, (SCORERS[one.method].title, one.rule)), needed_text(one))
+    console.print(table)
+
+
+def needed_text(needed: BlocksNeeded) -> str:
+    """The share and its interval in words."""
+
+    def place(share: float) -> str:
+        sparsest, densest = needed.ladder
+        return (
+            f"below {sparsest:.1%}" if share == BELOW else f"above {densest:.1%}" if share == ABOVE else f"{share:.1%}"
+        )
+
+    if math.isnan(needed.low) or (needed.low == needed.high and math.isinf(needed.low)):
+        return place(needed.kept)
+    return f"{place(needed.kept)} ({place(needed.low)} to {place(needed.high)})"
 
 
 def losses(
@@ -101,15 +146,10 @@ def losses(
     for baseline, ours in _pairs(scores, method, baselines):
         place = f"{ours.phase} {ours.level}: {baseline.title}"
         if baseline.perplexity <= ours.perplexity:
-            lead = _written(perplexity_difference(ours, baseline), ".3f")
-            lines.append(
-                f"{place} has perplexity {baseline.perplexity:.3f}, ours {ours.perplexity:.3f} (higher by {lead})"
-            )
+            lead = _signed(perplexity_over(ours, baseline))
+            lines.append(f"{place} has perplexity {baseline.perplexity:.3f}, ours {ours.perplexity:.3f}: {lead}")
         if baseline.passkey >= ours.passkey:
-            lead = _written(passkey_difference(baseline, ours), ".0%")
-            lines.append(
-                f"{place} finds {baseline.passkey:.0%} of the pass keys, ours {ours.passkey:.0%} (fewer by {lead})"
-            )
+            lines.append(f"{place} finds {baseline.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}")
     return lines
 
 
@@ -119,16 +159,16 @@ def narrow_leads(
     method: str = LearnedGate.name,
     baselines: Sequence[str] = (SinkWindow.name, Random.name),
 ) -> list[str]:
-    """One line for each place where the method leads a baseline by no more than two standard errors, which may be chance."""
+    """One line for each place where the method leads a baseline by a difference whose 95% interval holds 0 or is unknown."""
     lines = []
     for baseline, ours in _pairs(scores, method, baselines):
         place = f"{ours.phase} {ours.level}: {baseline.title}"
-        for quantity, lead, form in (
-            ("perplexity is higher", perplexity_difference(baseline, ours), ".3f"),
-            ("share of pass keys is lower", passkey_difference(ours, baseline), ".0%"),
+        for quantity, lead in (
+            ("perplexity over the gate's", perplexity_over(baseline, ours)),
+            ("share of pass keys below the gate's", passkey_difference(ours, baseline)),
         ):
-            if lead.value > 0 and not lead.value > CLEAR * lead.stderr:
-                lines.append(f"{place}: its {quantity} by {_written(lead, form)}")
+            if lead.value > 0 and not lead.low > 0:
+                lines.append(f"{place}: {quantity} by {_signed(lead)}")
     return lines
 
 

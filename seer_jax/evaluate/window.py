@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from pallas_kernels.checks import BLOCK_SIZES
 from pallas_kernels.online_softmax import OnlineSoftmax, dot
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import LayerContext, Transformer
@@ -19,6 +20,7 @@ from seer_jax.selection.policies import Dense, Policy
 
 MAX_TOKENS_AT_ONCE = 256  # more only take more memory
 SCORES_AT_ONCE = 2**25  # attention scores of a chunk, [H, chunk, S]: 128 MiB
+LEAST_KEYS_AT_ONCE, MOST_TILES = 512, 8
 Observe = Callable[[DecodeContext], Any]
 
 
@@ -66,7 +68,7 @@ def decode_window(
       ValueError: the policy is none, or does not fit the model.
     """
     tokens, _ = model.check(tokens, None)
-    segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads)
+    segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads, "decode")
     gate = None if model.decode_gate is None else model.decode_gate.config
     layer = dataclasses.replace(model.config, num_layers=1)
 
@@ -117,7 +119,7 @@ def _attend(
     model: Transformer, observe: Observe | None, layer: LayerContext, cache: Cache, q: Array, k: Array, v: Array
 ) -> tuple[Float[Array, "1 T H D"], Cache, Any]:
     """Attention of one layer of one window; q and k before RoPE."""
-    positions = jnp.arange(q.shape[1])
+    positions = jnp.arange(q.shape[1], dtype=jnp.int32)
     q_rotated, k_rotated = rotate(q, k, positions[None], model.config.rope)
     cache, context_of = token_contexts(layer, cache, k, k_rotated, v)
     keys, values = jnp.swapaxes(k_rotated[0], 0, 1), jnp.swapaxes(v[0], 0, 1)
@@ -164,14 +166,33 @@ def _attend_blocks(
     mask: Bool[Array, "n K Sb"],
     block_size: int,
 ) -> Float[Array, "n H D"]:
-    """Attention to the keys of the kept blocks up to each token's own, with the arithmetic of `sparse_decode_attention` in XLA."""
+    """Attention to the keys of the kept blocks up to each token's own, with the arithmetic of `sparse_decode_attention` in XLA.
+
+    Keys are taken a tile at a time, up to that of the last token: dense products under a mask, since neighbouring tokens keep other blocks.
+    """
     (count, heads, dim), (kv_heads, size, _) = tokens.q.shape, keys.shape
-    listed = jnp.repeat(mask, block_size, axis=2, total_repeat_length=mask.shape[2] * block_size)[..., :size]
-    listed &= (jnp.arange(size)[None] <= tokens.position[:, None])[:, None]
+    tile = _tile(size)
+    tiles = -(-size // tile)
+    keys, values = (jnp.pad(x, ((0, 0), (0, tiles * tile - size), (0, 0))) for x in (keys, values))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, tiles * tile // block_size - mask.shape[2])))
     queries = tokens.q_rotated.reshape(count, kv_heads, -1, dim).transpose(1, 0, 2, 3).reshape(kv_heads, -1, dim)
-    scores = dot("kmd,ksd->kms", queries, keys) * dim**-0.5
-    scores = scores.reshape(kv_heads, count, -1, size)
-    scores = jnp.where(jnp.swapaxes(listed, 0, 1)[:, :, None], scores, -jnp.inf).reshape(kv_heads, -1, size)
-    out, _ = OnlineSoftmax.empty(*queries.shape).add(scores, values).finish()
+
+    def add(place: Int[Array, ""], sums: OnlineSoftmax) -> OnlineSoftmax:
+        def part(x: Array, axis: int, unit: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, place * (tile // unit), tile // unit, axis)
+
+        seen = (place * tile + jnp.arange(tile))[None] <= tokens.position[:, None]
+        listed = jnp.repeat(part(mask, 2, block_size), block_size, axis=2) & seen[:, None]
+        scores = dot("kmd,ksd->kms", queries, part(keys, 1, 1)) * dim**-0.5
+        scores = jnp.where(jnp.swapaxes(listed, 0, 1)[:, :, None], scores.reshape(kv_heads, count, -1, tile), -jnp.inf)
+        return sums.add(scores.reshape(kv_heads, -1, tile), part(values, 1, 1))
+
+    needed = tokens.position[-1] // tile + 1
+    out, _ = jax.lax.fori_loop(jnp.int32(0), needed, add, OnlineSoftmax.empty(*queries.shape)).finish()
     out = out.reshape(kv_heads, count, -1, dim).transpose(1, 0, 2, 3)
     return out.reshape(count, heads, dim).astype(tokens.q.dtype)
+
+
+def _tile(size: int) -> int:
+    """Keys at a time: whole blocks of any size, few enough that little of the future is computed, and that few tiles make a window."""
+    return -(-max(LEAST_KEYS_AT_ONCE, -(-size // MOST_TILES)) // BLOCK_SIZES[-1]) * BLOCK_SIZES[-1]

@@ -36,8 +36,8 @@ class PrefillGateConfig:
 
     Attributes:
       block_size (b): tokens per block, a power of two from 16 to 128.
-      gate_dim (C): channels of the gate's queries and keys, even. The release calls it `gate_hidden_size`.
-      q_pooling, k_pooling: see `Pool`.
+      gate_dim (C): channels of the gate's queries and keys, even. The release calls it gate_hidden_size.
+      q_pooling, k_pooling: how the tokens of a block become one vector; several kinds are concatenated.
       force_double: keep two projections where one would do.
     """
 
@@ -63,11 +63,11 @@ class DecodeGateConfig:
     """The gate of SeerAttention-R (arXiv 2506.08889, sec. 3): one choice of blocks per key/value head and query token.
 
     Attributes:
-      block_size (b), gate_dim (C), k_pooling: as in `PrefillGateConfig`.
-      query_reduction: how a group's query heads become one vector. `AVG` needs gate_dim == head_dim.
+      block_size (b), gate_dim (C), k_pooling: as those of a prefill gate.
+      query_reduction: how a group's query heads become one vector. Qavg needs gate_dim == head_dim.
       use_qk_norm: RMSNorm over C on the gate's queries and keys, before RoPE.
       use_rope: rotate queries at their token, keys at the first token of their block.
-      start_layer: layers before it attend densely while decoding; a policy can ask for more (`dense_layers`).
+      start_layer: layers before it attend densely while decoding; a policy can ask for more (dense_layers).
     """
 
     block_size: int = 64

@@ -29,6 +29,8 @@ class DecodeGate(Recommending, nnx.Module):
       recommended: the policy to use the gate with, or None.
     """
 
+    phase = "decode"
+
     def __init__(self, config: DecodeGateConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config, self.model = config, model
         layers, kv_heads, group = model.num_layers, model.num_kv_heads, model.group_size

@@ -32,6 +32,8 @@ class PrefillGate(Recommending, nnx.Module):
       recommended: the policy to use the gate with, or None.
     """
 
+    phase = "prefill"
+
     def __init__(self, config: PrefillGateConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config, self.model = config, model
         one, dim, gate_dim = config.one_linear(model.head_dim), model.head_dim, config.gate_dim

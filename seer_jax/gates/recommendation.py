@@ -1,6 +1,7 @@
 """The policy that a gate is best used with."""
 
 import json
+from typing import ClassVar
 
 from seer_jax.models.config import ModelConfig
 from seer_jax.selection.interfaces import LayerGate
@@ -16,6 +17,7 @@ class Recommending(LayerGate):
 
     _recommended: str | None = None
     model: ModelConfig
+    phase: ClassVar[str]  # "prefill" or "decode"
 
     @property
     def num_lists(self) -> int:
@@ -35,7 +37,8 @@ class Recommending(LayerGate):
     def recommended(self, policy: Policy | None) -> None:
         if policy is not None:
             check_policy("recommended", policy)
-            policy.check(self.model.num_layers, self)
+            policy.check_phase(self.phase)
+            policy.check(self.model.num_layers, self, self.phase)
             policy.stacked(self.model.num_layers, self.num_lists)
             self._recommended = json.dumps(policy_to_json(policy))
         elif self._recommended is not None:

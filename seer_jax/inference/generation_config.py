@@ -7,7 +7,7 @@ from typing import Any
 
 from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.models.config_json import token_ids
-from seer_jax.models.hub import read_json
+from seer_jax.models.hub import read_optional
 
 NAME = "generation_config.json"
 # Settings that change which tokens are drawn, or where a text ends, and that are not available, with the values that change nothing.
@@ -52,15 +52,13 @@ class GenerationSettings:
 
 
 def read_generation_settings(folder: Path) -> GenerationSettings:
-    """The settings of a model folder; those of an empty file where it has none.
+    """The settings of a model folder or a GGUF file; those of an empty file where it has none.
 
     Raises:
       ValueError: a setting is of a wrong type or outside its domain.
     """
     path = folder / NAME
-    if not path.is_file():
-        return GenerationSettings()
-    hf = read_json(path)
+    hf = read_optional(folder, NAME)
     eos = token_ids(f"{path}: eos_token_id", hf.get("eos_token_id"))
     left = {
         key: hf[key]

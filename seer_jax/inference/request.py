@@ -11,8 +11,8 @@ from jaxtyping import Int
 from seer_jax.checks import whole_number
 from seer_jax.inference.prompts import bucket
 from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, check_key
-from seer_jax.models.decoder import Transformer
-from seer_jax.selection.policies import Dense, Policy, check_policy
+from seer_jax.models.decoder import Transformer, check_model
+from seer_jax.selection.policies import Dense, Policy, check_decode_policy, check_policy
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
 EOS_MULTIPLE = 8  # programs take multiples of so many EOS tokens
@@ -82,6 +82,7 @@ class Request:
             policy = getattr(self, name)
             if policy is not None:
                 check_policy(name, policy)
+                policy.check_phase(name)
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling must be Greedy() or Sample(temperature, ...); got {self.sampling!r}.")
         if self.key is not None:
@@ -100,10 +101,7 @@ class Request:
         Raises:
           ValueError: a setting is unknown or out of its domain, or a policy does not fit the model.
         """
-        if not isinstance(model, Transformer):
-            raise ValueError(
-                f"model must be a Transformer; got {model!r}. Load one: seer_jax.from_pretrained(folder or hub id)."
-            )
+        check_model(model)
         names = [field.name for field in dataclasses.fields(cls)]
         for name in settings:
             if name not in names:
@@ -120,8 +118,9 @@ class Request:
             policy or (None if gate is None else gate.recommended) or Dense()
             for policy, gate in ((self.prefill, model.prefill_gate), (self.decode, model.decode_gate))
         )
-        model.segments(prefill, model.prefill_gate, model.config.num_heads)
-        model.segments(decode, model.decode_gate, model.config.num_kv_heads)
+        model.segments(prefill, model.prefill_gate, model.config.num_heads, "prefill")
+        model.segments(decode, model.decode_gate, model.config.num_kv_heads, "decode")
+        check_decode_policy(decode)
         return dataclasses.replace(self, prefill=prefill, decode=decode)
 
     def require_key(self) -> None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from seer_jax.gguf.header import is_gguf, read_header
+from seer_jax.gguf.tokenizer import tokenizer_of
 from seer_jax.inference import chat
 from seer_jax.inference.chat import Message
-from seer_jax.models.hub import read_json
+from seer_jax.models.hub import read_optional
 
 if TYPE_CHECKING:
     import tokenizers
@@ -25,7 +27,7 @@ REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8 (yet) decode to
 
 
 class Tokenizer:
-    """The tokenizer of a Hugging Face model folder.
+    """The tokenizer of a Hugging Face model folder, or of a GGUF file.
 
     Attributes:
       place: where it was read, for messages.
@@ -51,16 +53,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads the tokenizer of a model folder.
+        """Reads the tokenizer of a model folder, or rebuilds that of a GGUF file.
 
         Raises:
-          FileNotFoundError: the folder or its tokenizer is not there.
+          FileNotFoundError: the folder, the file or its tokenizer is not there.
           ValueError: a file is damaged.
         """
         folder = Path(folder)
-        config = _read_optional(folder / TOKENIZER_CONFIG)
+        config = read_optional(folder, TOKENIZER_CONFIG)
         return cls(
-            _load_backend(folder),
+            tokenizer_of(read_header(folder)) if is_gguf(folder) else _load_backend(folder),
             special=_special_tokens(folder, config),
             chat_templates=chat.load_templates(folder, config),
             place=str(folder),
@@ -113,6 +115,10 @@ class Tokenizer:
     def decode_known(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """As `decode`, for tokens that a model made; those beyond the tokenizer's vocabulary, to which models are padded, are no text."""
         return self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+    def to_json(self) -> str:
+        """The text of its `tokenizer.json`."""
+        return self._backend.to_str(pretty=True)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -222,7 +228,7 @@ def _load_backend(folder: Path) -> "tokenizers.Tokenizer":
 
 def eos_token_of(folder: Path) -> int | None:
     """The id of the tokenizer's end-of-text token, without loading the tokenizer; None where its files do not say."""
-    config = _read_optional(folder / TOKENIZER_CONFIG)
+    config = read_optional(folder, TOKENIZER_CONFIG)
     name = _special_tokens(folder, config).get("eos_token")
     if name is None:
         return None
@@ -230,20 +236,16 @@ def eos_token_of(folder: Path) -> int | None:
     entries = [(int(i), token) for i, token in listed.items() if i.isdecimal()] if isinstance(listed, Mapping) else []
     ids = [i for i, token in entries if _content(token) == name]
     if not ids:
-        added = _read_optional(folder / "tokenizer.json").get("added_tokens") or []
+        added = read_optional(folder, "tokenizer.json").get("added_tokens") or []
         ids = [token.get("id") for token in added if isinstance(token, Mapping) and token.get("content") == name]
     return next((i for i in ids if isinstance(i, int)), None)
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens by name, as transformers reads them: special_tokens_map.json counts where the configuration lists no added tokens."""
-    older = {} if "added_tokens_decoder" in config else _read_optional(folder / "special_tokens_map.json")
+    older = {} if "added_tokens_decoder" in config else read_optional(folder, "special_tokens_map.json")
     tokens = {name: token for name, token in {**config, **older}.items() if name.endswith("_token") and token}
     return {name: _content(token) for name, token in tokens.items() if isinstance(token, (str, dict))}
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> str:

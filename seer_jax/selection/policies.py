@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import BlockIndices
 from pallas_kernels.checks import check_block_size
@@ -20,7 +20,7 @@ from seer_jax.checks import is_placeholder
 from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.interfaces import LayerGate
 
-_SHORT = reprlib.Repr(maxlevel=2, maxlist=3, maxtuple=3)  # masks have many values
+SHORT = reprlib.Repr(maxlevel=2, maxlist=3, maxtuple=3)  # masks have many values
 DEFAULT_BLOCK_SIZE = 64  # of a model without gates
 
 
@@ -31,7 +31,8 @@ class Policy(abc.ABC):
 
     Attributes:
       name: as a command line writes it.
-      is_dense: whether every block is kept in every layer.
+      skip: see `check_skip`; None for policies without it.
+      is_dense: whether every block is read and computed in every layer.
       needs_gate: whether it works with a learned gate alone.
       expected_density: share of the blocks that the lists will hold, where that is known beforehand: a hint for kernels.
       per_head: names of the fields that may hold a value for each layer and head.
@@ -40,7 +41,7 @@ class Policy(abc.ABC):
     __dataclass_fields__: ClassVar[dict[str, Any]]  # each policy is a dataclass
 
     name: ClassVar[str] = "own"
-    is_dense: ClassVar[bool] = False
+    skip: float | Float[Array, ""] | None = None
     per_head: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
@@ -53,6 +54,10 @@ class Policy(abc.ABC):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_dense(self) -> bool:
+        return False
 
     @property
     def needs_gate(self) -> bool:
@@ -74,15 +79,20 @@ class Policy(abc.ABC):
         """The context with what all chunks of query rows share."""
         return context
 
-    def check(self, num_layers: int, gate: LayerGate | None) -> None:
+    def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
         """Checks the policy against a model.
+
+        Args:
+          num_layers: of the model.
+          gate: of the model and of the phase; None: it has none.
+          phase: "prefill" or "decode", for messages; "": either.
 
         Raises:
           ValueError: it ranks by a gate that the model has not, or leaves none of its layers sparse.
         """
         if self.needs_gate and gate is None:
             raise ValueError(
-                f"{self} ranks blocks by a learned gate, but the model has none of this kind; "
+                f"{self} ranks blocks by a learned gate, but the model has no {f'{phase} ' * bool(phase)}gate; "
                 f"load one (gates=...), train one, or use the policy {Dense.name}."
             )
         if empty := [name for name in self.per_head if getattr(self, name) is None]:
@@ -93,6 +103,10 @@ class Policy(abc.ABC):
                 f"dense_layers must leave a sparse layer: below {num_layers}, the model's layers; got {dense_layers}. "
                 f"Lower it, or use the policy {Dense.name}."
             )
+
+    def check_phase(self, phase: str) -> None:
+        """Raises ValueError where the policy cannot choose blocks in a phase, "prefill" or "decode"."""
+        del phase  # most policies work in both
 
     def stacked(self, num_layers: int, heads: int) -> "Policy":
         """The policy with every array that its fields hold as `[L, heads]` or `[L, 1]`; scalars stay.
@@ -155,6 +169,33 @@ def check_policy(name: str, policy: Any) -> None:
         )
 
 
+def check_skip(policy: Policy) -> None:
+    """Checks a policy's `skip`: a number in [0, 1] or None.
+
+    While prompts are read, attention leaves out the blocks whose largest weight is below `skip` times the largest weight in the
+    blocks before (`skip_threshold` of `block_sparse_attention`). Those blocks do not count as kept. Decoding knows no such skip.
+
+    Raises:
+      ValueError: it is none.
+    """
+    name, value = f"{type(policy).__name__}.skip", policy.skip
+    if value is None or is_placeholder(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number | jax.Array) or jnp.ndim(value):
+        raise ValueError(f"{name} must be a number or None; got {value!r}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
+
+
+def check_decode_policy(policy: Policy) -> None:
+    """Raises ValueError where a policy asks of decoding what only reading a prompt can do."""
+    if policy.skip is not None:
+        raise ValueError(
+            f"A policy for decoding must have no skip, which works while prompts are read; got one in a {policy.name} policy. "
+            "Leave skip out, or use the policy for prompts alone (eval: --phases prefill)."
+        )
+
+
 def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
     """A value as [L, heads] or [L, 1]."""
     shape = jnp.shape(value)
@@ -180,10 +221,25 @@ def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dense(Policy):
-    """Every block."""
+    """Every block.
+
+    Attributes:
+      skip: see `check_skip`. Prefill alone.
+    """
 
     name = "dense"
-    is_dense = True
+
+    skip: float | Float[Array, ""] | None = None
+
+    def __post_init__(self) -> None:
+        check_skip(self)
+
+    def __str__(self) -> str:
+        return self.name if self.skip is None else f"{self.name},skip={self.skip}"
+
+    @property
+    def is_dense(self) -> bool:
+        return self.skip is None
 
     def blocks(self, context: Context) -> None:
         return None
@@ -212,7 +268,7 @@ class Given(Policy):
     def __post_init__(self) -> None:
         check_block_size("Given", self.block_size)
         if not is_placeholder(self.mask) and not isinstance(self.mask, np.ndarray | jax.Array):
-            raise ValueError(f"Given.mask must be a bool array; got {_SHORT.repr(self.mask)}. Wrap it in jnp.asarray.")
+            raise ValueError(f"Given.mask must be a bool array; got {SHORT.repr(self.mask)}. Wrap it in jnp.asarray.")
 
     def tokens_per_block(self, gate: LayerGate | None) -> int:
         return self.block_size

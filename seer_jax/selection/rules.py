@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels import BlockIndices
 from seer_jax.checks import is_placeholder, whole_number
 from seer_jax.selection.context import Context, DecodeContext, PrefillContext
 from seer_jax.selection.interfaces import LayerGate
-from seer_jax.selection.policies import Policy
+from seer_jax.selection.policies import SHORT, Policy, check_skip
 from seer_jax.selection.scorers import LearnedGate, Scorer
 
 Scores = Float32[Array, "B Hs Tb Sb"] | Float32[Array, "B K Sb"]
@@ -30,6 +30,7 @@ class RankingPolicy(Policy):
       scorer: what ranks the blocks.
       dense_layers: the first layers, which keep every block in either phase; fewer than the model has. While decoding it is
         the larger of this and the gate's own `start_layer`.
+      skip: see `policies.check_skip`. Prefill alone, in the layers that `dense_layers` does not make dense.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,24 @@ class RankingPolicy(Policy):
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         """The lists that the rule makes of scores before softmax."""
 
+    def kept(self, context: Context) -> Bool[Array, "..."]:
+        """Blocks that are kept whatever their scores: each row's own, those of the dense last rows, and those that the scorer's method
+        always keeps."""
+        keep, always = context.keep(getattr(self, "dense_last_rows", 0)), self.scorer.keep(context)
+        return keep if always is None else keep | always
+
+    def preferred(self, scores: Scores, context: Context) -> Scores:
+        """Scores by which a fixed number of blocks first takes those that the scorer's method always keeps."""
+        always = self.scorer.keep(context)
+        return scores if always is None else jnp.where(always, jnp.finfo(jnp.float32).max, scores)
+
+    def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
+        super().check(num_layers, gate, phase)
+        self.scorer.check_block_size(self.tokens_per_block(gate))
+
+    def check_phase(self, phase: str) -> None:
+        self.scorer.check_phase(phase)
+
     def _check_settings(self) -> None:
         """Checks what the rules share: the scorer and the numbers of layers and rows."""
         name = type(self).__name__
@@ -50,6 +69,7 @@ class RankingPolicy(Policy):
                 whole_number(f"{name}.{setting}", getattr(self, setting), "an integer of at least 0", least=0)
         if isinstance(self.scorer, type) or (not isinstance(self.scorer, Scorer) and not is_placeholder(self.scorer)):
             raise ValueError(f"{name}.scorer must be a scorer such as LearnedGate() or Oracle(); got {self.scorer!r}.")
+        check_skip(self)
 
     def blocks(self, context: Context) -> BlockIndices:
         with jax.named_scope("scores"):
@@ -104,7 +124,7 @@ class Threshold(RankingPolicy):
       scorer: what ranks the blocks.
       dense_last_rows: the last block rows of a prompt, which hold its question, keep every block (`last_block_dense` of the
         release is 2). Prefill alone.
-      dense_layers: see `RankingPolicy`.
+      dense_layers, skip: see `RankingPolicy`.
     """
 
     name = "threshold"
@@ -116,6 +136,7 @@ class Threshold(RankingPolicy):
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    skip: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         self._check_settings()
@@ -123,7 +144,7 @@ class Threshold(RankingPolicy):
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         scores, threshold = context.per_head(scores, self.threshold)
-        return context.select(scores, threshold=threshold, keep=context.keep(self.dense_last_rows))
+        return context.select(scores, threshold=threshold, keep=self.kept(context))
 
 
 @jax.tree_util.register_dataclass
@@ -135,7 +156,7 @@ class CumulativeMass(RankingPolicy):
 
     Attributes:
       mass: in (0, 1]; 1 keeps every block. A number or an array, as in `Threshold`.
-      scorer, dense_last_rows, dense_layers: as in `Threshold`.
+      scorer, dense_last_rows, dense_layers, skip: as in `Threshold`.
     """
 
     name = "mass"
@@ -147,6 +168,7 @@ class CumulativeMass(RankingPolicy):
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    skip: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         self._check_settings()
@@ -154,7 +176,7 @@ class CumulativeMass(RankingPolicy):
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         scores, mass = context.per_head(scores, self.mass)
-        return context.select(scores, mass=mass, keep=context.keep(self.dense_last_rows))
+        return context.select(scores, mass=mass, keep=self.kept(context))
 
 
 @jax.tree_util.register_dataclass
@@ -169,7 +191,7 @@ class TopK(RankingPolicy):
 
     Attributes:
       density: in (0, 1].
-      scorer, dense_last_rows, dense_layers: as in `Threshold`.
+      scorer, dense_last_rows, dense_layers, skip: as in `Threshold`.
     """
 
     name = "topk"
@@ -180,6 +202,7 @@ class TopK(RankingPolicy):
     scorer: Scorer = LearnedGate()
     dense_last_rows: int = dataclasses.field(default=2, metadata=dict(static=True))
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    skip: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         self._check_settings()
@@ -202,14 +225,15 @@ class TopK(RankingPolicy):
         return min(max(2, _floor(self.density * num_blocks)), num_blocks)
 
     def select(self, scores: Scores, context: Context) -> BlockIndices:
-        keep, total = context.keep(self.dense_last_rows), context.num_key_blocks
+        total = context.num_key_blocks
         if isinstance(context, DecodeContext):
             by_length = [self.blocks_per_token(n) for n in range(1, total + 1)]
             wanted = jnp.asarray(by_length, jnp.int32)[context.current]
+            keep, scores = context.keep(self.dense_last_rows), self.preferred(scores, context)
             return context.select(scores, max_blocks=wanted, keep=keep, width=by_length[-1])
         # As many as a sequence's own length asks for, whatever the batch is padded to.
         counts = jnp.asarray([self.blocks_per_row(n) for n in range(1, total + 1)])
-        return context.select(scores, top_k=counts[context.last], keep=keep)
+        return context.select(scores, top_k=counts[context.last], keep=self.kept(context))
 
 
 @jax.tree_util.register_dataclass
@@ -219,7 +243,7 @@ class TokenBudget(RankingPolicy):
 
     Attributes:
       tokens: the budget, at least one block.
-      scorer, dense_layers: as in `Threshold`.
+      scorer, dense_layers, skip: as in `Threshold`.
     """
 
     name = "budget"
@@ -229,10 +253,15 @@ class TokenBudget(RankingPolicy):
     tokens: int = dataclasses.field(metadata=dict(static=True))
     scorer: Scorer = LearnedGate()
     dense_layers: int = dataclasses.field(default=0, metadata=dict(static=True))
+    skip: float | Float[Array, ""] | None = None
 
     def __post_init__(self) -> None:
         self._check_settings()
         whole_number("TokenBudget.tokens", self.tokens)
+
+    def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
+        super().check(num_layers, gate, phase)
+        self.blocks_per_row(self.tokens_per_block(gate))
 
     def blocks_per_row(self, block_size: int) -> int:
         """Blocks that fit the budget."""
@@ -246,7 +275,7 @@ class TokenBudget(RankingPolicy):
     def select(self, scores: Scores, context: Context) -> BlockIndices:
         most = self.blocks_per_row(context.block_size)
         keep = context.sink_and_own if most > 1 else context.own  # a budget of one block is for the current one
-        return context.select(scores, max_blocks=most, keep=keep)
+        return context.select(self.preferred(scores, context), max_blocks=most, keep=keep)
 
 
 RULES: dict[str, type[RankingPolicy]] = {rule.name: rule for rule in (Threshold, CumulativeMass, TopK, TokenBudget)}
@@ -263,9 +292,10 @@ def _check_values(policy: RankingPolicy, inside: Any, must: str) -> None:
     if is_placeholder(value):
         return
     if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number or an array; got {value!r}. Wrap it in jnp.asarray.")
+        raise ValueError(f"{name} must be a number or an array; got {SHORT.repr(value)}. Wrap it in jnp.asarray.")
     dtype = np.asarray(value).dtype
     if dtype.kind not in "iu" and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must hold real numbers; got {dtype} {jnp.shape(value)}.")
-    if not inside(np.asarray(value)).all():
-        raise ValueError(f"{name} must {must}; got {value}.")
+    values = np.asarray(value)
+    if (wrong := values[~inside(values)]).size:
+        raise ValueError(f"{name} must {must}; got {wrong.flat[0]}.")

@@ -157,8 +157,18 @@ WITH_PYTHON = [name for name in NAMES if examples(name) and name.startswith(("RE
 )
 def test_python_examples_run(name: str, count: int, tmp_path: Path):
     """One after the other, as a reader would type them; README's leave no file behind. Its second one trains."""
+    run_examples(name, slice(count), tmp_path)
+    assert name != "README.md" or not list(tmp_path.iterdir()), "the examples leave files behind"
+
+
+@pytest.mark.slow
+def test_fine_tuning_runs_as_documented(tmp_path: Path):
+    run_examples("train/README.md", slice(1, None), tmp_path)
+    assert (tmp_path / "finetuned" / "model.safetensors").is_file()
+
+
+def run_examples(name: str, which: slice, tmp_path: Path) -> None:
     quickly = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-c", "\n".join(examples(name)[:count])]
+    command = [sys.executable, "-c", "\n".join(examples(name)[which])]
     done = subprocess.run(command, cwd=tmp_path, env=quickly, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert name != "README.md" or not list(tmp_path.iterdir()), "the examples leave files behind"

@@ -80,7 +80,8 @@ def test_wheel_holds_every_module_and_all_data(wheel: Path):
     suffixes = {name: "/__init__.py" if path.name == "__init__.py" else ".py" for name, path in modules().items()}
     expected = {name.replace(".", "/") + suffix for name, suffix in suffixes.items()}
     expected |= {"seer_jax/py.typed", "pallas_kernels/py.typed"}
-    data = (path for path in (ROOT / "seer_jax/tiny_lm").rglob("*") if path.is_file())
+    folders = "seer_jax/tiny_lm", "seer_jax/smollm2", "seer_jax/plots/viewer"
+    data = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
     expected |= {path.relative_to(ROOT).as_posix() for path in data if "__pycache__" not in path.parts}
     assert files(wheel) == expected
 
@@ -101,6 +102,13 @@ def test_tiny_lm_is_whole_and_small(wheel: Path):
         sizes = {i.filename: i.file_size for i in archive.infolist() if i.filename.startswith("seer_jax/tiny_lm/")}
     assert {f"seer_jax/tiny_lm/{name}" for name in TINY_LM} <= set(sizes)
     assert sum(sizes.values()) <= 19 * MIB
+
+
+def test_gates_of_smollm2_are_small(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {i.filename: i.file_size for i in archive.infolist() if i.filename.startswith("seer_jax/smollm2/")}
+    assert "seer_jax/smollm2/README.md" in sizes
+    assert all(size <= 8 * MIB for size in sizes.values())
 
 
 def test_command_runs_outside_the_checkout(environment: Path, elsewhere: Path):

@@ -59,6 +59,12 @@ def test_each_kernel_lowers_for_cuda_with_padding(settings: dict[str, Any]):
     assert_lowers_for_cuda(block_sparse_attention, case, density=case.density)
 
 
+@pytest.mark.parametrize("settings", [{}, {"lists": 1}, {"block_size": 128}], ids=str)
+def test_each_kernel_that_skips_lowers_for_cuda(settings: dict[str, Any]):
+    case = Case("skips", Heads(2, 1, 128), 520, batch=2, lengths=(520, 301), skip_threshold=1e-3, **settings)
+    assert_lowers_for_cuda(block_sparse_attention, case, return_kept=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -78,22 +84,24 @@ def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
-    ("heads", "lists", "block_size", "num_key_blocks", "density", "name"),
+    ("heads", "lists", "block_size", "num_key_blocks", "density", "skips", "name"),
     [
-        (Heads(32, 8, 128), 32, 64, 512, None, "single-warpgroup"),
-        (Heads(32, 8, 128), 32, 64, 512, 0.5, "single-warpgroup"),
-        (Heads(32, 8, 128), 32, 64, 512, 1.0, "own-lists"),
-        (Heads(32, 8, 128), 8, 64, 512, None, "shared-by-heads"),
-        (Heads(32, 8, 128), 1, 64, 512, 0.1, "shared-by-heads"),
-        (Heads(32, 8, 128), 8, 64, 128, 0.1, "single-warpgroup"),
-        (Heads(28, 4, 128), 4, 64, 512, None, "single-warpgroup"),  # 7 heads in a group
-        (Heads(32, 8, 128), 8, 128, 256, None, "shared-by-queries"),
+        (Heads(32, 8, 128), 32, 64, 512, None, False, "single-warpgroup"),
+        (Heads(32, 8, 128), 32, 64, 512, 0.5, False, "single-warpgroup"),
+        (Heads(32, 8, 128), 32, 64, 512, 1.0, False, "own-lists"),
+        (Heads(32, 8, 128), 8, 64, 512, None, False, "shared-by-heads"),
+        (Heads(32, 8, 128), 1, 64, 512, 0.1, False, "shared-by-heads"),
+        (Heads(32, 8, 128), 8, 64, 128, 0.1, False, "single-warpgroup"),
+        (Heads(28, 4, 128), 4, 64, 512, None, False, "single-warpgroup"),  # 7 heads in a group
+        (Heads(32, 8, 128), 8, 128, 256, None, False, "shared-by-queries"),
+        (Heads(32, 8, 128), 32, 64, 512, 0.1, True, "own-lists"),
+        (Heads(32, 8, 128), 8, 64, 128, 0.1, True, "shared-by-heads"),
     ],
 )
 def test_mosaic_gpu_chooses_a_kernel(
-    heads: Heads, lists: int, block_size: int, num_key_blocks: int, density: float | None, name: str
+    heads: Heads, lists: int, block_size: int, num_key_blocks: int, density: float | None, skips: bool, name: str
 ):
-    choice = mosaic_gpu.choose_config(heads.heads, heads.kv_heads, lists, block_size, num_key_blocks, density)
+    choice = mosaic_gpu.choose_config(heads.heads, heads.kv_heads, lists, block_size, num_key_blocks, density, skips)
     assert choice is mosaic_gpu.CONFIGS[name]
 
 
@@ -183,6 +191,14 @@ def zeros(*shape: int, dtype: str = "float32") -> jax.Array:
         ({"query_offset": jnp.zeros(3, int)}, r"query_offset must have shape \[B\] = \(2,\); got \(3,\)"),
         ({"lengths": jnp.ones(2)}, r"lengths must hold integers; got float32"),
         ({"lengths": jnp.ones((1, 2), int)}, r"lengths must have shape \[B\] = \(2,\); got \(1, 2\)"),
+        ({"skip_threshold": 1.5}, r"skip_threshold must lie in \[0, 1\]; got 1.5"),
+        ({"skip_threshold": float("nan")}, r"skip_threshold must lie in \[0, 1\]; got nan"),
+        ({"skip_threshold": jnp.zeros(3)}, r"skip_threshold must have shape \[\] or \[H\] = \(4,\); got \(3,\)"),
+        ({"skip_threshold": True}, r"skip_threshold must hold numbers; got bool"),
+        (
+            {"return_kept": True},
+            r"return_kept counts the blocks that skip_threshold leaves; got None. Use skip_threshold=0.0",
+        ),
         ({"scale": float("nan")}, r"scale must be a finite number; got nan"),
         (
             {"implementation": "triton"},
@@ -193,3 +209,31 @@ def zeros(*shape: int, dtype: str = "float32") -> jax.Array:
 def test_refuses(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_skipping_has_no_gradients(implementation: Implementation):
+    arguments = suite.named("own-lists").arguments(KEY)
+
+    def loss(q: jax.Array) -> Any:
+        changed: dict[str, Any] = arguments | {"q": q}
+        out = block_sparse_attention(**changed, skip_threshold=0.1, implementation=implementation)
+        assert isinstance(out, jax.Array)
+        return out.sum()
+
+    with pytest.raises(NotImplementedError, match=r"skip_threshold has no gradients\. Use skip_threshold=None"):
+        jax.grad(loss)(arguments["q"])
+
+
+def test_thresholds_are_values_of_one_program():
+    arguments = suite.named("own-lists").arguments(KEY)
+    traced = []
+
+    @jax.jit
+    def run(threshold: jax.Array) -> Any:
+        traced.append(threshold)
+        return block_sparse_attention(**arguments, skip_threshold=threshold)
+
+    for threshold in (0.0, 0.1, 1.0):
+        run(jnp.float32(threshold))
+    assert len(traced) == 1

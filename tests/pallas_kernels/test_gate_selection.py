@@ -1,5 +1,6 @@
 """`select_blocks`: its implementations, and errors for invalid arguments."""
 
+import functools
 import math
 from typing import Any
 
@@ -71,7 +72,9 @@ def test_mosaic_gpu_under_vmap_runs_once_for_all_lists():
         )
         return blocks.to_mask(40)
 
-    got, expected = (jax.vmap(lambda *x: select(*x, of))(logits, visible) for of in ("mosaic_gpu", "xla"))
+    got, expected = (
+        jax.vmap(functools.partial(select, implementation=of))(logits, visible) for of in ("mosaic_gpu", "xla")
+    )
     assert (got == expected).all() and got.shape == logits.shape
     with assume_hopper():
         calls = str(jax.make_jaxpr(jax.vmap(lambda *x: select(*x, "mosaic_gpu")))(logits, visible))

@@ -15,6 +15,7 @@ import seer_jax.convert
 from pallas_kernels import BlockIndices, block_sparse_attention, sparse_decode_attention, stacked_linear
 from seer_jax import (
     CumulativeMass,
+    Dense,
     Given,
     LearnedGate,
     Random,
@@ -25,6 +26,7 @@ from seer_jax import (
     TopK,
 )
 from seer_jax.evaluate import block_maps
+from seer_jax.train import DistillConfig, FinetuneConfig, distill, finetune
 from tests.seer_jax.conftest import tiny_model
 
 pytestmark = pytest.mark.usefixtures("unchecked", "compile_quickly")
@@ -67,6 +69,10 @@ GENERATE: list[tuple[Callable[[], dict[str, Any]], str | None]] = [
     (lambda: dict(max_new_tokens="8"), f"max_new_tokens {WHOLE}'8'"),
     (lambda: dict(max_new_tokens=np.int64(0)), f"max_new_tokens {WHOLE}.*0"),
     (lambda: dict(max_new_tokens=None), f"max_new_tokens {WHOLE}None"),
+    (lambda: dict(max_new_tokens=10**12, beyond_context=True), "max_new_tokens must be at most 2147483647; got 1000000000000"),
+    (lambda: dict(cache_capacity=2**31), "cache_capacity must be at most 2147483647; got 2147483648"),
+    (lambda: dict(prefill=TopK(0.1)), "topk:0.1 ranks .* the model has no prefill gate; load one"),
+    (lambda: dict(decode=TokenBudget(63, SinkWindow())), "A token budget must hold at least one block of 64 tokens; got 63"),
     (lambda: dict(max_tokens=8), "settings must be some of max_new_tokens, .*; got max_tokens. Did you mean max_new_tokens?"),
     (lambda: dict(cache_capacity=64.0), f"cache_capacity {WHOLE}64.0"),
     (lambda: dict(beyond_context="no"), "beyond_context must be True or False; got 'no'"),
@@ -128,7 +134,9 @@ MAKE: list[tuple[Callable[[], Any], str]] = [
             (np.array(["x"]), "hold real numbers; got <U1"),
             (float("nan"), r"lie in \[0, 1\); got nan"),
             (jnp.asarray([0.1, jnp.nan]), r"lie in \[0, 1\)"),
-            (np.array([0.1, 1.0]), r"lie in \[0, 1\)"),
+            (np.array([0.1, 1.0]), r"lie in \[0, 1\); got 1.0\.$"),
+            (np.full((30, 9), 1.5), r"lie in \[0, 1\); got 1.5\.$"),
+            ([0.1] * 30, r"be a number or an array; got \[0.1, 0.1, 0.1, \.\.\.\]. Wrap it in jnp.asarray"),
         ]
     ),
     (lambda: CumulativeMass(0), r"CumulativeMass.mass must lie in \(0, 1\]; got 0"),
@@ -144,7 +152,20 @@ MAKE: list[tuple[Callable[[], Any], str]] = [
     (lambda: TokenBudget(0.5), f"TokenBudget.tokens {WHOLE}0.5"),
     (lambda: TokenBudget("4096"), f"TokenBudget.tokens {WHOLE}'4096'"),
     (lambda: TokenBudget(True), f"TokenBudget.tokens {WHOLE}True"),
+    (lambda: TokenBudget(64, skip="0.1"), "TokenBudget.skip must be a number or None; got '0.1'"),
+    (lambda: Dense(skip=True), "Dense.skip must be a number or None; got True"),
     (lambda: TokenBudget(64, dense_layers="2"), "TokenBudget.dense_layers must be an integer of at least 0; got '2'"),
+    (lambda: TokenBudget(10**20), "TokenBudget.tokens must be at most 2147483647; got 100000000000000000000"),
+    (lambda: TopK(0.1, dense_last_rows=2**31), "TopK.dense_last_rows must be at most 2147483647; got 2147483648"),
+    (lambda: Random(2**32), "Random.seed must be at most 4294967295; got 4294967296"),
+    (lambda: DistillConfig(seed=2**32), "DistillConfig.seed must be at most 4294967295; got 4294967296"),
+    (lambda: distill("tiny-lm"), r"config must be a DistillConfig; got 'tiny-lm'. Make one: DistillConfig\(model=\.\.\.\)"),
+    (lambda: distill(FinetuneConfig(model="x")), "config must be a DistillConfig; got FinetuneConfig"),
+    (lambda: finetune(DistillConfig(model="x")), "config must be a FinetuneConfig; got DistillConfig"),
+    (lambda: distill(DistillConfig(), model="tiny-lm"), "model must be a Transformer; got 'tiny-lm'. Load one"),
+    (lambda: seer_jax.convert.save_base(None, "/proc/x"), "model must be a Transformer; got None"),
+    (lambda: seer_jax.convert.save_base(tiny_model().decode_gate, "/proc/x"), "model must be a Transformer; got DecodeGate"),
+    (lambda: seer_jax.plan_memory(tiny_model(), 2**31, 8, max_new_tokens=1), "batch must be at most 2147483647"),
     (lambda: Random("x"), "Random.seed must be an integer of at least 0; got 'x'"),
     (lambda: Given([[True]]), r"Given.mask must be a bool array; got \[\[True\]\]. Wrap it in jnp.asarray"),
     (lambda: Given(np.ones((2, 1, 1, 1, 1), bool), 48), "block_size must be one of .*; got 48"),
@@ -174,6 +195,10 @@ MAKE: list[tuple[Callable[[], Any], str]] = [
     ),
     (lambda: block_sparse_attention(X[None], X[None], X[None], X), "blocks must be BlockIndices; got .*Array.* BlockIndices.from_mask"),
     (lambda: sparse_decode_attention(X, X[None], X[None], X, lengths=ONES), "blocks must be BlockIndices; got Array"),
+    *(
+        (lambda n=n: sparse_decode_attention(X, K, K, None, lengths=ONES * n), rf"lengths must lie in \[0, 2\], .*; got {n}\.")
+        for n in (3, -1)
+    ),
     (lambda: sparse_decode_attention(X, X[None], X[None], None, lengths=1000), "lengths must be an array; got int"),
     (lambda: stacked_linear(X[0], [[1.0]], 0), r"stacked_linear: weights\[0\] must be an array; got list"),
     (lambda: BlockIndices([1], [[1]], 64), "BlockIndices: counts must be an array; got list"),

@@ -20,9 +20,11 @@ import pytest
 from seer_jax.convert import load_gates
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.inference.memory import DeviceMemory
-from seer_jax.train import distill
+from seer_jax.train import DistillConfig, distill
+from seer_jax.train.config import renewed
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.loop.lock import locked
+from seer_jax.train.loop.resuming import check_resumed
 from seer_jax.train.optimizer import make_schedule
 from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
 from tests.train.tiny import DECODE, make_model, make_rows
@@ -73,6 +75,19 @@ def test_checkpoints_of_another_run_are_refused(undisturbed, changes, message):
     with pytest.raises(ValueError, match=message):
         distill(**settings)
     assert contents(folder) == before
+
+
+def test_settings_of_earlier_versions_go_on(undisturbed):
+    """Their names have changed, and some are new since."""
+    ours = RUN.defining()
+    old = {name: value for name, value in ours.items() if name not in ("dtype", "kind", "initial_gates")}
+    old |= {"precision": ours["dtype"], "gates": ours["kind"]}
+    old["data"] = {name: value for name, value in ours["data"].items() if name != "held_out_rows"}
+    assert renewed(old, DistillConfig) == ours
+    folder, _ = undisturbed
+    theirs = {"config": renewed(old | {"gates": "both"}, DistillConfig)}
+    with pytest.raises(ValueError, match=r"^`kind`: this run was started with 'both'; got 'decode'"):
+        check_resumed({"config": ours}, theirs, step=1, folder=folder)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Whole runs: they learn, stop, go on, refuse what does not fit, and leave behind what they should."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -28,6 +29,8 @@ from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.data.store import TokenStore
 from seer_jax.train.loop.metrics import MetricsLog, read_metrics
+from seer_jax.train.loop.run import StopSignals
+from seer_jax.train.loop.session import open_session
 from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
 from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
 
@@ -158,6 +161,26 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, r
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     run_to(tmp_path)
     assert lines(tmp_path) == lines(undisturbed[0])
+
+
+def test_a_stop_is_not_lost_where_its_exception_is():
+    """Libraries may drop what a signal's handler raises while they compile."""
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_session(RUN, ignore) as session,
+        StopSignals(session) as stop,
+        stop.at_once(),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_without_text_does_not_load_its_model(tmp_path):
+    config = dataclasses.replace(RUN, model="/absent", output=str(tmp_path / "run"))
+    for data, message in ((DataConfig(), "needs text; got none"), (DataConfig(paths=("/absent",)), "must exist")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            distill(dataclasses.replace(config, data=data))
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_output_nothing_is_written(tmp_path, monkeypatch, capsys):

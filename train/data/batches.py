@@ -22,8 +22,8 @@ class DataConfig(SourceConfig):
     """Training text and how it fills rows.
 
     Attributes:
-      packing: see `Packing`.
-      min_length: BEST_FIT drops shorter sequences, tokens; None: two blocks.
+      packing: concatenate cuts rows out of one document after the other; best_fit puts whole documents into rows that have room.
+      min_length: best_fit drops shorter sequences, tokens; None: two blocks.
       held_out_rows: rows that are not trained on, chosen at random; their loss is reported at each checkpoint.
       chat_template: Jinja text, or the file of it, that renders chats; None: the model's own. Those of reasoning models leave out what
         stands before </think>.

@@ -24,12 +24,12 @@ class SourceConfig:
     Attributes:
       paths: files (.txt, .md, .rst, .py: one document each; .jsonl, .parquet: one per row) and folders of them, read
         in sorted order.
-      dataset: name or folder of a Hugging Face dataset, read after the paths; needs the `datasets` package.
+      dataset: name or folder of a Hugging Face dataset, read after the paths; needs the datasets package.
       subset: configuration of that dataset.
       split: split of that dataset.
       field: column of JSONL, parquet and datasets that holds the text, or the list of messages of a chat.
       include: globs on paths relative to a folder; empty: every file of a known kind.
-      exclude: globs on paths relative to a folder, which override `include`.
+      exclude: globs on paths relative to a folder, which override include.
       max_tokens: stop reading after the document that reaches this many tokens (of a document of more than a million characters, after
         the part that does). None: a run reads as many as it takes, in the order of the sources; anything else reads everything.
     """
@@ -57,14 +57,19 @@ def read_documents(config: SourceConfig) -> Iterator[Document]:
       FileNotFoundError: a path does not exist.
       ImportError: a source needs a package that is not installed.
     """
+    for path in check_sources(config):
+        yield from _read_file(path, config.field)
+    if config.dataset is not None:
+        yield from _read_dataset(config)
+
+
+def check_sources(config: SourceConfig) -> list[Path]:
+    """The files of the sources, as `list_files` has them; raises what `read_documents` does where there is no text to read."""
     if not config.paths and config.dataset is None:
         raise ValueError(
             "Training needs text; got none. Set `paths` (files or folders) or `dataset` (a Hugging Face dataset)."
         )
-    for path in list_files(config):
-        yield from _read_file(path, config.field)
-    if config.dataset is not None:
-        yield from _read_dataset(config)
+    return list_files(config)
 
 
 def list_files(config: SourceConfig) -> list[Path]:

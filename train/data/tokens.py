@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from seer_jax.folders import files_of
 from seer_jax.inference.chat import DEFAULT, content_of, is_template_text, read_template
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.train.data.sources import Document, SourceConfig, list_files, read_documents
@@ -54,7 +55,9 @@ class ModelTokenizer:
         end = self._tokenizer.special.get("eos_token")
         self._end = [] if end is None else self._tokenizer.encode(end, special_tokens=False)
         folder, digest = Path(self._tokenizer.place), hashlib.sha256()
-        for path in sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}):
+        if folder.is_file():  # that of the whole model, of which the tokenizer is a small part
+            digest.update(self._tokenizer.to_json().encode())
+        for path in files_of(folder, TOKENIZER_PATTERNS) if folder.is_dir() else ():
             digest.update(path.read_bytes())
         if chat_template is not None:
             template = read_template(chat_template)

@@ -215,6 +215,7 @@ class StopSignals:
 
     def __init__(self, session: Session) -> None:
         self.asked: int | None = None
+        self._acted: int | None = None
         self._session, self._waits = session, True
         self._handlers: dict[int, Any] = {}
 
@@ -237,6 +238,8 @@ class StopSignals:
             yield
         finally:
             self._waits = True
+        if self._acted is not None:  # code that calls Python from C++ may drop what a handler raises
+            signal.raise_signal(self._acted)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked is None and self._waits:
@@ -245,6 +248,7 @@ class StopSignals:
             os.write(2, b"Stopping when the steps that are under way have ended; a second signal stops at once.\n")
             return
         self.__exit__()
+        self._acted = number
         if number == signal.SIGTERM:
             self._session.stopped(f"while {self._session.doing}")
         signal.raise_signal(number)

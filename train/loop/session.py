@@ -11,7 +11,7 @@ import jax
 
 from seer_jax.inference.memory import FRACTION, MOST_FRACTION, USUAL_FRACTION
 from seer_jax.outputs import check_output_folder, write_text
-from seer_jax.train.config import TrainConfig, to_dict
+from seer_jax.train.config import TrainConfig, renewed, to_dict
 from seer_jax.train.loop.checkpoint import Checkpoints, RunState, first_line, is_disk_error
 from seer_jax.train.loop.lock import locked
 from seer_jax.train.loop.progress import ConsoleProgress, StepReport
@@ -64,7 +64,9 @@ class Session:
         if self._checkpoints.step is None:
             return
         self.step = self._checkpoints.step
-        note = check_resumed(settings, self._checkpoints.settings, step=self.step, folder=self.folder)
+        theirs = self._checkpoints.settings
+        theirs = theirs | {"config": renewed(theirs.get("config", {}), type(self.config))}
+        note = check_resumed(settings, theirs, step=self.step, folder=self.folder)
         if note is not None:
             self.say(note)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from seer_jax.bench.harness.measurement import Measurement, hardware
+from seer_jax.plots.style import COLOURS, FAINT, LINES, drawing
 
-STYLES = ("-", "--", ":", "-.")
+PANEL = 3.4  # inches
 AXES = {"density": ("share of the causal map's blocks", ".0%")}  # label and format of ticks; otherwise tokens
 
 
@@ -38,26 +39,19 @@ class Panel:
 
 
 def plot_panels(path: Path, panels: Sequence[Panel], measurements: Sequence[Measurement]) -> None:
-    """Writes a PNG of the panels that have measurements.
+    """Writes a figure of the panels that have measurements; the suffix of the name is its format.
 
     Raises:
       ValueError: none has.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     drawn = [(panel, lines) for panel in panels if (lines := panel.lines(measurements))]
     if not drawn:
         raise ValueError("A plot must have measurements with a dense time beside them; got none to draw.")
-    figure = Figure(figsize=(1 + 5.5 * len(drawn), 5), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     colours = list(dict.fromkeys(panel.colour(m) for panel, lines in drawn for m in lines))  # the same in every panel
-    for axis, (panel, lines) in zip(axes, drawn, strict=True):
-        _draw(axis, panel, lines, colours)
-    figure.suptitle(hardware()["device"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with drawing(path, PANEL * len(drawn)) as figure:
+        for axis, (panel, lines) in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn, strict=True):
+            _draw(axis, panel, lines, colours)
+            axis.set_title(f"{panel.title[0].upper()}{panel.title[1:]}, {hardware()['device']}")
 
 
 def _draw(axis: Any, panel: Panel, lines: Sequence[Measurement], colours: list[str]) -> None:
@@ -67,18 +61,19 @@ def _draw(axis: Any, panel: Panel, lines: Sequence[Measurement], colours: list[s
         curves.setdefault((panel.colour(m), panel.style(m)), []).append(point)
     styles = list(dict.fromkeys(style for _, style in curves))
     for (colour, style), points in curves.items():
-        look = dict(color=f"C{colours.index(colour)}", linestyle=STYLES[styles.index(style) % len(STYLES)])
-        axis.plot(*zip(*sorted(points), strict=True), marker=".", label=f"{colour}, {style}", **look)
-    axis.axhline(1, color="0.5", linewidth=1)
+        look = dict(
+            color=COLOURS[colours.index(colour) % len(COLOURS)], linestyle=LINES[styles.index(style) % len(LINES)]
+        )
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{colour}, {style}", **look)
+    axis.axhline(1, color=FAINT, linewidth=1)
     if panel.x == "density":
         kept = sorted(x for points in curves.values() for x, _ in points)
-        axis.plot(kept, [1 / x for x in kept], color="0.5", linewidth=1, label="ideal, 1 / share")
+        axis.plot(kept, [1 / x for x in kept], color=FAINT, linewidth=1, label="ideal, 1 / share")
     ticks, (label, form) = sorted({m.settings[panel.x] for m in lines}), AXES.get(panel.x, ("tokens", "d"))
-    axis.set(title=panel.title, xlabel=label, ylabel=panel.y_label)
+    axis.set(xlabel=label, ylabel=panel.y_label)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(ticks, [format(x, form) for x in ticks], minor=False)
     axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), fontsize=8)

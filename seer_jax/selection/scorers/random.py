@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
-from seer_jax.checks import whole_number
+from seer_jax.checks import check_seed
 from seer_jax.selection.context import DecodeContext, PrefillContext
 from seer_jax.selection.scorers.base import Scorer, register
 
@@ -28,7 +28,7 @@ class Random(Scorer):
     seed: int = dataclasses.field(default=0, metadata=dict(static=True))
 
     def __post_init__(self) -> None:
-        whole_number("Random.seed", self.seed, "an integer of at least 0", least=0)
+        check_seed("Random.seed", self.seed)
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B H Tb Sb"]:
         key = jax.random.fold_in(jax.random.key(self.seed), context.layer)

@@ -14,11 +14,14 @@ from seer_jax.selection.scorers.base import Scorer, register
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SinkWindow(Scorer):
-    """The first block, then the most recent ones (StreamingLLM, arXiv 2309.17453)."""
+    """StreamingLLM (arXiv 2309.17453) in blocks: the first block, which holds the attention sinks, then the most recent ones.
+
+    With a rule that keeps a fixed number of blocks, such as `TokenBudget`, these are the paper's sink and window.
+    """
 
     name = "window"
     title = "sink+window"
-    meaning = "the first block and the latest ones"
+    meaning = "the first block and the latest ones (StreamingLLM)"
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B 1 Tb Sb"]:
         return jnp.broadcast_to(

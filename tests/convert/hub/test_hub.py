@@ -80,6 +80,25 @@ def test_a_hub_id_is_downloaded_by_patterns(hub: Hub, tmp_path: Path):
     assert hub.calls == [("owner/name", dict(revision="v2", allow_patterns=["config.json", "*.safetensors"]))]
 
 
+def test_one_file_of_a_repository_is_downloaded_alone(hub: Hub, tmp_path: Path):
+    hub.answer = tmp_path
+    (tmp_path / "Q4").mkdir()
+    (tmp_path / "Q4/model.gguf").touch()
+    assert resolve("owner/name/Q4/model.gguf@v2", ("config.json",)) == tmp_path / "Q4/model.gguf"
+    assert hub.calls == [("owner/name", dict(revision="v2", allow_patterns=["Q4/model.gguf"]))]
+    with pytest.raises(
+        FileNotFoundError, match=r"'owner/name' must hold the file 'other\.gguf'; it has none of that name"
+    ):
+        resolve("owner/name/other.gguf", ("config.json",))
+
+
+def test_a_repository_of_gguf_files_needs_the_name_of_one(hub: Hub, tmp_path: Path):
+    hub.answer = tmp_path / "snapshots" / "0123abc"
+    hub.answer.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"In a repository of GGUF files, name one: owner/name/FILE\.gguf\."):
+        load_base("owner/name-GGUF")
+
+
 def test_models_and_gates_load_from_the_hub(hub: Hub, tmp_path: Path):
     hub.answer = write_base(tmp_path / "base", transformers_case("llama_llama3"))
     assert load_base("owner/model").config.family == "llama"
@@ -148,7 +167,8 @@ def test_what_can_only_be_a_path_is_not_asked_for(name: str, hub: Hub):
 def test_a_file_is_no_folder(hub: Hub, tmp_path: Path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
-        NotADirectoryError, match=r"must be named by its folder; got the file .*Give the folder that holds it"
+        NotADirectoryError,
+        match=r"must be named by its folder or a \.gguf file; got the file .*Give the folder that holds it",
     ):
         resolve(tmp_path / "model.safetensors", ["*"])
 

@@ -403,6 +403,16 @@ def test_flop_of_a_forward():
         (PrefillBench, dict(model_density=0.0), "got 0.0"),
         (PrefillBench, dict(densities=()), "where the attention is measured; got none"),
         (PrefillBench, dict(policies=("dense",)), "must rank blocks, as topk:0.1 does; got dense"),
+        (
+            PrefillBench,
+            dict(policies=("topk:0.1:quest",)),
+            "by a scorer for prefill; got quest, which is for decode alone",
+        ),
+        (
+            DecodeBench,
+            dict(policies=("topk:0.1:xattention",)),
+            "by a scorer for decode; got xattention, which is for pref",
+        ),
         (PrefillBench, dict(plot=Path("x.png"), only=("model",)), "got no attention"),
         (PrefillBench, dict(variants=True), "variants without implementation"),
         (DecodeBench, dict(lengths=(256, 64)), r"at least 128 tokens; got 256, 64"),
@@ -441,7 +451,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]):
         (
             ["bench", "decode", "--policies", "topk:0.1:nothing"],
             2,
-            "the scorer must be one of gate, oracle, random, window; got 'nothing'",
+            f"the scorer must be one of {', '.join(SCORERS)}; got 'nothing'",
         ),
         (["bench", "cooking"], 2, "must be one of prefill, decode, ground-truth, train; got 'cooking'"),
         (["bench"], 2, "train} must be given; got none"),

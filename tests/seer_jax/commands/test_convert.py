@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("format", list(GateFormat))
 def test_gates_change_their_format_and_nothing_else(format: GateFormat, tmp_path: Path):
     source = write_gates(tmp_path / "a", PREFILL)
-    path = convert(ConvertConfig(str(source), tmp_path / "b", format))
+    path = convert(ConvertConfig(tmp_path / "b", str(source), format))
     assert path == tmp_path / "b" / f"attn_gate_weights.{format}"
     assert_same(load_gates(source), load_gates(tmp_path / "b"))
     assert recommended_policy(tmp_path / "b") == Threshold(0.05)
@@ -42,7 +42,7 @@ def test_one_folder_can_hold_base_and_gates(tmp_path: Path):
     (base / "tokenizer.json").write_text("{}")
     (base / "notes.txt").touch()
     gates = write_gates(tmp_path / "gates", PREFILL)
-    convert(ConvertConfig(str(gates), tmp_path / "both", model=str(base), include_base=True))
+    convert(ConvertConfig(tmp_path / "both", str(gates), model=str(base), include_base=True))
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == [
         "attn_gate_weights.safetensors",
         "config.json",
@@ -60,7 +60,7 @@ def test_a_model_that_is_overwritten_leaves_no_weights(tmp_path: Path):
     base, gates = write_base(tmp_path / "base", release(PREFILL)), write_gates(tmp_path / "gates", PREFILL)
     model, both = load_base(base, dtype=DType.FLOAT32), tmp_path / "both"
     save_base(jax.tree.map(lambda x: x + 1, model), both, shard_bytes=20_000)
-    convert(ConvertConfig(str(gates), both, model=str(base), include_base=True, force=True))
+    convert(ConvertConfig(both, str(gates), model=str(base), include_base=True, force=True))
     assert_same(load_base(both, dtype=DType.FLOAT32), model)
     assert not list(both.glob("model-*")) and not list(both.glob("*.index.json"))
 
@@ -69,23 +69,23 @@ def test_gates_are_checked_against_the_base(tmp_path: Path):
     base = write_base(tmp_path / "base", transformers_case(LLAMA))
     gates = write_gates(tmp_path / "gates", PREFILL)
     with pytest.raises(ValueError, match="head_dim must be 8; got 64"):
-        convert(ConvertConfig(str(gates), tmp_path / "out", model=str(base)))
+        convert(ConvertConfig(tmp_path / "out", str(gates), model=str(base)))
     assert not (tmp_path / "out").exists()
 
 
 def test_gates_in_half_the_size(tmp_path: Path):
     gates = write_gates(tmp_path / "gates", PREFILL)
-    path = convert(ConvertConfig(str(gates), tmp_path / "out", dtype=DType.BFLOAT16))
+    path = convert(ConvertConfig(tmp_path / "out", str(gates), dtype=DType.BFLOAT16))
     assert {a.dtype for a in load_file(path).values()} == {np.dtype(jnp.bfloat16)}
 
 
 def test_what_is_read_is_not_written(tmp_path: Path):
     gates = write_gates(tmp_path / "gates", PREFILL)
     with pytest.raises(ValueError, match=r"output must differ from the folders that are read; got .*gates\. Choose"):
-        convert(ConvertConfig(str(gates), tmp_path / "x" / ".." / "gates"))
+        convert(ConvertConfig(tmp_path / "x" / ".." / "gates", str(gates)))
     base = write_base(tmp_path / "base", release(PREFILL))
     with pytest.raises(ValueError, match=r"output must differ from the folders that are read; got .*base\. Choose"):
-        convert(ConvertConfig(str(gates), base, model=str(base)))
+        convert(ConvertConfig(base, str(gates), model=str(base)))
 
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path):
@@ -93,8 +93,8 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path):
     base = write_base(tmp_path / "base", release(PREFILL))
     gates, out = str(write_gates(tmp_path / "gates", PREFILL)), tmp_path / "out"
     settings = [dict(), dict(model=str(base)), dict(model=str(base), include_base=True)]
-    convert(ConvertConfig(gates, out, **settings[2]))
-    for config in (ConvertConfig(gates, out, GateFormat.SAFETENSORS, **extra) for extra in settings):
+    convert(ConvertConfig(out, gates, **settings[2]))
+    for config in (ConvertConfig(out, gates, GateFormat.SAFETENSORS, **extra) for extra in settings):
         before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
         with pytest.raises(
             FileExistsError, match=r"output must not hold .* has config\.json, attn_gate_weights\.safetensors"
@@ -102,16 +102,16 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path):
             convert(config)
         assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
         convert(dataclasses.replace(config, force=True))
-    torch = ConvertConfig(gates, out, GateFormat.TORCH)
+    torch = ConvertConfig(out, gates, GateFormat.TORCH)
     with pytest.raises(FileExistsError, match=r"has config\.json, attn_gate_weights\.safetensors\. .* with force=True"):
         convert(torch)
     convert(dataclasses.replace(torch, force=True))
     assert [path.name for path in out.glob("attn*")] == ["attn_gate_weights.pth"]
     (out / "attn_gate_weights.pth").unlink()
     with pytest.raises(FileExistsError, match=r"has config\.json, model\.safetensors\. Choose another folder"):
-        convert(ConvertConfig(gates, out, **settings[2]))
+        convert(ConvertConfig(out, gates, **settings[2]))
     with pytest.raises(NotADirectoryError, match="must be a folder; got the file"):
-        convert(ConvertConfig(gates, out / "config.json"))
+        convert(ConvertConfig(out / "config.json", gates))
 
 
 def test_the_base_that_is_included_is_the_one_that_the_gates_name(saved: Path, tmp_path: Path):
@@ -121,13 +121,13 @@ def test_the_base_that_is_included_is_the_one_that_the_gates_name(saved: Path, t
     for name in ("", str(saved / "base")):
         (gates / "config.json").write_text(json.dumps(hf | {"base_model": name}))
         if name:
-            convert(ConvertConfig(str(gates), tmp_path / "out", include_base=True))
+            convert(ConvertConfig(tmp_path / "out", str(gates), include_base=True))
             assert (tmp_path / "out" / "model.safetensors").is_file()
         else:
             with pytest.raises(
                 ValueError, match=r"include_base must come with the model to copy, and the gates name none"
             ):
-                convert(ConvertConfig(str(gates), tmp_path / "out", include_base=True))
+                convert(ConvertConfig(tmp_path / "out", str(gates), include_base=True))
 
 
 def test_convert_and_verify(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

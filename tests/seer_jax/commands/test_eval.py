@@ -77,7 +77,11 @@ def test_a_run_is_shown_kept_and_can_be_repeated(
     assert {*facts, "block_sizes", "started", "updated", "estimators", "legend"} <= report.keys()
     assert report["text"]["bytes"] > 0 and len(report["text"]["sha256"]) == 64
     for score in report["scores"]:
-        assert {*ESTIMATORS, *(f"{name}_stderr" for name in ESTIMATORS), "passkey_by_depth"} <= score.keys()
+        figures = ("perplexity", "passkey", "passkey_tokens", "kept")
+        assert {*ESTIMATORS, *(f"{name}_stderr" for name in figures), "passkey_by_depth"} - {
+            "blocks_needed"
+        } <= score.keys()
+        assert score["tokens"] == 2 * 255 and score["over_dense"].keys() == {"value", "low", "high"}
         assert len(score["windows"]) == len(score["prompts"]) == 2
 
     # Next month, from the file alone.
@@ -161,7 +165,7 @@ def test_memory_that_does_not_suffice_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("phases", "needs"), [(tuple(Phase), r"caches of 4 rows 0\.\d*[1-9]"), ((Phase.PREFILL,), "0 rows 0.000")]
+    ("phases", "needs"), [(tuple(Phase), r"caches of 2 prompts 0\.\d*[1-9]"), ((Phase.PREFILL,), "0 prompts 0.000")]
 )
 def test_weights_and_caches_must_fit_the_device(phases: tuple[Phase, ...], needs: str, monkeypatch: pytest.MonkeyPatch):
     config = EvalConfig(phases=phases, length=256, windows=2, passkeys=2, decoded=16)

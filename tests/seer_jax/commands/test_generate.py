@@ -46,7 +46,7 @@ IDLE = "decode: dense (the gate recommends nothing). To use the gate: --decode b
 def test_a_gate_that_is_loaded_and_not_used_is_told(
     words: list[str], said: str, saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(Job, "plan", lambda job: "the plan")
+    monkeypatch.setattr(Job, "plan", lambda job, compiled: "the plan")
     names = ["--model", str(saved / "base"), "--gates", str(saved / "plain")]
     assert cli.main(["generate", *names, "--prompt", "x", "--plan", "--max-new-tokens", "2", *words]) == 0
     assert capsys.readouterr().err == said
@@ -84,7 +84,7 @@ def test_generate_writes_what_generate_returns(
     assert f"prefill {float(expected.prefill_kept.mean()):.1%}" in captured.err
     plan = plan_memory(model, 1, len(tokenizer.encode(PROMPT)), streamed=True, **arguments)
     policies = "prefill: topk:0.4 (recommended by the gate)\ndecode: budget:32 (recommended by the gate)\n"
-    assert captured.err.startswith(f"{policies}Compiling ...\n{plan}\n[") and captured.err.count("\n") == 10
+    assert captured.err.startswith(f"{policies}Compiling ...\n[") and captured.err.count("\n") == 4
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
     assert cli.main([*common, *named, "--no-stats"]) == 0
@@ -187,6 +187,17 @@ def test_what_does_not_fit_the_device_is_one_line(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_planned_memory_is_shown_where_it_is_much_of_what_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "device_memory", lambda device: memory.DeviceMemory(3 * 2**24, 0))
+    assert cli.main(["generate", "--prompt", "import", "--max-new-tokens", "1"]) == 0
+    assert re.search(
+        r"\nCompiling \.\.\.\nweights +0.030 GiB\n(.*\n)+available +0.047 GiB\n\[", capsys.readouterr().err
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_a_text_that_fails_is_printed_up_to_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -232,7 +243,7 @@ def test_a_chat_also_ends_at_the_end_of_a_turn(saved: Path, tmp_path: Path, monk
     template = "{% for m in messages %}{{ m.content }}<|pad|>{% endfor %}"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(chat_template=template)))
     seen: list[tuple[int, ...]] = []
-    monkeypatch.setattr(Job, "plan", lambda job: seen.append(job.model.config.eos_token_ids))
+    monkeypatch.setattr(Job, "plan", lambda job, compiled: seen.append(job.model.config.eos_token_ids))
     config = GenerateConfig(model=str(tmp_path), prompt="x", plan=True, stats=False)
     for chat in (False, True):
         generate(dataclasses.replace(config, chat=chat))

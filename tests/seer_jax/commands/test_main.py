@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import seer_jax
 from pallas_kernels.backends import Operation
 from seer_jax.commands import info
 from seer_jax.commands import main as cli
+from seer_jax.commands.bench import BENCHES
 from seer_jax.selection.scorers import SCORERS
 
 
@@ -53,12 +55,18 @@ def test_help_comes_at_once():
     assert usage.ru_utime + usage.ru_stime < 2.5
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+# Names that mean nothing to a reader of a command line: those of code in backticks, of classes and of members of enums.
+INTERNAL = re.compile(r"`\S*`|\b[A-Z]\w+(?:Config|Settings|Options)\b|\b(?!HF_|XLA_|JAX_|SEER_)[A-Z]+_[A-Z_]+\b")
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *(f"bench {what}" for what in BENCHES)])
 def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     assert end.value.code == 0
-    assert f"usage: seer-jax {name}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"usage: seer-jax {name}" in text
+    assert INTERNAL.findall(" ".join(re.sub("[│╭╮╰╯─]", "", text).split())) == []
 
 
 @pytest.mark.parametrize("name", ["generate", "eval"])
@@ -70,18 +78,28 @@ def test_help_describes_the_scorers(name: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("error", "outcome"), [(KeyboardInterrupt(), 130), (KeyError("a defect shows its place"), None)]
+    ("error", "outcome"),
+    [(KeyboardInterrupt(), 130), (signal.SIGTERM, 143), (KeyError("a defect shows its place"), None)],
 )
-def test_interruptions_and_defects(error: BaseException, outcome: int | None, monkeypatch: pytest.MonkeyPatch):
+def test_interruptions_and_defects(
+    error: BaseException | signal.Signals,
+    outcome: int | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
     def fail(words: list[str]) -> Any:
-        raise error
+        if isinstance(error, BaseException):
+            raise error
+        signal.raise_signal(error)
 
     monkeypatch.setattr(info, "run", fail)
-    if outcome is None:
-        with pytest.raises(type(error)):
+    if isinstance(error, KeyError):
+        with pytest.raises(KeyError):
             cli.main(["info"])
-    else:
-        assert cli.main(["info"]) == outcome
+        return
+    assert cli.main(["info"]) == outcome
+    assert re.fullmatch(r"seer-jax info: (interrupted|terminated)\.", capsys.readouterr().err.strip())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_closed_pipe_is_no_error():

@@ -9,9 +9,11 @@ import jax
 import pytest
 import tyro
 
+from seer_jax import tiny_lm
 from seer_jax.commands import main as cli
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.train import TrainOptions
+from seer_jax.selection.scorers import SCORERS
 from tests.packaging.checkout import ROOT
 from tests.seer_jax.commands.fuzz.cases import COMMANDS
 
@@ -37,7 +39,7 @@ USAGE = [
         "generate --decode topk:0.1,layers=2",
         "--decode: * the settings of topk:DENSITY:gate are *; got 'layers'. A policy *",
     ),
-    ("generate --decode topk:0.5:oracle:x", "--decode: * the scorer must be one of gate, *; got 'oracle:x'. *"),
+    ("generate --decode topk:0.5:oracle:x", "--decode: * the scorer must be one of *; got 'oracle:x'. *"),
     (
         "generate --decode topk:0.1,dense_last_rows=1",
         "--decode must leave out dense_last_rows, which concerns the rows of *",
@@ -56,7 +58,7 @@ USAGE = [
     ("convert --gates x --output y --revision v2", "--revision must come with the --model that it is of; got 'v2' *"),
     ("generate --dtype float33", "--dtype must be one of *; got 'float33'. Did you mean float32? *"),
     ("generate --scorers", "--scorers must name a module or FILE.py; got none. *"),
-    ("eval --methods gate best", "--methods must be one of gate, oracle, random, window; got 'best'. *"),
+    ("eval --methods gate best", f"--methods must be one of {', '.join(SCORERS)}; got 'best'. *"),
     ("eval --policies dense", "--policies must rank blocks *; got dense. *"),
     ("calibrate", "--gates must be named, or a --baseline in their place; got neither. *"),
     ("calibrate --gates x --density 0.1 --over 0.1", "One target must be given, *; got density and over. *"),
@@ -108,8 +110,14 @@ FAILURES = [
     ("generate --prompt x --max-new-tokens 99999", "Prompt and new tokens must fit * or pass --beyond-context."),
     (
         "generate --prompt x --decode topk:0.5",
-        "topk:0.5 ranks blocks by a learned gate, * load one (--gates ...), * the policy dense.",
+        "topk:0.5 ranks blocks by a learned gate, but the model has no decode gate; load one (--gates ...), * the policy dense.",
     ),
+    (
+        "generate --gates seer_jax/tiny_lm/gates/decode --prompt x --prefill topk:0.5",
+        "topk:0.5 ranks blocks by a learned gate, but the model has no prefill gate; load one (--gates ...), *",
+    ),
+    ("generate --gates tiny-lm --prompt x --decode budget:3", "A token budget must hold at least one block of 64 *"),
+    ("generate --prompt x --max-new-tokens 99999 --plan", "Prompt and new tokens must fit * or pass --beyond-context."),
     ("generate --prompt x --decode budget:64:window,dense_layers=99", "dense_layers must leave a sparse layer: *"),
     (
         "generate --prompt x --report /proc/x",
@@ -151,7 +159,7 @@ def test_what_went_wrong_is_one_line(
     monkeypatch.chdir(ROOT)
     words = ["" if word == "''" else word for word in line.split(" ")]
     assert cli.main(words) == code
-    last = capsys.readouterr().err.splitlines()[-1]
+    (last,) = capsys.readouterr().err.splitlines()
     command = next((f" {word}" for word in words if word in cli.COMMANDS and words[0] != "--verbose"), "")
     pattern = ".*".join(map(re.escape, f"seer-jax{command}: {text}".split("*")))
     assert re.fullmatch(pattern, last), last
@@ -217,6 +225,18 @@ NUMBERS = [
     for option in Options(kind).all
     if option.kind in (int, float)
 ]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_verify_names_the_bounds_of_bfloat16(capsys: pytest.CaptureFixture[str]):
+    words = ["verify", "--model", "tiny-lm", "--reference", str(tiny_lm.path() / "logits_check.safetensors")]
+    assert cli.main([*words, "--dtype", "bfloat16"]) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("FAIL at ") and said.err.startswith(
+        "seer-jax verify: the usual bounds are those of float32"
+    )
+    bounds = re.findall(r"--bounds\.[\w-]+ [\d.e-]+", said.err)
+    assert len(bounds) == 2 and cli.main([*words, "--dtype", "bfloat16", *" ".join(bounds).split()]) == 0
 
 
 def test_calls_that_a_message_shows_stay_as_they_are():

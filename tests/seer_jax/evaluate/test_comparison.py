@@ -58,7 +58,7 @@ def test_every_method_is_compared_at_every_level():
 def test_methods_come_from_the_registry():
     names = [method.name for method in all_methods()]
     assert names[:3] == ["gate", "window", "random"] and names[-1] == "oracle"
-    assert sorted(names) == sorted(SCORERS)
+    assert sorted(names) == sorted(name for name, kind in SCORERS.items() if kind.by_default)
 
 
 def test_a_phase_without_a_gate_has_no_learned_method():
@@ -151,7 +151,7 @@ def test_readers_are_told_what_a_table_would_hide(texts: tuple[str, ...], gates:
             left_out(plan, levels, METHODS, phases)
         return
     notes = left_out(plan, levels, METHODS, phases) + repeated(levels)
-    assert notes + equal_counts(tiny_model(), levels, phases, length=96, decoded=16) == expected
+    assert notes + equal_counts(tiny_model(), levels, phases, length=96) == expected
 
 
 def test_a_phase_that_lacks_the_gate_is_named():
@@ -218,6 +218,8 @@ BAD = [
     ),
     (lambda: planned("budget:8"), "at least one block of 16 tokens; got 8"),
     (lambda: planned("topk:0.5,dense_layers=2"), "must leave a sparse layer: below 2"),
+    (lambda: parse_level("dense,skip=0.1"), "with skip it is written threshold:0:window,skip=0.1"),
+    (lambda: planned("topk:0.5,skip=0.1"), "A policy for decoding must have no skip.*--phases prefill"),
     (lambda: parse_level("dense"), "policies must rank blocks.*got dense. Dense attention is measured anyway"),
     (
         lambda: plan_measurements(tiny_model(), [SparsityLevel("x", TopK(0.1)), SparsityLevel("x", TopK(0.2))]),
@@ -231,3 +233,19 @@ BAD = [
 def test_bad_settings_are_refused(make, message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_method_for_one_phase_is_left_out_of_the_other():
+    levels, model = [parse_level("topk:0.5:xattention"), parse_level("topk:0.5:quest")], tiny_model(gates=False)
+    plan = plan_measurements(model, levels)
+    assert [(one.phase, one.method) for one in plan] == [
+        *[(Phase.PREFILL, None), (Phase.PREFILL, "xattention")],
+        *[(Phase.DECODE, None), (Phase.DECODE, "quest")],
+    ]
+    assert left_out(plan, levels, all_methods(), tuple(Phase)) == [
+        "prefill: quest has no scores for this phase, so it is left out.",
+        "decode: xattention has no scores for this phase, so it is left out.",
+    ]
+    message = "topk:0.5 is to be measured with xattention, which cannot rank blocks at decode. Add the other phase, or"
+    with pytest.raises(ValueError, match=message):
+        left_out(plan_measurements(model, levels, phases=(Phase.DECODE,)), levels[:1], all_methods(), (Phase.DECODE,))

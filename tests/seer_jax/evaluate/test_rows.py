@@ -27,7 +27,7 @@ def test_windows_are_consecutive():
 def test_rows_hold_windows_and_prompts_of_one_length(tokenizer: Tokenizer):
     text = tiny_lm.eval_text()[:20000]
     rows = make_rows(tokenizer, text, vocab_size=VOCAB_SIZE, length=512, windows=2, passkeys=3, decoded=32, seed=1)
-    assert rows.windows.shape == (2, 512) and rows.tokens.shape == (5, 512) and rows.decoded == 32
+    assert rows.windows.shape == (2, 512) and rows.prompt_tokens.shape == (3, 512) and rows.decoded == 32
     assert tokenizer.decode(rows.windows[0].tolist()) in text
     for prompt, depth in zip(rows.prompts, (0.1, 0.2, 0.3), strict=True):
         whole = tokenizer.decode(prompt.tokens.tolist())

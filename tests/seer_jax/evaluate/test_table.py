@@ -16,7 +16,7 @@ from seer_jax.evaluate import (
     WindowScore,
     legend,
     passkey_difference,
-    perplexity_difference,
+    perplexity_over,
     score_from_json,
     score_line,
     score_to_json,
@@ -24,6 +24,7 @@ from seer_jax.evaluate import (
     write_scores,
 )
 from seer_jax.evaluate.score import ESTIMATORS
+from seer_jax.evaluate.statistics.intervals import interval_of_mean
 from seer_jax.evaluate.table import losses, narrow_leads, print_scores
 from seer_jax.selection.scorers import SinkWindow
 
@@ -45,53 +46,70 @@ SCORES = [
     score(Phase.PREFILL, None, "dense", [4.0, 6.25], [1, 1, 1, 1]),
     score(Phase.PREFILL, "gate", "topk:0.1", [6.0, 6.0], [1, 1, 0, 0]),
     score(Phase.PREFILL, "window", "topk:0.1", [6.0, 6.0], [1, 0, 0, 0]),
-    score(Phase.DECODE, None, "dense", [4.0], []),
+    score(Phase.DECODE, None, "dense", [4.0, 4.0], []),
     score(Phase.DECODE, "gate", "topk:0.1", [4.5, 4.5], [1]),
     score(Phase.DECODE, "random", "topk:0.1", [9.0, 9.0], [1]),
-    score(Phase.DECODE, "gate", "budget:64", [4.25], [1]),
+    score(Phase.DECODE, "gate", "budget:64", [4.25, math.nan], [1]),
 ]
 
 
 def test_every_estimate_has_the_standard_error_of_its_sample():
     of = SCORES[0].estimates
-    assert of.keys() == ESTIMATORS.keys()
+    assert of.keys() | {"over_dense", "passkey_worst", "blocks_needed"} == ESTIMATORS.keys()
     deviation = (math.log(6.25) - math.log(4)) / math.sqrt(2)  # sample deviation of two
     assert of["perplexity"] == pytest.approx((5, 5 * deviation / math.sqrt(2)))
     assert SCORES[1].estimates["passkey"] == pytest.approx((0.5, math.sqrt(0.5 * 0.5 / 3)))
-    assert SCORES[1].estimates["kept"] == pytest.approx(
-        (0.3166667, np.std([0.25] * 2 + [0.35] * 4, ddof=1) / math.sqrt(6))
-    )
-    assert math.isnan(SCORES[3].estimates["perplexity"].stderr) and math.isnan(SCORES[3].passkey)
+    assert SCORES[1].estimates["kept"] == (0.25, 0)  # of the windows alone
+    one = score(Phase.DECODE, None, "dense", [4.0], [])
+    assert math.isnan(one.estimates["perplexity"].stderr) and math.isnan(one.passkey) and one.passkey_worst is None
     assert SCORES[1].passkey_by_depth[0.1].value == 1 and len(SCORES[1].passkey_by_depth) == 4
+    assert SCORES[1].passkey_worst == (pytest.approx(0.3), SCORES[1].passkey_by_depth[SCORES[2].prompts[2].depth])
 
 
 def test_differences_are_of_the_same_rows():
     """Windows that are hard for both scores do not make their difference uncertain."""
-    easy_and_hard = score(Phase.PREFILL, "gate", "x", [2.0, 50.0], [1, 0])
-    worse = score(Phase.PREFILL, "window", "x", [2.2, 55.0], [1, 0])
-    value, stderr = perplexity_difference(worse, easy_and_hard)
-    assert value == pytest.approx(1.0) and stderr < 0.1 * worse.estimates["perplexity"].stderr
-    assert passkey_difference(worse, easy_and_hard) == (0, 0)
+    easy_and_hard = score(Phase.PREFILL, "gate", "x", [2.0, 50.0, 10.0], [1, 0])
+    worse = score(Phase.PREFILL, "window", "x", [2.2, 54.0, 11.0], [1, 0])
+    value, low, high = perplexity_over(worse, easy_and_hard)
+    logs = np.log([1.1, 1.08, 1.1])
+    assert value == pytest.approx(np.exp(logs.mean()) - 1)
+    reach = 4.302653 * logs.std(ddof=1) / math.sqrt(3)  # Student's quantile of 97.5%, 2 degrees of freedom
+    assert (low, high) == pytest.approx((np.exp(logs.mean() - reach) - 1, np.exp(logs.mean() + reach) - 1))
+    assert 0.06 < low < value < high < 0.13 and worse.estimates["perplexity"].stderr > 5
+    assert passkey_difference(worse, easy_and_hard) == (0, 0, 0)
+    with pytest.raises(ValueError, match="of the same windows to be compared; got 3 and 2 windows"):
+        perplexity_over(worse, SCORES[0])
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Of few windows too, where twice the standard error would hold it too seldom."""
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(2000):
+        low, high = interval_of_mean((rng.normal(size=4) + 1).tolist())[1:]
+        held.append(low <= 1 <= high)
+    assert 0.935 < np.mean(held) < 0.965
 
 
 def test_a_row_per_method_and_policy_and_a_column_per_figure():
     assert table_rows(SCORES) == [
-        ["phase", "method", "policy", "ppl", "±", "keys", "±", "read", "±"],
-        ["prefill", "dense", "-", "5.00", "1.12", "100%", "0%", "31.7%", "2.1%"],
-        ["prefill", "learned gate", "topk:0.1", "6.00", "0.00", "50%", "29%", "31.7%", "2.1%"],
-        ["prefill", "sink+window", "topk:0.1", "6.00", "0.00", "25%", "25%", "31.7%", "2.1%"],
-        ["decode", "dense", "-", "4.00", "-", "-", "-", "25.0%", "-"],
-        ["decode", "learned gate", "topk:0.1", "4.50", "0.00", "100%", "-", "28.3%", "3.3%"],
-        ["decode", "random", "topk:0.1", "9.00", "0.00", "100%", "-", "28.3%", "3.3%"],
-        ["decode", "learned gate", "budget:64", "4.25", "-", "100%", "-", "30.0%", "5.0%"],
+        ["phase", "method", "policy", "ppl", "over", "95%", "keys", "±", "worst", "read"],
+        ["prefill", "dense", "-", "5.00", "-", "-", "100%", "0%", "100%@0.1", "25.0%"],
+        ["prefill", "learned gate", "topk:0.1", "6.00", "+20.0%", "1018.6%", "50%", "29%", "0%@0.3", "25.0%"],
+        ["prefill", "sink+window", "topk:0.1", "6.00", "+20.0%", "1018.6%", "25%", "25%", "0%@0.2", "25.0%"],
+        ["decode", "dense", "-", "4.00", "-", "-", "-", "-", "-", "25.0%"],
+        ["decode", "learned gate", "topk:0.1", "4.50", "+12.5%", "0.0%", "100%", "-", "100%@0.1", "25.0%"],
+        ["decode", "random", "topk:0.1", "9.00", "+125.0%", "0.0%", "100%", "-", "100%@0.1", "25.0%"],
+        ["decode", "learned gate", "budget:64", "-", "-", "-", "100%", "-", "100%@0.1", "25.0%"],
     ]
 
 
 def test_a_line_of_a_score():
-    assert score_line(SCORES[1]) == (
-        "prefill learned gate, topk:0.1: perplexity 6.000 ± 0.000, pass keys 50% ± 29%, blocks read 31.7% (1.0 s)"
+    assert score_line(SCORES[1], SCORES[0]) == (
+        "prefill learned gate, topk:0.1: perplexity 6.000, +20.0% (-93.0% to +1944.3%) over dense, pass keys 50% (worst 0%@0.3), "
+        "blocks read 25.0% (1.0 s)"
     )
-    assert score_line(SCORES[3]) == "decode dense: perplexity 4.000, blocks read 25.0% (1.0 s)"
+    assert score_line(SCORES[3], SCORES[3]) == "decode dense: perplexity 4.000, blocks read 25.0% (1.0 s)"
 
 
 @pytest.mark.parametrize("policies", [1, 9])
@@ -110,7 +128,21 @@ def test_tables_fit_a_terminal_of_80_characters(policies: int, name: str):
 def test_the_printed_table_explains_its_words():
     out = io.StringIO()
     print_scores(Console(file=out, width=120), SCORES)
-    words = ["ppl", "keys", "read", "±", "prefill", "decode", "dense", "learned gate", "sink+window", "random"]
+    words = [
+        "ppl",
+        "over",
+        "95%",
+        "keys",
+        "±",
+        "worst",
+        "read",
+        "prefill",
+        "decode",
+        "dense",
+        "learned gate",
+        "sink+window",
+        "random",
+    ]
     assert list(legend(SCORES)) == words
     for word, meaning in legend(SCORES).items():
         assert f"{word}: {meaning}" in out.getvalue()
@@ -128,21 +160,27 @@ def test_json_holds_every_row_and_null_for_what_is_missing(tmp_path: Path):
     assert [s["method"] for s in written["scores"]][:3] == [None, "gate", "window"]
     assert written["legend"] == legend(SCORES) and written["estimators"] == ESTIMATORS and written["model"] == "tiny"
     assert written["scores"][1]["passkey_by_depth"]["0.2"] == {"value": 1.0, "stderr": None}
-    for one in SCORES:
+    assert written["scores"][0]["over_dense"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert written["scores"][5]["over_dense"]["value"] == pytest.approx(1.25)
+    assert written["scores"][1]["passkey_worst"] == {"depth": pytest.approx(0.3), "value": 0.0, "stderr": None}
+    assert written["scores"][3]["passkey_worst"] is None and score_to_json(SCORES[1])["over_dense"] is None
+    for one in SCORES[:-1]:
         values = score_to_json(one)
         assert score_from_json(json.loads(json.dumps(values))) == one
-        assert {f"{name}_stderr" for name in ESTIMATORS} < values.keys()
+        assert {f"{name}_stderr" for name in one.estimates} < values.keys()
     with pytest.raises(ValueError, match=r"must have the fields that seer-jax eval writes.*KeyError: 'method'"):
         score_from_json({"phase": "prefill"})
 
 
 def test_places_where_a_baseline_wins_are_listed():
     assert losses(SCORES) == [
-        "prefill topk:0.1: sink+window has perplexity 6.000, ours 6.000 (higher by 0.000 ± 0.000)",
-        "decode topk:0.1: random finds 100% of the pass keys, ours 100% (fewer by 0%)",
+        "prefill topk:0.1: sink+window has perplexity 6.000, ours 6.000: +0.0% (+0.0% to +0.0%)",
+        "decode topk:0.1: random finds 100% of the pass keys, ours 100%",
     ]
     assert losses(SCORES, baselines=()) == []
 
 
 def test_leads_that_may_be_chance_are_listed():
-    assert narrow_leads(SCORES) == ["prefill topk:0.1: sink+window: its share of pass keys is lower by 25% ± 25%"]
+    assert narrow_leads(SCORES) == [
+        "prefill topk:0.1: sink+window: share of pass keys below the gate's by +25.0% (-54.6% to +104.6%)"
+    ]

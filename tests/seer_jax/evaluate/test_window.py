@@ -21,14 +21,15 @@ from tests.seer_jax.conftest import LLAMA, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-# The last block is ragged, and so is the last chunk.
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 75)), jnp.int32)
-CHUNK = 32
+# The last block is ragged, and so are the last chunk of queries and the last tile of keys.
+LENGTH, CHUNK, TILE = 150, 64, 128
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, LENGTH)), jnp.int32)
 
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window_module, "MAX_TOKENS_AT_ONCE", CHUNK)
+    monkeypatch.setattr(window_module, "LEAST_KEYS_AT_ONCE", TILE)
 
 
 @jax.jit
@@ -60,7 +61,7 @@ def test_a_pass_over_windows_is_decoding_token_by_token(policy: str):
         shares.append(share)
     np.testing.assert_allclose(scores.nll, np.stack(losses, 1), rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(kept[..., :-1], np.stack(shares, 2), rtol=1e-6)
-    visible = np.arange(75) // 16 + 1
+    visible = np.arange(LENGTH) // 16 + 1
     expected = (np.asarray(kept).mean(0) * visible).sum(-1) / visible.sum()
     np.testing.assert_allclose(scores.kept, expected, rtol=1e-5)
     assert policy == "dense" or (expected < 0.9).all()
@@ -75,8 +76,8 @@ def test_observed_contexts_are_those_of_the_tokens():
 
     whole = decode_window(model, TOKENS, observe=observe)
     gate, oracle, position = whole.observed
-    assert gate.shape == oracle.shape == (2, 2, 75, 2, 5) and (whole.kept == 1).all()
-    np.testing.assert_array_equal(position, np.broadcast_to(np.arange(75), (2, 2, 75)))
+    assert gate.shape == oracle.shape == (2, 2, LENGTH, 2, 10) and (whole.kept == 1).all()
+    np.testing.assert_array_equal(position, np.broadcast_to(np.arange(LENGTH), (2, 2, LENGTH)))
     np.testing.assert_allclose(jnp.exp(oracle).max(-1) <= 1 + 1e-6, True)
     shorter = decode_window(model, TOKENS[:1, :40], observe=observe).observed
     for long, short in zip((gate, oracle), shorter, strict=False):
@@ -88,7 +89,7 @@ def test_observed_contexts_are_those_of_the_tokens():
 def test_a_pass_chooses_by_the_kernel_on_gpus(policy: Any):
     """All tokens of a chunk are lists of one call, as in training, whose CTAs take four lists each."""
     with assume_hopper():
-        traced = jax.jit(lambda *x: decode_window(*x, policy)).trace(tiny_model(), TOKENS)
+        traced = jax.jit(lambda model, tokens: decode_window(model, tokens, policy)).trace(tiny_model(), TOKENS)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
 
@@ -98,5 +99,5 @@ def test_memory_is_linear_in_the_window():
     config = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576)
     model = nnx.eval_shape(lambda: tiny_model(config, block_size=64))
     tokens = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
-    needs = jax.jit(score_windows).lower(model, tokens, TopK(0.1)).compile().memory_analysis()
+    needs: Any = jax.jit(score_windows).lower(model, tokens, TopK(0.1)).compile().memory_analysis()
     assert needs.temp_size_in_bytes < 8192**2 * 4 * 9 / 4

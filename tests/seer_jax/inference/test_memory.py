@@ -313,7 +313,7 @@ BAD = [
     (dict(cache_capacity=45), "46 tokens; got cache_capacity=45"),
     (dict(prefill="dense"), "prefill must be a sparsity policy.*got 'dense'"),
     (dict(sampling="greedy"), "sampling must be .*got 'greedy'"),
-    (dict(decode=Threshold(0.1)), "the model has none of this kind"),
+    (dict(decode=Threshold(0.1)), "the model has no decode gate"),
 ]
 
 

@@ -59,6 +59,7 @@ EVERYTHING = [
     TopK(1.0),
     TokenBudget(80),
     TopK(1.0, Oracle()),
+    Dense(skip=0.0),
 ]
 
 
@@ -78,6 +79,7 @@ SPARSE = [
     TokenBudget(32),
     TopK(0.4, Random(3)),
     TopK(0.4, SinkWindow()),
+    Dense(skip=1.0),
 ]
 QUICK = [pytest.param(p, marks=pytest.mark.slow if p in (SPARSE[1], SPARSE[2]) else ()) for p in SPARSE]
 
@@ -455,7 +457,7 @@ BAD_INPUT = [
     (dict(lengths=np.ones(1, np.float32)), "lengths must be integers.*got float32"),
     (dict(lengths=np.zeros(1, np.int32)), "1 to T = 3 tokens.*got lengths 0 .. 0"),
     (dict(lengths=np.full(1, 4)), "got lengths 4 .. 4"),
-    (dict(sparsity=TopK(0.1)), "the model has none of this kind.*load one"),
+    (dict(sparsity=TopK(0.1)), "the model has no prefill gate.*load one"),
     (dict(sparsity=TokenBudget(8, Random())), "at least one block of 64 tokens; got 8"),
 ]
 
@@ -497,7 +499,22 @@ def test_a_policy_leaves_a_sparse_layer(phase: str):
             model.decode(tokens[:, 0], model.make_cache(1, 16), sparsity=policy)
 
 
+def test_a_policy_with_skip_is_for_prompts():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"A policy for decoding must have no skip.*got one in a dense policy"):
+        model.decode(jnp.zeros(1, jnp.int32), model.make_cache(1, 16), sparsity=Dense(skip=0.1))
+
+
+def test_what_is_skipped_is_no_longer_kept():
+    model, (tokens, _) = tiny_model(), batch()
+    keep = jax.jit(lambda m, t, p: m.hidden_states(t, sparsity=p)[1])
+    for policy in (TopK(0.6), TopK(0.6, Oracle(), dense_layers=1)):
+        assert keep(model, tokens, dataclasses.replace(policy, skip=1.0)).sum() < keep(model, tokens, policy).sum()
+
+
 BAD_POLICIES = [
+    (lambda: Dense(skip=1.5), r"Dense.skip must lie in \[0, 1\]; got 1.5"),
+    (lambda: TopK(0.1, skip=-0.1), r"TopK.skip must lie in \[0, 1\]; got -0.1"),
     (lambda: Threshold(1.0), r"\[0, 1\); got 1.0"),
     (lambda: Threshold(-0.1), r"got -0.1"),
     (lambda: CumulativeMass(0), r"\(0, 1\]; got 0"),

@@ -13,6 +13,7 @@ from seer_jax.selection.scorers import SCORERS, Oracle, Random, SinkWindow
 
 POLICIES = [
     ("dense", Dense()),
+    ("dense,skip=0.001", Dense(skip=1e-3)),
     ("threshold:0.0005", Threshold(5e-4)),
     ("threshold:0.0", Threshold(0.0)),
     ("mass:0.9", CumulativeMass(0.9)),
@@ -27,6 +28,7 @@ POLICIES = [
     ("budget:512:oracle,dense_layers=3", TokenBudget(512, Oracle(), dense_layers=3)),
     ("threshold:0.5,dense_layers=1,dense_last_rows=1", Threshold(0.5, dense_last_rows=1, dense_layers=1)),
     ("topk:0.1:random,dense_layers=1,seed=7", TopK(0.1, Random(7), dense_layers=1)),
+    ("mass:0.9,skip=0.01,dense_layers=1", CumulativeMass(0.9, dense_layers=1, skip=0.01)),
 ]
 
 
@@ -79,14 +81,25 @@ def test_other_words_are_no_policies(text: str):
     ("text", "reason"),
     [
         ("sparse", "the rule must be one of dense, threshold, mass, topk, budget; got 'sparse'"),
-        ("dense,dense_layers=1", "dense stands alone"),
-        ("topk:0.1,layers=1", "the settings of topk:DENSITY:gate are dense_layers, dense_last_rows; got 'layers'"),
-        ("topk:0.1,density=1", "the settings of topk:DENSITY:gate are dense_layers, dense_last_rows; got 'density'"),
-        ("budget:512,dense_last_rows=0", "the settings of budget:TOKENS:gate are dense_layers; got 'dense_last_rows'"),
+        ("dense,dense_layers=1", "the settings of dense are skip; got 'dense_layers'"),
+        ("dense,skip=2", "skip must lie in [0, 1]; got 2.0"),
+        ("topk:0.1,skip=nan", "skip must lie in [0, 1]; got nan"),
+        (
+            "topk:0.1,layers=1",
+            "the settings of topk:DENSITY:gate are skip, dense_layers, dense_last_rows; got 'layers'",
+        ),
+        (
+            "topk:0.1,density=1",
+            "the settings of topk:DENSITY:gate are skip, dense_layers, dense_last_rows; got 'density'",
+        ),
+        (
+            "budget:512,dense_last_rows=0",
+            "the settings of budget:TOKENS:gate are skip, dense_layers; got 'dense_last_rows'",
+        ),
         ("topk:10", "density, the share of the causal map to keep, must lie in (0, 1]; got 10.0."),
         ("topk:ten", "density must be a number such as 0.1, or a percentage such as 10%; got 'ten'."),
         ("budget:512.5", "tokens must be a whole number; got '512.5'."),
-        ("topk:0.1:oracle:x", "the scorer must be one of gate, oracle, random, window; got 'oracle:x'."),
+        ("topk:0.1:oracle:x", f"the scorer must be one of {', '.join(SCORERS)}; got 'oracle:x'."),
         ("mass:0.9,dense_layers=1,dense_layers=1", "dense_layers must be given once; got it twice"),
         ("threshold:0.1,dense_last_rows=-1", "dense_last_rows must be an integer of at least 0; got -1."),
     ],

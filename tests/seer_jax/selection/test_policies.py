@@ -56,7 +56,7 @@ def by_layer_and_head(value: np.ndarray, heads: int) -> np.ndarray:
 def chooser(phase: str) -> tuple[dict[str, jax.Array], Callable[[RankingPolicy, jax.Array], jax.Array]]:
     """Scores of a context by each scorer, and a program that makes lists of scores, as a mask."""
     context = prefill_context(TOKENS, LENGTHS) if phase == "prefill" else decode_context(80, POSITIONS)
-    scorers = {name: scorer() for name, scorer in SCORERS.items()}
+    scorers = {name: scorer() for name, scorer in SCORERS.items() if phase in scorer.phases()}
 
     def scores() -> dict[str, jax.Array]:
         if isinstance(context, PrefillContext):
@@ -67,9 +67,11 @@ def chooser(phase: str) -> tuple[dict[str, jax.Array], Callable[[RankingPolicy, 
     return jax.jit(scores)(), select
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+PHASES_OF_SCORERS = [(phase, name) for name, kind in SCORERS.items() for phase in kind.phases()]
+
+
+@pytest.mark.parametrize(("phase", "scorer"), PHASES_OF_SCORERS)
 @pytest.mark.parametrize("rule", [Threshold, CumulativeMass])
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_values_per_layer_and_head_choose_as_a_number_of_each_does(
     phase: str, rule: type[Threshold | CumulativeMass], scorer: str
 ):
@@ -79,7 +81,7 @@ def test_values_per_layer_and_head_choose_as_a_number_of_each_does(
 
     def chosen(policy: RankingPolicy) -> np.ndarray:
         mask = np.asarray(select(policy, scores[scorer]))
-        return np.broadcast_to(mask, (mask.shape[0], heads, *mask.shape[2:]))
+        return np.repeat(mask, heads // mask.shape[1], axis=1)
 
     for shape in ((), (LAYERS,), (heads,), (LAYERS, heads), (LAYERS, 1), (1, heads)):
         value = values(shape)
@@ -195,7 +197,19 @@ RULES = [
     TopK(0.4, dense_last_rows=0),
     TokenBudget(2 * BLOCK),
 ]
-RANKED = [dataclasses.replace(rule, scorer=scorer()) for rule in RULES for scorer in SCORERS.values()]
+RANKED = [
+    dataclasses.replace(rule, scorer=scorer())
+    for rule in RULES
+    for scorer in SCORERS.values()
+    if "prefill" in scorer.phases()
+]
+
+
+def _is_quick(policy: RankingPolicy) -> bool:
+    """Published methods are scored in chunks by tests of their own."""
+    return type(policy) is TopK and policy.scorer.by_default
+
+
 MASK = jnp.asarray(np.random.default_rng(3).random((3, HEADS, 5, 5)) < 0.4)
 
 
@@ -235,10 +249,7 @@ def kept_share(masks: np.ndarray, context: PrefillContext) -> list[float]:
     "policy",
     [
         Given(MASK, BLOCK),
-        *(
-            pytest.param(p, marks=() if p.scorer == LearnedGate() or type(p) is TopK else pytest.mark.slow)
-            for p in RANKED
-        ),
+        *(pytest.param(p, marks=() if p.scorer == LearnedGate() or _is_quick(p) else pytest.mark.slow) for p in RANKED),
     ],
     ids=lambda p: f"{type(p).__name__}-{getattr(p, 'scorer', '')}",
 )
@@ -257,6 +268,7 @@ def test_chunks_of_any_number_of_rows(tokens: int, rows_at_once: int, monkeypatc
     assert_chunks_change_nothing(TopK(0.4, dense_last_rows=1), context, rows_at_once, monkeypatch)
 
 
+@jax.default_matmul_precision("highest")  # of plain attention: a GPU would multiply in TF32
 @pytest.mark.parametrize("rows_at_once", [2, 512])
 def test_a_policy_that_gives_no_lists_is_dense(rows_at_once: int, monkeypatch: pytest.MonkeyPatch):
     class Everything(Policy):
@@ -275,26 +287,26 @@ def test_a_policy_that_gives_no_lists_is_dense(rows_at_once: int, monkeypatch: p
 # --- What every scorer must do.
 
 
-@pytest.mark.parametrize("name", SCORERS)
-def test_products_of_scores_are_exact_on_accelerators_too(name: str):
+def scorer_in(phase: str, name: str) -> tuple[Any, Callable[[Any], jax.Array]]:
+    """A context of the phase, and the scorer's scores of such."""
+    context = prefill_context(TOKENS, LENGTHS) if phase == "prefill" else decode_context(80, POSITIONS)
+    return context, getattr(SCORERS[name](), f"{phase}_scores")
+
+
+@pytest.mark.parametrize(("phase", "name"), PHASES_OF_SCORERS)
+def test_products_of_scores_are_exact_on_accelerators_too(phase: str, name: str):
     """Scores are compared with thresholds: a GPU would otherwise round queries and keys to TF32."""
-    scorer, context = SCORERS[name](), prefill_context(TOKENS, LENGTHS)
-    assert not rounded_products(lambda: scorer.prefill_scores(context))
-    new_token = decode_context(80, POSITIONS)
-    assert not rounded_products(lambda: scorer.decode_scores(new_token))
+    context, scores_of = scorer_in(phase, name)
+    assert not rounded_products(lambda: scores_of(context))
 
 
-@pytest.mark.parametrize("name", SCORERS)
-def test_a_row_is_scored_as_if_it_were_alone(name: str):
-    scorer = SCORERS[name]()
-    phases: list[tuple[Any, Any]] = [
-        (prefill_context(TOKENS, LENGTHS), scorer.prefill_scores),
-        (decode_context(80, POSITIONS), scorer.decode_scores),
-    ]
-    for context, scores_of in phases:
-        scores = scores_of(context)
-        changed = dataclasses.replace(context, q=context.q.at[1:].set(7), q_rotated=context.q_rotated.at[1:].set(7))
-        np.testing.assert_array_equal(scores_of(changed)[0], scores[0])
+@pytest.mark.parametrize(("phase", "name"), PHASES_OF_SCORERS)
+def test_a_row_is_scored_as_if_it_were_alone(phase: str, name: str):
+    context, scores_of = scorer_in(phase, name)
+    score = jax.jit(lambda q, q_rotated: scores_of(dataclasses.replace(context, q=q, q_rotated=q_rotated)))
+    scores = score(context.q, context.q_rotated)
+    changed = score(context.q.at[1:].set(7), context.q_rotated.at[1:].set(7))
+    np.testing.assert_array_equal(changed[0], scores[0])
 
 
 @pytest.mark.parametrize("rows", [5, 7])
@@ -306,6 +318,7 @@ def test_a_given_mask_has_a_row_for_each_block_row(rows: int, at_once: int, monk
         model.hidden_states(tokens, sparsity=Given(jnp.ones((2, 1, 1, rows, 6), bool), block_size=16))
 
 
+@jax.default_matmul_precision("highest")
 @pytest.mark.parametrize("policy", [Dense(), TopK(0.5, SinkWindow()), Threshold(0.0, SinkWindow())], ids=str)
 def test_late_queries_attend_as_in_the_whole_prompt(policy: Policy):
     """Queries from a later block row on: the same output, and a share of 0 for a sequence that ended before them."""

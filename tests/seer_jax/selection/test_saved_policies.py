@@ -31,7 +31,7 @@ SCORER = strategies.one_of(
 )
 MASKS = arrays.arrays(np.bool_, arrays.array_shapes(min_dims=4, max_dims=5, max_side=3))
 POLICIES = strategies.one_of(
-    strategies.just(Dense()),
+    strategies.builds(Dense, strategies.none() | VALUES),
     strategies.builds(
         lambda rule, value, *fields: rule(value, *fields),
         strategies.sampled_from([Threshold, CumulativeMass]),
@@ -41,7 +41,7 @@ POLICIES = strategies.one_of(
         COUNTS,
     ),
     strategies.builds(TopK, VALUES, SCORER, COUNTS, COUNTS),
-    strategies.builds(TokenBudget, strategies.integers(1, 10**6), SCORER, COUNTS),
+    strategies.builds(TokenBudget, strategies.integers(1, 10**6), SCORER, COUNTS, strategies.none() | VALUES),
     strategies.builds(Given, MASKS.map(jnp.asarray), strategies.sampled_from([16, 32, 64, 128])),
 )
 
@@ -82,9 +82,9 @@ def test_a_saved_policy_is_read_inside_a_program():
         (dict(rule=None), "must name a rule out of dense, given"),
         (
             dict(mass=0.5),
-            "A saved threshold policy must have the fields threshold, scorer, dense_last_rows, dense_layers; got mass.",
+            "A saved threshold policy must have the fields threshold, scorer, dense_last_rows, dense_layers, skip; got mass.",
         ),
-        (dict(scorer={"name": "best"}), "must name a scorer out of gate, oracle, random, window; got 'best'."),
+        (dict(scorer={"name": "best"}), f"must name a scorer out of {', '.join(SCORERS)}; got 'best'."),
         (dict(threshold=2.0), "Threshold.threshold"),
         (dict(threshold=[[0.1], [1.5]]), "Threshold.threshold"),
         (dict(dense_layers=-1), "dense_layers"),
@@ -100,7 +100,7 @@ def test_a_saved_policy_is_read_inside_a_program():
         ),
         (dict(threshold=["a"]), "threshold must be a number or an array of numbers; got ['a']."),
         (dict(threshold=[True]), "threshold must be a number or an array of numbers; got [True]."),
-        (dict(scorer=3), "must name a scorer out of gate, oracle, random, window; got 3."),
+        (dict(scorer=3), f"must name a scorer out of {', '.join(SCORERS)}; got 3."),
         (
             dict(scorer={"name": "random", "seed": "x"}),
             "A saved scorer 'random': seed must be a whole number; got 'x'.",

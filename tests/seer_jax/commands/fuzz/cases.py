@@ -22,8 +22,13 @@ from seer_jax.commands.eval import EvalConfig
 from seer_jax.commands.generate import GenerateConfig
 from seer_jax.commands.verify import VerifyConfig
 from seer_jax.convert import GateFormat, load_base, save_base, save_gates
+from seer_jax.convert.rules import base_rules
+from seer_jax.convert.stream import tensors_of
+from seer_jax.models.families import config_to_hf
+from seer_jax.models.layers import BaseParam
 from seer_jax.selection.rules import TokenBudget, TopK
 from seer_jax.train import DistillConfig
+from tests.convert.gguf.files import tokenizer_metadata, write_gguf
 from tests.seer_jax.commands.fuzz.damage import Outcome, copy_tree, damage, run_case
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
@@ -54,6 +59,11 @@ TARGETS: list[tuple[str, list[str], int]] = [
         6,
     ),
     ("sharded/model.safetensors.index.json", [f"{GENERATE.replace('base', 'sharded')} --prompt def"], 3),
+    (
+        "tiny.gguf",
+        [f"{GENERATE.replace('base', 'tiny.gguf')} --prompt def", "convert --model tiny.gguf --output out"],
+        6,
+    ),
     ("prefill/config.json", [BOTH, "convert --gates prefill --output out"], 6),
     ("prefill/attn_gate_weights.safetensors", [BOTH, "convert --gates prefill --output out"], 4),
     ("decode/attn_gate_weights.pth", [BOTH, "convert --gates decode --output out"], 4),
@@ -68,13 +78,16 @@ TARGETS: list[tuple[str, list[str], int]] = [
 
 
 def make_world(root: Path) -> None:
-    """A tiny model with its gates, a reference, texts, settings of a run and a finished run, below `root`."""
+    """A tiny model with its gates, as folders and as a GGUF file, a reference, texts, settings of a run and a finished run, below `root`."""
     model = tiny_model(
         dataclasses.replace(LLAMA, vocab_size=4096, num_layers=1, eos_token_ids=(0,), max_position_embeddings=512)
     )
     for name, shards in (("base", 2**30), ("sharded", 2**18)):
         save_base(model, root / name, shard_bytes=shards)
         shutil.copy(tiny_lm.path() / "tokenizer.json", root / name)
+    base = {key: np.asarray(array) for key, array in tensors_of(model, BaseParam, base_rules(model.config))}
+    metadata = tokenizer_metadata(tiny_lm.path(), "qwen2") | {"tokenizer.chat_template": CHAT}
+    write_gguf(root / "tiny.gguf", config_to_hf(model.config), base, metadata=metadata)
     files: dict[str, Any] = {
         "base/generation_config.json": {"eos_token_id": [0, 1], "temperature": 0.7, "top_p": 0.9, "do_sample": True},
         "base/tokenizer_config.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": CHAT},

@@ -1,0 +1,1 @@
+"""What `seer-jax eval` measures besides perplexity and pass keys."""
