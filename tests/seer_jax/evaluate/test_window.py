@@ -16,7 +16,7 @@ from seer_jax.evaluate import window as window_module
 from seer_jax.evaluate.window import decode_window
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.rules import CumulativeMass, TopK
-from seer_jax.selection.scorers import LearnedGate, Oracle
+from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -47,7 +47,16 @@ def slow(policy: str) -> Any:
         "mass:0.6",
         "topk:0.3:oracle,dense_layers=1",
         *map(slow, ["dense", "threshold:0.25", "topk:0.4", "budget:32", "mass:0.6:oracle", "threshold:0.3:random"]),
-        *map(slow, ["budget:32:window", "mass:0.4:random,seed=3"]),
+        *map(
+            slow,
+            [
+                "budget:32:window",
+                "mass:0.4:random,seed=3",
+                "topk:0.4:quest",
+                "mass:0.6:subblock",
+                "mass:0.6:oracle-mass",
+            ],
+        ),
     ],
 )
 def test_a_pass_over_windows_is_decoding_token_by_token(policy: str):
@@ -85,12 +94,20 @@ def test_observed_contexts_are_those_of_the_tokens():
         np.testing.assert_allclose(long[:, 0, 39, :, :blocks], short[:, 0, 39, :, :blocks], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", [TopK(0.4), CumulativeMass(0.6, Oracle())], ids=str)
-def test_a_pass_chooses_by_the_kernel_on_gpus(policy: Any):
-    """All tokens of a chunk are lists of one call, as in training, whose CTAs take four lists each."""
+QUICK = "gate", "quest"
+SCORING = [
+    pytest.param(kind, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, kind in SCORERS.items()
+    if "decode" in kind.phases()
+]
+
+
+@pytest.mark.parametrize("scorer", SCORING)
+def test_a_pass_chooses_by_the_kernel_on_gpus(scorer: Any):
+    """Whatever scores: all tokens of a chunk are lists of one call, whose CTAs take four lists each, and keys are pooled once."""
     with assume_hopper():
-        traced = jax.jit(lambda model, tokens: decode_window(model, tokens, policy)).trace(tiny_model(), TOKENS)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        run = jax.jit(lambda model, tokens: decode_window(model, tokens, CumulativeMass(0.6, scorer())))
+        text = run.trace(tiny_model(), TOKENS).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
 
 
