@@ -144,7 +144,8 @@ class Statistics:
     ) -> "Statistics":
         gate, config = gates_by_phase(model)[phase], model.config
         probe = Threshold(0.0, scorer)
-        model.segments(probe, gate, config.num_heads if phase is Phase.PREFILL else config.num_kv_heads)
+        probe.check_phase(phase)
+        model.segments(probe, gate, config.num_heads if phase is Phase.PREFILL else config.num_kv_heads, phase)
         check_windows(windows.shape[1], probe.tokens_per_block(gate))
         found: list[dict[str, Curves]] = []
         for number, window in enumerate(windows, 1):

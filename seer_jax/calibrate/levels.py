@@ -95,7 +95,7 @@ class Rows(NamedTuple):
     scores: Float32[Array, "X R Sb"]
     visible: Bool[Array, "1 R Sb"]
     candidates: Bool[Array, "1 R Sb"]
-    keep: Bool[Array, "1 R Sb"]
+    keep: Bool[Array, "X R Sb"]
 
 
 class Tokens(NamedTuple):
@@ -146,7 +146,7 @@ class _Drops(NamedTuple):
     """How many blocks each level drops from each row: those with the lowest probability among `droppable`."""
 
     probability: Float32[Array, "X R Sb"]
-    droppable: Bool[Array, "1 R Sb"]
+    droppable: Bool[Array, "X R Sb"]
     counts: Int32[Array, "X R N"]
 
 

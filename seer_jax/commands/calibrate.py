@@ -242,6 +242,8 @@ def _phases(config: CalibrateConfig, shapes: Transformer) -> tuple[Phase, ...]:
     phases = tuple(dict.fromkeys(config.phases))
     for phase in phases:
         config.scorer.check_phase(phase)
+    for phase in phases:
+        config.scorer.check_phase(phase)
     if config.baseline is None and (missing := [phase for phase in phases if gates[phase] is None]):
         raise ValueError(
             f"phases must be those of the gates; got {missing[0]}, and the model has no such gate. Load one (gates=...), or leave it out."
