@@ -177,11 +177,11 @@ class Statistics:
 
     def density(self, rule: str, levels: Int[np.ndarray, "L heads"]) -> float:
         """Share of the visible blocks that these levels keep."""
-        return at_levels(self.curves[rule].density, levels, dense_layers=self.dense_layers, dense=1)
+        return at_levels(np.asarray(self.curves[rule].density), levels, dense_layers=self.dense_layers, dense=1)
 
     def kept_mass(self, rule: str, levels: Int[np.ndarray, "L heads"]) -> float:
         """Share of the attention mass that these levels keep."""
-        return 1 - at_levels(self.curves[rule].missed, levels, dense_layers=self.dense_layers, dense=0)
+        return 1 - at_levels(np.asarray(self.curves[rule].missed), levels, dense_layers=self.dense_layers, dense=0)
 
     def policy(self, rule: str, levels: Int[np.ndarray, "L heads"]) -> RankingPolicy:
         """The policy of these levels, every row sparse."""
