@@ -260,6 +260,7 @@ def test_a_template_that_refuses_a_chat_is_named(model_folder, tmp_path):
 
 
 def test_model_without_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"expected tokenizer.json in"):
         ModelTokenizer(str(tmp_path))
 
