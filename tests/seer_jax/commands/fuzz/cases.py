@@ -120,7 +120,7 @@ def make_world(root: Path) -> None:
 
 def scores() -> dict[str, Any]:
     """Of an evaluation with three levels of a method."""
-    rows = [(None, "dense", {"rule": "dense"}, 2.0, 1.0)]
+    rows: list[tuple] = [(None, "dense", {"rule": "dense"}, 2.0, 1.0)]
     for kept in (0.1, 0.2, 0.4):
         rows.append(("gate", f"topk:{kept}", {"rule": "topk", "density": kept}, 2.0 + 0.001 / kept, kept))
     names = ("method", "level", "policy")
