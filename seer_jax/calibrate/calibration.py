@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from seer_jax.calibrate.choose import at_levels, cheapest_levels, one_level
+from seer_jax.calibrate.choose import at_levels, cheapest_levels, check_reachable, one_level
 from seer_jax.calibrate.collect import MAX_BLOCKS, collect_curves
 from seer_jax.calibrate.levels import GRIDS, Curves
 from seer_jax.calibrate.sensitivity import output_gradients
@@ -23,6 +24,7 @@ from seer_jax.selection.rules import RankingPolicy, Threshold, TopK
 from seer_jax.selection.scorers import LearnedGate, Scorer
 
 SEARCH_STEPS = 8  # of a density whose loss or kept mass is to meet a target
+CAUTIONS = (1.0, 0.1, 10.0)  # see `Curves.cautious`; the one that does best on windows that it was not made of is taken
 Progress = Callable[[str], None]
 
 
@@ -62,8 +64,7 @@ def calibrate(
 ) -> Calibration:
     """Chooses thresholds, or masses, per layer and head.
 
-    See the README of this folder for the method. One backward and one forward pass over each window; with several rules, or a target
-    loss, some sparse passes more.
+    See the README of this folder for the method. One backward and one forward pass over each window, then a few sparse ones.
 
     Args:
       model: with the gate that the scorer needs.
@@ -80,19 +81,11 @@ def calibrate(
     """
     found = Statistics.of(model, windows, phase=phase, scorer=scorer or LearnedGate(), rules=rules, progress=progress)
     search = {Quantity.DENSITY: _for_density, Quantity.OVER: _for_loss, Quantity.KEPT_MASS: _for_kept_mass}
-    rule, density, over = search[target.quantity](found, target.value, progress)
-    levels = found.levels(rule, density)
-    real = found.density(rule, levels)
-    return Calibration(
-        phase,
-        target,
-        found.policy(rule, levels),
-        real,
-        found.kept_mass(rule, levels),
-        over,
-        found.length,
-        found.rivals(real),
-    )
+    choice, density, over = search[target.quantity](found, target.value, progress)
+    levels = found.levels(choice, density)
+    real = found.density(choice.rule, levels)
+    policy, mass = found.policy(choice.rule, levels), found.kept_mass(choice.rule, levels)
+    return Calibration(phase, target, policy, real, mass, over, found.length, found.rivals(real))
 
 
 def check_windows(length: int, block_size: int) -> None:
@@ -104,12 +97,28 @@ def check_windows(length: int, block_size: int) -> None:
         )
 
 
+class Choice(NamedTuple):
+    """How levels are chosen at a density.
+
+    Fields:
+      rule: name in `GRIDS`.
+      caution: see `Curves.cautious`.
+    """
+
+    rule: str
+    caution: float
+
+    def __str__(self) -> str:
+        return f"{self.rule}, caution {self.caution:g}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Statistics:
     """What the calibration windows say, and policies made of it.
 
     Attributes:
       curves: by rule, `[L, heads, N]`, mean over windows.
+      halves: the same of every other window, from the first and from the second one on; of a single window, its curves twice.
       dense_layers: the first layers, which the gate leaves dense.
       others: as in `calibrate`.
     """
@@ -119,6 +128,7 @@ class Statistics:
     phase: Phase
     scorer: Scorer
     curves: Mapping[str, Curves]
+    halves: Sequence[Mapping[str, Curves]]
     dense_layers: int
 
     @classmethod
@@ -134,34 +144,44 @@ class Statistics:
     ) -> "Statistics":
         gate, config = gates_by_phase(model)[phase], model.config
         probe = Threshold(0.0, scorer)
-        model.segments(probe, gate, config.num_heads if phase is Phase.PREFILL else config.num_kv_heads)
+        probe.check_phase(phase)
+        model.segments(probe, gate, config.num_heads if phase is Phase.PREFILL else config.num_kv_heads, phase)
         check_windows(windows.shape[1], probe.tokens_per_block(gate))
-        total: dict[str, Curves] = {}
+        found: list[dict[str, Curves]] = []
         for number, window in enumerate(windows, 1):
             tokens = jnp.asarray(window, jnp.int32)[None]
             gradients = output_gradients(model, tokens)
-            found = jax.device_get(collect_curves(model, tokens, gradients, scorer, phase=phase, rules=tuple(rules)))
-            share = jax.tree.map(lambda x: np.asarray(x, np.float64) / len(windows), found)
-            total = share if not total else jax.tree.map(np.add, total, share)
+            curves = collect_curves(model, tokens, gradients, scorer, phase=phase, rules=tuple(rules))
+            found.append({rule: jax.tree.map(np.float64, jax.device_get(curves[rule])) for rule in rules})
             progress(f"window {number} of {len(windows)}")
-        return cls(model, windows, phase, scorer, total, probe.dense_first_layers(gate))
+        halves = [_mean(found[first::2] or found) for first in (0, 1)]
+        return cls(model, windows, phase, scorer, _mean(found), halves, probe.dense_first_layers(gate))
+
+    @property
+    def choices(self) -> list[Choice]:
+        """That are tried; of a single window, which nothing can be checked against, the most cautious ones."""
+        cautions = CAUTIONS if len(self.windows) > 1 else (max(CAUTIONS),)
+        return [Choice(rule, caution) for caution in cautions for rule in self.curves]
 
     @property
     def length(self) -> int:
         """T."""
         return self.windows.shape[1]
 
-    def levels(self, rule: str, density: float) -> Int[np.ndarray, "L heads"]:
-        """See `cheapest_levels`."""
-        return cheapest_levels(self.curves[rule], density, dense_layers=self.dense_layers)
+    def levels(
+        self, choice: Choice, density: float, curves: Mapping[str, Curves] | None = None
+    ) -> Int[np.ndarray, "L heads"]:
+        """See `cheapest_levels`; of the curves of all windows unless others are given."""
+        own = (self.curves if curves is None else curves)[choice.rule]
+        return cheapest_levels(own.cautious(choice.caution, density), density, dense_layers=self.dense_layers)
 
     def density(self, rule: str, levels: Int[np.ndarray, "L heads"]) -> float:
         """Share of the visible blocks that these levels keep."""
-        return at_levels(self.curves[rule].density, levels, dense_layers=self.dense_layers, dense=1)
+        return at_levels(np.asarray(self.curves[rule].density), levels, dense_layers=self.dense_layers, dense=1)
 
     def kept_mass(self, rule: str, levels: Int[np.ndarray, "L heads"]) -> float:
         """Share of the attention mass that these levels keep."""
-        return 1 - at_levels(self.curves[rule].missed, levels, dense_layers=self.dense_layers, dense=0)
+        return 1 - at_levels(np.asarray(self.curves[rule].missed), levels, dense_layers=self.dense_layers, dense=0)
 
     def policy(self, rule: str, levels: Int[np.ndarray, "L heads"]) -> RankingPolicy:
         """The policy of these levels, every row sparse."""
@@ -178,13 +198,22 @@ class Statistics:
                 share[title] = GRIDS[name].rule(value, self.scorer, dense_last_rows=0)
         return share | {"top-k": self._top_k(density)}
 
-    def over(self, policy: Policy) -> float:
-        """Measured perplexity over that of dense attention, minus 1, on the windows."""
-        return math.expm1(float(np.mean(losses(self.model, self.windows, policy, self.phase)[0] - self._dense)))
+    def over(self, choice: Choice, density: float) -> float:
+        """Measured perplexity over that of dense attention, minus 1: of each half of the windows under levels that the other half chose."""
+        rises = []
+        for half, windows, dense in zip(self.halves[::-1], self._halved, self._dense, strict=True):
+            levels = self.levels(choice, max(density, _floor(self, choice.rule, half)), half)
+            rises += (losses(self.model, windows, self.policy(choice.rule, levels), self.phase)[0] - dense).tolist()
+        return math.expm1(float(np.mean(rises)))
+
+    @property
+    def _halved(self) -> list[Int[np.ndarray, "m T"]]:
+        """The windows of the halves; none in the second one of a single window."""
+        return [self.windows[0::2], self.windows[1::2]]
 
     @functools.cached_property
-    def _dense(self) -> Float[np.ndarray, "n"]:
-        return losses(self.model, self.windows, Dense(), self.phase)[0]
+    def _dense(self) -> list[Float[np.ndarray, "m"]]:
+        return [losses(self.model, windows, Dense(), self.phase)[0] for windows in self._halved]
 
     def _top_k(self, density: float) -> TopK:
         """The top-k policy whose lists, without the row's own block where it comes on top, are nearest to a density."""
@@ -223,73 +252,79 @@ def by_list(model: Transformer, policy: Policy, phase: Phase) -> Policy:
     return dataclasses.replace(policy, **values) if values else policy
 
 
+def _mean(found: Sequence[Mapping[str, Curves]]) -> dict[str, Curves]:
+    return {rule: jax.tree.map(lambda *x: sum(x) / len(x), *(one[rule] for one in found)) for rule in found[0]}
+
+
 def num_steps(target: Target, rules: Sequence[str], windows: int) -> int:
     """How often `calibrate` calls `progress`, at most."""
-    searched = {
-        Quantity.DENSITY: len(rules) if len(rules) > 1 else 0,
-        Quantity.OVER: len(rules) * SEARCH_STEPS + len(rules) - 1,
-        Quantity.KEPT_MASS: 1,
-    }
-    return windows + searched[target.quantity]
+    choices = len(CAUTIONS) * len(rules)
+    return windows + {Quantity.DENSITY: choices, Quantity.OVER: choices + 2 * SEARCH_STEPS - 1}.get(target.quantity, 1)
 
 
-_Found = tuple[str, float, float | None]  # rule, density, perplexity over dense
+_Found = tuple[Choice, float, float | None]  # density, perplexity over dense
 
 
 def _for_density(found: Statistics, density: float, progress: Progress) -> _Found:
-    """The rule with the least measured loss at a density."""
-    if len(found.curves) == 1:
-        return next(iter(found.curves)), density, None
-    measured: list[tuple[float, str]] = []
-    for rule in found.curves:
-        measured.append((found.over(found.policy(rule, found.levels(rule, density))), rule))
-        progress(f"{rule}: +{measured[-1][0]:.2%} of dense perplexity")
-    over, rule = min(measured)
-    return rule, density, over
+    """The choice with the least measured loss at a density."""
+    for curves in found.curves.values():
+        check_reachable(curves, density, dense_layers=found.dense_layers)
+    measured = [(_measured(found, choice, density, progress), choice) for choice in found.choices]
+    over, choice = min(measured)
+    return choice, density, over
 
 
 def _for_loss(found: Statistics, over: float, progress: Progress) -> _Found:
-    """The rule with the least density whose measured perplexity is within the target."""
+    """The least density whose measured perplexity is within the target: of the first choice, then of the best one there."""
 
-    def measure(rule: str, density: float) -> float:
-        rise = found.over(found.policy(rule, found.levels(rule, density)))
-        progress(f"{rule} at {density:.1%} of the blocks: +{rise:.2%} of dense perplexity")
-        return rise
+    def measure(choice: Choice, density: float) -> float:
+        return _measured(found, choice, density, progress)
 
-    return _least_density(found, measure, over)
+    first, *others = found.choices
+    density, reached = _least_density(found, first, functools.partial(measure, first), over)
+    here, choice = min([(reached, first), *((measure(choice, density), choice) for choice in others)])
+    if choice == first:
+        return first, density, reached
+    less, now = _least_density(found, choice, functools.partial(measure, choice), over, most=density)
+    return choice, less, here if less == density else now
+
+
+def _measured(found: Statistics, choice: Choice, density: float, progress: Progress) -> float:
+    over = found.over(choice, density)
+    progress(f"{choice} at {density:.1%} of the blocks: {over:+.2%} of dense perplexity")
+    return over
 
 
 def _for_kept_mass(found: Statistics, mass: float, progress: Progress) -> _Found:
     """The rule with the least density that keeps an attention mass, by the curves alone."""
+    results = []
+    for choice in (choice for choice in found.choices if choice.caution == found.choices[0].caution):
 
-    def missed(rule: str, density: float) -> float:
-        return 1 - found.kept_mass(rule, found.levels(rule, density))
+        def missed(density: float, choice: Choice = choice) -> float:
+            return 1 - found.kept_mass(choice.rule, found.levels(choice, density))
 
-    rule, density, _ = _least_density(found, missed, 1 - mass)
-    progress(f"{rule} at {density:.1%} of the blocks")
-    return rule, density, None
-
-
-def _least_density(found: Statistics, measure: Callable[[str, float], float], most: float) -> _Found:
-    """The rule and the least density at which a quantity that falls with it is at most `most`."""
-    best, chosen, value = 1.0, next(iter(found.curves)), 0.0
-    for number, rule in enumerate(found.curves):
-        low, high, reached = _floor(found, rule), best, value
-        # A rule that misses the target at the density of an earlier one needs more blocks than that one.
-        if number and (low >= high or (reached := measure(rule, high)) > most):
-            continue
-        for _ in range(SEARCH_STEPS):
-            middle = math.sqrt(low * high)
-            if (now := measure(rule, middle)) <= most:
-                high, reached = middle, now
-            else:
-                low = middle
-        best, chosen, value = high, rule, reached
-    return chosen, best, value
+        results.append((_least_density(found, choice, missed, 1 - mass)[0], choice))
+    density, choice = min(results)
+    progress(f"{choice} at {density:.1%} of the blocks")
+    return choice, density, None
 
 
-def _floor(found: Statistics, rule: str) -> float:
+def _least_density(
+    found: Statistics, choice: Choice, measure: Callable[[float], float], target: float, *, most: float = 1.0
+) -> tuple[float, float]:
+    """The least density up to `most` at which a quantity that falls with it is at most `target`, and the quantity there."""
+    low, high, reached = _floor(found, choice.rule), most, 0.0
+    for _ in range(SEARCH_STEPS):
+        middle = math.sqrt(low * high)
+        if (now := measure(middle)) <= target:
+            high, reached = middle, now
+        else:
+            low = middle
+    return high, reached
+
+
+def _floor(found: Statistics, rule: str, curves: Mapping[str, Curves] | None = None) -> float:
     """The least density of a rule."""
-    shares = np.array(found.curves[rule].density)
+    shares = np.array((found.curves if curves is None else curves)[rule].density)
     shares[: found.dense_layers] = 1
     return float(shares.min(-1).mean()) * (1 + 1e-9)

@@ -64,8 +64,8 @@ def at_levels(
 def one_level(curves: Curves, grid: Grid, density: float, *, dense_layers: int = 0) -> float:
     """The value of a rule that has this mean density where all layers and heads share it."""
     _, share = _fixed(curves, dense_layers)
-    mean, dropped = share.mean((0, 1)), np.log(grid.dropped(np.asarray(grid.values[1:])))
-    return float(grid.level(np.exp(np.interp(-density, -mean[1:], dropped))))
+    mean = share.mean((0, 1))[1:]
+    return grid.between(1 + float(np.interp(-density, -mean, np.arange(len(mean)))))
 
 
 def _fixed(curves: Curves, dense_layers: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.online_softmax import dot
-from seer_jax.calibrate.levels import GRIDS, Curves, Rows, drop_curves
+from seer_jax.calibrate.levels import GRIDS, Curves, Rows, Tokens, drop_curves
 from seer_jax.evaluate.levels import Phase
 from seer_jax.evaluate.window import Token, token_contexts
 from seer_jax.models.attention import ROWS_AT_ONCE
@@ -24,9 +24,9 @@ from seer_jax.selection.scorers import Scorer
 ELEMENTS = 2**25  # of the attention map that exist at once
 MAX_BLOCKS = ROWS_AT_ONCE  # of a window: scores of longer prompts are made in several parts
 
-# Of the lists of some consecutive tokens, from the first one on: [X, rows, Sb].
-_Read = Callable[[Int[Array, ""], int], jax.Array]
-_Choose = Callable[[Context, Policy], jax.Array]
+# Of some consecutive tokens, from the first one on: arrays [X, rows, Sb].
+_Read = Callable[[Int[Array, ""], int], Any]
+_Choose = Callable[[Context, Policy], Any]  # arrays [1, X, rows, Sb] of a prompt, [1, X, Sb] of a token
 
 
 @functools.partial(jax.jit, static_argnames=("phase", "rules"))
@@ -50,16 +50,21 @@ def collect_curves(
     """
     heads = _num_lists(model, phase)
 
-    def scores(context: Context, policy: Policy) -> jax.Array:
+    def look(context: Context, policy: Policy) -> tuple[jax.Array, jax.Array]:
+        """Scores, and the blocks that are kept whatever they are."""
         del policy
-        if not isinstance(context, PrefillContext):
-            return scorer.decode_scores(context)
-        found = scorer.prefill_scores(dataclasses.replace(context, prepared=scorer.prepare(context)))
-        return jnp.repeat(found, heads // found.shape[1], axis=1)
+        if isinstance(context, PrefillContext):
+            context = dataclasses.replace(context, prepared=scorer.prepare(context))
+            scores = scorer.prefill_scores(context)
+            scores = jnp.repeat(scores, heads // scores.shape[1], axis=1)
+        else:
+            scores = scorer.decode_scores(context)
+        keep, always = context.keep(0), scorer.keep(context)
+        return scores, jnp.broadcast_to(keep if always is None else keep | always, scores.shape)
 
     def attend(layer: LayerContext, state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         part = _Layer.of(model, layer, q, k, v, phase)
-        return part.out[None], state, part.curves(part.reader(scores), state[layer.index], rules)
+        return part.out[None], state, part.curves(part.reader(look), state[layer.index], rules)
 
     _, _, curves = model.scan(tokens, attend, gradients)
     return curves
@@ -84,7 +89,7 @@ def kept_mass(model: Transformer, tokens: Int[Array, "1 T"], policy: Policy, *, 
         kept = jnp.float32(1) if layer.policy.is_dense else part.kept_mass(part.reader(masks))
         return part.out[None], state, kept
 
-    _, _, kept = model.scan(tokens, attend, segments=model.segments(policy, gate, _num_lists(model, phase)))
+    _, _, kept = model.scan(tokens, attend, segments=model.segments(policy, gate, _num_lists(model, phase), phase))
     return kept
 
 
@@ -101,7 +106,7 @@ class _Layer:
       out: dense attention.
       block_size: b.
       row: tokens that share a list: b at prefill, 1 while decoding.
-      context_reader: gives the lists of some tokens, see `reader`.
+      reader: of what a function of the contexts chooses.
     """
 
     q: Float[Array, "T H D"]
@@ -131,16 +136,22 @@ class _Layer:
         """Sb."""
         return len(self.k) // self.block_size
 
-    def curves(self, scores: _Read, gradient: Float[Array, "T H D"], rules: tuple[str, ...]) -> dict[str, Curves]:
+    def curves(self, look: _Read, gradient: Float[Array, "T H D"], rules: tuple[str, ...]) -> dict[str, Curves]:
         """Of each rule."""
+        size_of_values = jnp.sqrt(jnp.square(self.v.astype(jnp.float32)).mean((0, 2)))
 
         def chunk(first: Int[Array, ""], size: int) -> dict[str, Curves]:
             mass, effect = self._effects(first, size, gradient)
-            rows = self._rows(first, size, scores(first, size))
-            return {
-                rule: drop_curves(rows, self._by_list(mass, rows), self._by_list(effect, rows), GRIDS[rule])
-                for rule in rules
-            }
+            rows = self._rows(first, size, *look(first, size))
+            lists, count = rows.scores.shape[:2]
+
+            def by_list(x: jax.Array) -> jax.Array:
+                return jnp.moveaxis(x.reshape(lists, -1, count, self.row, *x.shape[2:]), 1, 3)
+
+            scale = jnp.linalg.norm(jax.lax.dynamic_slice_in_dim(gradient, first, size).astype(jnp.float32), axis=-1)
+            scale = (scale * jnp.repeat(size_of_values, scale.shape[1] // len(size_of_values))[None]).T
+            tokens = Tokens(by_list(mass), by_list(effect), by_list(scale))
+            return {rule: drop_curves(rows, tokens, GRIDS[rule]) for rule in rules}
 
         visible = self.block_size // self.row * self.num_blocks * (self.num_blocks + 1) / 2
         return {rule: found.normalised(visible, len(self.q)) for rule, found in self._sum(chunk).items()}
@@ -163,17 +174,13 @@ class _Layer:
         parts = jax.lax.map(lambda first: function(first, size), jnp.arange(0, len(self.q), size))
         return jax.tree.map(lambda x: x.sum(0), parts)
 
-    def _rows(self, first: Int[Array, ""], size: int, scores: Float32[Array, "X R Sb"]) -> Rows:
+    def _rows(
+        self, first: Int[Array, ""], size: int, scores: Float32[Array, "X R Sb"], keep: Bool[Array, "X R Sb"]
+    ) -> Rows:
         current = ((first + jnp.arange(0, size, self.row)) // self.block_size)[None, :, None]
         column = jnp.arange(self.num_blocks)[None, None]
-        own = column == current
-        if self.row > 1:
-            return Rows(scores, column <= current, column <= current, own)
-        return Rows(scores, column <= current, column < current, own | (column == 0))
-
-    def _by_list(self, x: Float32[Array, "H n Sb"], rows: Rows) -> Float32[Array, "X R row G Sb"]:
-        lists, count = rows.scores.shape[:2]
-        return jnp.moveaxis(x.reshape(lists, -1, count, self.row, self.num_blocks), 1, 3)
+        visible = column <= current
+        return Rows(scores, visible, visible if self.row > 1 else column < current, keep)
 
     def _effects(
         self, first: Int[Array, ""], size: int, gradient: Float[Array, "T H D"] | None
@@ -208,10 +215,10 @@ def _divisor(number: int, most: int) -> int:
 
 
 def _prefill_reader(context: PrefillContext, policy: Policy, choose: _Choose) -> _Read:
-    lists, b = choose(context, policy)[0], context.block_size
+    lists, b = choose(context, policy), context.block_size
 
-    def read(first: Int[Array, ""], size: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(lists, first // b, size // b, axis=1)
+    def read(first: Int[Array, ""], size: int) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x[0], first // b, size // b, axis=1), lists)
 
     return read
 
@@ -223,8 +230,9 @@ def _decode_reader(model: Transformer, layer: LayerContext, context: PrefillCont
     _, context_of = token_contexts(layer, cache, context.k, context.k_rotated, context.v)
     every = Token(context.q[0], context.q_rotated[0], jnp.arange(tokens))
 
-    def read(first: Int[Array, ""], size: int) -> jax.Array:
+    def read(first: Int[Array, ""], size: int) -> Any:
         some = Token(*(jax.lax.dynamic_slice_in_dim(x, first, size) for x in every))
-        return jnp.swapaxes(jax.vmap(lambda token: choose(context_of(token), layer.policy)[0])(some), 0, 1)
+        chosen = jax.vmap(lambda token: choose(context_of(token), layer.policy))(some)
+        return jax.tree.map(lambda x: jnp.swapaxes(x[:, 0], 0, 1), chosen)
 
     return read

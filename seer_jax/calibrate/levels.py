@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float32, Int32
 
 from seer_jax.selection.rules import CumulativeMass, Threshold
@@ -32,13 +31,12 @@ class Grid:
     rule: type[Threshold] | type[CumulativeMass]
     values: tuple[float, ...]
 
-    def dropped(self, values: ArrayLike) -> np.ndarray:
-        """Levels as what grows with the sparsity and is evenly spaced in its logarithm: the threshold, or the mass that may be missed."""
-        return np.asarray(values) if self.rule is Threshold else 1 - np.asarray(values)
-
-    def level(self, dropped: ArrayLike) -> np.ndarray:
-        """The inverse of `dropped`."""
-        return self.dropped(dropped)
+    def between(self, place: float) -> float:
+        """The value between levels, at a fractional number of at least 1; levels are evenly spaced in the logarithm of what they drop."""
+        at = np.array(self.values[1:])
+        logs = np.log(at if self.rule is Threshold else 1 - at)
+        dropped = float(np.exp(np.interp(place - 1, np.arange(len(logs)), logs)))
+        return dropped if self.rule is Threshold else 1 - dropped
 
 
 GRIDS = {
@@ -57,15 +55,31 @@ class Curves(NamedTuple):
       density: share of the visible blocks that is kept.
       missed: share of the attention mass that lies in dropped blocks, mean over tokens and the list's heads.
       loss: estimate of how much the loss of the text rises where this list alone is sparse, nats, sum over tokens, see `rise`.
+      blind: the same, blind to the directions of values and gradients: half the mean square of the change if they were random.
     """
 
     density: Float32[Array | np.ndarray, "*lists N"]
     missed: Float32[Array | np.ndarray, "*lists N"]
     loss: Float32[Array | np.ndarray, "*lists N"]
+    blind: Float32[Array | np.ndarray, "*lists N"]
 
     def normalised(self, visible: float, tokens: int) -> "Curves":
         """Of sums over rows that see `visible` blocks in all, and over `tokens` tokens."""
         return self._replace(density=self.density / visible, missed=self.missed / tokens)
+
+    def cautious(self, caution: float, density: float) -> "Curves":
+        """With a loss that is drawn towards the estimate which is blind to directions.
+
+        That one is coarser, but says more where windows are few, as a direction counts for one text alone. Both terms are relative to
+        their sums at the common level that is nearest to a density.
+
+        Args:
+          caution: weight of `blind` beside the loss, at least 0.
+          density: mean over layers and heads.
+        """
+        near = int(np.abs(np.asarray(self.density).mean((0, 1)) - density).argmin())
+        loss, blind = (x / max(float(x[..., near].sum()), 1e-30) for x in (self.loss, self.blind))
+        return self._replace(loss=loss + caution * blind)
 
 
 class Rows(NamedTuple):
@@ -81,20 +95,25 @@ class Rows(NamedTuple):
     scores: Float32[Array, "X R Sb"]
     visible: Bool[Array, "1 R Sb"]
     candidates: Bool[Array, "1 R Sb"]
-    keep: Bool[Array, "1 R Sb"]
+    keep: Bool[Array, "X R Sb"]
 
 
-def drop_curves(
-    rows: Rows, mass: Float32[Array, "X R n G Sb"], effect: Float32[Array, "X R n G Sb"], grid: Grid
-) -> Curves:
-    """The curves of a rule over some rows, as sums over rows and tokens, see `Curves.normalised`.
+class Tokens(NamedTuple):
+    """What tokens lose with their blocks.
 
-    Args:
-      rows: what the rule looks at.
+    Fields:
       mass: of each block, by token and head; a token's masses sum to 1.
       effect: first-order change of the loss where a block is dropped, before what is left is divided by 1 - missed mass.
-      grid: of the rule.
+      scale: size of the first-order change by values of random directions: norm of the gradient times root mean square of the values.
     """
+
+    mass: Float32[Array, "X R n G Sb"]
+    effect: Float32[Array, "X R n G Sb"]
+    scale: Float32[Array, "X R n G"]
+
+
+def drop_curves(rows: Rows, tokens: "Tokens", grid: Grid) -> Curves:
+    """The curves of a rule over some rows, as sums over rows and tokens, see `Curves.normalised`."""
     drops = _drops(rows, grid)
     order = jnp.argsort(jnp.where(drops.droppable, drops.probability, jnp.inf), axis=-1)
     counts = drops.counts[:, :, None, None]
@@ -104,12 +123,12 @@ def drop_curves(
         sums = jnp.cumsum(jnp.take_along_axis(x, order[:, :, None, None], axis=-1), axis=-1)
         return jnp.take_along_axis(jnp.pad(sums, [(0, 0)] * 4 + [(1, 0)]), counts, axis=-1)
 
-    missed = jnp.clip(dropped(mass), 0, 1)
-    change = (dropped(effect) / jnp.maximum(1 - missed, LEAST_KEPT_MASS)).sum(
-        3
-    )  # a list's heads lose their blocks together
+    missed = jnp.clip(dropped(tokens.mass), 0, 1)
+    left = jnp.maximum(1 - missed, LEAST_KEPT_MASS)
+    change = (dropped(tokens.effect) / left).sum(3)  # a list's heads lose their blocks together
+    blind = jnp.square(tokens.scale[..., None] * missed / left) / 2
     kept = (rows.visible.sum(-1)[..., None] - drops.counts).astype(jnp.float32)
-    return Curves(kept.sum(1), missed.sum((1, 2)).mean(1), rise(change).sum((1, 2)))
+    return Curves(kept.sum(1), missed.sum((1, 2)).mean(1), rise(change).sum((1, 2)), blind.sum((1, 2, 3)))
 
 
 def rise(change: Float32[Array, "*any"]) -> Float32[Array, "*any"]:
@@ -127,7 +146,7 @@ class _Drops(NamedTuple):
     """How many blocks each level drops from each row: those with the lowest probability among `droppable`."""
 
     probability: Float32[Array, "X R Sb"]
-    droppable: Bool[Array, "1 R Sb"]
+    droppable: Bool[Array, "X R Sb"]
     counts: Int32[Array, "X R N"]
 
 
@@ -138,9 +157,7 @@ def _drops(rows: Rows, grid: Grid) -> _Drops:
     probability = weights / jnp.where(allowed.any(-1, keepdims=True), weights.sum(-1, keepdims=True), 1)
     droppable = rows.visible & ~rows.keep
     better = _better_mass(probability) if grid.rule is CumulativeMass else probability
-
     values = jnp.asarray(grid.values, jnp.float32)[None, None, :, None]
-
     allowed, better, dropping = (x[..., None, :] for x in (allowed, better, droppable))
     if grid.rule is CumulativeMass:
         dropping = dropping & (~allowed | ((better >= values) & (values < 1)))

@@ -14,17 +14,13 @@ from rich.table import Table
 from seer_jax.calibrate.calibration import Calibration, by_list, losses
 from seer_jax.calibrate.collect import kept_mass
 from seer_jax.evaluate.scoring import perplexity
+from seer_jax.evaluate.statistics.intervals import interval_of_mean
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import RankingPolicy
 
 CALIBRATED = "calibrated"
-# Two-sided 95% points of Student's t by degrees of freedom, 1 to 30; SciPy's import takes longer than a calibration of a tiny model.
-_T95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +49,8 @@ class HeldOut:
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of `over`, by Student's t over the windows' differences; NaN for one window."""
-        count = len(self.rises)
-        if count < 2:
-            return math.nan, math.nan
-        half = _T95[min(count - 1, len(_T95)) - 1] * float(np.std(self.rises, ddof=1)) / math.sqrt(count)
-        return math.expm1(float(np.mean(self.rises)) - half), math.expm1(float(np.mean(self.rises)) + half)
+        _, low, high = interval_of_mean(self.rises)
+        return math.expm1(low), math.expm1(high)
 
     def to_json(self) -> dict[str, Any]:
         """For files; NaN becomes null."""
@@ -117,7 +110,7 @@ def held_out_report(
         every, (found, kept) = by_list(model, policy, phase), losses(model, windows, policy, phase)
         masses = [float(kept_mass(model, jnp.asarray(w, jnp.int32)[None], every, phase=phase).mean()) for w in windows]
         rows.append(HeldOut(title, policy, float(kept.mean()), float(np.mean(masses)), tuple((found - dense).tolist())))
-        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, +{rows[-1].over:.2%} of dense perplexity")
+        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, {rows[-1].over:+.2%} of dense perplexity")
     return Report(calibration, perplexity(dense), tuple(rows))
 
 

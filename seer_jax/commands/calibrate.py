@@ -242,6 +242,8 @@ def _phases(config: CalibrateConfig, shapes: Transformer) -> tuple[Phase, ...]:
     phases = tuple(dict.fromkeys(config.phases))
     for phase in phases:
         config.scorer.check_phase(phase)
+    for phase in phases:
+        config.scorer.check_phase(phase)
     if config.baseline is None and (missing := [phase for phase in phases if gates[phase] is None]):
         raise ValueError(
             f"phases must be those of the gates; got {missing[0]}, and the model has no such gate. Load one (gates=...), or leave it out."
@@ -273,7 +275,7 @@ def _calibrate(job: Job, model: Transformer, phase: Phase, stages: Stages) -> Ma
         found = calibrate(
             model, job.windows, config.target, phase=phase, scorer=config.scorer, rules=config.rules, progress=advance
         )
-    over = "" if found.over is None else f", +{found.over:.2%} of dense perplexity"
+    over = "" if found.over is None else f", {found.over:+.2%} of dense perplexity"
     stages.say(
         f"{phase}: {found.policy.name} per layer and head; {found.density:.1%} of the blocks, {found.kept_mass:.1%} of the attention "
         f"mass{over} on the calibration text (target {found.target})"

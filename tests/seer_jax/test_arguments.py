@@ -196,7 +196,7 @@ MAKE: list[tuple[Callable[[], Any], str]] = [
     (lambda: block_sparse_attention(X[None], X[None], X[None], X), "blocks must be BlockIndices; got .*Array.* BlockIndices.from_mask"),
     (lambda: sparse_decode_attention(X, X[None], X[None], X, lengths=ONES), "blocks must be BlockIndices; got Array"),
     *(
-        (lambda n=n: sparse_decode_attention(X, K, K, None, lengths=ONES * n), rf"lengths must lie in \[0, 2\], .*; got {n}\.")
+        (lambda n=n: sparse_decode_attention(X, K, K, None, lengths=ONES * n), rf"lengths must lie in \[0, 1\], .*; got {n}\.")
         for n in (3, -1)
     ),
     (lambda: sparse_decode_attention(X, X[None], X[None], None, lengths=1000), "lengths must be an array; got int"),

@@ -66,7 +66,21 @@ def test_calibrated_gates_are_used_by_default(
 def test_a_baseline_becomes_a_policy_file(words: list[str], saved: Path, tmp_path: Path):
     output = tmp_path / "out"
     assert (
-        cli.main([*words, "--length", "128", "--baseline", "oracle", "--phases", "decode", "--output", str(output)])
+        cli.main(
+            [
+                *words,
+                "--length",
+                "256",
+                "--density",
+                "0.8",
+                "--baseline",
+                "oracle",
+                "--phases",
+                "decode",
+                "--output",
+                str(output),
+            ]
+        )
         == 0
     )
     policy = parse_policy(str(output / "decode.json"))

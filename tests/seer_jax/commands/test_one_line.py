@@ -44,6 +44,13 @@ USAGE = [
         "generate --decode topk:0.1,dense_last_rows=1",
         "--decode must leave out dense_last_rows, which concerns the rows of *",
     ),
+    ("generate --seed 99999999999 --temperature 1", "--seed must be at most 4294967295; got 99999999999. *"),
+    ("demo --seed -1", "--seed must be an integer of at least 0; got -1. *"),
+    ("bench prefill --seed 99999999999", "--seed must be at most 4294967295; got 99999999999. See seer-jax bench *"),
+    ("train --steps 99999999999", "--steps must be at most 2147483647; got 99999999999. *"),
+    ("train --seed 99999999999", "--seed must be at most 4294967295; got 99999999999. *"),
+    ("eval --windows 99999999999", "--windows must be at most 2147483647; got 99999999999. *"),
+    ("generate --decode budget:99999999999", "--decode: * tokens must be at most 2147483647; got 99999999999. *"),
     ("generate --prompt x --prompt-file y", "The prompt must come from --prompt or from --prompt-file; got both. *"),
     ("generate --system x", "--system must come with --chat, * Add --chat. *"),
     ("generate --temperature -1", "--temperature must be 0 *; got -1.0. *"),
@@ -122,6 +129,7 @@ USAGE = [
 ]
 FAILURES = [
     ("generate --model /absent --prompt x", "There is no folder '/absent', *"),
+    ("generate --model docs --prompt x", "A model folder must hold config.json; docs has none. Check *"),
     ("generate --prompt-file /absent --model tiny-lm", "No such file or directory: '/absent'. Check the path."),
     ("generate --prompt ''", "The prompt must have at least one token; *"),
     ("generate --prompt x --max-new-tokens 0", "--max-new-tokens must be an integer of at least 1; got 0."),
