@@ -20,7 +20,7 @@ from seer_jax.commands.demo import DemoConfig
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.eval import EvalConfig
 from seer_jax.commands.generate import GenerateConfig
-from seer_jax.commands.plotting.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
+from seer_jax.commands.plot.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
 from seer_jax.commands.verify import VerifyConfig
 from seer_jax.convert import GateFormat, load_base, save_base, save_gates
 from seer_jax.convert.rules import base_rules
