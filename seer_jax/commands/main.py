@@ -3,7 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). Each failure and each wrong usage is one
 line on standard error.
 
-A command is the module of its name in this folder: the first line of its docstring is its summary, and `run(words) -> exit code` takes the
+A command is the module or package of its name in this folder: the first line of its docstring is its summary, and `run(words) -> exit code` takes the
 words after its name. It is imported when it runs.
 """
 
@@ -170,8 +170,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. Wh
 
 def summary(name: str) -> str:
     """First line of a command's docstring, read from its source: to import every command would take seconds."""
-    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").splitlines()[0].rstrip(".")
+    module = Path(__file__).with_name(f"{name}.py")
+    source = module if module.exists() else module.with_suffix("") / "__init__.py"
+    return (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").splitlines()[0].rstrip(".")
 
 
 if __name__ == "__main__":

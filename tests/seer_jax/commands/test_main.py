@@ -22,17 +22,18 @@ from seer_jax.selection.scorers import SCORERS
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert re.search("\n  demo +Distil gates for the bundled model", text)
+    assert re.search(r"\n  demo +Distil gates for the bundled model", text)
     assert all(re.search(rf"\n  {name} +\w.*\w\n", text) for name in cli.COMMANDS)
     assert cli.main([]) == 2
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.endswith(f"seer-jax {seer_jax.__version__}\n")
 
 
-def test_every_command_is_a_module_of_its_own():
+def test_every_command_is_a_module_or_package_of_its_own():
     folder = Path(cli.__file__).parent
     shared = {"__init__", "main", "arguments", "stages"}
-    assert {path.stem for path in folder.glob("*.py")} == {*cli.COMMANDS, *shared}
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")} & {*cli.COMMANDS}
+    assert {path.stem for path in folder.glob("*.py")} | packages == {*cli.COMMANDS, *shared}
 
 
 @pytest.mark.cpu  # on machines with a GPU, JAX's plugins for it take time as well

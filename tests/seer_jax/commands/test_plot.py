@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from seer_jax.commands import main as cli
-from seer_jax.commands.plotting.configs import DensityPlot
-from seer_jax.commands.plotting.text_maps import TextMaps
+from seer_jax.commands.plot.configs import DensityPlot
+from seer_jax.commands.plot.text_maps import TextMaps
 from tests.seer_jax.commands.fuzz import cases
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "unchecked")

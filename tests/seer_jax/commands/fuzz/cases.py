@@ -20,7 +20,7 @@ from seer_jax.commands.demo import DemoConfig
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.eval import EvalConfig
 from seer_jax.commands.generate import GenerateConfig
-from seer_jax.commands.plotting.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
+from seer_jax.commands.plot.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
 from seer_jax.commands.verify import VerifyConfig
 from seer_jax.convert import GateFormat, load_base, save_base, save_gates
 from seer_jax.convert.rules import base_rules
@@ -120,7 +120,7 @@ def make_world(root: Path) -> None:
 
 def scores() -> dict[str, Any]:
     """Of an evaluation with three levels of a method."""
-    rows = [(None, "dense", {"rule": "dense"}, 2.0, 1.0)]
+    rows: list[tuple] = [(None, "dense", {"rule": "dense"}, 2.0, 1.0)]
     for kept in (0.1, 0.2, 0.4):
         rows.append(("gate", f"topk:{kept}", {"rule": "topk", "density": kept}, 2.0 + 0.001 / kept, kept))
     names = ("method", "level", "policy")

@@ -1,4 +1,4 @@
-"""Draw evaluations, benchmarks and block maps: plot loss|speed|density|maps."""
+"""What each `seer-jax plot` does: reads, draws, and says where."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ from rich.console import Console
 
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
 from seer_jax.commands.errors.usage import UsageError, UsageParser, one_of
-from seer_jax.commands.plotting.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
-from seer_jax.commands.plotting.text_maps import TextMaps
+from seer_jax.commands.plot.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
+from seer_jax.commands.plot.text_maps import TextMaps
 from seer_jax.commands.stages import Stages
 from seer_jax.evaluate.levels import Phase
 from seer_jax.outputs import check_plot_file
@@ -26,7 +26,7 @@ DRAWN_HEADS = 4
 
 
 def run(words: list[str]) -> int:
-    parser = UsageParser(f"{PROGRAM} plot", description=__doc__)
+    parser = UsageParser(f"{PROGRAM} plot", description="Draws what evaluations, benchmarks and texts show.")
     summaries = "; ".join(f"{name}: {summary}" for name, (_, _, summary) in PLOTS.items())
     parser.add_argument("what", metavar="{" + ",".join(PLOTS) + "}", help=summaries)
     what = parser.parse_args(words[:1]).what

@@ -9,7 +9,7 @@ import numpy as np
 
 from seer_jax import tiny_lm
 from seer_jax.commands.arguments import model_of
-from seer_jax.commands.plotting.configs import TextPlot
+from seer_jax.commands.plot.configs import TextPlot
 from seer_jax.commands.stages import Stages
 from seer_jax.evaluate.comparison import check_context
 from seer_jax.evaluate.levels import Phase, gates_by_phase
