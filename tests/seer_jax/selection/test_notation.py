@@ -127,5 +127,5 @@ def test_policies_come_back_from_their_words(
 
 
 def test_the_syntax_names_every_rule_and_scorer():
-    assert policy_syntax().startswith("dense|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:")
+    assert policy_syntax().startswith("dense|FILE.json|threshold:P|mass:P|topk:DENSITY|budget:TOKENS[:")
     assert all(name in policy_syntax() for name in SCORERS)
