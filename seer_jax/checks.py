@@ -19,10 +19,13 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_at_least(least: int, config: Any, *names: str) -> None:
-    """Raises ValueError where a setting of these names is smaller than `least`."""
+    """Raises ValueError where a setting of these names is smaller than `least`, or more than an int32 holds."""
     for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{type(config).__name__}.{name} must be at least {least}; got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if value < least:
+            raise ValueError(f"{type(config).__name__}.{name} must be at least {least}; got {value}.")
+        if value > MOST:
+            raise ValueError(f"{type(config).__name__}.{name} must be at most {MOST}; got {value}.")
 
 
 def whole_number(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from pallas_kernels.backends import Implementation
 from pallas_kernels.cases import Heads
 from pallas_kernels.devices import default_device
-from seer_jax.checks import check_at_least, listed
+from seer_jax.checks import check_at_least, check_seed, listed
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.selection.notation import parse_policy
@@ -87,7 +87,8 @@ class BenchConfig:
         if self.shape is not ModelShape.TINY and default_device().platform == "cpu":
             raise ValueError(f"The shape {self.shape.value} must run on a GPU; got a CPU. Measure --shape tiny.")
 
-    def _check_lengths(self, blocks: int, *, whole: bool = False) -> None:
+    def _check_inputs(self, blocks: int, *, whole: bool = False) -> None:
+        check_seed("seed", self.seed)
         if not self.lengths or any(n < blocks * BLOCK or (whole and n % BLOCK) for n in self.lengths):
             least = f"at least {blocks * BLOCK} tokens{f', whole blocks of {BLOCK}' if whole else ''}"
             raise ValueError(f"lengths must be {least}; got {listed(self.lengths)}.")
@@ -153,7 +154,7 @@ class PrefillBench(PolicyBench):
     variants: bool = False
 
     def __post_init__(self) -> None:
-        self._check_lengths(1)
+        self._check_inputs(1)
         self._check_policies()
         if not self.densities and "attention" in self.only:
             raise ValueError("densities must name some where the attention is measured; got none.")
@@ -183,7 +184,7 @@ class DecodeBench(PolicyBench):
     tokens: int = 16
 
     def __post_init__(self) -> None:
-        self._check_lengths(2)
+        self._check_inputs(2)
         self._check_policies()
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batches must hold at least one sequence; got {listed(self.batches)}.")
@@ -213,7 +214,7 @@ class GroundTruthBench(BenchConfig):
     implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
-        self._check_lengths(1)
+        self._check_inputs(1)
         if self.chunk < BLOCK or self.chunk % BLOCK:
             raise ValueError(f"chunk must be a multiple of the {BLOCK} tokens of a block; got {self.chunk}.")
 
@@ -232,7 +233,7 @@ class TrainBench(BenchConfig):
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        self._check_lengths(2, whole=True)
+        self._check_inputs(2, whole=True)
         if not self.kinds:
             raise ValueError(f"kinds must name some of {', '.join(TrainedGates)}; got none.")
         check_at_least(1, self, "batch_size")

@@ -79,8 +79,8 @@ class TrainedCase(Case):
 @functools.cache
 def _trained_lists(tokens: int, heads: int, density: float) -> BlockIndices:
     """By top-k, of the last of all layers' heads, one layer after the other; repeated where the model has fewer."""
-    from seer_jax.evaluate import block_maps
     from seer_jax.models.pretrained import from_pretrained, load_tokenizer
+    from seer_jax.plots import block_maps
 
     model = from_pretrained(tiny_lm.path(), [tiny_lm.gates()["prefill"]], dtype="float32")
     assert model.prefill_gate is not None

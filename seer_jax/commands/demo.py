@@ -12,7 +12,7 @@ from jaxtyping import Int
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.checks import check_at_least, listed
+from seer_jax.checks import check_at_least, check_seed, listed
 from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
 from seer_jax.commands.stages import Stages
 from seer_jax.convert import save_gates
@@ -95,6 +95,7 @@ class DemoConfig:
             )
         check_at_least(1, self, "windows", "passkeys", "new_tokens")
         check_at_least(2, self, "steps")
+        check_seed("seed", self.seed)
 
     @property
     def tokens_per_block(self) -> int:

@@ -37,7 +37,6 @@ class Recommending(LayerGate):
     def recommended(self, policy: Policy | None) -> None:
         if policy is not None:
             check_policy("recommended", policy)
-            policy.check_phase(self.phase)
             policy.check(self.model.num_layers, self, self.phase)
             policy.stacked(self.model.num_layers, self.num_lists)
             self._recommended = json.dumps(policy_to_json(policy))

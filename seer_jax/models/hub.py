@@ -257,6 +257,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
         of_hub = folder.parent.name == "snapshots"  # the layout of its cache
         more = f" In a repository of GGUF files, name one: owner/name/FILE{SUFFIX}." if of_hub else ""
+        if files := sorted(folder.glob(f"*{SUFFIX}")):
+            more = f" It holds a GGUF file, which goes by its own name: {files[0]}."
         raise FileNotFoundError(
             f"A model folder must hold config.json; {folder} has none. Check that the download is complete.{more}"
         )

@@ -84,6 +84,8 @@ def load_tokenizer(base: Location, **hub: Unpack[HubSettings]) -> Tokenizer:
     """
     folder = resolve(base, (*TOKENIZER_PATTERNS, CONFIG), **hub)
     check_is_base(folder)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        read_config(folder)  # says so where the folder is no model's at all
     return Tokenizer.load(folder)
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from seer_jax.evaluate.levels import Phase
 from seer_jax.evaluate.score import perplexity_over
 from seer_jax.evaluate.statistics.blocks_needed import (
-    ABOVE,
     BELOW,
     LEAST_LEVELS,
     TARGET,
@@ -20,7 +19,7 @@ from seer_jax.plots.score_files import Experiment
 from seer_jax.plots.style import FAINT, INK, End, drawing, label_ends, look_of, title_of
 
 DASHES = {"topk": "-", "mass": "--", "threshold": (0, (1, 1)), "budget": "-."}
-TICKS_KEPT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+TICKS_KEPT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), (0.03, 0.07, 0.15, 0.25, 0.35, 0.4, 0.45, 0.6, 0.8, 0.9)
 TICKS_OVER = (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000)
 PANEL = 3.4  # inches
 
@@ -70,12 +69,14 @@ class Curve:
     def _needed(self) -> str:
         assert self.needed is not None
         kept, low, high = self.needed
-        if kept == BELOW:
-            return f"below {self.points[-1].kept:.0%}"
-        if kept == ABOVE:
-            return f"above {self.points[0].kept:.0%}"
-        low_end, high_end = ("?" if math.isinf(end) else f"{end:.0%}" for end in (low, high))
-        return f"{kept:.0%}" + ("" if math.isnan(low) or math.isnan(high) else f" ({low_end} to {high_end})")
+        if math.isinf(kept):
+            return self._outside(kept)
+        ends = [f"{end:.0%}" if math.isfinite(end) else self._outside(end) for end in (low, high)]
+        return f"{kept:.0%}" + ("" if math.isnan(low) or math.isnan(high) else f" ({' to '.join(ends)})")
+
+    def _outside(self, share: float) -> str:
+        """A share outside the ladder."""
+        return f"<{self.points[-1].kept:.0%}" if share == BELOW else f">{self.points[0].kept:.0%}"
 
 
 def rule_of(text: str) -> str:
@@ -164,20 +165,27 @@ def _draw(axis: Any, curves: Sequence[Curve]) -> None:
     axis.set_ylabel("perplexity over dense")
     axis.set_xscale("log")
     axis.margins(x=0.02, y=0.05)
-    set_over_scale(axis, "y")
+    # By the levels: ends of wide intervals may lie outside.
+    set_over_scale(axis, "y", [point.over for curve in curves for point in curve.points])
     axis.invert_xaxis()
     low, high = sorted(axis.get_xlim())
-    axis.set_xticks([x for x in TICKS_KEPT if low <= x <= high] or [low, high], minor=False)
+    ticks, more = ([x for x in group if low <= x <= high] for group in TICKS_KEPT)
+    axis.set_xticks(ticks if len(ticks) > 2 else [*ticks, *more] or [low, high], minor=False)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axis.minorticks_off()
     ends = [End(*curve.points[-1][:2], curve.label, look_of(curve.method)) for curve in curves]
     label_ends(axis, ends, title="method, rule: blocks for +1%")
 
 
-def set_over_scale(axis: Any, side: str) -> None:
-    """Makes the "x" or "y" side of an axis one of perplexity over dense, in percent: linear up to 1%, logarithmic above."""
-    low, high = getattr(axis.dataLim, f"interval{side}")
-    low, high = min(low, 0) - 0.15, max(high, 1) * 1.3
+def set_over_scale(axis: Any, side: str, shown: Sequence[float]) -> None:
+    """Makes the "x" or "y" side of an axis one of perplexity over dense, in percent: linear up to 1%, logarithmic above.
+
+    Args:
+      axis: of matplotlib.
+      side: "x" or "y".
+      shown: what its limits hold, besides 0 and 1%.
+    """
+    low, high = min(*shown, 0) * 1.3 - 0.15, max(*shown, 1) * 1.3
     getattr(axis, f"set_{side}scale")("symlog", linthresh=1.0, linscale=0.7)
     getattr(axis, f"set_{side}lim")(low, high)
     getattr(axis, f"set_{side}ticks")([tick for tick in TICKS_OVER if low <= tick <= high])

@@ -183,7 +183,7 @@ def _draw(
     axis.set_title(f"{timing.title}\nQuality: {experiment.title}")
     axis.set_xlabel("perplexity over dense")
     axis.set_ylabel("times faster than dense")
-    set_over_scale(axis, "x")
+    set_over_scale(axis, "x", [trade.over for _, levels, _ in lines for trade in levels])
     axis.set_ylim(bottom=0)
     axis.legend(
         title="method, rule: faster at +1%", loc="upper left", bbox_to_anchor=(1.0, 1.03), alignment="left", fontsize=8

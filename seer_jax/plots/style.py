@@ -13,7 +13,7 @@ WIDTH = 8.5  # inches: 1700 pixels, twice the width of a page on a screen
 DPI = 200
 INK, FAINT = "#222222", "#9a9a9a"
 WEIGHTS, SHARES = "magma", "cividis"  # colour maps of attention weights, and of shares of the blocks
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -33,6 +33,7 @@ SETTINGS = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
     "legend.frameon": False,
+    "legend.handlelength": 3.2,
     "svg.hashsalt": "seer-jax",
 }
 LINES = ("-", "--", ":", "-.")
@@ -107,7 +108,9 @@ def drawing(path: Path, height: float, *, width: float = WIDTH) -> Iterator[Any]
         figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
         FigureCanvasAgg(figure)
         yield figure
-        undated = {} if form == "png" else {"metadata": {"Date" if form == "svg" else "CreationDate": None}}
+        undated: dict[str, Any] = (
+            {} if form == "png" else {"metadata": {"Date" if form == "svg" else "CreationDate": None}}
+        )
         figure.savefig(data, format=form, **undated)
     write_bytes(path, data.getvalue())
 

@@ -85,10 +85,11 @@ class Policy(abc.ABC):
         Args:
           num_layers: of the model.
           gate: of the model and of the phase; None: it has none.
-          phase: "prefill" or "decode", for messages; "": either.
+          phase: "prefill" or "decode"; "": either.
 
         Raises:
-          ValueError: it ranks by a gate that the model has not, or leaves none of its layers sparse.
+          ValueError: it ranks by a gate that the model has not or by a scorer for the other phase, or leaves none of its layers
+            sparse.
         """
         if self.needs_gate and gate is None:
             raise ValueError(

@@ -55,6 +55,8 @@ class RankingPolicy(Policy):
         return scores if always is None else jnp.where(always, jnp.finfo(jnp.float32).max, scores)
 
     def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
+        if phase:
+            self.check_phase(phase)
         super().check(num_layers, gate, phase)
         self.scorer.check_block_size(self.tokens_per_block(gate))
 

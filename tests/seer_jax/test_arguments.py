@@ -25,7 +25,7 @@ from seer_jax import (
     TokenBudget,
     TopK,
 )
-from seer_jax.evaluate import block_maps
+from seer_jax.plots import block_maps
 from seer_jax.train import DistillConfig, FinetuneConfig, distill, finetune
 from tests.seer_jax.conftest import tiny_model
 
@@ -196,7 +196,7 @@ MAKE: list[tuple[Callable[[], Any], str]] = [
     (lambda: block_sparse_attention(X[None], X[None], X[None], X), "blocks must be BlockIndices; got .*Array.* BlockIndices.from_mask"),
     (lambda: sparse_decode_attention(X, X[None], X[None], X, lengths=ONES), "blocks must be BlockIndices; got Array"),
     *(
-        (lambda n=n: sparse_decode_attention(X, K, K, None, lengths=ONES * n), rf"lengths must lie in \[0, 2\], .*; got {n}\.")
+        (lambda n=n: sparse_decode_attention(X, K, K, None, lengths=ONES * n), rf"lengths must lie in \[0, 1\], .*; got {n}\.")
         for n in (3, -1)
     ),
     (lambda: sparse_decode_attention(X, X[None], X[None], None, lengths=1000), "lengths must be an array; got int"),

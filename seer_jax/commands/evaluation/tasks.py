@@ -142,10 +142,8 @@ class TaskJob:
         model = describe_folder(self.name, resolve(self.name, patterns, **config.hub), patterns)
         folders = resolve_gates(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
         gates = [describe_folder(str(folder), folder, GATE_PATTERNS) for folder in folders]
-        sources: list[Any] = [path for task, _ in self.tasks if (path := getattr(task, "source", None)) is not None]
-        if config.text is not None:
-            sources.append(config.text)
-        files = [describe_file(path) for path in dict.fromkeys(sources)]
+        sources: list[Any] = [*(getattr(task, "source", None) for task, _ in self.tasks), config.text]
+        files = [describe_file(source) for source in dict.fromkeys(sources) if source is not None]
         here, settings = environment(), config.to_json()
         facts = {
             "command": typed_command(PROGRAM),

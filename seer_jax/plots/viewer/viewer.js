@@ -71,7 +71,7 @@ function code(maps, kind, phase, head, row, column) {
 }
 
 /** The share of the row that a byte stands for: logarithmic from data.floor to 1; 0 is below. */
-const share = (byte) => (byte === 0 ? 0 : data.floor ** (1 - (byte - 1) / 254));
+const share = (byte) => (byte === 0 ? 0 : data.floor ** (1 - (byte - 1) / data.steps));
 const percent = (value) => `${+(100 * value).toPrecision(2)}%`;
 const written = (byte) => (byte === 0 ? `below ${percent(data.floor)}` : percent(share(byte)));
 
@@ -129,7 +129,7 @@ function drawMaps(maps) {
     paint(canvas, phase.columns, phase.last.length, (row, column) => {
       if (column >= visible(phase, row) || (kind === "scores" && isOwn(phase, row, column))) return null;
       const byte = code(maps, kind, phase, shown.head, row, column);
-      return kind === "kept" ? (byte ? kept : dropped) : WEIGHTS[byte];
+      return kind === "kept" ? (byte ? kept : dropped) : WEIGHTS[Math.round((255 * byte) / (data.steps + 1))];
     });
     const title = kind === "scores" ? `Map of the ${phase.scorer}` : figure.querySelector("figcaption").textContent;
     figure.querySelector("figcaption").textContent = title;

@@ -24,8 +24,9 @@ from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.models.config import DType
 from seer_jax.convert import save_gates
 from seer_jax.models.hub import read_config
-from seer_jax.evaluate import EvalRows, SparsityLevel, all_methods, block_maps, compare, level_name, make_rows, score_line, score_to_json
+from seer_jax.evaluate import EvalRows, SparsityLevel, all_methods, compare, level_name, make_rows, score_line, score_to_json
 from seer_jax.models.decoder import Transformer
+from seer_jax.plots import block_maps
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import CumulativeMass, TokenBudget, TopK
 from seer_jax.selection.scorers import LearnedGate, Scorer

@@ -12,13 +12,13 @@ import pytest
 
 from seer_jax.evaluate import Phase
 from seer_jax.plots import BlockMaps, write_page
-from seer_jax.plots.page import FLOOR, PagePhase
+from seer_jax.plots.page import FLOOR, STEPS, PagePhase
 from tests.browser import find_browser
 
 pytestmark = pytest.mark.browser
 
 BLOCK, LAYERS = 16, 3
-STEP = FLOOR ** (-0.5 / 254)  # half a step of the page's bytes, as a ratio
+STEP = FLOOR ** (-0.5 / STEPS)  # half a step of the page's bytes, as a ratio
 WIDTH = 900  # pixels of the window
 
 
@@ -27,10 +27,10 @@ def random_maps(heads: int, last: np.ndarray, seed: int) -> BlockMaps:
     columns = int(last[-1]) // BLOCK + 1
     shape = (LAYERS, heads, len(last), columns)
     seen = np.arange(columns) < (last // BLOCK + 1)[:, None]
-    values = [np.where(seen, 10 ** rng.uniform(-5, 0, shape), 0).astype(np.float32) for _ in range(2)]
+    true, scores = (np.where(seen, 10 ** rng.uniform(-5, 0, shape), 0).astype(np.float32) for _ in range(2))
     kept = seen & (rng.uniform(size=shape) < 0.4)
     density = (kept.sum((2, 3)) / seen.sum()).astype(np.float32)
-    return BlockMaps(*values, kept, density, last, BLOCK)
+    return BlockMaps(true, scores, kept, density, last, BLOCK)
 
 
 PHASES = {

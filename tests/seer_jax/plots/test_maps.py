@@ -143,9 +143,9 @@ def test_spread_tokens_are_one_of_each_stretch():
 )
 @pytest.mark.usefixtures("unchecked")
 def test_decode_maps_refuse(settings: dict[str, Any], message: str):
-    given = dict(tokens=TOKENS, policy=TopK(0.4)) | settings
+    given: dict[str, Any] = dict(tokens=TOKENS, policy=TopK(0.4)) | settings
     with pytest.raises(ValueError, match=message):
-        decode_block_maps(model(), given.pop("tokens"), given.pop("policy"), **given)
+        decode_block_maps(model(), **given)
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])

@@ -18,11 +18,11 @@ from seer_jax.evaluate import (
     PassKeyPrompt,
     SparsityLevel,
     all_methods,
-    block_maps,
     compare,
     legend,
     table_rows,
 )
+from seer_jax.plots import block_maps
 from seer_jax.selection.notation import parse_policy, policy_from_json, policy_syntax, policy_to_json, write_policy
 from seer_jax.selection.scorers import SCORERS, Scorer, register
 from tests.seer_jax.conftest import LLAMA, tiny_model

@@ -20,6 +20,7 @@ from seer_jax.commands.demo import DemoConfig
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.eval import EvalConfig
 from seer_jax.commands.generate import GenerateConfig
+from seer_jax.commands.plotting.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
 from seer_jax.commands.verify import VerifyConfig
 from seer_jax.convert import GateFormat, load_base, save_base, save_gates
 from seer_jax.convert.rules import base_rules
@@ -40,6 +41,9 @@ BOTH = f"{GENERATE} --prompt def --gates prefill decode"
 CHATS = f"{GENERATE} --prompt def --chat"
 EVAL = "eval --model base --gates prefill --length 64 --windows 1 --passkeys 0 --decoded 8 --phases prefill --policies topk:0.5 --methods gate"
 TRAIN = "train --config run.yaml --output new"
+LOSS = "plot loss --scores scores.json --output new.svg"
+SPEED = "plot speed --bench bench.json --scores scores.json --output new.svg"
+MAPS = "--model base --gates prefill decode --text prompt.txt --length 64 --output new"
 
 # File of the world -> command lines that read it, and how often it is chosen.
 TARGETS: list[tuple[str, list[str], int]] = [
@@ -73,6 +77,8 @@ TARGETS: list[tuple[str, list[str], int]] = [
     ("run.json", [TRAIN.replace("yaml", "json")], 5),
     ("data/a.jsonl", [TRAIN], 4),
     ("data/b.txt", [TRAIN], 2),
+    ("scores.json", [LOSS, SPEED], 4),
+    ("bench.json", [SPEED], 4),
     ("run/*", [TRAIN.replace("new", "run"), "generate --gates run --prompt def --plan"], 6),
 ]
 
@@ -93,6 +99,8 @@ def make_world(root: Path) -> None:
         "base/tokenizer_config.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": CHAT},
         "base/special_tokens_map.json": {"pad_token": "<pad>", "eos_token": {"content": "</s>"}},
         "run.json": settings(),
+        "scores.json": scores(),
+        "bench.json": timings(),
     }
     for name, value in files.items():
         (root / name).write_text(json.dumps(value))
@@ -108,6 +116,29 @@ def make_world(root: Path) -> None:
     ids = np.arange(16, dtype=np.int32)[None]
     logits = np.asarray(load_base(root / "base", dtype=jnp.float32)(jnp.asarray(ids)))
     save_file({"input_ids": ids, "logits": logits, "positions": np.arange(16)}, root / "reference.safetensors")
+
+
+def scores() -> dict[str, Any]:
+    """Of an evaluation with three levels of a method."""
+    rows = [(None, "dense", {"rule": "dense"}, 2.0, 1.0)]
+    for kept in (0.1, 0.2, 0.4):
+        rows.append(("gate", f"topk:{kept}", {"rule": "topk", "density": kept}, 2.0 + 0.001 / kept, kept))
+    names = ("method", "level", "policy")
+    found = [
+        dict(zip(names, row, strict=False)) | {"windows": [{"loss": row[3] + i, "kept": row[4]} for i in range(2)]}
+        for row in rows
+    ]
+    more = {"phase": "prefill", "prompts": [], "tokens": 126, "seconds": 1.0}
+    facts = {"config": {"length": 64}, "model": {"name": "base", "fingerprint": "f"}, "gates": [{"name": "prefill"}]}
+    return {**facts, "text": {"path": "prompt.txt", "sha256": "0"}, "scores": [row | more for row in found]}
+
+
+def timings() -> dict[str, Any]:
+    """Of a benchmark of two densities."""
+    lines = [
+        {"settings": {"num_queries": 64, "density": x}, "results": {"density": x, "speedup": 1 / x}} for x in (0.1, 0.5)
+    ]
+    return {"device": "cpu", "measurements": [line | {"table": "attention", "failure": None} for line in lines]}
 
 
 def settings() -> dict[str, Any]:
@@ -158,6 +189,10 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "verify": (VerifyConfig, "--model base --reference reference.safetensors"),
     "train": (DistillConfig, TRAIN.partition(" ")[2]),
     "demo": (DemoConfig, "--steps 2 --length 128 --windows 1 --passkeys 1 --new-tokens 1"),
+    "plot loss": (LossPlot, LOSS.partition("loss ")[2]),
+    "plot speed": (SpeedPlot, SPEED.partition("speed ")[2]),
+    "plot density": (DensityPlot, f"{MAPS}.png"),
+    "plot maps": (MapsPlot, f"{MAPS}.html"),
     "bench prefill": (PrefillBench, "--shape tiny --lengths 128"),
     "bench decode": (DecodeBench, "--shape tiny --lengths 128 --batches 1"),
     "bench ground-truth": (GroundTruthBench, "--shape tiny --lengths 128"),

@@ -81,7 +81,7 @@ def test_too_short_a_prompt_is_refused(name: str, encoder: PromptEncoder):
         drawn(task, encoder, length=task.new_tokens + 40)
 
 
-NEEDLE = re.compile(r"One secret (word|number|code) of (\S+) is (\S+)\.")
+NEEDLE = re.compile(r"One secret (word|number|code) of (\S+) is ([\w-]+)\.")
 
 
 @pytest.mark.parametrize("task", [t for t in RULER if isinstance(t, Needles)], ids=lambda task: task.name)
