@@ -132,4 +132,4 @@ def _named(row: HeldOut) -> str:
     """The title with the policy's value."""
     assert isinstance(row.policy, RankingPolicy)
     value = getattr(row.policy, row.policy.value)
-    return f"{row.title}, {row.policy.name} per layer and head" if np.ndim(value) else f"{row.title}, {value:.3g}"
+    return f"{row.title}, {row.policy.name}" if np.ndim(value) else f"{row.title}, {value:.3g}"

@@ -39,7 +39,7 @@ class Target:
     def __post_init__(self) -> None:
         meaning, inside = _DOMAINS[self.quantity]
         if isinstance(self.value, bool) or not isinstance(self.value, int | float) or not inside(self.value):
-            raise ValueError(f"{self.quantity}, {meaning}; got {self.value!r}.")
+            raise ValueError(f"`{self.quantity}`, {meaning}; got {self.value!r}.")
 
     def __str__(self) -> str:
         words = {Quantity.DENSITY: "{:.1%} of the blocks", Quantity.OVER: "+{:.2%} of dense perplexity"}

@@ -104,7 +104,7 @@ class CalibrateConfig(HubOptions):
         check_at_least(0, self, "held_out_windows", "dense_last_rows", "seed")
         whole_number("length", self.length)
         if len(given := [name for name in Quantity if getattr(self, name) is not None]) > 1:
-            raise ValueError(f"One target must be given, density, over or kept_mass; got {' and '.join(given)}.")
+            raise ValueError(f"One target must be given, `density`, `over` or `kept_mass`; got {' and '.join(given)}.")
         _ = self.target
         if self.rule not in (BEST, *GRIDS):
             raise ValueError(f"rule must be one of {', '.join((BEST, *GRIDS))}; got {self.rule!r}.")
@@ -113,7 +113,7 @@ class CalibrateConfig(HubOptions):
                 f"baseline must be a scorer that needs no gate; got {self.baseline.name!r}. Leave it out to calibrate gates."
             )
         if not self.gates and self.baseline is None:
-            raise ValueError("gates must be named, or a baseline in their place; got neither.")
+            raise ValueError("gates must be named, or a `baseline` in their place; got neither.")
         if self.phases == ():
             raise ValueError("phases must name at least one; got none. Leave it out for the usual ones.")
 

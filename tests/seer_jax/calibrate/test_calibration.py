@@ -150,9 +150,9 @@ def test_kept_mass_is_met_and_reported():
 @pytest.mark.parametrize(
     ("quantity", "value", "message"),
     [
-        (Quantity.DENSITY, 0.0, r"density, the share of the visible blocks .* \(0, 1\]; got 0\.0"),
-        (Quantity.OVER, -0.1, r"over, the share by which .* above 0; got -0\.1"),
-        (Quantity.KEPT_MASS, 1.0, r"kept_mass, .* \(0, 1\); got 1\.0"),
+        (Quantity.DENSITY, 0.0, r"`density`, the share of the visible blocks .* \(0, 1\]; got 0\.0"),
+        (Quantity.OVER, -0.1, r"`over`, the share by which .* above 0; got -0\.1"),
+        (Quantity.KEPT_MASS, 1.0, r"`kept_mass`, .* \(0, 1\); got 1\.0"),
     ],
 )
 def test_targets_check_themselves(quantity: Quantity, value: float, message: str):
