@@ -77,7 +77,7 @@ def test_mosaic_gpu_under_vmap_runs_once_for_all_lists():
     )
     assert (got == expected).all() and got.shape == logits.shape
     with assume_hopper():
-        calls = str(jax.make_jaxpr(jax.vmap(lambda *x: select(*x, "mosaic_gpu")))(logits, visible))
+        calls = str(jax.make_jaxpr(jax.vmap(functools.partial(select, implementation="mosaic_gpu")))(logits, visible))
     assert calls.count("grid=(4,)") == 1  # 15 lists, four for each CTA
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from seer_jax.commands import main as cli
 from seer_jax.commands.eval import EvalConfig, evaluate
-from seer_jax.commands.evaluation import tasks as command
+from seer_jax.commands.eval import tasks as command
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "unchecked")
 

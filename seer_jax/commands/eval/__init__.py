@@ -12,7 +12,7 @@ from rich.console import Console
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
 from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
-from seer_jax.commands.evaluation.tasks import evaluate_tasks
+from seer_jax.commands.eval.tasks import evaluate_tasks
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS

@@ -1,1 +1,0 @@
-"""What `seer-jax eval` measures besides perplexity and pass keys."""
