@@ -30,6 +30,7 @@ from seer_jax.evaluate.rows import EvalRows, make_rows
 from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import print_scores, score_line
 from seer_jax.evaluate.tasks.names import SYNTAX
+from seer_jax.folder_lock import locked
 from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
@@ -181,6 +182,7 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: model, gates or text are not there.
+      BlockingIOError: another run is using the output.
       OSError: the output can't be written.
       ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
       MemoryError: the device has no room for it.
@@ -193,11 +195,12 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
         check_output_folder(config.output)
     stages, job = Stages(console or Console()), Job.of(config)
     job.check_memory()
-    record = None if config.output is None else job.record(config.output / SCORES)
-    for note in job.notes():
-        stages.say(note)
-    done = 0 if record is None else len(record.scores)
-    scores = _measure(job, stages, record)
+    with locked(config.output):
+        record = None if config.output is None else job.record(config.output / SCORES)
+        for note in job.notes():
+            stages.say(note)
+        done = 0 if record is None else len(record.scores)
+        scores = _measure(job, stages, record)
     print_scores(stages.console, scores)
     if record is not None and len(record.scores) > done:
         stages.say(f"Written: {record.path}")

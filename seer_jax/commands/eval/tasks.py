@@ -31,6 +31,7 @@ from seer_jax.evaluate.tasks import (
 from seer_jax.evaluate.tasks.run import Unit
 from seer_jax.evaluate.tasks.score import figures
 from seer_jax.evaluate.tasks.table import Figures, line_of, print_figures, title
+from seer_jax.folder_lock import locked
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
@@ -59,6 +60,7 @@ def evaluate_tasks(config: Any, *, console: Console | None = None) -> list[TaskS
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: model, gates, text or files of tasks are not there.
       ImportError: a task is one of lm-evaluation-harness, which is not installed.
+      BlockingIOError: another run is using the output.
       OSError: the output can't be written.
       ValueError: settings, tasks, model and gates do not fit each other, or the output holds scores of another evaluation.
       MemoryError: the device has no room for a generation.
@@ -69,9 +71,10 @@ def evaluate_tasks(config: Any, *, console: Console | None = None) -> list[TaskS
     job = TaskJob.of(config)
     for note in job.notes():
         stages.say(note)
-    record = None if config.output is None else job.record(config.output / TASK_SCORES)
-    done = 0 if record is None else len(record.scores)
-    scores = _measure(job, stages, record)
+    with locked(config.output):
+        record = None if config.output is None else job.record(config.output / TASK_SCORES)
+        done = 0 if record is None else len(record.scores)
+        scores = _measure(job, stages, record)
     if scores:
         print_figures(stages.console, figures(scores))
     if record is not None and len(record.scores) > done:
