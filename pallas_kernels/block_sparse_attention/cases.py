@@ -48,8 +48,12 @@ class Case:
 
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
         """Random arguments of the call."""
-        # The density is traced, so that one program draws the arguments of every density.
-        return dataclasses.replace(self, name="", density=0.0)._draw(key, jnp.float32(self.density))
+        # The density is traced, so that one program draws the arguments of every density and threshold.
+        drawn = dataclasses.replace(self, name="", density=0.0, skip_threshold=None)
+        arguments = drawn._draw(key, jnp.float32(self.density))
+        if self.skip_threshold is not None:
+            arguments["skip_threshold"] = jnp.asarray(self.skip_threshold, jnp.float32)
+        return arguments
 
     @functools.partial(jax.jit, static_argnums=0)
     def _draw(self, key: PRNGKeyArray, density: Float32[Array, ""]) -> dict[str, Any]:
@@ -73,8 +77,6 @@ class Case:
         arguments |= {"blocks": blocks, "query_offset": jnp.asarray(self.query_offset)}
         if self.lengths is not None:
             arguments["lengths"] = jnp.asarray(self.lengths)
-        if self.skip_threshold is not None:
-            arguments["skip_threshold"] = jnp.asarray(self.skip_threshold, jnp.float32)
         return arguments
 
 

@@ -39,7 +39,7 @@ def block_sparse_attention(
     scores = jnp.where(mask, scores, -jnp.inf)
     kept = None
     if skip_threshold is not None:
-        computed = _computed_blocks(scores, b, skip_threshold)
+        computed = computed_blocks(scores, b, skip_threshold)
         kept = computed.sum(-1, dtype=jnp.int32)
         computed = jnp.repeat(jnp.repeat(computed, tile_queries(b), axis=2), b, axis=3)[:, :, :num_queries, :num_keys]
         mask &= computed
@@ -50,7 +50,7 @@ def block_sparse_attention(
     return out.astype(q.dtype), lse.transpose(0, 2, 1), kept
 
 
-def _computed_blocks(
+def computed_blocks(
     scores: Float32[Array, "B H T S"], b: int, skip_threshold: Float32[Array, "H"]
 ) -> Bool[Array, "B H tiles Sb"]:
     """Which blocks each tile of queries does not skip, from scores that are -inf for keys that a query does not see.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
@@ -145,6 +146,10 @@ class PrefillBench(PolicyBench):
     Attributes:
       only: parts to measure.
       variants: measure every configuration that the implementation offers.
+      skip_thresholds: of the attention, in [0, 1]: listed blocks of negligible weight are skipped (`skip_threshold` of
+        `block_sparse_attention`); each is measured beside none.
+      peak: of the attention's inputs; 0: queries and keys are standard normal vectors. Above, each is a quarter of one plus `peak` times
+        one that all of its block share: scores are about peak^2 times a standard normal number for each pair of blocks.
     """
 
     phase = "prefill"
@@ -152,6 +157,8 @@ class PrefillBench(PolicyBench):
     densities: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5, 1.0)
     only: tuple[PrefillPart, ...] = get_args(PrefillPart)
     variants: bool = False
+    skip_thresholds: tuple[float, ...] = ()
+    peak: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_inputs(1)
@@ -162,6 +169,14 @@ class PrefillBench(PolicyBench):
             raise ValueError("A plot must have the attention among the parts to measure; got no attention.")
         if self.variants and self.implementation is None:
             raise ValueError("variants must be those of a named implementation; got variants without implementation.")
+        if wrong := [str(value) for value in self.skip_thresholds if not 0 <= value <= 1]:
+            raise ValueError(f"skip_thresholds must lie in [0, 1]; got {', '.join(wrong)}.")
+        if not 0 <= self.peak < math.inf:
+            raise ValueError(f"peak must be a number of at least 0; got {self.peak}.")
+        if (self.skip_thresholds or self.peak) and "attention" not in self.only:
+            raise ValueError(
+                "only must name attention where skip_thresholds or a peak are given; got none of it. Leave them out, or add attention."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,8 @@ def _lists(m: Measurement) -> str:
     """The kind of lists that the attention read."""
     s = m.settings
     lists = "own lists" if s["lists"] == s["heads"] else "shared lists"
-    return f"{s['block_size']}x{s['block_size']}, {lists}" + (f", {s['config']}" if s["config"] else "")
+    skip = "" if s["skip_threshold"] is None else f", skip {s['skip_threshold']:g}"
+    return f"{s['block_size']}x{s['block_size']}, {lists}{skip}" + (f", {s['config']}" if s["config"] else "")
 
 
 PANELS = (

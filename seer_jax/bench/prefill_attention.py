@@ -9,17 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Int32, PRNGKeyArray
 
 from pallas_kernels import AttentionWithScores, BlockIndices, block_sparse_attention
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.block_sparse_attention.cases import Case
+from pallas_kernels.block_sparse_attention.skipping import tile_queries
 from seer_jax import tiny_lm
 from seer_jax.bench.configs import PrefillBench
 from seer_jax.bench.harness.clock import time_calls
 from seer_jax.bench.harness.measurement import DenseTimes, Measurement, Outcome, dense_results, measure
 from seer_jax.bench.harness.report import DENSE, DENSITY, ERRORS, MILLISECONDS, SPEEDUP, Column, Table
 from seer_jax.bench.harness.sampled_check import AttentionCall, check_result
+from seer_jax.models.attention import by_block_row, kept_share
 from seer_jax.selection.rules import TopK
 
 OPERATION = Operation("block_sparse_attention", "pallas_kernels.block_sparse_attention")
@@ -36,13 +38,24 @@ TRAINED_LENGTH = 8192  # tokens that the bundled model was trained to read
 
 
 def aligned_cases(config: PrefillBench) -> list[Case]:
-    """Aligned prompts at each length and density: blocks of 64 and 128 tokens, lists per head and per key/value head."""
+    """Aligned prompts at each length and density: blocks of 64 and 128 tokens, lists per head and per key/value head; then the same
+    with each threshold of skipping."""
     kinds = (("own", 64, None), ("own", 128, None), ("shared", 64, config.heads.kv_heads))
     return [
-        Case(f"{n}, {b}x{b}, {kind}, {density:g}", config.heads, n, lists=lists, block_size=b, density=density)
+        Case(
+            f"{n}, {b}x{b}, {kind}, {density:g}" + ("" if skip is None else f", skip {skip:g}"),
+            config.heads,
+            n,
+            lists=lists,
+            block_size=b,
+            density=density,
+            peak=config.peak,
+            skip_threshold=skip,
+        )
         for kind, b, lists in kinds
         for n in config.lengths
         for density in config.densities
+        for skip in (None, *config.skip_thresholds)
     ]
 
 
@@ -143,14 +156,15 @@ class AttentionBench:
         arguments = case.arguments(key_case)
         arguments.setdefault("lengths", jnp.full(case.batch, arguments["k"].shape[1], jnp.int32))
         call = AttentionCall(**arguments)
-        with_lse = compiled(self.implementation, self.variant and self.variant[1], case.density)
-        attend = jax.jit(lambda arguments: with_lse(**arguments)[0])  # what is timed: inference asks for no lse
-        out, lse = with_lse(**arguments)
+        skips = case.skip_threshold is not None
+        with_lse = compiled(self.implementation, self.variant and self.variant[1], case.density, skips)
+        attend = output_alone(with_lse)  # what is timed: inference asks for no lse
+        (out, lse, kept), (_, lse_again, kept_again) = with_lse(**arguments), with_lse(**arguments)
         first = AttentionWithScores(out, lse, None, None)
-        second = AttentionWithScores(attend(arguments), with_lse(**arguments)[1], None, None)
-        outcome = check_result(key_rows, call, first, second)
-        del out, lse, first, second
-        results = {"density": listed_share(call), **outcome.results}
+        second = AttentionWithScores(attend(arguments), lse_again, None, None)
+        outcome = check_result(key_rows, call, first, second, kept=(kept, kept_again) if skips else ())
+        del out, lse, lse_again, first, second
+        results = {"density": computed_share(call, kept) if skips else listed_share(call), **outcome.results}
         if outcome.failure is not None:
             return outcome._replace(results=results)
         timing = time_calls(attend, arguments)
@@ -163,23 +177,36 @@ class AttentionBench:
 
 
 @functools.cache
-def compiled(implementation: Implementation | None, config: Any | None, density: float) -> Callable[..., Any]:
-    """The operation under `jax.jit`, giving (out, lse).
+def compiled(
+    implementation: Implementation | None, config: Any | None, density: float, skips: bool
+) -> Callable[..., Any]:
+    """The operation under `jax.jit`, giving (out, lse, blocks that each tile of queries did not skip; None where none may be skipped).
 
     Args:
       config: of the named backend; None: the backend chooses.
       density: that is expected, a hint.
+      skips: whether blocks may be skipped, by a `skip_threshold` among the arguments.
     """
     if config is None:
-        attend = functools.partial(block_sparse_attention, return_lse=True, implementation=implementation)
-        return jax.jit(functools.partial(attend, density=density))
+        attend = functools.partial(block_sparse_attention, density=density, implementation=implementation)
+        if skips:
+            return jax.jit(functools.partial(attend, return_lse=True, return_kept=True))
+        return jax.jit(lambda **arguments: (*attend(**arguments, return_lse=True), None))
 
     def run(*, query_offset: Array, lengths: Array, **arrays: Any) -> Any:
+        if skips:
+            arrays["skip_threshold"] = jnp.broadcast_to(arrays["skip_threshold"], arrays["q"].shape[2])
         offsets = jnp.broadcast_to(query_offset, lengths.shape).astype(jnp.int32)
         rest = dict(scale=arrays["q"].shape[-1] ** -0.5, density=density, config=config)
         return OPERATION(implementation, **arrays, query_offset=offsets, lengths=lengths, **rest)
 
     return jax.jit(run)
+
+
+@functools.cache
+def output_alone(attend: Callable[..., Any]) -> Callable[[dict[str, Any]], Array]:
+    """The first result of a function of named arguments."""
+    return jax.jit(lambda arguments: attend(**arguments)[0])
 
 
 def listed_flops(call: AttentionCall) -> float:
@@ -192,5 +219,18 @@ def listed_flops(call: AttentionCall) -> float:
 
 def listed_share(call: AttentionCall) -> float:
     """Listed blocks over those that each row could list, mean over the lists."""
-    every = AttentionCall.dense(*call[:3], *call[4:], block_size=call.blocks.block_size).blocks
-    return float(call.blocks.density(every.counts).mean())
+    return float(call.blocks.density(_every_block(call).counts).mean())
+
+
+def computed_share(call: AttentionCall, kept: Int32[Array, "B H tiles"]) -> float:
+    """Blocks that were listed and not skipped over those that each tile of queries sees, mean over the sequences."""
+    tile, rows = tile_queries(call.blocks.block_size), call.blocks.counts.shape[2]
+    tiles = by_block_row((call.positions[:, ::tile] < call.lengths[:, None]).astype(jnp.int32), rows)
+    visible = kept.shape[1] * tiles * _every_block(call).counts[:, 0]
+    return float(kept_share(by_block_row(kept.sum(1), rows), visible).mean())
+
+
+def _every_block(call: AttentionCall) -> BlockIndices:
+    """Lists of every block that causality allows."""
+    q, k, v, blocks, offset, lengths, _ = call
+    return AttentionCall.dense(q, k, v, offset, lengths, block_size=blocks.block_size).blocks

@@ -86,6 +86,34 @@ def test_prefill(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.Capture
 
 
 @shapes_stand_for_arrays
+def test_skipping_is_measured_beside_none(two_milliseconds: Timed):
+    settings: dict[str, Any] = dict(densities=(1.0,), only=("attention",), skip_thresholds=(1e-2,), peak=2.0)
+    whole, skips = aligned_cases(PrefillBench(ModelShape.TINY, (450,), **settings))[2:4]
+    assert [case.name for case in (whole, skips)] == ["450, 128x128, own, 1", "450, 128x128, own, 1, skip 0.01"]
+    assert whole.skip_threshold is None and whole.peak == skips.peak == 2
+    line = AttentionBench().measure(skips)
+    assert line.failure is None and line.results["milliseconds"] == 2 and line.results["kept_error"] == 0
+    assert (line.results["density"] or 1) < 1 and line.settings["skip_threshold"] == 1e-2
+
+
+@pytest.mark.slow
+@shapes_stand_for_arrays
+def test_skipping_while_attending(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["bench", "prefill", "--shape", "tiny", "--lengths", "600", "--densities", "1", "--only", "attention"]
+    asked = ["--skip-thresholds", "0", "1e-2", "--peak", "2", "--output", str(tmp_path / "bench.json")]
+    assert main([*words, *asked]) == 0
+    assert "600, 64x64, shared, 1, skip 0.01" in capsys.readouterr().out
+    lines = json.loads((tmp_path / "bench.json").read_text())["measurements"]
+    thresholds = [m["settings"]["skip_threshold"] for m in lines]
+    assert thresholds == 3 * [None, 0, 1e-2] and not any(m["failure"] for m in lines)
+    for m, threshold in zip(lines, thresholds, strict=True):
+        results = m["results"]
+        assert m["settings"]["peak"] == 2 and results["milliseconds"] == 2 and results["error"] < 5e-3
+        assert results["density"] < 1 if threshold else results["density"] == 1
+        assert results.get("kept_error") == (None if threshold is None else 0)
+
+
+@shapes_stand_for_arrays
 @pytest.mark.slow
 def test_decode(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     found = run([*DECODE, "--densities", "0.5", "--tokens", "4"], tmp_path)
@@ -415,6 +443,9 @@ def test_flop_of_a_forward():
         ),
         (PrefillBench, dict(plot=Path("x.png"), only=("model",)), "got no attention"),
         (PrefillBench, dict(variants=True), "variants without implementation"),
+        (PrefillBench, dict(skip_thresholds=(0.1, 1.5)), r"skip_thresholds must lie in \[0, 1\]; got 1.5"),
+        (PrefillBench, dict(peak=-1.0), "peak must be a number of at least 0; got -1.0"),
+        (PrefillBench, dict(peak=2.0, only=("model",)), "only must name attention where skip_thresholds or a peak"),
         (DecodeBench, dict(lengths=(256, 64)), r"at least 128 tokens; got 256, 64"),
         (DecodeBench, dict(batches=()), r"one sequence; got none"),
         (DecodeBench, dict(batches=(1, 0)), r"one sequence; got 1, 0"),

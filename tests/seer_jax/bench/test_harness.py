@@ -1,6 +1,7 @@
 """The harness of measurements: the clock, the check of results, notes and failures, the file, tables and plots."""
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -148,6 +149,22 @@ def test_a_block_left_out_is_found():
     fewer = dataclasses.replace(call.blocks, counts=jnp.maximum(call.blocks.counts - 1, 1))
     result = result_of(call._replace(blocks=fewer))
     assert check_result(KEY, call, result, result).failure is not None
+
+
+def test_what_is_skipped_wrongly_is_found():
+    """By the output, or by the number of blocks that tiles say they kept."""
+    case = Case("skips", HEADS, 450, batch=2, density=1.0, lengths=(450, 300), block_size=128, peak=2.0)
+    call = call_of(dataclasses.replace(case, skip_threshold=1e-2))
+    attend = functools.partial(block_sparse_attention, return_lse=True, return_kept=True)
+    (out, lse, kept), (more, more_lse, _) = (attend(**x._asdict()) for x in (call, call._replace(skip_threshold=0.0)))
+    result, other = AttentionWithScores(out, lse, None, None), AttentionWithScores(more, more_lse, None, None)
+    right = check_result(KEY, call, result, result, kept=(kept, kept))
+    assert right.failure is None and right.results["kept_error"] == 0
+    assert "errs by" in (check_result(KEY, call, other, other, kept=(kept, kept)).failure or "")
+    wrong = check_result(KEY, call, result, result, kept=(kept + 1, kept + 1)).failure
+    assert wrong == "a tile's number of blocks that are not skipped errs by 1; 0 is allowed"
+    unequal = check_result(KEY, call, result, result, kept=(kept, kept + 1)).failure
+    assert unequal == "two runs on the same arrays differ"
 
 
 def test_two_runs_that_differ_are_found():
