@@ -275,7 +275,7 @@ def _calibrate(job: Job, model: Transformer, phase: Phase, stages: Stages) -> Ma
         found = calibrate(
             model, job.windows, config.target, phase=phase, scorer=config.scorer, rules=config.rules, progress=advance
         )
-    over = "" if found.over is None else f", {found.over:+.2%} of dense perplexity"
+    over = "" if found.over is None else f", {found.over:+.2%} over dense"
     stages.say(
         f"{phase}: {found.policy.name} per layer and head; {found.density:.1%} of the blocks, {found.kept_mass:.1%} of the attention "
         f"mass{over} on the calibration text (target {found.target})"
