@@ -1,6 +1,8 @@
 """`seer-jax calibrate`: a whole run on a tiny model, what it leaves, and that other commands use it."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ def test_calibrated_gates_are_used_by_default(
     assert all(
         f"\n{row}" in said for row in ("dense, perplexity ", "calibrated, threshold ", "one threshold, 0.", "top-k, 0.")
     )
+    assert re.search(r"\nHeld-out text, prefill: 3/3  top-k: \d+\.\d% of the blocks, [+-]\d+\.\d\d% over dense\n", said)
     gate = load_gates(output / "prefill_gate")
     assert isinstance(gate.recommended, Threshold) and gate.recommended.dense_last_rows == 2
     assert np.shape(gate.recommended.threshold) == (2, 4)
@@ -45,24 +48,18 @@ def test_calibrated_gates_are_used_by_default(
     assert saved_config["seer_jax_calibration"]["length"] == 64 and saved_config["base_model"] == "base"
     report = json.loads((output / "calibration.json").read_text())
     assert [row["title"] for row in report["prefill"]["held_out"]] == ["calibrated", "one threshold", "top-k"]
-    generate = [
-        "generate",
-        "--model",
-        str(saved / "base"),
-        "--gates",
-        str(output),
-        "--prompt",
-        "def",
-        "--max-new-tokens",
-        "1",
-    ]
-    assert cli.main(generate) == 0
+    where, use = said.splitlines()[-2:]
+    assert where == f"Gates: {output / 'prefill_gate'}; report: {output / 'calibration.json'}"
+    told = re.fullmatch(r"Use them at about 64 tokens, the length that they were calibrated at: seer-jax (.*)", use)
+    assert told and cli.main([*shlex.split(told[1]), "--max-new-tokens", "1"]) == 0
     assert "threshold:[2 x 4]" in capsys.readouterr().err
     assert cli.main(words) == 1
     assert "--output must not hold what is to be written; " in capsys.readouterr().err
 
 
-def test_a_baseline_becomes_a_policy_file(words: list[str], saved: Path, tmp_path: Path):
+def test_a_baseline_becomes_a_policy_file(
+    words: list[str], saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     output = tmp_path / "out"
     assert (
         cli.main(
@@ -85,8 +82,10 @@ def test_a_baseline_becomes_a_policy_file(words: list[str], saved: Path, tmp_pat
     policy = parse_policy(str(output / "decode.json"))
     assert isinstance(policy, Threshold) and policy.scorer == Oracle() and np.shape(policy.threshold) == (2, 2)
     assert parse_level(str(output / "decode.json")).methods == (Oracle(),)
-    generate = ["generate", "--model", str(saved / "base"), "--prompt", "def", "--max-new-tokens", "2"]
-    assert cli.main([*generate, "--decode", str(output / "decode.json")]) == 0
+    where, use = capsys.readouterr().out.splitlines()[-2:]
+    assert where.startswith(f"Policies: {output / 'decode.json'}; ")
+    told = use.partition(f"{cli.PROGRAM} ")[2]
+    assert cli.main([*shlex.split(told), "--max-new-tokens", "2"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def calibration_report(console: Console) -> None:
 
 
 LONG = "a method whose name is long"
+ESTIMATE = Estimate(-0.625, 0.125)
 PRINTED = {
     "calibration": (
         calibration_report,
@@ -157,7 +158,7 @@ PRINTED = {
     "tasks": (
         lambda console: print_figures(
             console,
-            [Figures(LONG, LONG, f"{LONG},dense_last_rows=2", Phase.PREFILL, *[Estimate(-0.625, 0.125)] * 3)],
+            [Figures(LONG, LONG, f"{LONG},dense_last_rows=2", Phase.PREFILL, ESTIMATE, ESTIMATE, ESTIMATE)],
         ),
         ["-62.5% 12.5%     -62.5% 12.5% -62.5%"],
     ),
