@@ -181,7 +181,7 @@ def make(config: CalibrateConfig, *, console: Console | None = None) -> dict[Pha
         model = from_pretrained(job.name, config.gates, dtype=job.dtype, **config.hub)
     made = {phase: _calibrate(job, model, phase, stages) for phase in job.phases}
     if config.output is None:
-        stages.say("Nothing is saved; --output FOLDER would keep what was chosen.")
+        stages.say("Nothing was saved: pass --output FOLDER to keep what was chosen.")
     else:
         for line in _save(job, config.output, made):
             stages.say(line)

@@ -100,6 +100,9 @@ def test_a_baseline_becomes_a_policy_file(
     assert where.startswith(f"Policies: {file}; ") and use.endswith(f": seer-jax {told}")
     if is_whole:
         assert cli.main([*shlex.split(told), "--max-new-tokens", "2"]) == 0
+    else:
+        assert cli.main(words) == 0
+        assert "\nNothing was saved: pass --output FOLDER to keep what was chosen.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
