@@ -177,7 +177,7 @@ def compiled(implementation: Implementation | None, config: Any | None, density:
     def run(*, query_offset: Array, lengths: Array, **arrays: Any) -> Any:
         offsets = jnp.broadcast_to(query_offset, lengths.shape).astype(jnp.int32)
         rest = dict(scale=arrays["q"].shape[-1] ** -0.5, density=density, config=config)
-        return OPERATION(implementation, **arrays, query_offset=offsets, lengths=lengths, **rest)
+        return OPERATION(implementation, **arrays, query_offset=offsets, lengths=lengths, **rest)[:2]
 
     return jax.jit(run)
 
