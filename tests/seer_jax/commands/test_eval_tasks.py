@@ -72,6 +72,11 @@ def test_a_run_is_shown_kept_and_goes_on(
     command.evaluate_tasks(EvalConfig.from_json(report["config"]))
     assert capsys.readouterr().out.count("4 of 4 scores are in") == 2 and written(tmp_path) == report
 
+    # Other methods join them: dense attention is there.
+    monkeypatch.setattr(command, "run_tasks", lambda *_, **__: iter(()))
+    assert cli.main([*words, "--methods", "random"]) == 0
+    assert "2 of 4 scores are in" in capsys.readouterr().out and written(tmp_path) == report
+
 
 @pytest.mark.parametrize(
     ("change", "message"),

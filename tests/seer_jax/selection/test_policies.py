@@ -233,6 +233,15 @@ def assert_chunks_change_nothing(
     assert kept_share(masks, context) == pytest.approx(kept, rel=1e-6)
 
 
+@pytest.mark.parametrize("rows_at_once", [attention.ROWS_AT_ONCE, 1])
+def test_half_a_block_behind_the_end_is_not_skipped(rows_at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Blocks of 128 are skipped by halves of a block row, of which the last row may have one."""
+    monkeypatch.setattr(attention, "ROWS_AT_ONCE", rows_at_once)
+    context = dataclasses.replace(prefill_context(192, (192, 129, 40)), block_size=128)
+    _, kept = jax.jit(lambda: prefill_attention(Dense(skip=0.0), context))()
+    np.testing.assert_array_equal(kept, 1)
+
+
 def kept_share(masks: np.ndarray, context: PrefillContext) -> list[float]:
     """Of each row of the batch: listed blocks of the block rows that hold a token, over those that causality allows."""
     shares = []
