@@ -198,7 +198,7 @@ def compiled(
             arrays["skip_threshold"] = jnp.broadcast_to(arrays["skip_threshold"], arrays["q"].shape[2])
         offsets = jnp.broadcast_to(query_offset, lengths.shape).astype(jnp.int32)
         rest = dict(scale=arrays["q"].shape[-1] ** -0.5, density=density, config=config)
-        return OPERATION(implementation, **arrays, query_offset=offsets, lengths=lengths, **rest)
+        return OPERATION(implementation, **arrays, query_offset=offsets, lengths=lengths, **rest)[:2]
 
     return jax.jit(run)
 

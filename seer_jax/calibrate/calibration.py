@@ -291,7 +291,7 @@ def _for_loss(found: Statistics, over: float, progress: Progress) -> _Found:
 
 def _measured(found: Statistics, choice: Choice, density: float, progress: Progress) -> float:
     over = found.over(choice, density)
-    progress(f"{choice} at {density:.1%} of the blocks: {over:+.2%} of dense perplexity")
+    progress(f"{choice} at {density:.1%} of the blocks: {over:+.2%} over dense")
     return over
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from pallas_kernels.devices import default_device
 from pallas_kernels.online_softmax import dot
 from seer_jax.calibrate.levels import GRIDS, Curves, Rows, Tokens, drop_curves
 from seer_jax.evaluate.levels import Phase
@@ -21,7 +22,8 @@ from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import Scorer
 
-ELEMENTS = 2**25  # of the attention map that exist at once
+# Of the attention map that exist at once; why GPUs take more: `evaluate.window.AtOnce`.
+ELEMENTS, ELEMENTS_ON_GPUS = 2**25, 2**27
 MAX_BLOCKS = ROWS_AT_ONCE  # of a window: scores of longer prompts are made in several parts
 
 # Of some consecutive tokens, from the first one on: arrays [X, rows, Sb].
@@ -170,7 +172,8 @@ class _Layer:
     def _sum(self, function: Callable[[Int[Array, ""], int], Any]) -> Any:
         """Of a function of consecutive tokens."""
         elements = self.q.shape[1] * self.block_size * len(self.k)
-        size = self.block_size * _divisor(self.num_blocks, max(1, ELEMENTS // elements))
+        most = ELEMENTS if default_device().platform == "cpu" else ELEMENTS_ON_GPUS
+        size = self.block_size * _divisor(self.num_blocks, max(1, most // elements))
         parts = jax.lax.map(lambda first: function(first, size), jnp.arange(0, len(self.q), size))
         return jax.tree.map(lambda x: x.sum(0), parts)
 

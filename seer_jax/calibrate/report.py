@@ -9,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from seer_jax.calibrate.calibration import Calibration, by_list, losses
 from seer_jax.calibrate.collect import kept_mass
 from seer_jax.evaluate.scoring import perplexity
 from seer_jax.evaluate.statistics.intervals import interval_of_mean
+from seer_jax.evaluate.table import figure_table
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import RankingPolicy
 
 CALIBRATED = "calibrated"
+LEGEND = "kept: share of the visible blocks; mass: share of the attention mass in them; over: perplexity over that of dense attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,22 +112,21 @@ def held_out_report(
         every, (found, kept) = by_list(model, policy, phase), losses(model, windows, policy, phase)
         masses = [float(kept_mass(model, jnp.asarray(w, jnp.int32)[None], every, phase=phase).mean()) for w in windows]
         rows.append(HeldOut(title, policy, float(kept.mean()), float(np.mean(masses)), tuple((found - dense).tolist())))
-        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, {rows[-1].over:+.2%} of dense perplexity")
+        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, {rows[-1].over:+.2%} over dense")
     return Report(calibration, perplexity(dense), tuple(rows))
 
 
 def print_report(console: Console, report: Report) -> None:
-    """Prints the table of a report."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(report.calibration.phase, no_wrap=True)
-    for column in ("kept", "kept mass", "over dense", "95% interval"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """Prints the table of a report, and the meaning of its words."""
+    phase = report.calibration.phase.value
+    table = figure_table([phase, "kept", "mass", "over", "95% interval"], text=[phase])
     table.add_row(f"dense, perplexity {report.dense:.3f}", "100.0%", "100.0%")
     for row in report.rows:
         low, high = row.interval
-        shown = "-" if math.isnan(low) else f"{low:+.2%} to {high:+.2%}"
-        table.add_row(_named(row), f"{row.kept:.1%}", f"{row.kept_mass:.1%}", f"{row.over:+.2%}", shown)
+        shown = "-" if math.isnan(low) else f"{100 * low:+.1f} to {high:+.1%}"
+        table.add_row(escape(_named(row)), f"{row.kept:.1%}", f"{row.kept_mass:.1%}", f"{row.over:+.2%}", shown)
     console.print(table)
+    console.print(LEGEND, highlight=False)
 
 
 def _named(row: HeldOut) -> str:

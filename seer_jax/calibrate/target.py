@@ -42,5 +42,5 @@ class Target:
             raise ValueError(f"`{self.quantity}`, {meaning}; got {self.value!r}.")
 
     def __str__(self) -> str:
-        words = {Quantity.DENSITY: "{:.1%} of the blocks", Quantity.OVER: "+{:.2%} of dense perplexity"}
+        words = {Quantity.DENSITY: "{:.1%} of the blocks", Quantity.OVER: "{:+.2%} over dense"}
         return words.get(self.quantity, "{:.1%} of the attention mass").format(self.value)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import enum
+import functools
 import importlib
 import importlib.util
+import inspect
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from seer_jax import smollm2, tiny_lm
 from seer_jax.commands.errors.options import Options
@@ -18,6 +22,7 @@ from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import SCORERS, Scorer
 
 PROGRAM = "seer-jax"
+MOST_COLUMNS = 100  # of prose; longer lines are hard to read
 
 
 class ExitCode(enum.IntEnum):
@@ -53,7 +58,13 @@ OPTIONS: dict[str, Options] = {}
 
 
 def parse[C](
-    kind: type[C], command: str, words: list[str], *, aliases: Mapping[str, str] | None = None, **settings: Any
+    kind: type[C],
+    command: str,
+    words: list[str],
+    *,
+    description: str | None = None,
+    aliases: Mapping[str, str] | None = None,
+    **settings: Any,
 ) -> C:
     """The configuration that a command line describes; prints help and exits where it asks for help.
 
@@ -61,6 +72,7 @@ def parse[C](
       kind: dataclass whose fields are the options; its docstring is their help.
       command: as it is typed after the program's name.
       words: the words after it.
+      description: of the command, for its help, see `lay_out`; None: the docstring without its attributes.
       aliases: further names of options, such as {"--base": "--model"}.
       **settings: further ones of `tyro.cli`.
 
@@ -78,11 +90,50 @@ def parse[C](
         raise UsageError(reason(event, options), command)
 
     words = [_without_alias(word, aliases or {}) for word in words]
+    text = description or inspect.cleandoc(kind.__doc__ or "").partition("\n\nAttributes:")[0]
+    laid = _Laid(lay_out(text, min(shutil.get_terminal_size().columns, MOST_COLUMNS)))
     style = (tyro.conf.EnumChoicesFromValues,)
     with _errors.on_parse_error(refuse):
         return tyro.cli(
-            kind, prog=f"{PROGRAM} {command}", args=words, config=style, registry=_constructors(), **settings
+            kind,
+            prog=f"{PROGRAM} {command}",
+            description=laid,
+            args=words,
+            config=style,
+            registry=_constructors(),
+            **settings,
         )
+
+
+class _Laid(str):
+    """Text whose line breaks are final: tyro splits a description into lines and joins them."""
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        del sep, maxsplit
+        return [str(self)]
+
+
+def lay_out(text: str, width: int) -> str:
+    """A command's description: paragraphs are wrapped at words, lines that are indented stay lines of their own.
+
+    >>> print(lay_out("One two\\nthree:\\n  an example\\nFour.", 10))
+    One two
+    three:
+      an
+        example
+    Four.
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        goes_on = lines and lines[-1] and line and not lines[-1].startswith(" ") and not line.startswith(" ")
+        lines[-1:] = [f"{lines[-1]} {line}"] if goes_on else [*lines[-1:], line]
+    return "\n".join(map(functools.partial(_wrap, width=width), lines))
+
+
+def _wrap(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    after = f"{indent}  " if indent else ""
+    return textwrap.fill(line, width, subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
 
 
 def _without_alias(word: str, aliases: Mapping[str, str]) -> str:
@@ -154,12 +205,13 @@ def _constructors() -> Any:
 def policy_help() -> str:
     """How policies are written, for a command's help."""
     scorers = "\n".join(f"  {name}: {scorer.meaning}" for name, scorer in SCORERS.items())
+    syntax = policy_syntax("SCORER").replace("[,", "\n    [,", 1)
     return f"""A POLICY is written
-  {policy_syntax()}
+  {syntax}
 for example threshold:5e-4, mass:0.9, topk:0.1, budget:4096:oracle or topk:0.1,dense_layers=2. FILE.json is a policy that
 seer-jax calibrate wrote.
 
-The word after the second colon says what ranks the blocks; without it the learned gate does:
+The SCORER ranks the blocks; without one the learned gate does:
 {scorers}
 
 With dense_layers=N the first N layers keep every block. With dense_last_rows=N (not for budget) the last N block rows of a prompt keep

@@ -1,6 +1,8 @@
 """Choose thresholds per layer and head for a target density or loss."""
 
 import dataclasses
+import enum
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,20 +38,30 @@ from seer_jax.settings import check_types
 from seer_jax.text_files import read_text
 
 REPORT = "calibration.json"
-BEST = "best"
 DEFAULT_TARGET = Target(Quantity.OVER, 0.01)
 
-DESCRIPTION = """Chooses a threshold, or a cumulative mass, for each layer and head so that a target is met: --density at the least loss, or --over
-(perplexity over that of dense attention) or --kept-mass at the least density. Without any of them: --over 0.01.
+DESCRIPTION = """Chooses a threshold, or a cumulative mass, for each layer and head so that a target is met: --density at the least
+loss, or --over (perplexity over that of dense attention) or --kept-mass at the least density. Without any of them: --over 0.01.
 
 With --output the gates are copied there, each with what was chosen as its recommended policy, which every command uses by default:
   seer-jax calibrate --gates tiny-lm --density 0.2 --output calibrated
   seer-jax generate --gates calibrated --prompt '...'
-With --baseline no gate is needed, and the policies are written as prefill.json and decode.json, to be named wherever a policy is:
-  seer-jax generate --prefill calibrated/prefill.json --prompt '...'
+
+With --baseline no gate is needed, and the policies are written as prefill.json and decode.json. Their names stand for policies on every
+command line:
+  seer-jax calibrate --baseline oracle --phases decode --output calibrated
+  seer-jax generate --decode calibrated/decode.json --prompt '...'
 
 The held-out report compares what was chosen with one threshold, one cumulative mass and top-k of the same density on text that was not
-used. Every row of a prompt is sparse in it."""
+used for the choice. Every row of a prompt is sparse in it."""
+
+
+class Rule(enum.StrEnum):
+    """Whose values are chosen."""
+
+    BEST = "best"
+    THRESHOLD = "threshold"
+    MASS = "mass"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +77,14 @@ class CalibrateConfig(HubOptions):
       density: share of the visible blocks to keep, mean over rows, layers and heads.
       over: share by which the perplexity may exceed that of dense attention.
       kept_mass: share of the attention mass to keep, mean over tokens, layers and heads.
-      rule: whose values are chosen; best: the one that does best on the calibration windows.
+      rule: rule whose values are chosen; best: the one with the lower loss on the calibration windows.
       baseline: scorer that ranks the blocks in place of the gates.
-      phases: what is calibrated; None: the phases that have a gate, or those that the baseline works in.
+      phases: phases to calibrate; None: those that have a gate, or those that the baseline works in.
       length: tokens of a window, a multiple of the block size. Thresholds fit the length that they were calibrated at.
       windows: number of calibration windows.
       held_out_windows: number of held-out windows; 0: no report.
-      dense_last_rows: block rows at the end of a prompt, which hold its question, that read everything under the saved policy.
-      seed: which windows of the text are held out.
+      dense_last_rows: block rows at the end of a prompt, which hold its question, that keep every block under the saved policy.
+      seed: seed of the choice of windows that are held out.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
       beyond_context: allow more tokens than the model's context.
       output: folder for the calibrated gates or policies, and for calibration.json; None: nothing is written.
@@ -86,7 +98,7 @@ class CalibrateConfig(HubOptions):
     density: float | None = None
     over: float | None = None
     kept_mass: float | None = None
-    rule: str = BEST
+    rule: Rule = Rule.BEST
     baseline: Scorer | None = None
     phases: tuple[Phase, ...] | None = None
     length: int = 4096
@@ -107,8 +119,6 @@ class CalibrateConfig(HubOptions):
         if len(given := [name for name in Quantity if getattr(self, name) is not None]) > 1:
             raise ValueError(f"One target must be given, `density`, `over` or `kept_mass`; got {' and '.join(given)}.")
         _ = self.target
-        if self.rule not in (BEST, *GRIDS):
-            raise ValueError(f"rule must be one of {', '.join((BEST, *GRIDS))}; got {self.rule!r}.")
         if self.baseline is not None and self.baseline.needs_gate:
             raise ValueError(
                 f"baseline must be a scorer that needs no gate; got {self.baseline.name!r}. Leave it out to calibrate gates."
@@ -127,7 +137,7 @@ class CalibrateConfig(HubOptions):
     @property
     def rules(self) -> tuple[str, ...]:
         """Names of the rules that are tried."""
-        return tuple(GRIDS) if self.rule == BEST else (self.rule,)
+        return tuple(GRIDS) if self.rule is Rule.BEST else (self.rule.value,)
 
     @property
     def scorer(self) -> Scorer:
@@ -175,9 +185,11 @@ def make(config: CalibrateConfig, *, console: Console | None = None) -> dict[Pha
         with stages.stage("Loading the model"):
             model = from_pretrained(job.name, config.gates, dtype=job.dtype, **config.hub)
         made = {phase: _calibrate(job, model, phase, stages) for phase in job.phases}
-        if config.output is not None:
-            _save(job, config.output, made)
-            stages.say(f"Written: {config.output}")
+        if config.output is None:
+            stages.say("Nothing was saved: pass --output FOLDER to keep what was chosen.")
+        else:
+            for line in _save(job, config.output, made):
+                stages.say(line)
     return made
 
 
@@ -247,8 +259,6 @@ def _phases(config: CalibrateConfig, shapes: Transformer) -> tuple[Phase, ...]:
     phases = tuple(dict.fromkeys(config.phases))
     for phase in phases:
         config.scorer.check_phase(phase)
-    for phase in phases:
-        config.scorer.check_phase(phase)
     if config.baseline is None and (missing := [phase for phase in phases if gates[phase] is None]):
         raise ValueError(
             f"phases must be those of the gates; got {missing[0]}, and the model has no such gate. Load one (gates=...), or leave it out."
@@ -280,7 +290,7 @@ def _calibrate(job: Job, model: Transformer, phase: Phase, stages: Stages) -> Ma
         found = calibrate(
             model, job.windows, config.target, phase=phase, scorer=config.scorer, rules=config.rules, progress=advance
         )
-    over = "" if found.over is None else f", {found.over:+.2%} of dense perplexity"
+    over = "" if found.over is None else f", {found.over:+.2%} over dense"
     stages.say(
         f"{phase}: {found.policy.name} per layer and head; {found.density:.1%} of the blocks, {found.kept_mass:.1%} of the attention "
         f"mass{over} on the calibration text (target {found.target})"
@@ -308,17 +318,27 @@ def _check_output(output: Path, force: bool) -> None:
 _POLICY_FILES = {phase: f"{phase}.json" for phase in Phase}
 
 
-def _save(job: Job, output: Path, made: dict[Phase, Made]) -> None:
+def _save(job: Job, output: Path, made: dict[Phase, Made]) -> list[str]:
+    """Writes gates or policies, and the report; returns lines that say where they are, and a command that generates sparsely with them."""
     config = job.config
     facts = {"command": typed_command(PROGRAM), **environment(), "model": job.name, "seed": config.seed}
     if config.baseline is None:
+        written = {phase: output / f"{phase}_gate" for phase in made}
         for phase, source in _gate_folders(config, job.phases).items():
-            recommend(source, output / f"{phase}_gate", made[phase].policy, calibration=_summary(made[phase], facts))
+            recommend(source, written[phase], made[phase].policy, calibration=_summary(made[phase], facts))
+        use = ["--gates", *map(str, written.values())]
     else:
+        written = {phase: output / _POLICY_FILES[phase] for phase in made}
         for phase, one in made.items():
-            write_policy_file(output / _POLICY_FILES[phase], one.policy, calibration=_summary(one, facts))
+            write_policy_file(written[phase], one.policy, calibration=_summary(one, facts))
+        use = [word for phase, file in written.items() for word in (f"--{phase}", str(file))]
     reports = {phase.value: one.report.to_json() for phase, one in made.items() if one.report is not None}
     write_json(output / REPORT, {**facts, **reports})
+    command = [PROGRAM, "generate", "--model", job.name, *use, "--prompt", "..."]
+    return [
+        f"{'Gates' if config.baseline is None else 'Policies'}: {', '.join(map(str, written.values()))}; report: {output / REPORT}",
+        f"Use them at about {config.length} tokens, the length that they were calibrated at: {shlex.join(command)}",
+    ]
 
 
 def _gate_folders(config: CalibrateConfig, phases: Sequence[Phase]) -> dict[Phase, Path]:

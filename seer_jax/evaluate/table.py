@@ -1,7 +1,7 @@
 """Scores as rows of text and as a printed table, and the places where a baseline is as good as the gate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +28,27 @@ PHASES = {
     "decode": "blocks are chosen for each token: all tokens of a window, the last ones of a pass-key prompt after dense attention over the others",
 }
 DENSE = "every block"
+
+
+def figure_table(head: Sequence[str], *, text: Collection[str], dim: Collection[str] = ()) -> Table:
+    """An empty table without a frame: columns of text fold where the terminal is narrow, figures are at the right and never cut.
+
+    Args:
+      head: titles of the columns.
+      text: those of the columns that hold text.
+      dim: those of the columns that stand back.
+    """
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in head:
+        is_text = name in text
+        table.add_column(
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            overflow="fold",
+            style="dim" if name in dim else "",
+        )
+    return table
 
 
 def table_rows(scores: Sequence[Score]) -> list[list[str]]:
@@ -88,16 +109,7 @@ def _signed(interval: Interval) -> str:
 def print_scores(console: Console, scores: Sequence[Score]) -> None:
     """Prints the table, and the meaning of each word in it."""
     head, *rows = table_rows(scores)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for column in head[1:]:
-        is_text = column in ("method", "policy")
-        table.add_column(
-            column,
-            justify="left" if is_text else "right",
-            no_wrap=not is_text,
-            overflow="fold",
-            style="dim" if column in ("95%", "±") else "",
-        )
+    table = figure_table(head[1:], text=("method", "policy"), dim=("95%", "±"))
     for phase in dict.fromkeys(row[0] for row in rows):
         table.add_section()
         table.add_row(f"[bold]{phase}[/bold]")
@@ -116,6 +128,8 @@ def print_blocks_needed(console: Console, needed: Sequence[BlocksNeeded]) -> Non
         return
     console.print(f"\nBlocks needed to stay within {needed[0].target:+.0%} of dense perplexity, with 95% intervals:")
     table = Table.grid(padding=(0, 2, 0, 0))
+    for is_text in (False, True, True, False):
+        table.add_column(no_wrap=not is_text, overflow="fold")
     for one in needed:
         table.add_row(one.phase, *map(escape, (SCORERS[one.method].title, one.rule)), needed_text(one))
     console.print(table)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.checks import BLOCK_SIZES
+from pallas_kernels.devices import default_device
 from pallas_kernels.online_softmax import OnlineSoftmax, dot
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import LayerContext, Transformer
@@ -18,10 +19,33 @@ from seer_jax.models.rope import rotate
 from seer_jax.selection.context import DecodeContext
 from seer_jax.selection.policies import Dense, Policy
 
-MAX_TOKENS_AT_ONCE = 256  # more only take more memory
-SCORES_AT_ONCE = 2**25  # attention scores of a chunk, [H, chunk, S]: 128 MiB
-LEAST_KEYS_AT_ONCE, MOST_TILES = 512, 8
+MOST_TILES = 8
 Observe = Callable[[DecodeContext], Any]
+
+
+class AtOnce(NamedTuple):
+    """How much of a window is computed at once.
+
+    It changes speed and memory alone. On a CPU larger chunks only take more memory. A GPU launches about a hundred small kernels for each
+    chunk in each layer, and waits for the host after each tile of keys, which takes longer than the arithmetic of a small chunk.
+
+    Fields:
+      tokens: most tokens of a chunk.
+      scores: most attention scores of a chunk, [H, chunk, S], for scorers that hold all of them: 4 bytes each.
+      keys: least keys of a tile.
+    """
+
+    tokens: int
+    scores: int
+    keys: int
+
+    @classmethod
+    def here(cls) -> "AtOnce":
+        """For the default device: that of a traced computation is not known yet."""
+        return ON_CPUS if default_device().platform == "cpu" else ON_GPUS
+
+
+ON_CPUS, ON_GPUS = AtOnce(256, 2**25, 512), AtOnce(1024, 2**28, 2048)
 
 
 class DecodedWindow(NamedTuple):
@@ -153,7 +177,8 @@ def _attend(
 def _map_chunks(function: Callable[[Token], Any], tokens: Token) -> Any:
     """`function` of all tokens, a chunk at a time. The last chunk repeats the last token, whose results are dropped."""
     count, heads, _ = tokens.q.shape
-    size = min(MAX_TOKENS_AT_ONCE, max(1, SCORES_AT_ONCE // (heads * count)), count)
+    most = AtOnce.here()
+    size = min(most.tokens, max(1, most.scores // (heads * count)), count)
     places = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1).reshape(-1, size)
     results = jax.lax.map(lambda places: function(Token(*(x[places] for x in tokens))), places)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)
@@ -195,4 +220,5 @@ def _attend_blocks(
 
 def _tile(size: int) -> int:
     """Keys at a time: whole blocks of any size, few enough that little of the future is computed, and that few tiles make a window."""
-    return -(-max(LEAST_KEYS_AT_ONCE, -(-size // MOST_TILES)) // BLOCK_SIZES[-1]) * BLOCK_SIZES[-1]
+    keys = min(max(AtOnce.here().keys, -(-size // MOST_TILES)), size)
+    return -(-keys // BLOCK_SIZES[-1]) * BLOCK_SIZES[-1]

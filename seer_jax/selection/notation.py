@@ -20,11 +20,15 @@ POLICY_FILE = ".json"  # how the names of files end that hold a policy
 POLICY_KEY = "policy"  # in such a file
 
 
-def policy_syntax() -> str:
-    """How a policy is written, with the rules and scorers that exist."""
+def policy_syntax(scorer: str | None = None) -> str:
+    """How a policy is written, with the rules that exist.
+
+    Args:
+      scorer: what stands in the place of a scorer; None: the names of those that exist.
+    """
     rules = "|".join(f"{name}:{rule.metavar}" for name, rule in RULES.items())
     settings = dict.fromkeys(name for rule in RULES.values() for name in settings_of(rule))
-    return f"dense|FILE.json|{rules}[:{'|'.join(SCORERS)}]" + "".join(f"[,{name}=N]" for name in settings)
+    return f"dense|FILE.json|{rules}[:{scorer or '|'.join(SCORERS)}]" + "".join(f"[,{name}=N]" for name in settings)
 
 
 def parse_policy(text: str) -> Policy:

@@ -165,13 +165,16 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, r
 
 def test_a_stop_is_not_lost_where_its_exception_is():
     """Libraries may drop what a signal's handler raises while they compile."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     with (
+        contextlib.ExitStack() as restore,
         pytest.raises(KeyboardInterrupt),
         open_session(RUN, ignore) as session,
         StopSignals(session) as stop,
         stop.at_once(),
         contextlib.suppress(KeyboardInterrupt),
     ):
+        restore.callback(signal.signal, signal.SIGINT, before)
         signal.raise_signal(signal.SIGINT)
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from seer_jax.evaluate.levels import Phase
 from seer_jax.evaluate.score import Estimate
+from seer_jax.evaluate.table import figure_table
 from seer_jax.selection.scorers import SCORERS
 
 DENSE, DENSE_MEANING = "dense", "every block"
@@ -81,13 +81,7 @@ def legend(lines: Sequence[Figures]) -> dict[str, str]:
 
 def print_figures(console: Console, lines: Sequence[Figures]) -> None:
     """Prints a table with a section for each task, and the meaning of each word in it."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for name in HEAD:
-        is_text = name in ("phase", "method", "policy")
-        style = "dim" if name == "±" else ""
-        table.add_column(
-            name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold", style=style
-        )
+    table = figure_table(HEAD, text=("phase", "method", "policy"), dim=("±",))
     for task in dict.fromkeys(line.task for line in lines):
         table.add_section()
         table.add_row(f"[bold]{escape(task)}[/bold]")

@@ -10,8 +10,8 @@ import pytest
 
 import seer_jax
 from seer_jax import tiny_lm
-from seer_jax.calibrate import Quantity, Target, calibrate, held_out_report
-from seer_jax.calibrate.calibration import Choice, Statistics, losses
+from seer_jax.calibrate import Quantity, Target, calibrate, collect, held_out_report
+from seer_jax.calibrate.calibration import Choice, Statistics, _measured, losses
 from seer_jax.calibrate.choose import cheapest_levels
 from seer_jax.calibrate.collect import collect_curves, kept_mass
 from seer_jax.calibrate.levels import GRIDS, Curves, rise
@@ -46,20 +46,22 @@ def measured() -> tuple[Transformer, jax.Array]:
         pytest.param(Phase.DECODE, "threshold", Quest(), marks=pytest.mark.slow),
     ],
 )
-def test_curves_say_what_policies_keep(phase: Phase, rule: str, scorer: Scorer):
+def test_curves_say_what_policies_keep(phase: Phase, rule: str, scorer: Scorer, monkeypatch: pytest.MonkeyPatch):
     """In the first layer, whose inputs no policy changes, the curves are what the policy itself keeps there, also what its scorer always
-    keeps."""
+    keeps, however few rows are computed at once."""
+    if rule == "mass":
+        monkeypatch.setattr(collect, "ELEMENTS", 2 * 4 * 16 * 128)  # two rows of blocks
     model, gradients = measured()
     found = collect_curves(model, jnp.asarray(TOKENS), gradients, scorer, phase=phase, rules=(rule,))[rule]
     heads = 4 if phase is Phase.PREFILL else 2
     assert found.density.shape == (2, heads, len(GRIDS[rule].values))
+    shares = jax.jit(lambda policy: model.hidden_states(jnp.asarray(TOKENS), sparsity=policy)[1])
     for level in LEVELS:
         policy = GRIDS[rule].rule(np.full((2, heads), GRIDS[rule].values[level], np.float32), scorer, dense_last_rows=0)
         kept = kept_mass(model, jnp.asarray(TOKENS), policy, phase=phase)
         np.testing.assert_allclose(1 - found.missed[..., level].mean(1), kept, atol=1e-5)
         if phase is Phase.PREFILL:
-            _, shares = model.hidden_states(jnp.asarray(TOKENS), sparsity=policy)
-            np.testing.assert_allclose(found.density[0, :, level].mean(), shares[0, 0], atol=1e-6)
+            np.testing.assert_allclose(found.density[0, :, level].mean(), shares(policy)[0, 0], atol=1e-6)
     assert (np.diff(found.density, axis=-1) <= 1e-6).all()
     assert found.loss[..., 0].max() == 0 and found.loss[..., -1].min() > 0
 
@@ -117,6 +119,7 @@ def bundled() -> tuple[Transformer, np.ndarray]:
     return model, tokens[: len(tokens) // 1024 * 1024].reshape(-1, 1024)[:1]
 
 
+@pytest.mark.slow
 def test_calibrated_beats_one_threshold():
     """On the calibration text, at equal density."""
     model, windows = bundled()
@@ -160,7 +163,17 @@ def test_targets_check_themselves(quantity: Quantity, value: float, message: str
         Target(quantity, value)
 
 
+def test_losses_are_told_over_dense(monkeypatch: pytest.MonkeyPatch):
+    """With their sign, gains too."""
+    monkeypatch.setattr(Statistics, "over", lambda *_: -0.0018)
+    lines: list[str] = []
+    _measured(object.__new__(Statistics), Choice("mass", 1.0), 0.588, lines.append)
+    assert [*lines, str(Target(Quantity.OVER, 0.01))] == [
+        "mass, caution 1 at 58.8% of the blocks: -0.18% over dense",
+        "+1.00% over dense",
+    ]
+
+
 def test_windows_are_whole_blocks():
-    model, _ = measured()
     with pytest.raises(ValueError, match=r"`length`, .* multiple of the block size 16, from 32 to 8192; got 120"):
-        calibrate(model, TOKENS[:, :120], Target(Quantity.DENSITY, 0.5), phase=Phase.PREFILL)
+        calibrate(tiny_model(), TOKENS[:, :120], Target(Quantity.DENSITY, 0.5), phase=Phase.PREFILL)

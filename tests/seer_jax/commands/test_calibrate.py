@@ -1,19 +1,23 @@
 """`seer-jax calibrate`: a whole run on a tiny model, what it leaves, and that other commands use it."""
 
 import json
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from seer_jax.calibrate import Quantity, Target
+from seer_jax.calibrate import Calibration, HeldOut, Quantity, Report, Target
+from seer_jax.commands import calibrate as calibrate_command
 from seer_jax.commands import main as cli
 from seer_jax.commands.calibrate import CalibrateConfig
 from seer_jax.convert import load_gates
 from seer_jax.evaluate import Phase, parse_level
 from seer_jax.selection.notation import parse_policy, write_policy_file
-from seer_jax.selection.rules import Threshold
-from seer_jax.selection.scorers import Oracle
+from seer_jax.selection.rules import Threshold, TopK
+from seer_jax.selection.scorers import Oracle, Scorer
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "unchecked")
 
@@ -26,16 +30,40 @@ def words(saved: Path, tmp_path: Path) -> list[str]:
     return ["calibrate", "--model", str(saved / "base"), "--text", str(tmp_path / "text.txt"), *SMALL]
 
 
+def found(
+    model: Any, windows: np.ndarray, target: Target, *, phase: Phase, scorer: Scorer, **others: Any
+) -> Calibration:
+    """In place of `calibrate`."""
+    heads = model.config.num_heads if phase is Phase.PREFILL else model.config.num_kv_heads
+    policy = Threshold(np.full((2, heads), 0.1, np.float32), scorer, dense_last_rows=0)
+    rivals = {"one threshold": Threshold(0.1, scorer), "top-k": TopK(0.4, scorer)}
+    return Calibration(phase, target, policy, 0.7, 0.9, 0.01, windows.shape[1], rivals)
+
+
+def report_of(model: Any, windows: np.ndarray, made: Calibration, *, progress: Any) -> Report:
+    """In place of `held_out_report`."""
+    policies = {"calibrated": made.policy, **made.rivals}
+    return Report(made, 18.3, tuple(HeldOut(title, policy, 0.7, 0.9, (0.1, 0.2)) for title, policy in policies.items()))
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["saved", "whole"])
+def is_whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the models are run, which takes long to compile, or only what is made of their results."""
+    if not request.param:
+        monkeypatch.setattr(calibrate_command, "calibrate", found)
+        monkeypatch.setattr(calibrate_command, "held_out_report", report_of)
+    return request.param
+
+
 def test_calibrated_gates_are_used_by_default(
-    words: list[str], saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], saved: Path, tmp_path: Path, is_whole: bool, capsys: pytest.CaptureFixture[str]
 ):
     output, source = tmp_path / "out", saved / "prefill"
     words = [*words, "--gates", str(source), "--output", str(output)]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
-    assert all(
-        f"\n{row}" in said for row in ("dense, perplexity ", "calibrated, threshold ", "one threshold, 0.", "top-k, 0.")
-    )
+    rows = "dense, perplexity ", "calibrated, threshold ", "one threshold, 0.", "top-k, 0."
+    assert all(f"\n{row}" in said for row in rows)
     gate = load_gates(output / "prefill_gate")
     assert isinstance(gate.recommended, Threshold) and gate.recommended.dense_last_rows == 2
     assert np.shape(gate.recommended.threshold) == (2, 4)
@@ -45,48 +73,36 @@ def test_calibrated_gates_are_used_by_default(
     assert saved_config["seer_jax_calibration"]["length"] == 64 and saved_config["base_model"] == "base"
     report = json.loads((output / "calibration.json").read_text())
     assert [row["title"] for row in report["prefill"]["held_out"]] == ["calibrated", "one threshold", "top-k"]
-    generate = [
-        "generate",
-        "--model",
-        str(saved / "base"),
-        "--gates",
-        str(output),
-        "--prompt",
-        "def",
-        "--max-new-tokens",
-        "1",
-    ]
-    assert cli.main(generate) == 0
-    assert "threshold:[2 x 4]" in capsys.readouterr().err
+    where, use = said.splitlines()[-2:]
+    assert where == f"Gates: {output / 'prefill_gate'}; report: {output / 'calibration.json'}"
+    told = f"generate --model {saved / 'base'} --gates {output / 'prefill_gate'} --prompt ..."
+    assert use == f"Use them at about 64 tokens, the length that they were calibrated at: seer-jax {told}"
+    if is_whole:
+        assert re.search(r"\nHeld-out text, prefill: 3/3  top-k: \S+% of the blocks, [+-]\d+\.\d\d% over dense\n", said)
+        assert cli.main([*shlex.split(told), "--max-new-tokens", "1"]) == 0
+        assert "threshold:[2 x 4]" in capsys.readouterr().err
     assert cli.main(words) == 1
     assert "--output must not hold what is to be written; " in capsys.readouterr().err
 
 
-def test_a_baseline_becomes_a_policy_file(words: list[str], saved: Path, tmp_path: Path):
+def test_a_baseline_becomes_a_policy_file(
+    words: list[str], saved: Path, tmp_path: Path, is_whole: bool, capsys: pytest.CaptureFixture[str]
+):
     output = tmp_path / "out"
-    assert (
-        cli.main(
-            [
-                *words,
-                "--length",
-                "256",
-                "--density",
-                "0.8",
-                "--baseline",
-                "oracle",
-                "--phases",
-                "decode",
-                "--output",
-                str(output),
-            ]
-        )
-        == 0
-    )
-    policy = parse_policy(str(output / "decode.json"))
+    file = output / "decode.json"
+    words = [*words, "--length", "256", "--density", "0.8", "--baseline", "oracle", "--phases", "decode"]
+    assert cli.main([*words, "--output", str(output)]) == 0
+    policy = parse_policy(str(file))
     assert isinstance(policy, Threshold) and policy.scorer == Oracle() and np.shape(policy.threshold) == (2, 2)
-    assert parse_level(str(output / "decode.json")).methods == (Oracle(),)
-    generate = ["generate", "--model", str(saved / "base"), "--prompt", "def", "--max-new-tokens", "2"]
-    assert cli.main([*generate, "--decode", str(output / "decode.json")]) == 0
+    assert parse_level(str(file)).methods == (Oracle(),)
+    where, use = capsys.readouterr().out.splitlines()[-2:]
+    told = f"generate --model {saved / 'base'} --decode {file} --prompt ..."
+    assert where.startswith(f"Policies: {file}; ") and use.endswith(f": seer-jax {told}")
+    if is_whole:
+        assert cli.main([*shlex.split(told), "--max-new-tokens", "2"]) == 0
+    else:
+        assert cli.main(words) == 0
+        assert "\nNothing was saved: pass --output FOLDER to keep what was chosen.\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

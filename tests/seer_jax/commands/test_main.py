@@ -61,12 +61,15 @@ INTERNAL = re.compile(r"`\S*`|\b[A-Z]\w+(?:Config|Settings|Options)\b|\b(?!HF_|X
 
 
 @pytest.mark.parametrize("name", [*cli.COMMANDS, *(f"bench {what}" for what in BENCHES)])
-def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]):
+def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """In a terminal of 80 characters, with examples on lines of their own."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         cli.main([*name.split(), "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: seer-jax {name}" in text
+    assert [line for line in text.splitlines() if len(line) > 80 or re.search(r"seer-jax .*'\.\.\.' .", line)] == []
     assert INTERNAL.findall(" ".join(re.sub("[│╭╮╰╯─]", "", text).split())) == []
 
 
@@ -74,8 +77,8 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]):
 def test_help_describes_the_scorers(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
-    text = capsys.readouterr().out
-    assert all(f"  {scorer.name}: {scorer.meaning}" in text for scorer in SCORERS.values())
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f" {scorer.name}: {scorer.meaning} " in text for scorer in SCORERS.values())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from seer_jax.calibrate import Calibration, HeldOut, Quantity, Report, Target, print_report
 from seer_jax.evaluate import (
     Phase,
     PromptScore,
@@ -24,9 +25,13 @@ from seer_jax.evaluate import (
     write_scores,
 )
 from seer_jax.evaluate.score import ESTIMATORS
-from seer_jax.evaluate.statistics.intervals import interval_of_mean
-from seer_jax.evaluate.table import losses, narrow_leads, print_scores
-from seer_jax.selection.scorers import SinkWindow
+from seer_jax.evaluate.statistics.blocks_needed import ABOVE, BELOW, BlocksNeeded
+from seer_jax.evaluate.statistics.intervals import Estimate, interval_of_mean
+from seer_jax.evaluate.table import losses, narrow_leads, print_blocks_needed, print_scores
+from seer_jax.evaluate.tasks import table as tasks_table
+from seer_jax.evaluate.tasks.table import Figures, print_figures
+from seer_jax.selection.rules import CumulativeMass, Threshold
+from seer_jax.selection.scorers import SCORERS, SinkWindow
 
 
 def score(phase: Phase, method: str | None, level: str, perplexities: list[float], found: list[int]) -> Score:
@@ -123,6 +128,54 @@ def test_tables_fit_a_terminal_of_80_characters(policies: int, name: str):
     rows = [line.split() for line in table.splitlines()]
     assert [row for row in rows if "50%" in row and f"{115 + policies}.00" in row]
     assert name.format(0) in table or "last_rows=2" in table
+
+
+def calibration_report(console: Console) -> None:
+    policies = Threshold(np.full((2, 3), 0.1)), CumulativeMass(0.961234)
+    rows = [HeldOut(LONG, policy, 1.0, 1.0, (-0.2, 0.1)) for policy in policies]
+    made = Calibration(Phase.PREFILL, Target(Quantity.OVER, 0.01), policies[0], 1.0, 1.0, None, 64, {})
+    print_report(console, Report(made, 18.3, tuple(rows)))
+
+
+LONG = "a method whose name is long"
+ESTIMATE = Estimate(-0.625, 0.125)
+PRINTED = {
+    "calibration": (
+        calibration_report,
+        [" -4.88% -85.9 to +539.8%", "0.961"],
+    ),
+    "blocks needed": (
+        lambda console: print_blocks_needed(
+            console,
+            [
+                BlocksNeeded(
+                    Phase.PREFILL, "long", f"{LONG},dense_last_rows=2", 0.01, 0.9, BELOW, ABOVE, (0.885, 0.986), 3
+                )
+            ],
+        ),
+        ["90.0% (below 88.5% to above 98.6%)"],
+    ),
+    "tasks": (
+        lambda console: print_figures(
+            console,
+            [Figures(LONG, LONG, f"{LONG},dense_last_rows=2", Phase.PREFILL, ESTIMATE, ESTIMATE, ESTIMATE)],
+        ),
+        ["-62.5% 12.5%     -62.5% 12.5% -62.5%"],
+    ),
+}
+
+
+@pytest.mark.parametrize("printed", PRINTED)
+def test_figures_are_never_cut(printed: str, monkeypatch: pytest.MonkeyPatch):
+    """Text folds in a terminal of 80 characters, whatever the names."""
+    monkeypatch.setitem(SCORERS, "long", type("Long", (SinkWindow,), {"title": LONG}))
+    monkeypatch.setattr(tasks_table, "legend", lambda lines: {})
+    show, figures = PRINTED[printed]
+    out = io.StringIO()
+    show(Console(file=out, width=80))
+    text = out.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert [figure for figure in figures if figure not in text] == []
 
 
 def test_the_printed_table_explains_its_words():

@@ -1,6 +1,7 @@
 """Whole windows in one pass against decoding token by token."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from pallas_kernels.devices import assume_hopper
 from seer_jax import parse_policy
 from seer_jax.evaluate import score_windows
 from seer_jax.evaluate import window as window_module
-from seer_jax.evaluate.window import decode_window
+from seer_jax.evaluate.window import AtOnce, decode_window
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.rules import CumulativeMass, TopK
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle
@@ -28,8 +29,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, LENGTH)), jnp.
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_module, "MAX_TOKENS_AT_ONCE", CHUNK)
-    monkeypatch.setattr(window_module, "LEAST_KEYS_AT_ONCE", TILE)
+    monkeypatch.setattr(window_module, "ON_CPUS", AtOnce(CHUNK, 2**25, TILE))
 
 
 @jax.jit
@@ -38,14 +38,14 @@ def step(model: Transformer, token: Any, cache: Any, policy: Any) -> Any:
 
 
 def slow(policy: str) -> Any:
-    return pytest.param(policy, marks=pytest.mark.slow)
+    return pytest.param(policy, "cpu", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("policy", "platform"),
     [
-        "mass:0.6",
-        "topk:0.3:oracle,dense_layers=1",
+        ("mass:0.6", "cpu"),
+        ("topk:0.3:oracle,dense_layers=1", "gpu"),
         *map(slow, ["dense", "threshold:0.25", "topk:0.4", "budget:32", "mass:0.6:oracle", "threshold:0.3:random"]),
         *map(
             slow,
@@ -59,8 +59,10 @@ def slow(policy: str) -> Any:
         ),
     ],
 )
-def test_a_pass_over_windows_is_decoding_token_by_token(policy: str):
-    """From an empty cache on: the same losses, and in each layer the same share of the blocks for each token."""
+def test_a_pass_over_windows_is_decoding_token_by_token(policy: str, platform: str, monkeypatch: pytest.MonkeyPatch):
+    """From an empty cache on: the same losses, and in each layer the same share of the blocks for each token, in chunks for any device."""
+    monkeypatch.setattr(window_module, "default_device", lambda: SimpleNamespace(platform=platform))
+    assert AtOnce.here().tokens == {"cpu": CHUNK, "gpu": 1024}[platform]
     model, of = tiny_model(), parse_policy(policy)
     scores, kept = jax.jit(lambda *x: (score_windows(*x), decode_window(*x).kept))(model, TOKENS, of)
     cache, losses, shares = model.make_cache(*TOKENS.shape), [], []
