@@ -76,7 +76,7 @@ def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
         out, kept = out
         heads = kept.shape[1]
         kept = by_block_row(kept.sum(1, dtype=jnp.int32), context.num_rows)
-        tiles = context.valid_queries[:, :: tile_queries(context.block_size)]  # of which a first query exists
+        tiles = context.valid_queries[:, :: tile_queries(context.block_size)]  # whether its first query exists
         tiles = by_block_row(tiles.astype(jnp.int32), context.num_rows)
         return _Attended(out, kept, heads * tiles * visible)
     assert isinstance(out, jax.Array)  # without return_lse
