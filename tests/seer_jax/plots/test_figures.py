@@ -116,7 +116,8 @@ def line(density: float | None, speedup: float | None, length: int = 1024, **set
 
 def test_timings_are_those_of_the_longest_sequences_or_of_a_length(tmp_path: Path):
     lines = [line(0.1, 5.0), line(0.5, 2.0), line(0.1, 8.0, 2048), line(0.5, 2.0, 2048), line(0.1, 9.0, 4096)]
-    # Shared lists, other tables, dense lines and failures are left out.
+    # Shared lists, skipped blocks, other tables, dense lines and failures are left out.
+    lines += [line(0.2, 9.0, 2048, skip_threshold=1e-3), line(0.2, 9.0, 2048, peak=2.0)]
     lines += [line(0.2, 9.0, 2048, lists=1), line(0.3, None, 2048), line(None, 1.0, 2048)]
     lines += [line(0.4, 9.0, 2048) | {"failure": "wrong"}, line(0.4, 9.0, 2048) | {"table": "cases"}]
     path = bench(tmp_path, *lines)
