@@ -38,6 +38,7 @@ def interrupted(*arguments: Any, **settings: Any) -> Iterator[Any]:
 run_tasks = command.run_tasks
 
 
+@pytest.mark.slow
 def test_a_run_is_shown_kept_and_goes_on(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

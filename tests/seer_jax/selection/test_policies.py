@@ -67,10 +67,17 @@ def chooser(phase: str) -> tuple[dict[str, jax.Array], Callable[[RankingPolicy, 
     return jax.jit(scores)(), select
 
 
+QUICK_SCORERS = ("gate", "oracle", "window")  # in every run; rules see scores alone
 PHASES_OF_SCORERS = [(phase, name) for name, kind in SCORERS.items() for phase in kind.phases()]
 
 
-@pytest.mark.parametrize(("phase", "scorer"), PHASES_OF_SCORERS)
+@pytest.mark.parametrize(
+    ("phase", "scorer"),
+    [
+        pytest.param(phase, name, marks=() if name in QUICK_SCORERS else pytest.mark.slow)
+        for phase, name in PHASES_OF_SCORERS
+    ],
+)
 @pytest.mark.parametrize("rule", [Threshold, CumulativeMass])
 def test_values_per_layer_and_head_choose_as_a_number_of_each_does(
     phase: str, rule: type[Threshold | CumulativeMass], scorer: str
