@@ -315,7 +315,7 @@ def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
 def _there(planned: Sequence[ScoreKey], scores: Mapping[ScoreKey, Score]) -> str:
     """How many scores are there."""
     found, others = len(scores.keys() & {*planned}), len(scores.keys() - {*planned})
-    return f"{found} of {len(planned)} scores{f', and {others} others,' if others else ''}"
+    return f"{found} of {len(planned)} scores{f' (and {others} besides them)' if others else ''}"
 
 
 def _measure_missing(

@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on(
     write_policy_file(tmp_path / "mine.json", TopK(0.5, SinkWindow()))
     assert cli.main([*words, *asked]) == 0
     out = capsys.readouterr().out
-    assert "1 of 3 scores, and 3 others, are in" in out and "Measuring: 2/2" in out
+    assert "1 of 3 scores (and 3 besides them) are in" in out and "Measuring: 2/2" in out
     assert all(f" {level} " in out for level in ("budget:32", "mine.json", "budget:64"))
     more = written(tmp_path)
     assert more["scores"][:4] == whole["scores"] and more["complete"] and more["started"] == whole["started"]
