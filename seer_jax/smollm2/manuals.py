@@ -1,6 +1,6 @@
 """Text for the gates of SmolLM2 and for their evaluation: English manuals from Debian 12, split into training pages and held-out pages.
 
-    python seer_jax/smollm2/recipe/manuals.py text     # needs apt-get and dpkg; downloads 87 MB
+    python -m seer_jax.smollm2.manuals text     # needs apt-get and dpkg; downloads 87 MB
 
 writes text/train.jsonl (a page in each line) and text/heldout.txt. A page is held out by the digest of its name, one in twelve, and pages are
 ordered by the same digests, so that neither depends on the order of files and any stretch of a file has pages of all packages.
@@ -114,4 +114,5 @@ def main(target: str) -> None:
     )
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
