@@ -23,6 +23,7 @@ from seer_jax.evaluate.comparison import check_context
 from seer_jax.evaluate.levels import Phase, block_sizes, gates_by_phase
 from seer_jax.evaluate.record import environment, typed_command
 from seer_jax.evaluate.rows import text_windows
+from seer_jax.folder_lock import locked
 from seer_jax.folders import GATE_FOLDERS
 from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.models.config import DType
@@ -171,20 +172,24 @@ def make(config: CalibrateConfig, *, console: Console | None = None) -> dict[Pha
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: model, gates or text are not there.
       FileExistsError: the output holds something, and force is False.
+      BlockingIOError: another run is using the output.
       OSError: the output can't be written.
       ValueError: settings, model, gates and text do not fit each other, or the target can't be met.
       MemoryError: the device has no room for it.
     """
     stages, job = Stages(console or Console()), Job.of(config)
     job.check_memory()
-    with stages.stage("Loading the model"):
-        model = from_pretrained(job.name, config.gates, dtype=job.dtype, **config.hub)
-    made = {phase: _calibrate(job, model, phase, stages) for phase in job.phases}
-    if config.output is None:
-        stages.say("Nothing was saved: pass --output FOLDER to keep what was chosen.")
-    else:
-        for line in _save(job, config.output, made):
-            stages.say(line)
+    with locked(config.output):
+        if config.output is not None:
+            _check_output(config.output, config.force)  # again, since another run may have ended meanwhile
+        with stages.stage("Loading the model"):
+            model = from_pretrained(job.name, config.gates, dtype=job.dtype, **config.hub)
+        made = {phase: _calibrate(job, model, phase, stages) for phase in job.phases}
+        if config.output is None:
+            stages.say("Nothing was saved: pass --output FOLDER to keep what was chosen.")
+        else:
+            for line in _save(job, config.output, made):
+                stages.say(line)
     return made
 
 

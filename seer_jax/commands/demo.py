@@ -24,6 +24,7 @@ from seer_jax.evaluate.record import environment, typed_command, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows
 from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import losses, narrow_leads, print_scores, score_line
+from seer_jax.folder_lock import LOCK, locked
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.inference.generate import generate
 from seer_jax.inference.text import Tokenizer
@@ -116,14 +117,16 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
     Gates are saved when they are distilled and scores as they come. Without matplotlib the plot is left out.
 
     Raises:
+      BlockingIOError: another run is using the output.
       OSError: the output can't be written; nothing is done then.
     """
     check_output_folder(config.output)
     stages = Stages(console or Console())
     try:
-        return _demo(config, stages)
+        with locked(config.output):
+            return _demo(config, stages)
     except KeyboardInterrupt:
-        files = [str(path) for path in sorted(config.output.glob("*")) if not path.name.startswith(".")]
+        files = [str(path) for path in sorted(config.output.glob("[!.]*")) if path.name != LOCK]
         print(f"\nInterrupted. Kept so far: {', '.join(files) or 'nothing'}.", file=sys.stderr)
         raise
 

@@ -17,7 +17,7 @@ from seer_jax.evaluate.scoring import TokenScores, read_prompts, score_decoded, 
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
-from seer_jax.selection.policies import Dense, Policy, check_decode_policy
+from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, Scorer, SinkWindow
 
 DENSE = "dense"
@@ -105,8 +105,6 @@ def _check_policy(model: Transformer, measurement: Measurement) -> None:
     gate, config = gates_by_phase(model)[measurement.phase], model.config
     heads = config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
     model.segments(measurement.policy, gate, heads, measurement.phase)
-    if measurement.phase is Phase.DECODE:
-        check_decode_policy(measurement.policy)
 
 
 def check_context(model: Transformer, length: int, *, beyond_context: bool) -> None:

@@ -7,7 +7,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,18 @@ from seer_jax.evaluate.statistics.blocks_needed import all_blocks_needed
 from seer_jax.evaluate.table import legend
 from seer_jax.folders import files_of
 from seer_jax.outputs import write_json
+from seer_jax.selection.notation import policy_to_json
+from seer_jax.selection.scorers import SCORERS
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
 ENDS = 2**20  # bytes at the start and the end of a file that its fingerprint is made of
 IDENTITY = "identity"
+EXTENDING = (
+    "policies",
+    "methods",
+    "phases",
+)  # settings that say what is measured, not how: a record takes further ones
+RUN = ("command", "config")  # facts that differ between runs that measure into one file
 REMEDY = "Choose another `output`, or pass force=True to start over."
 Facts = Mapping[str, Any]
 
@@ -37,7 +45,7 @@ def write_scores(path: Path, scores: Sequence[Score], **facts: Any) -> None:
 
 
 class Record:
-    """scores.json of one evaluation, which an interrupted one goes on from.
+    """scores.json of one evaluation, which an interrupted one goes on from, and one with further policies, methods or phases extends.
 
     A subclass keeps scores of another kind, which have a `key`, by `parse` and `write`.
 
@@ -51,7 +59,8 @@ class Record:
         Args:
           path: of the file.
           facts: for readers, JSON.
-          identity: settings and digests that decide the scores, JSON. A file with the same ones is continued.
+          identity: settings and digests that decide the scores, JSON. A file with the same ones is continued; it lists under `earlier`
+            command and settings of the runs before this one, where they differ.
           force: start over whatever is there.
 
         Raises:
@@ -62,7 +71,7 @@ class Record:
         if path.exists() and not force:
             values = _read(path)
             _check_same(path, values[IDENTITY], self._facts[IDENTITY])
-            self._facts["started"] = values["started"]
+            self._facts |= {"started": values["started"], "earlier": _earlier(values, self._facts)}
             self.scores = self._checked(values["scores"])
 
     def parse(self, values: Sequence[Any]) -> list[Any]:
@@ -75,9 +84,32 @@ class Record:
 
     def _checked(self, values: Sequence[Any]) -> list[Any]:
         try:
-            return self.parse(values)
+            scores = self.parse(values)
         except ValueError as error:
             raise ValueError(f"{self.path} must hold scores that can be read; {error} {REMEDY}") from error
+        if unknown := dict.fromkeys(s.method for s in scores if s.method is not None and s.method not in SCORERS):
+            raise ValueError(
+                f"{self.path} must hold scores of registered scorers; got {', '.join(unknown)}. Name their module (--scorers MODULE). {REMEDY}"
+            )
+        return scores
+
+    def check_policies(self, planned: Iterable[Any]) -> None:
+        """Checks that the scores which stand for planned ones are of the same policies: a file of a policy may have changed.
+
+        Args:
+          planned: each with phase, method, level and policy, as `Measurement` and `TaskPolicy` have them.
+
+        Raises:
+          ValueError: one is not.
+        """
+        policies = {(one.phase, one.method, one.level): policy_to_json(one.policy) for one in planned}
+        for score in self.scores:
+            new = json.loads(json.dumps(policies.get((score.phase, score.method, score.level), score.policy)))
+            if different := [name for name in {**score.policy, **new} if score.policy.get(name) != new.get(name)]:
+                raise ValueError(
+                    f"{self.path} must hold scores of the policies that are asked for; {score.phase} {score.method} at {score.level} has "
+                    f"another {' and '.join(different)}. Give the policy another name (that of its file). {REMEDY}"
+                )
 
     def add(self, score: Any, *, planned: int) -> None:
         """Keeps a score, unless it is there, and writes the file.
@@ -91,6 +123,14 @@ class Record:
         self.scores.append(score)
         state = {"updated": _now(), "complete": len(self.scores) >= planned}
         self.write({**self._facts, **state})
+
+
+def _earlier(values: Mapping[str, Any], facts: Facts) -> list[Any]:
+    """Command and settings of the runs that a file has scores of, without those of the run that goes on from it."""
+    runs = values.get("earlier")
+    runs = [*(runs if isinstance(runs, list) else ()), {name: values.get(name) for name in RUN}]
+    settings = json.loads(json.dumps(facts.get("config")))
+    return [run for run in runs if isinstance(run, dict) and run.get("config") != settings]
 
 
 def environment() -> dict[str, Any]:

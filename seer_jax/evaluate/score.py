@@ -29,6 +29,9 @@ ESTIMATORS = {
 }
 
 
+ScoreKey = tuple[Phase, str | None, str]  # see `Score.key`
+
+
 @dataclasses.dataclass(frozen=True)
 class WindowScore:
     """One window of text.
@@ -83,7 +86,7 @@ class Score:
     policy: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rule": "dense"})
 
     @property
-    def key(self) -> tuple[Phase, str | None, str]:
+    def key(self) -> ScoreKey:
         """What tells the scores of a comparison apart."""
         return self.phase, self.method, self.level
 

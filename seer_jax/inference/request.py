@@ -12,7 +12,7 @@ from seer_jax.checks import whole_number
 from seer_jax.inference.prompts import bucket
 from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, check_key
 from seer_jax.models.decoder import Transformer, check_model
-from seer_jax.selection.policies import Dense, Policy, check_decode_policy, check_policy
+from seer_jax.selection.policies import Dense, Policy, check_policy
 
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
 EOS_MULTIPLE = 8  # programs take multiples of so many EOS tokens
@@ -120,7 +120,6 @@ class Request:
         )
         model.segments(prefill, model.prefill_gate, model.config.num_heads, "prefill")
         model.segments(decode, model.decode_gate, model.config.num_kv_heads, "decode")
-        check_decode_policy(decode)
         return dataclasses.replace(self, prefill=prefill, decode=decode)
 
     def require_key(self) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import BlockIndices, block_sparse_attention
+from pallas_kernels.block_sparse_attention.skipping import tile_queries
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.selection.context import DecodeContext, PrefillContext
 from seer_jax.selection.policies import Policy
@@ -73,14 +74,21 @@ def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
         )
     if skips:
         out, kept = out
-        heads, rows = kept.shape[1], visible.shape[1]
-        tiles = -(-kept.shape[2] // rows)  # of a block row
-        kept = jnp.pad(kept.sum(1, dtype=jnp.int32), ((0, 0), (0, rows * tiles - kept.shape[2])))
-        return _Attended(out, kept.reshape(-1, rows, tiles).sum(2), heads * tiles * visible)
+        heads = kept.shape[1]
+        kept = by_block_row(kept.sum(1, dtype=jnp.int32), context.num_rows)
+        tiles = context.valid_queries[:, :: tile_queries(context.block_size)]  # of which a first query exists
+        tiles = by_block_row(tiles.astype(jnp.int32), context.num_rows)
+        return _Attended(out, kept, heads * tiles * visible)
     assert isinstance(out, jax.Array)  # without return_lse
     if lists is None:
         return _Attended(out, visible, visible)
     return _Attended(out, lists.counts.sum(1, dtype=jnp.int32), lists.counts.shape[1] * visible)
+
+
+def by_block_row(counts: Int[Array, "B tiles"], rows: int) -> Int[Array, "B Tb"]:
+    """Sums over the tiles of queries of each block row, of which the last one may have fewer."""
+    tiles = -(-counts.shape[1] // rows)
+    return jnp.pad(counts, ((0, 0), (0, rows * tiles - counts.shape[1]))).reshape(-1, rows, tiles).sum(2)
 
 
 def _every_block(context: PrefillContext) -> BlockIndices:

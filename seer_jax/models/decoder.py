@@ -23,7 +23,7 @@ from seer_jax.models.families import FAMILIES
 from seer_jax.models.layers import BaseParam, Projections, layer_view, rms_norm, update_tokens
 from seer_jax.models.rope import rotate, same_rope
 from seer_jax.selection.context import DecodeContext, PrefillContext
-from seer_jax.selection.policies import Dense, Policy, check_decode_policy, check_policy
+from seer_jax.selection.policies import Dense, Policy, check_policy
 
 
 class DecoderLayer(nnx.Module):
@@ -215,7 +215,7 @@ class Transformer(nnx.Module):
           policy: of the whole model.
           gate: of the phase that the policy is for.
           heads: that the policy may hold values for: H while prompts are read, K while tokens are decoded.
-          phase: "prefill" or "decode", for messages.
+          phase: "prefill" or "decode"; "": either.
 
         Raises:
           ValueError: it is no policy, or does not fit the model.
@@ -349,7 +349,6 @@ class Transformer(nnx.Module):
             return out, cache, (kept, k[:, 0])
 
         segments = self.segments(sparsity, self.decode_gate, self.config.num_kv_heads, "decode")
-        check_decode_policy(sparsity)
         hidden, cache, aux = self.scan(tokens[:, None], attend, cache, segments=segments, in_place=True)
         kept, keys = aux
         return self.logits(hidden[:, 0]), cache.finish_step(self.decode_gate, keys), kept

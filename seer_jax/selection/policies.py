@@ -88,9 +88,10 @@ class Policy(abc.ABC):
           phase: "prefill" or "decode"; "": either.
 
         Raises:
-          ValueError: it ranks by a gate that the model has not or by a scorer for the other phase, or leaves none of its layers
-            sparse.
+          ValueError: it ranks by a gate that the model has not, does not work in the phase, or leaves none of its layers sparse.
         """
+        if phase:
+            self.check_phase(phase)
         if self.needs_gate and gate is None:
             raise ValueError(
                 f"{self} ranks blocks by a learned gate, but the model has no {f'{phase} ' * bool(phase)}gate; "
@@ -106,8 +107,12 @@ class Policy(abc.ABC):
             )
 
     def check_phase(self, phase: str) -> None:
-        """Raises ValueError where the policy cannot choose blocks in a phase, "prefill" or "decode"."""
-        del phase  # most policies work in both
+        """Raises ValueError where the policy does not work in a phase, "prefill" or "decode"."""
+        if phase == "decode" and self.skip is not None:
+            raise ValueError(
+                f"A policy for decoding must have no skip, which works while prompts are read; got one in a {self.name} policy. "
+                "Leave skip out, or use the policy for prompts alone (eval: --phases prefill)."
+            )
 
     def stacked(self, num_layers: int, heads: int) -> "Policy":
         """The policy with every array that its fields hold as `[L, heads]` or `[L, 1]`; scalars stay.
@@ -186,15 +191,6 @@ def check_skip(policy: Policy) -> None:
         raise ValueError(f"{name} must be a number or None; got {value!r}.")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
-
-
-def check_decode_policy(policy: Policy) -> None:
-    """Raises ValueError where a policy asks of decoding what only reading a prompt can do."""
-    if policy.skip is not None:
-        raise ValueError(
-            f"A policy for decoding must have no skip, which works while prompts are read; got one in a {policy.name} policy. "
-            "Leave skip out, or use the policy for prompts alone (eval: --phases prefill)."
-        )
 
 
 def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:

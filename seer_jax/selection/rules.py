@@ -55,12 +55,11 @@ class RankingPolicy(Policy):
         return scores if always is None else jnp.where(always, jnp.finfo(jnp.float32).max, scores)
 
     def check(self, num_layers: int, gate: LayerGate | None, phase: str = "") -> None:
-        if phase:
-            self.check_phase(phase)
         super().check(num_layers, gate, phase)
         self.scorer.check_block_size(self.tokens_per_block(gate))
 
     def check_phase(self, phase: str) -> None:
+        super().check_phase(phase)
         self.scorer.check_phase(phase)
 
     def _check_settings(self) -> None:

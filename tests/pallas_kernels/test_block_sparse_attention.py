@@ -59,7 +59,9 @@ def test_each_kernel_lowers_for_cuda_with_padding(settings: dict[str, Any]):
     assert_lowers_for_cuda(block_sparse_attention, case, density=case.density)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lists": 1}, {"block_size": 128}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"lists": 1}, marks=pytest.mark.slow), {"block_size": 128}], ids=str
+)
 def test_each_kernel_that_skips_lowers_for_cuda(settings: dict[str, Any]):
     case = Case("skips", Heads(2, 1, 128), 520, batch=2, lengths=(520, 301), skip_threshold=1e-3, **settings)
     assert_lowers_for_cuda(block_sparse_attention, case, return_kept=True)

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import os
+import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from seer_jax import tiny_lm
 from seer_jax.commands import demo
 from seer_jax.commands import main as cli
+from seer_jax.folder_lock import locked
 from seer_jax.outputs import check_output_file, check_output_folder, check_plot_file, write_json, write_text
 
 PLACES = [
@@ -144,6 +146,35 @@ def test_an_output_that_can_not_be_written_is_refused_before_the_work(
     assert cli.main([*words, option, place]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and place in error and " must " in error and option in error, error
+
+
+SMALL = ["--length", "256", "--windows", "1"]
+# A command that keeps a folder for its run, and what begins its work.
+RUNS = [
+    (["demo"], "seer_jax.commands.demo:_demo"),
+    (["eval", *SMALL, "--passkeys", "0"], "seer_jax.commands.eval:_measure"),
+    (["eval", *SMALL, "--tasks", "niah_single_1", "--samples", "1"], "seer_jax.commands.eval.tasks:_measure"),
+    (["calibrate", "--gates", "tiny-lm", *SMALL, "--held-out-windows", "0"], "seer_jax.commands.calibrate:_calibrate"),
+    (["train", "--model", BASE, "--data.paths", BASE], "seer_jax.train.api:_load_model"),
+]
+
+
+@pytest.mark.usefixtures("unchecked")  # plans are made of shapes, which stand for arrays
+@pytest.mark.parametrize(("words", "work"), RUNS, ids=["demo", "eval", "eval tasks", "calibrate", "train"])
+def test_a_folder_that_another_run_is_using_is_refused_before_the_work(
+    words: list[str], work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    module, _, name = work.partition(":")
+    monkeypatch.setattr(importlib.import_module(module), name, fail)
+    with locked(tmp_path):
+        assert cli.main([*words, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"seer-jax {words[0]}: A folder must belong to one run at a time; process {os.getpid()} on .* is using {tmp_path}\. "
+        r"Wait for its end, or give another --output\.\n",
+        error,
+    ), error
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def test_without_matplotlib_the_demo_leaves_the_plot_out(

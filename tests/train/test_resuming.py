@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from seer_jax.convert import load_gates
+from seer_jax.folder_lock import locked
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.inference.memory import DeviceMemory
 from seer_jax.train import DistillConfig, distill
 from seer_jax.train.config import renewed
 from seer_jax.train.data.batches import DataConfig
-from seer_jax.train.loop.lock import locked
 from seer_jax.train.loop.resuming import check_resumed
 from seer_jax.train.optimizer import make_schedule
 from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
@@ -175,11 +175,11 @@ def test_where_all_checkpoints_are_damaged_nothing_is_lost(finished):
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     with locked(tmp_path):
         before = contents(tmp_path)
-        message = rf"one run at a time; process {os.getpid()} on .* is training in {tmp_path}\. Wait for its end, or"
+        message = rf"one run at a time; process {os.getpid()} on .* is using {tmp_path}\. Wait for its end, or"
         with pytest.raises(BlockingIOError, match=message):
             run_to(tmp_path)
         assert contents(tmp_path) == before
-    program = "import os, pathlib, sys\nfrom seer_jax.train.loop.lock import locked\nwith locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    program = "import os, pathlib, sys\nfrom seer_jax.folder_lock import locked\nwith locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -signal.SIGKILL
     with locked(tmp_path):
         pass  # the lock of a killed process is gone

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
+from seer_jax.folder_lock import locked
 from seer_jax.inference.memory import FRACTION, MOST_FRACTION, USUAL_FRACTION
 from seer_jax.outputs import check_output_folder, write_text
 from seer_jax.train.config import TrainConfig, renewed, to_dict
 from seer_jax.train.loop.checkpoint import Checkpoints, RunState, first_line, is_disk_error
-from seer_jax.train.loop.lock import locked
 from seer_jax.train.loop.progress import ConsoleProgress, StepReport
 from seer_jax.train.loop.resuming import check_resumed
 

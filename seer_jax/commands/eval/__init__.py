@@ -25,11 +25,12 @@ from seer_jax.evaluate.levels import (
     recommended_levels,
 )
 from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
-from seer_jax.evaluate.record import Record, describe_file, describe_folder, environment, typed_command
+from seer_jax.evaluate.record import EXTENDING, Record, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.rows import EvalRows, make_rows
-from seer_jax.evaluate.score import Score, dense_of
+from seer_jax.evaluate.score import Score, ScoreKey, dense_of
 from seer_jax.evaluate.table import print_scores, score_line
 from seer_jax.evaluate.tasks.names import SYNTAX
+from seer_jax.folder_lock import locked
 from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
@@ -49,6 +50,7 @@ PROTOCOL = "windows are decoded whole"  # scores of files that were measured oth
 NOT_IDENTITY = (
     *("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir"),
     *("tasks", "samples", "chat"),
+    *EXTENDING,
 )
 
 DESCRIPTION = """Measures perplexity on a text and the share of pass keys that are found, with dense attention and with each method
@@ -62,7 +64,8 @@ dense_last_rows is 0 unless a policy names it: the last rows of a prompt, which 
 
 With --tasks, prompts with known answers are continued and scored in place of the text: {tasks}.
 
-With --output each score is saved as it comes. The same command with the same output goes on where it was stopped."""
+With --output each score is saved as it comes. The same command with the same output goes on where it was stopped; with other policies,
+methods or phases, what is missing is measured and joins the scores that are there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +180,11 @@ def run(words: list[str]) -> int:
 def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Score]:
     """Prints scores as they come and a table, keeps them in scores.json if an output folder is given, and returns them.
 
-    Everything is checked before weights are loaded.
+    Scores of other policies, methods or phases that the file holds are shown and returned behind those that are asked for. Everything is checked before weights are loaded.
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: model, gates or text are not there.
+      BlockingIOError: another run is using the output.
       OSError: the output can't be written.
       ValueError: settings, model, gates and text do not fit each other, or the output holds scores of another evaluation.
       MemoryError: the device has no room for it.
@@ -193,11 +197,12 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> list[Scor
         check_output_folder(config.output)
     stages, job = Stages(console or Console()), Job.of(config)
     job.check_memory()
-    record = None if config.output is None else job.record(config.output / SCORES)
-    for note in job.notes():
-        stages.say(note)
-    done = 0 if record is None else len(record.scores)
-    scores = _measure(job, stages, record)
+    with locked(config.output):
+        record = None if config.output is None else job.record(config.output / SCORES)
+        for note in job.notes():
+            stages.say(note)
+        done = 0 if record is None else len(record.scores)
+        scores = _measure(job, stages, record)
     print_scores(stages.console, scores)
     if record is not None and len(record.scores) > done:
         stages.say(f"Written: {record.path}")
@@ -295,33 +300,46 @@ class Job:
 
 
 def _measure(job: Job, stages: Stages, record: Record | None) -> list[Score]:
-    """The scores that are there, and those that are measured, each shown and kept as it comes."""
-    config, planned = job.config, job.planned
-    scores = [] if record is None else list(record.scores)
+    """The scores that are asked for, there or measured, each shown and kept as it comes; then the others that the file holds."""
+    planned = [one.key for one in job.planned]
+    scores = {} if record is None else {score.key: score for score in record.scores}
+    total = len({*planned, *scores})
     if record is not None and scores:
-        stages.say(f"{len(scores)} of {len(planned)} scores are in {record.path}; --force measures them anew.")
-    if len(scores) == len(planned):
-        return scores
+        record.check_policies(job.planned)
+        stages.say(f"{_there(planned, scores)} are in {record.path}; --force measures them anew.")
+    if len(scores) < total:
+        _measure_missing(job, stages, record, scores, total)
+    return [scores[key] for key in dict.fromkeys([*planned, *scores])]
+
+
+def _there(planned: Sequence[ScoreKey], scores: Mapping[ScoreKey, Score]) -> str:
+    """How many scores are there."""
+    found, others = len(scores.keys() & {*planned}), len(scores.keys() - {*planned})
+    return f"{found} of {len(planned)} scores{f', and {others} others,' if others else ''}"
+
+
+def _measure_missing(
+    job: Job, stages: Stages, record: Record | None, scores: dict[ScoreKey, Score], total: int
+) -> None:
+    """Adds the scores that are not there."""
+    config, planned = job.config, [one.key for one in job.planned]
     with stages.stage("Loading the model"):
         model = job.load()
-    done = {score.key for score in scores}
     names = ("methods", "phases", "batch_size", "beyond_context")
-    settings: dict[str, Any] = {name: getattr(config, name) for name in names} | {"done": tuple(scores)}
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names} | {"done": tuple(scores.values())}
     try:
-        with stages.stage("Measuring", len(planned) - len(done), every_step=True) as advance:
+        with stages.stage("Measuring", total - len(scores), every_step=True) as advance:
             for score in compare(model, job.rows, job.levels, **settings):
-                if score.key not in done:
-                    scores.append(score)
+                if score.key not in scores:
+                    scores[score.key] = score
                     if record is not None:
-                        record.add(score, planned=len(planned))
-                    advance(score_line(score, dense_of(score, scores)))
+                        record.add(score, planned=total)
+                    advance(score_line(score, dense_of(score, [*scores.values()])))
     except KeyboardInterrupt:
         kept = (
-            f"{len(scores)} of {len(planned)} scores are kept in {record.path}; the same command goes on from there."
+            f"{_there(planned, scores)} are kept in {record.path}; the same command goes on from there."
             if record is not None and scores
             else "no score is kept; with --output FOLDER each is, and the same command goes on."
         )
         print(f"\nInterrupted: {kept}", file=sys.stderr)
         raise
-    by_key = {score.key: score for score in scores}
-    return [by_key[one.key] for one in planned]

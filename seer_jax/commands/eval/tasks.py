@@ -15,7 +15,7 @@ from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.evaluate.comparison import check_context, plan_measurements
 from seer_jax.evaluate.levels import block_sizes
 from seer_jax.evaluate.notes import recommendations
-from seer_jax.evaluate.record import describe_file, describe_folder, environment, typed_command
+from seer_jax.evaluate.record import EXTENDING, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.tasks import (
     PromptEncoder,
     Sample,
@@ -31,6 +31,7 @@ from seer_jax.evaluate.tasks import (
 from seer_jax.evaluate.tasks.run import Unit
 from seer_jax.evaluate.tasks.score import figures
 from seer_jax.evaluate.tasks.table import Figures, line_of, print_figures, title
+from seer_jax.folder_lock import locked
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
@@ -44,6 +45,7 @@ TASK_SCORES = "tasks.json"
 NOT_IDENTITY = (
     *("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir"),
     *("windows", "passkeys", "distractors", "decoded"),
+    *EXTENDING,
 )
 
 
@@ -59,6 +61,7 @@ def evaluate_tasks(config: Any, *, console: Console | None = None) -> list[TaskS
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: model, gates, text or files of tasks are not there.
       ImportError: a task is one of lm-evaluation-harness, which is not installed.
+      BlockingIOError: another run is using the output.
       OSError: the output can't be written.
       ValueError: settings, tasks, model and gates do not fit each other, or the output holds scores of another evaluation.
       MemoryError: the device has no room for a generation.
@@ -69,9 +72,10 @@ def evaluate_tasks(config: Any, *, console: Console | None = None) -> list[TaskS
     job = TaskJob.of(config)
     for note in job.notes():
         stages.say(note)
-    record = None if config.output is None else job.record(config.output / TASK_SCORES)
-    done = 0 if record is None else len(record.scores)
-    scores = _measure(job, stages, record)
+    with locked(config.output):
+        record = None if config.output is None else job.record(config.output / TASK_SCORES)
+        done = 0 if record is None else len(record.scores)
+        scores = _measure(job, stages, record)
     if scores:
         print_figures(stages.console, figures(scores))
     if record is not None and len(record.scores) > done:
@@ -176,27 +180,29 @@ def _samples(task: Task, encoder: PromptEncoder, settings: TaskSettings) -> list
 
 
 def _measure(job: TaskJob, stages: Stages, record: TaskRecord | None) -> list[TaskScore]:
-    """The scores that are there, and those that are measured, each shown and kept as it comes."""
+    """The scores that are there, those of other policies too, and those that are measured, each shown and kept as it comes."""
     scores: list[TaskScore] = [] if record is None else list(record.scores)
-    planned, there = len(job.titles) * len(job.policies), {score.unit for score in scores}
+    planned = {(name, one.phase, one.method, one.level) for name in job.titles for one in job.policies}
+    there = {score.unit for score in scores}
     if record is not None and scores:
-        stages.say(f"{len(there)} of {planned} scores are in {record.path}; --force measures them anew.")
-    if len(there) == planned:
+        record.check_policies(job.policies)
+        stages.say(f"{len(planned & there)} of {len(planned)} scores are in {record.path}; --force measures them anew.")
+    if planned <= there:
         return scores
     with stages.stage("Loading the model"):
         model = job.load()
     try:
-        with stages.stage("Measuring", planned - len(there), every_step=True) as advance:
+        with stages.stage("Measuring", len(planned - there), every_step=True) as advance:
             for new in _new_scores(job, model, there):
                 scores += new
-                last = len(there | {score.unit for score in scores}) == planned
+                last = planned <= {score.unit for score in scores}
                 for number, score in enumerate(new, start=1):
                     if record is not None:
                         record.add(score, planned=len(scores) if last and number == len(new) else len(scores) + 1)
                 advance("; ".join(line_of(line) for line in figures(scores) if _is_of(line, new)))
     except KeyboardInterrupt:
         kept = (
-            f"{len({score.unit for score in scores})} of {planned} scores are kept in {record.path}; the same command goes on from there."
+            f"{len(planned & {score.unit for score in scores})} of {len(planned)} scores are kept in {record.path}; the same command goes on from there."
             if record is not None and scores
             else "no score is kept; with --output FOLDER each is, and the same command goes on."
         )

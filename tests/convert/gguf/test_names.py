@@ -100,6 +100,7 @@ def test_files_are_copied_from_folders_alone(file: Path, tmp_path: Path):
         convert(ConvertConfig(tmp_path / "out", str(tiny_lm.gates()["decode"]), model=str(file), include_base=True))
 
 
+@pytest.mark.slow
 def test_commands_take_it(
     file: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

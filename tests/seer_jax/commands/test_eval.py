@@ -16,6 +16,7 @@ from seer_jax.commands.eval import EvalConfig, evaluate
 from seer_jax.evaluate import Phase, Score
 from seer_jax.evaluate.score import ESTIMATORS
 from seer_jax.inference.memory import DeviceMemory
+from seer_jax.selection.notation import write_policy_file
 from seer_jax.selection.rules import TopK
 from seer_jax.selection.scorers import LearnedGate, SinkWindow
 
@@ -125,10 +126,6 @@ def test_an_interrupted_run_goes_on(
 
     for changed, message in (
         (["--length", "320"], "settings.length was 256, now 320"),
-        (
-            ["--policies", "budget:32"],
-            r'settings.policies was \["budget:64", "budget:64:oracle"\], now \["budget:32"\]',
-        ),
         (["--dtype", "bfloat16"], 'dtype was "float32", now "bfloat16"'),
         (["--gates", "tiny-lm", "--model", "tiny-lm"], 'model was "'),
     ):
@@ -141,6 +138,29 @@ def test_an_interrupted_run_goes_on(
     whole = written(tmp_path)
     assert whole["scores"][:2] == first["scores"] and whole["started"] == first["started"]
     assert [(s["method"], s["level"]) for s in whole["scores"]] == KEYS and whole["complete"]
+
+    # Other policies, methods and phases join them.
+    asked = ["--policies", "budget:32", f"{tmp_path / 'mine.json'}", "--methods", "window"]
+    write_policy_file(tmp_path / "mine.json", TopK(0.5, SinkWindow()))
+    assert cli.main([*words, *asked]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 3 scores, and 3 others, are in" in out and "Measuring: 2/2" in out
+    assert all(f" {level} " in out for level in ("budget:32", "mine.json", "budget:64"))
+    more = written(tmp_path)
+    assert more["scores"][:4] == whole["scores"] and more["complete"] and more["started"] == whole["started"]
+    assert [(s["method"], s["level"]) for s in more["scores"][4:]] == [("window", "budget:32"), ("window", "mine.json")]
+    assert more["config"]["policies"] == asked[1:3]
+    assert [run["config"] for run in more["earlier"]] == [whole["config"]]
+
+    # A policy file that has changed is another policy.
+    write_policy_file(tmp_path / "mine.json", TopK(0.6, SinkWindow()))
+    assert cli.main([*words, *asked]) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 1
+        and "decode window at mine.json has another density. Give the policy another name" in error
+    )
+    assert written(tmp_path) == more
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def interrupted(*arguments: Any, **settings: Any) -> Iterator[Any]:
 run_tasks = command.run_tasks
 
 
+@pytest.mark.slow
 def test_a_run_is_shown_kept_and_goes_on(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -71,6 +72,11 @@ def test_a_run_is_shown_kept_and_goes_on(
     assert cli.main(words) == 0
     command.evaluate_tasks(EvalConfig.from_json(report["config"]))
     assert capsys.readouterr().out.count("4 of 4 scores are in") == 2 and written(tmp_path) == report
+
+    # Other methods join them: dense attention is there.
+    monkeypatch.setattr(command, "run_tasks", lambda *_, **__: iter(()))
+    assert cli.main([*words, "--methods", "random"]) == 0
+    assert "2 of 4 scores are in" in capsys.readouterr().out and written(tmp_path) == report
 
 
 @pytest.mark.parametrize(

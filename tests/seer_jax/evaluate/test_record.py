@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 from seer_jax.evaluate import Phase, PromptScore, Record, Score, WindowScore
+from seer_jax.evaluate.comparison import Measurement
 from seer_jax.evaluate.record import describe_file, describe_folder
+from seer_jax.selection.notation import policy_to_json
+from seer_jax.selection.policies import Dense
+from seer_jax.selection.rules import TopK
 
 IDENTITY = {"settings": {"length": 256, "phases": (Phase.DECODE,)}, "text": "ab", "gates": ["cd"]}
 
 
 def score(method: str | None) -> Score:
-    prompts = (PromptScore(0.1, True, 1.0, 0.5),)
-    return Score(
-        Phase.DECODE, method, "topk:0.1", (WindowScore(1.5, 0.5), WindowScore(math.nan, 0.5)), prompts, 14, 1.0
-    )
+    windows, prompts = (WindowScore(1.5, 0.5), WindowScore(math.nan, 0.5)), (PromptScore(0.1, True, 1.0, 0.5),)
+    policy = policy_to_json(Dense() if method is None else TopK(0.1))
+    return Score(Phase.DECODE, method, "topk:0.1", windows, prompts, 14, 1.0, policy)
 
 
 @pytest.fixture
@@ -59,6 +62,20 @@ def test_another_evaluation_is_refused_by_what_differs(path: Path, change: dict,
     with pytest.raises(ValueError, match=f"scores.json holds scores of another evaluation: .*{message}"):
         Record(path, {}, IDENTITY | change)
     assert path.read_bytes() == before
+
+
+def test_scores_are_those_of_the_policies_that_are_asked_for(path: Path):
+    record = Record(path, {}, IDENTITY)
+    same, other, new = (
+        Measurement(Phase.DECODE, "gate", level, TopK(density))
+        for level, density in (("topk:0.1", 0.1), ("topk:0.1", 0.2), ("topk:0.2", 0.2))
+    )
+    record.check_policies([same, new])
+    with pytest.raises(ValueError, match=r"decode gate at topk:0.1 has another density\. Give the policy another name"):
+        record.check_policies([new, other])
+    path.write_text(path.read_text().replace('"method": "gate"', '"method": "mine"'))
+    with pytest.raises(ValueError, match=r"registered scorers; got mine\. Name their module \(--scorers MODULE\)"):
+        Record(path, {}, IDENTITY)
 
 
 def test_damage_is_refused_in_one_line(path: Path):

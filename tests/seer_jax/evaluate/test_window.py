@@ -45,7 +45,7 @@ def slow(policy: str) -> Any:
     ("policy", "platform"),
     [
         ("mass:0.6", "cpu"),
-        ("topk:0.3:oracle,dense_layers=1", "gpu"),
+        pytest.param("topk:0.3:oracle,dense_layers=1", "gpu", marks=pytest.mark.slow),
         *map(slow, ["dense", "threshold:0.25", "topk:0.4", "budget:32", "mass:0.6:oracle", "threshold:0.3:random"]),
         *map(
             slow,
@@ -113,6 +113,7 @@ def test_a_pass_chooses_by_the_kernel_on_gpus(scorer: Any):
     assert "mosaic_gpu" in text
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_window():
     """No T x T array: 8192 tokens of a model with 9 heads need less than one such array of float32."""
     config = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, head_dim=64, hidden_size=576)

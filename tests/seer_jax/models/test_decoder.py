@@ -12,7 +12,10 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import BlockIndices
+from seer_jax.bench import DecodeBench
+from seer_jax.evaluate.window import decode_window
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.inference.request import Request
 from seer_jax.models.attention import decode_attention
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import LayerContext, Segment, Transformer
@@ -499,10 +502,19 @@ def test_a_policy_leaves_a_sparse_layer(phase: str):
             model.decode(tokens[:, 0], model.make_cache(1, 16), sparsity=policy)
 
 
-def test_a_policy_with_skip_is_for_prompts():
-    model = tiny_model()
-    with pytest.raises(ValueError, match=r"A policy for decoding must have no skip.*got one in a dense policy"):
-        model.decode(jnp.zeros(1, jnp.int32), model.make_cache(1, 16), sparsity=Dense(skip=0.1))
+DECODING_SKIPS = [
+    lambda model: model.decode(jnp.zeros(1, jnp.int32), model.make_cache(1, 16), sparsity=Dense(skip=0.1)),
+    lambda model: decode_window(model, jnp.zeros((1, 16), jnp.int32), policy=Dense(skip=0.1)),
+    lambda model: Request(max_new_tokens=1, decode=Dense(skip=0.1)),
+    lambda model: DecodeBench(policies=("topk:0.5,skip=0.1",)),
+    lambda model: TopK(0.5, Oracle(), skip=0.1).check_phase("decode"),
+]
+
+
+@pytest.mark.parametrize("use", DECODING_SKIPS)
+def test_a_policy_with_skip_is_for_prompts(use: Callable[[Transformer], Any]):
+    with pytest.raises(ValueError, match=r"A policy for decoding must have no skip.*got one in a (dense|topk) policy"):
+        use(tiny_model())
 
 
 def test_what_is_skipped_is_no_longer_kept():

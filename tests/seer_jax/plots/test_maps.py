@@ -99,6 +99,7 @@ def test_density_counts_the_kept_blocks():
     np.testing.assert_array_equal(maps.visible, np.arange(1, BLOCKS + 1))
 
 
+@pytest.mark.slow
 def test_decode_maps_are_those_of_tokens_decoded_one_by_one():
     policy = TopK(0.4)
     whole = jax.device_get(decode_block_maps(model(), TOKENS, policy))

@@ -104,6 +104,7 @@ def test_it_has_a_name_in_policies():
     assert "earliest" in policy_syntax()
 
 
+@pytest.mark.slow
 def test_it_is_a_method_of_comparisons(model: Transformer):
     prompt = PassKeyPrompt(name="x", answer="12345", depth=0.1, tokens=TOKENS[0], answer_length=5)
     levels = [SparsityLevel("48", TokenBudget(48))]

@@ -67,10 +67,17 @@ def chooser(phase: str) -> tuple[dict[str, jax.Array], Callable[[RankingPolicy, 
     return jax.jit(scores)(), select
 
 
+QUICK_SCORERS = ("gate", "oracle", "window")  # in every run; rules see scores alone
 PHASES_OF_SCORERS = [(phase, name) for name, kind in SCORERS.items() for phase in kind.phases()]
 
 
-@pytest.mark.parametrize(("phase", "scorer"), PHASES_OF_SCORERS)
+@pytest.mark.parametrize(
+    ("phase", "scorer"),
+    [
+        pytest.param(phase, name, marks=() if name in QUICK_SCORERS else pytest.mark.slow)
+        for phase, name in PHASES_OF_SCORERS
+    ],
+)
 @pytest.mark.parametrize("rule", [Threshold, CumulativeMass])
 def test_values_per_layer_and_head_choose_as_a_number_of_each_does(
     phase: str, rule: type[Threshold | CumulativeMass], scorer: str
@@ -231,6 +238,15 @@ def assert_chunks_change_nothing(
     valid = np.arange(out.shape[1])[None] < np.asarray(context.lengths)[:, None]
     np.testing.assert_allclose(parts_out[valid], out[valid], atol=1e-6)
     assert kept_share(masks, context) == pytest.approx(kept, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [attention.ROWS_AT_ONCE, 1])
+def test_half_a_block_behind_the_end_is_not_skipped(rows_at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Blocks of 128 are skipped by halves of a block row, of which the last row may have one."""
+    monkeypatch.setattr(attention, "ROWS_AT_ONCE", rows_at_once)
+    context = dataclasses.replace(prefill_context(192, (192, 129, 40)), block_size=128)
+    _, kept = jax.jit(lambda: prefill_attention(Dense(skip=0.0), context))()
+    np.testing.assert_array_equal(kept, 1)
 
 
 def kept_share(masks: np.ndarray, context: PrefillContext) -> list[float]:

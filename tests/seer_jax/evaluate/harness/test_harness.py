@@ -85,6 +85,7 @@ def test_loglikelihood(wrapped: HarnessModel, tokenizer: Tokenizer, model: Trans
     assert wrapped.loglikelihood([]) == []
 
 
+@pytest.mark.slow
 def test_prompts_that_are_too_long_lose_their_beginning(
     wrapped: HarnessModel, tokenizer: Tokenizer, model: Transformer
 ):
@@ -119,6 +120,7 @@ def test_rolling_predicts_each_token_once(wrapped: HarnessModel, tokenizer: Toke
     assert wrapped.loglikelihood_rolling([""]) == [0.0]
 
 
+@pytest.mark.slow
 def test_policies(model: Transformer, tokenizer: Tokenizer):
     """Likelihoods are those of the prefill policy; the decode policy plays no part in them."""
     text = "the quick brown fox jumps over the lazy dog and then sleeps all day long under a tree at noon"

@@ -12,27 +12,33 @@ except ImportError:  # Windows
     fcntl = None
 
 
+LOCK = "run.lock"
+
+
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path | None) -> Iterator[None]:
     """Keeps other runs out of a folder; the operating system ends the lock with the process, however that ends.
 
     File systems without locks, and Windows, are not guarded.
 
     Args:
-      folder: created if it does not exist.
+      folder: created if it does not exist; None: there is nothing to guard.
 
     Raises:
       BlockingIOError: another run holds the folder.
     """
+    if folder is None:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("a+", encoding="utf-8", errors="replace") as file:
+    with (folder / LOCK).open("a+", encoding="utf-8", errors="replace") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise BlockingIOError(
-                    f"A folder must belong to one run at a time; {file.read().strip() or 'another process'} is training in {folder}. "
+                    f"A folder must belong to one run at a time; {file.read().strip() or 'another process'} is using {folder}. "
                     "Wait for its end, or give another `output`."
                 ) from None
             except OSError:
