@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from tests.browser import find_browser
-from tests.packaging.checkout import PACKAGES, RECIPES, ROOT
+from tests.packaging.checkout import PACKAGES, RECIPE, ROOT
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not the first device, so that code which takes the first one, whatever its arguments say, meets arrays of another.
@@ -81,7 +81,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Examples |
     if (
         path.suffix != ".py"
         or path.parts[0] not in PACKAGES
-        or RECIPES & {*path.parents}
+        or RECIPE in path.parents
         or ">>>" not in file_path.read_text()
     ):
         return None

@@ -8,8 +8,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Folder at the top of the checkout -> name of the package it installs as.
 PACKAGES = {"pallas_kernels": "pallas_kernels", "seer_jax": "seer_jax", "train": "seer_jax.train"}
 PACKAGES |= {"convert": "seer_jax.convert"}
-# Data: scripts that run in an environment of their own.
-RECIPES = frozenset({Path("seer_jax/smollm2/recipe"), Path("seer_jax/tiny_lm/recipe")})
+RECIPE = Path("seer_jax/tiny_lm/recipe")  # data: scripts that run in an environment of their own
 
 
 def modules() -> dict[str, Path]:
@@ -17,7 +16,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for folder, package in PACKAGES.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if RECIPES & {*path.relative_to(ROOT).parents}:
+            if RECIPE in path.relative_to(ROOT).parents:
                 continue
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             found[".".join([package, *parts]).removesuffix(".__init__")] = path
