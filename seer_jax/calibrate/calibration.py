@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from seer_jax.calibrate.choose import at_levels, cheapest_levels, check_reachable, one_level
+from seer_jax.calibrate.choose import at_levels, cheapest_levels, one_level, unreachable
 from seer_jax.calibrate.collect import MAX_BLOCKS, collect_curves
 from seer_jax.calibrate.levels import GRIDS, Curves
 from seer_jax.calibrate.sensitivity import output_gradients
@@ -267,9 +267,13 @@ _Found = tuple[Choice, float, float | None]  # density, perplexity over dense
 
 def _for_density(found: Statistics, density: float, progress: Progress) -> _Found:
     """The choice with the least measured loss at a density."""
-    for curves in found.curves.values():
-        check_reachable(curves, density, dense_layers=found.dense_layers)
-    measured = [(_measured(found, choice, density, progress), choice) for choice in found.choices]
+    least = {rule: _floor(found, rule) for rule in found.curves}
+    choices = [
+        choice for choice in found.choices if least[choice.rule] <= density
+    ]  # one rule may reach lower than the other
+    if not choices:
+        raise unreachable(density, min(least.values()), f" for {found.phase}")
+    measured = [(_measured(found, choice, density, progress), choice) for choice in choices]
     over, choice = min(measured)
     return choice, density, over
 

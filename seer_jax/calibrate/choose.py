@@ -1,5 +1,7 @@
 """Which level each layer and head gets: the least total rise of the loss at a mean density, by a Lagrange multiplier."""
 
+import math
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -45,11 +47,17 @@ def cheapest_levels(curves: Curves, density: float, *, dense_layers: int = 0) ->
 def check_reachable(curves: Curves, density: float, *, dense_layers: int = 0) -> None:
     """Raises ValueError where the blocks that every level keeps are more than a density."""
     _, share = _fixed(curves, dense_layers)
-    if density < (least := share.min(-1).mean()):
-        raise ValueError(
-            f"density must be at least {least:.3f}, what every row keeps at this length (its own block, while decoding the first one too, "
-            f"and {dense_layers} dense layers); got {density}. Raise it, or calibrate on longer windows."
-        )
+    if density < (least := float(share.min(-1).mean())):
+        raise unreachable(density, least)
+
+
+def unreachable(density: float, least: float, where: str = "") -> ValueError:
+    """The error of a density below the least one that a rule's highest level keeps."""
+    least = math.ceil(1000 * least) / 1000  # a density that is raised to what the message says is reached
+    return ValueError(
+        f"density must be at least {least:.3f}{where}, what the highest level keeps at this length, each row's own block among it; "
+        f"got {density}. Raise it, or calibrate on longer windows."
+    )
 
 
 def at_levels(

@@ -184,11 +184,15 @@ def make(config: CalibrateConfig, *, console: Console | None = None) -> dict[Pha
             _check_output(config.output, config.force)  # again, since another run may have ended meanwhile
         with stages.stage("Loading the model"):
             model = from_pretrained(job.name, config.gates, dtype=job.dtype, **config.hub)
-        made = {phase: _calibrate(job, model, phase, stages) for phase in job.phases}
-        if config.output is None:
-            stages.say("Nothing was saved: pass --output FOLDER to keep what was chosen.")
-        else:
-            for line in _save(job, config.output, made):
+        made: dict[Phase, Made] = {}
+        saved = ["Nothing was saved: pass --output FOLDER to keep what was chosen."]
+        try:
+            for phase in job.phases:
+                made[phase] = _calibrate(job, model, phase, stages)
+                if config.output is not None:
+                    saved = _save(job, config.output, made)
+        finally:  # what is finished is saved, whatever comes after it
+            for line in saved if made else ():
                 stages.say(line)
     return made
 
@@ -229,7 +233,13 @@ class Job:
         def tokens(path: Path) -> Int[np.ndarray, "n"]:
             return np.array(tokenizer.encode(read_text(path), special_tokens=False), np.int32)
 
-        text = tokens(config.text or tiny_lm.path() / "eval_text.txt")
+        source = config.text or tiny_lm.path() / "eval_text.txt"
+        text = tokens(source)
+        if config.held_out is not None and config.held_out.exists() and config.held_out.samefile(source):
+            raise ValueError(
+                f"held_out must be another file than `text`; got {config.held_out} for both. Leave it out, and further windows of the text "
+                "are held out."
+            )
         if config.held_out is None:
             windows, held_out = _split(text, config)
         else:
@@ -324,7 +334,7 @@ def _save(job: Job, output: Path, made: dict[Phase, Made]) -> list[str]:
     facts = {"command": typed_command(PROGRAM), **environment(), "model": job.name, "seed": config.seed}
     if config.baseline is None:
         written = {phase: output / f"{phase}_gate" for phase in made}
-        for phase, source in _gate_folders(config, job.phases).items():
+        for phase, source in _gate_folders(config, tuple(made)).items():
             recommend(source, written[phase], made[phase].policy, calibration=_summary(made[phase], facts))
         use = ["--gates", *map(str, written.values())]
     else:

@@ -46,6 +46,7 @@ DENSITIES = (0.1, 0.2, 0.4)
 SCORES = "scores.json"
 ROW_SETTINGS = ("length", "windows", "passkeys", "distractors", "decoded", "seed")
 PROTOCOL = "windows are decoded whole"  # scores of files that were measured otherwise are not to be compared
+TEXT_SETTINGS = ("windows", "passkeys", "distractors", "decoded")  # of perplexity and pass keys alone
 # Digests stand for some settings, the others change no score.
 NOT_IDENTITY = (
     *("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir"),
@@ -125,6 +126,13 @@ class EvalConfig(HubOptions):
         check_at_least(0, self, "passkeys", "distractors", "seed")
         if not 2 <= self.decoded < self.length:
             raise ValueError(f"decoded must be at least 2 and less than length = {self.length}; got {self.decoded}.")
+        if self.tasks:
+            for field in dataclasses.fields(self):
+                if field.name in TEXT_SETTINGS and getattr(self, field.name) != field.default:
+                    raise ValueError(
+                        f"{field.name} must be left out with tasks, which are measured in place of text and pass keys; got "
+                        f"{getattr(self, field.name)}. The number of prompts is `samples`."
+                    )
         for name in ("policies", "methods", "phases"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} must name at least one; got none. Leave it out for the usual ones.")

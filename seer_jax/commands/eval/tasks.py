@@ -12,9 +12,9 @@ from seer_jax.commands.arguments import PROGRAM, model_of
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
-from seer_jax.evaluate.comparison import check_context, plan_measurements
-from seer_jax.evaluate.levels import block_sizes
-from seer_jax.evaluate.notes import recommendations
+from seer_jax.evaluate.comparison import Measurement, check_context, plan_measurements
+from seer_jax.evaluate.levels import SparsityLevel, block_sizes
+from seer_jax.evaluate.notes import left_out, recommendations, repeated
 from seer_jax.evaluate.record import EXTENDING, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.tasks import (
     PromptEncoder,
@@ -96,7 +96,7 @@ class TaskJob:
       settings: of the samples.
       tasks: with their samples.
       harness: names of tasks of lm-evaluation-harness.
-      policies: under which they are measured.
+      levels, planned: see `plan_measurements`.
     """
 
     config: Any
@@ -107,7 +107,8 @@ class TaskJob:
     settings: TaskSettings
     tasks: Sequence[tuple[Task, Sequence[Sample]]]
     harness: Sequence[str]
-    policies: Sequence[TaskPolicy]
+    levels: Sequence[SparsityLevel]
+    planned: Sequence[Measurement]
 
     @classmethod
     def of(cls, config: Any) -> "TaskJob":
@@ -116,12 +117,18 @@ class TaskJob:
         dtype, name = config.dtype or DType.default(), model_of(config.model, config.gates, config.hub)
         shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
         check_context(shapes, config.length, beyond_context=config.beyond_context)
-        planned = plan_measurements(shapes, config.levels(shapes), methods=config.methods, phases=config.phases)
+        levels = config.levels(shapes)
+        planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
         encoder = PromptEncoder(load_tokenizer(name, **config.hub), config.chat)
         essay = None if config.text is None else read_text(config.text)
         settings = TaskSettings(config.length, config.samples, config.seed, essay)
         tasks = [(task, _samples(task, encoder, settings)) for task in named.tasks]
-        return cls(config, name, dtype, shapes, encoder, settings, tasks, named.harness, task_policies(planned))
+        return cls(config, name, dtype, shapes, encoder, settings, tasks, named.harness, levels, planned)
+
+    @property
+    def policies(self) -> Sequence[TaskPolicy]:
+        """The policies under which the tasks are measured."""
+        return task_policies(self.planned)
 
     def load(self) -> Transformer:
         """The model with its weights."""
@@ -130,6 +137,7 @@ class TaskJob:
     def notes(self) -> list[str]:
         """What a reader of the table should know before it comes."""
         notes = recommendations(self.shapes)
+        notes += left_out(self.planned, self.levels, self.config.methods, self.config.phases) + repeated(self.levels)
         for task, samples in self.tasks:
             if len(samples) < self.settings.count:
                 notes.append(f"{task.name} has {len(samples)} samples; {self.settings.count} were asked for.")
