@@ -85,6 +85,31 @@ def test_calibrated_gates_are_used_by_default(
     assert "--output must not hold what is to be written; " in capsys.readouterr().err
 
 
+def test_a_phase_that_is_finished_is_saved(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def prefill_alone(*arguments: Any, phase: Phase, **others: Any) -> Calibration:
+        if phase is Phase.DECODE:
+            raise ValueError("density must be at least 0.5; got 0.3. Raise it.")
+        return found(*arguments, phase=phase, **others)
+
+    monkeypatch.setattr(calibrate_command, "calibrate", prefill_alone)
+    monkeypatch.setattr(calibrate_command, "held_out_report", report_of)
+    file = tmp_path / "out" / "prefill.json"
+    assert cli.main([*words, "--length", "256", "--baseline", "oracle", "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert f"\nPolicies: {file}; " in said.out and said.err == (
+        "seer-jax calibrate: --density must be at least 0.5; got 0.3. Raise it.\n"
+    )
+    assert isinstance(parse_policy(str(file)), Threshold) and not file.with_name("decode.json").exists()
+
+
+def test_text_is_not_held_out_of_itself(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    text = words[words.index("--text") + 1]
+    assert cli.main([*words, "--length", "256", "--baseline", "oracle", "--held-out", text]) == 1
+    assert "--held-out must be another file than --text; got " in capsys.readouterr().err
+
+
 def test_a_baseline_becomes_a_policy_file(
     words: list[str], saved: Path, tmp_path: Path, is_whole: bool, capsys: pytest.CaptureFixture[str]
 ):

@@ -89,6 +89,11 @@ def test_a_run_is_shown_kept_and_goes_on(
         ),
         (["--samples", "0"], "--samples must be at least 1; got 0."),
         (["--tasks", "niah_single_2", "--text", "absent.txt"], "absent.txt"),
+        (["--passkeys", "2"], "--passkeys must be left out with tasks, which .*; got 2"),
+        (
+            ["--policies", "topk:0.1", "--methods", "xattention", "--phases", "decode"],
+            "topk:0.1 .*(decode|phase)",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(
