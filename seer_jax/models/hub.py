@@ -246,23 +246,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     if is_gguf(folder):
         return read_optional(folder, path.name)
     if not path.is_file():
-        if files := sorted(folder.glob(f"*{SUFFIX}")):
-            raise FileNotFoundError(
-                f"A model folder must hold config.json; {folder} has none, but {files[0].name}. Give the file as the model: {files[0]}."
-            )
-        if path.with_name("config.json.partial").is_file():
-            raise FileNotFoundError(
-                f"A model folder must hold config.json; {folder} has none, since it was being written when the process ended. "
-                "Write it again."
-            )
-        of_hub = folder.parent.name == "snapshots"  # the layout of its cache
-        more = f" In a repository of GGUF files, name one: owner/name/FILE{SUFFIX}." if of_hub else ""
-        if files := sorted(folder.glob(f"*{SUFFIX}")):
-            more = f" It holds a GGUF file, which goes by its own name: {files[0]}."
-        raise FileNotFoundError(
-            f"A model folder must hold config.json; {folder} has none. Check that the download is complete.{more}"
-        )
+        raise FileNotFoundError(f"A model folder must hold config.json; {folder} has none{_instead(folder)}")
     return read_json(path)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder holds in place of a model, and the remedy."""
+    if (folder / "config.json.partial").is_file():
+        return ", since it was being written when the process ended. Write it again."
+    if files := sorted(folder.glob(f"*{SUFFIX}")):
+        return f", but {files[0].name}. Give the file as the model: {files[0]}."
+    if (folder / "calibration.json").is_file():
+        files = [file for file in (folder / "prefill.json", folder / "decode.json") if file.is_file()]
+        return f", but policies. Give a file in place of a policy: {' or '.join(map(str, files))}."
+    of_hub = folder.parent.name == "snapshots"  # the layout of its cache
+    more = f" In a repository of GGUF files, name one: owner/name/FILE{SUFFIX}." if of_hub else ""
+    return f". Check that the download is complete.{more}"
 
 
 def read_optional(place: Path, name: str) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def label_ends(axis: Any, ends: Sequence[End], *, title: str = "", size: float =
     whole = dict(xycoords="axes fraction", fontsize=size, color=INK, annotation_clip=False)
     for i, place in zip(order, spread([heights[i] for i in order], least), strict=True):
         end = ends[i]
-        line = dict(arrowstyle="-", color=end.look.colour, linewidth=0.8, alpha=0.6, shrinkA=0, shrinkB=2)
+        # Grey and dotted, since a line of the method's colour would read as measured.
+        line = dict(arrowstyle="-", color="0.6", linestyle=":", linewidth=0.8, shrinkA=0, shrinkB=2)
         axis.annotate("", end[:2], (1.03, place), textcoords="axes fraction", arrowprops=line, annotation_clip=False)
         mark = dict(color=end.look.colour, marker=end.look.marker, clip_on=False, transform=axis.transAxes)
         axis.plot([1.03], [place], **mark)

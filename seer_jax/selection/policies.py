@@ -211,7 +211,7 @@ def _by_layer(name: str, value: Any, num_layers: int, heads: int) -> Array:
         return value
     raise ValueError(
         f"{name} must be a number, [L] = [{num_layers}], [heads] = [{heads}] or [L, heads] = [{num_layers}, {heads}]; "
-        f"got shape {shape}."
+        f"got shape {shape}. A policy with values per layer and head, such as one from a file, fits the model that it was made for."
     )
 
 

@@ -141,9 +141,20 @@ def test_a_file_that_is_not_there(name: str, message: str, tmp_path: Path, monke
     assert not is_name(name)
 
 
-def test_a_folder_of_gguf_files_names_one(file: Path):
-    with pytest.raises(FileNotFoundError, match=rf"has none, but {file.name}\. Give the file as the model: {file}\."):
-        from_pretrained(file.parent)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model.gguf"], r"has none, but model\.gguf\. Give the file as the model: \S+/model\.gguf\."),
+        (["config.json.partial"], r"has none, since it was being written .* Write it again\."),
+        (["calibration.json", "decode.json"], r"has none, but policies\. Give .* of a policy: \S+/decode\.json\."),
+        ([], r"has none\. Check that the download is complete\."),
+    ],
+)
+def test_a_folder_that_is_no_model_says_what_it_holds(names: list[str], message: str, tmp_path: Path):
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=message):
+        from_pretrained(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- smollm2
