@@ -149,7 +149,7 @@ def plot_loss(
         for axis, (experiment, phase, curves) in zip(
             figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
         ):
-            axis.set_title(f"{phase.value.capitalize()}: {experiment.title}")
+            axis.set_title(f"{phase.value.capitalize()}: {experiment.title}", pad=18)  # above the title of the labels
             _draw(axis, curves)
         axis.set_xlabel("blocks kept (sparser to the right)")
     return path

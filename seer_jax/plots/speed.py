@@ -184,7 +184,7 @@ def _draw(
         axis.plot([], color=look.colour, marker=look.marker, linestyle=curve.dashes, label=label)
     axis.axvline(100 * TARGET, color=INK, linewidth=0.8, linestyle=(0, (6, 3)))
     axis.axhline(1, color=FAINT, linewidth=0.8)
-    axis.set_title(f"{timing.title}\nQuality: {experiment.title}")
+    axis.set_title(f"{timing.title}\nQuality: {experiment.title}", pad=18)  # above the title of the labels
     axis.set_xlabel("perplexity over dense")
     axis.set_ylabel("times faster than dense")
     set_over_scale(axis, "x", [trade.over for _, levels, _ in lines for trade in levels])

@@ -148,7 +148,7 @@ def label_ends(axis: Any, ends: Sequence[End], *, title: str = "", size: float =
         axis.plot([1.03], [place], **mark)
         axis.annotate(end.text, (1.045, place), va="center", **whole)
     if title:
-        axis.annotate(title, (1.02, 1.06), **whole)
+        axis.annotate(title, (1.02, 1.03), **whole)
 
 
 def spread(places: Sequence[float], least: float, top: float = 1.0) -> list[float]:
