@@ -146,9 +146,9 @@ class PrefillBench(PolicyBench):
     Attributes:
       only: parts to measure.
       variants: measure every configuration that the implementation offers.
-      skip_thresholds: of the attention, in [0, 1]: listed blocks of negligible weight are skipped (`skip_threshold` of
-        `block_sparse_attention`); each is measured beside none.
-      peak: of the attention's inputs; 0: queries and keys are standard normal vectors. Above, each is a quarter of one plus `peak` times
+      skip_thresholds: of the attention, in [0, 1]: listed blocks whose largest weight is below that share of the row's largest so far are
+        skipped; each threshold is measured beside none.
+      peak: of the attention's inputs; 0: queries and keys are standard normal vectors. Above, each is a quarter of one plus the peak times
         one that all of its block share: scores are about peak^2 times a standard normal number for each pair of blocks.
     """
 

@@ -153,7 +153,10 @@ SMALL = ["--length", "256", "--windows", "1"]
 RUNS = [
     (["demo"], "seer_jax.commands.demo:_demo"),
     (["eval", *SMALL, "--passkeys", "0"], "seer_jax.commands.eval:_measure"),
-    (["eval", *SMALL, "--tasks", "niah_single_1", "--samples", "1"], "seer_jax.commands.eval.tasks:_measure"),
+    (
+        ["eval", "--length", "256", "--tasks", "niah_single_1", "--samples", "1"],
+        "seer_jax.commands.eval.tasks:_measure",
+    ),
     (["calibrate", "--gates", "tiny-lm", *SMALL, "--held-out-windows", "0"], "seer_jax.commands.calibrate:_calibrate"),
     (["train", "--model", BASE, "--data.paths", BASE], "seer_jax.train.api:_load_model"),
 ]
