@@ -10,7 +10,7 @@ import pytest
 
 import seer_jax
 from seer_jax import tiny_lm
-from seer_jax.calibrate import Quantity, Target, calibrate, collect, held_out_report
+from seer_jax.calibrate import Quantity, Target, calibrate, calibration, collect, held_out_report
 from seer_jax.calibrate.calibration import Choice, Statistics, _measured, losses
 from seer_jax.calibrate.choose import cheapest_levels
 from seer_jax.calibrate.collect import collect_curves, kept_mass
@@ -108,6 +108,23 @@ def test_levels_spend_blocks_where_they_count():
         ValueError, match=r"density must be at least 0\.1\d*, what the highest level keeps .*; got 0\.05\. Raise it"
     ):
         cheapest_levels(curves, 0.05)
+
+
+def test_a_rule_that_cannot_be_so_sparse_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    """The least density of all rules is what the message names, rounded up so that it can be met."""
+
+    def reaching(least: float) -> Curves:
+        share = np.broadcast_to(np.linspace(1, least, 10), (2, 4, 10))
+        return Curves(share, 1 - share, 1 - share, 1 - share)
+
+    curves = {"threshold": reaching(0.12345), "mass": reaching(0.6)}
+    found = Statistics(tiny_model(), TOKENS, Phase.PREFILL, LearnedGate(), curves, [curves, curves], 0)
+    monkeypatch.setattr(calibration, "_measured", lambda found, choice, *others: float(choice.rule == "threshold"))
+    assert calibration._for_density(found, 0.3, print)[0].rule == "threshold"
+    assert calibration._for_density(found, 0.7, print)[0].rule == "mass"
+    assert calibration._for_density(found, 0.124, print)[0].rule == "threshold"
+    with pytest.raises(ValueError, match=r"density must be at least 0\.124 for prefill, .*; got 0\.12\. Raise it"):
+        calibration._for_density(found, 0.12, print)
 
 
 @functools.cache
