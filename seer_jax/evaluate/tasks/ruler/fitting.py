@@ -5,12 +5,14 @@ is the beginning of the next unit, where it can be cut anywhere, or a few short 
 prompt exactly as long as asked, if need be with some units less.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from seer_jax.evaluate.tasks.base import PromptEncoder, Sample
+from seer_jax.evaluate.tasks.base import PromptEncoder, Sample, Task, TaskSettings
+from seer_jax.evaluate.tasks.metrics import string_match_all
 
 FEWER = 4  # units that may be given up for a tail
 NEAR = 3  # tokens that words may gain or lose where they join the text
@@ -66,6 +68,22 @@ def fit(draft: Draft, encoder: PromptEncoder, size: int) -> Sample:
     raise ValueError(
         f"A prompt must be fitted to exactly {size} tokens; no filler of {encoder.tokenizer.place} makes it so. Use another `length`."
     )
+
+
+class DraftedTask(Task):
+    """A task whose samples are drawn one by one and grown to the size of a prompt; scored by `string_match_all`."""
+
+    @abc.abstractmethod
+    def draft(self, rng: np.random.Generator, settings: TaskSettings) -> Draft:
+        """One sample; all that is random in it comes from `rng`."""
+
+    def samples(self, encoder: PromptEncoder, settings: TaskSettings) -> list[Sample]:
+        size = settings.length - self.new_tokens
+        rngs = (settings.generator(self.name, number) for number in range(settings.count))
+        return [fit(self.draft(rng, settings), encoder, size) for rng in rngs]
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        return string_match_all(prediction, sample.answers)
 
 
 def _largest(count: Callable[[int], int], draft: Draft, size: int) -> int:

@@ -6,9 +6,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from seer_jax.checks import whole_number
-from seer_jax.evaluate.tasks.base import PromptEncoder, Sample, Task, TaskSettings, register
-from seer_jax.evaluate.tasks.metrics import string_match_all
-from seer_jax.evaluate.tasks.ruler.fitting import Draft, fit
+from seer_jax.evaluate.tasks.base import TaskSettings, register
+from seer_jax.evaluate.tasks.ruler.fitting import Draft, DraftedTask
 from seer_jax.evaluate.tasks.ruler.haystack import Essay, Haystack, Lines, draw_depths, noise
 from seer_jax.evaluate.tasks.ruler.words import DRAWN, draw_distinct
 
@@ -18,7 +17,7 @@ SHORTEST = 8  # tokens of a needle, at least
 
 
 @dataclasses.dataclass(frozen=True)
-class Needles(Task):
+class Needles(DraftedTask):
     """Retrieval of values by their keys, scored by the share of the values that the answer contains.
 
     Attributes:
@@ -49,15 +48,7 @@ class Needles(Task):
         if self.queries > self.keys:
             raise ValueError(f"queries must be at most keys = {self.keys}; got {self.queries}.")
 
-    def samples(self, encoder: PromptEncoder, settings: TaskSettings) -> list[Sample]:
-        size = settings.length - self.new_tokens
-        rngs = (settings.generator(self.name, number) for number in range(settings.count))
-        return [fit(self._draft(rng, settings), encoder, size) for rng in rngs]
-
-    def score(self, prediction: str, sample: Sample) -> float:
-        return string_match_all(prediction, sample.answers)
-
-    def _draft(self, rng: np.random.Generator, settings: TaskSettings) -> Draft:
+    def draft(self, rng: np.random.Generator, settings: TaskSettings) -> Draft:
         most = settings.length  # units: none has less than a token
         keys = draw_distinct(DRAWN[self.key_kind], self.keys, rng)
         drawn = draw_distinct(DRAWN[self.value_kind], self.keys * self.values, rng)

@@ -7,9 +7,8 @@ import string
 import numpy as np
 
 from seer_jax.checks import whole_number
-from seer_jax.evaluate.tasks.base import PromptEncoder, Sample, Task, TaskSettings, register
-from seer_jax.evaluate.tasks.metrics import string_match_all
-from seer_jax.evaluate.tasks.ruler.fitting import Draft, fit
+from seer_jax.evaluate.tasks.base import TaskSettings, register
+from seer_jax.evaluate.tasks.ruler.fitting import Draft, DraftedTask
 from seer_jax.evaluate.tasks.ruler.haystack import draw_depths, noise
 from seer_jax.evaluate.tasks.ruler.words import draw_distinct
 
@@ -17,7 +16,7 @@ LETTERS = 5  # of a variable's name
 
 
 @dataclasses.dataclass(frozen=True)
-class VariableTracking(Task):
+class VariableTracking(DraftedTask):
     """Variables that a value reached by assignment after assignment, scored by the share of them that the answer contains.
 
     Attributes:
@@ -36,15 +35,8 @@ class VariableTracking(Task):
         for name in ("chains", "hops", "new_tokens"):
             whole_number(name, getattr(self, name))
 
-    def samples(self, encoder: PromptEncoder, settings: TaskSettings) -> list[Sample]:
-        size = settings.length - self.new_tokens
-        rngs = (settings.generator(self.name, number) for number in range(settings.count))
-        return [fit(self._draft(rng, settings.length), encoder, size) for rng in rngs]
-
-    def score(self, prediction: str, sample: Sample) -> float:
-        return string_match_all(prediction, sample.answers)
-
-    def _draft(self, rng: np.random.Generator, most: int) -> Draft:
+    def draft(self, rng: np.random.Generator, settings: TaskSettings) -> Draft:
+        most = settings.length
         links = self.hops + 1
         names = draw_distinct(_draw_name, self.chains * links, rng)
         values = draw_distinct(lambda rng: str(rng.integers(10**4, 10**5)), self.chains, rng)

@@ -7,9 +7,8 @@ import string
 import numpy as np
 
 from seer_jax.checks import whole_number
-from seer_jax.evaluate.tasks.base import PromptEncoder, Sample, Task, TaskSettings, register
-from seer_jax.evaluate.tasks.metrics import string_match_all
-from seer_jax.evaluate.tasks.ruler.fitting import Draft, fit
+from seer_jax.evaluate.tasks.base import TaskSettings, register
+from seer_jax.evaluate.tasks.ruler.fitting import Draft, DraftedTask
 from seer_jax.evaluate.tasks.ruler.words import draw_distinct, word_pool
 
 SHORT_PROMPT = 4096  # tokens; shorter prompts repeat words less often
@@ -25,7 +24,7 @@ TOKENS_PER_WORD = 50  # of a prompt, for each word of its vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
-class CommonWords(Task):
+class CommonWords(DraftedTask):
     """The ten words of a list that occur most often, after one example; scored by the share of them that the answer contains.
 
     From 4096 tokens on a common word occurs 30 times and any other at most 3 times, in shorter prompts 6 times and once.
@@ -44,15 +43,8 @@ class CommonWords(Task):
         for name in ("common", "new_tokens"):
             whole_number(name, getattr(self, name))
 
-    def samples(self, encoder: PromptEncoder, settings: TaskSettings) -> list[Sample]:
-        size = settings.length - self.new_tokens
-        rngs = (settings.generator(self.name, number) for number in range(settings.count))
-        return [fit(self._draft(rng, settings.length), encoder, size) for rng in rngs]
-
-    def score(self, prediction: str, sample: Sample) -> float:
-        return string_match_all(prediction, sample.answers)
-
-    def _draft(self, rng: np.random.Generator, length: int) -> Draft:
+    def draft(self, rng: np.random.Generator, settings: TaskSettings) -> Draft:
+        length = settings.length
         is_short = length < SHORT_PROMPT
         often, seldom = (6, 1) if is_short else (30, 3)
         shown, shown_often, shown_seldom = (20, 3, 1) if is_short else (40, 10, 3)
@@ -100,7 +92,7 @@ def _numbered(words: list[str], order: int | None = None, *, start: int = 1) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class FrequentWords(Task):
+class FrequentWords(DraftedTask):
     """The three most frequent made-up words; scored by the share of them that the answer contains.
 
     The k-th word of the vocabulary occurs n / (zeta(2) k^2) times, rounded down; the first is noise. There is a word for every 50 tokens.
@@ -116,15 +108,8 @@ class FrequentWords(Task):
     def __post_init__(self) -> None:
         whole_number("new_tokens", self.new_tokens)
 
-    def samples(self, encoder: PromptEncoder, settings: TaskSettings) -> list[Sample]:
+    def draft(self, rng: np.random.Generator, settings: TaskSettings) -> Draft:
         size = settings.length - self.new_tokens
-        rngs = (settings.generator(self.name, number) for number in range(settings.count))
-        return [fit(self._draft(rng, size), encoder, size) for rng in rngs]
-
-    def score(self, prediction: str, sample: Sample) -> float:
-        return string_match_all(prediction, sample.answers)
-
-    def _draft(self, rng: np.random.Generator, size: int) -> Draft:
         vocabulary = [NOISE, *draw_distinct(_draw_coded, max(size // TOKENS_PER_WORD, 5), rng)]
         order = int(rng.integers(2**32))
         shares = 1 / (ZETA * np.arange(1, len(vocabulary) + 1) ** 2)
