@@ -189,11 +189,16 @@ def test_it_is_used_where_no_policy_is_named(model: Transformer, tmp_path: Path)
 # ---------------------------------------------------------------------------------------------------- the release's keys
 
 
-def test_the_bundled_gates_recommend_what_their_model_card_says():
-    assert {kind: load_gates(folder).recommended for kind, folder in tiny_lm.gates().items()} == {
-        "prefill": CumulativeMass(0.95),
-        "decode": CumulativeMass(0.9),
-    }
+@pytest.mark.parametrize(("kind", "lists"), [("prefill", 8), ("decode", 2)])
+def test_the_bundled_gates_recommend_what_calibration_chose(kind: str, lists: int):
+    """A threshold per layer and head; the model card says which share of the blocks they keep."""
+    folder = tiny_lm.gates()[kind]
+    policy, made = load_gates(folder).recommended, read_config(folder)["seer_jax_calibration"]
+    assert isinstance(policy, Threshold)
+    assert np.shape(policy.threshold) == (8, lists) and policy.dense_last_rows == 2
+    assert made["target"] == {"over": 0.01} and "/" not in made["command"]
+    card = (tiny_lm.path() / "README.md").read_text(encoding="utf-8")
+    assert f"at {made['length']} tokens" in card and f"{made['density']:.1%}" in card
 
 
 def test_policies_of_the_release(tmp_path: Path):

@@ -64,7 +64,8 @@ def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
     assert (tmp_path / "block_maps.png").read_bytes().startswith(b"\x89PNG")
     gates = [load_gates(tmp_path / f"{phase}_gate") for phase in Phase]
     assert [gate.config.block_size for gate in gates] == [config.tokens_per_block] * 2
-    assert [np.shape(gate.recommended.threshold) for gate in gates] == [(8, 8), (8, 2)]
+    recommended: list[Any] = [gate.recommended for gate in gates]
+    assert [np.shape(policy.threshold) for policy in recommended] == [(8, 8), (8, 2)]
     for words in ("learned gate", "sink+window", "oracle", "perplexity: how many", "continued greedily", "Took"):
         assert words in out.getvalue()
 
