@@ -10,6 +10,9 @@ from pallas_kernels.checks import check_arrays, check_integers, resolve_scale
 
 _run = Operation("score_sub_blocks", "pallas_kernels.sub_block_scores", gradients="score_sub_blocks_gradients")
 
+# Products below which XLA takes less time than the kernel's preparations.
+MIN_KERNEL_PRODUCTS = 2**18
+
 JOINS = ("sum", "max")
 HEADS = ("each", "max", "mean")
 
@@ -76,6 +79,8 @@ def score_sub_blocks(
     for setting, value, choices in (("join", join, JOINS), ("heads", heads, HEADS)):
         if value not in choices:
             raise ValueError(f"{name}: {setting} must be one of {choices}; got {value!r}.")
+    if implementation is None and queries.shape[0] * tokens * queries.shape[2] * keys.shape[1] < MIN_KERNEL_PRODUCTS:
+        implementation = "xla"
     return _run(
         implementation,
         queries,

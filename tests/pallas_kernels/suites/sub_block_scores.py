@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import score_sub_blocks
 from pallas_kernels.backends import Implementation
-from pallas_kernels.sub_block_scores.cases import JOINED, TINY, Case
+from pallas_kernels.sub_block_scores.cases import TINY, Case
 from tests.pallas_kernels.suites.comparison import KEY, array, assert_within_rounding, compare_with_sharded
 from tests.pallas_kernels.suites.padding import IgnoresPadding
 
@@ -74,7 +74,7 @@ class Definition(IgnoresPadding):
 
     def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Query vectors that see nothing, in a row with others and alone, and key vectors that none sees, at both ends."""
-        arguments = Case("padded", 2, 1, 64, 70, 70, 4, 4, batch=2).arguments(KEY)
+        arguments = Case("padded", 1, 1, 64, 70, 70, 4, 4, batch=2).arguments(KEY)
         vector = np.arange(70)
         blind, hidden = np.stack([vector >= 49, vector < 5]), np.stack([vector >= 50, vector < 7])
         first = np.where(hidden[:, :1], [[0], [7]], 0)
@@ -87,15 +87,6 @@ class Definition(IgnoresPadding):
         arguments["seen"] = arguments["seen"].at[:, 4:8].set(0).at[:, 9, 1].set(-3)
         assert_accurate(self.run(**arguments), arguments, self.error)
         assert (self.run(**arguments)[0, :, 1] == -jnp.inf).all()
-
-
-class JoinsHeads(Definition):
-    """Properties of backends that join heads."""
-
-    @pytest.mark.parametrize("case", JOINED, ids=lambda case: case.name)
-    def test_heads_join(self, case: Case):
-        arguments = case.arguments(KEY)
-        assert_accurate(self.run(**arguments), arguments, self.error)
 
 
 class Conformance(Definition):
@@ -136,7 +127,7 @@ def compare_gradients(arguments: dict[str, Any], implementation: Implementation,
         def loss(queries: jax.Array, keys: jax.Array) -> jax.Array:
             scores = score_sub_blocks(queries, keys, seen=arrays["seen"], **static, implementation=name)
             weights = jnp.cos(jnp.arange(scores.size)).reshape(scores.shape)
-            return (jnp.sin(jnp.where(scores > -jnp.inf, scores, 0)) * weights).sum()
+            return (jnp.where(scores > -jnp.inf, scores, 0) * weights).sum()
 
         return jax.jit(jax.grad(loss, argnums=(0, 1)))(arrays["queries"], arrays["keys"])
 
