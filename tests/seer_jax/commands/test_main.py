@@ -119,11 +119,11 @@ def test_info_lists_versions_devices_and_implementations(capsys: pytest.CaptureF
     assert any(line.split() == ["jax", jax.__version__] for line in lines)
     assert any(line.split()[:1] == [f"{jax.devices()[0].platform}:0"] for line in lines)
     attention = ("block_sparse_attention", "attention_with_block_scores", "sparse_decode_attention")
-    for name in (*attention, "select_blocks", "pool_blocks", "score_blocks", "stacked_linear"):
+    for name in (*attention, "select_blocks", "pool_blocks", "score_blocks", "score_sub_blocks", "stacked_linear"):
         assert any(line.split()[:1] == [name] and "reference" in line for line in lines), name
 
 
 def test_info_finds_every_operation_once():
     found = list(info.operations())
     assert all(isinstance(operation, Operation) for operation in found)
-    assert len({operation.name for operation in found}) == len(found) >= 7
+    assert len({operation.name for operation in found}) == len(found) >= 8
