@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from pallas_kernels import pool_blocks, score_blocks
+from pallas_kernels import pool_blocks, score_blocks, score_sub_blocks
 from seer_jax.gates.configs import DecodeGateConfig, Pool, QueryReduction
 from seer_jax.gates.projections import initial_projection, project, project_few
 from seer_jax.gates.recommendation import Recommending
-from seer_jax.gates.sub_blocks import score_sub_blocks
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.layers import GateParam, rms_norm
 from seer_jax.models.rope import apply_rope
