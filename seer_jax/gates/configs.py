@@ -177,6 +177,17 @@ class DecodeGateConfig:
 GateConfig = PrefillGateConfig | DecodeGateConfig
 
 
+def changed_settings(config: GateConfig) -> str:
+    """The settings that are not the defaults, as `name=value, ...`; "" where all are.
+
+    >>> changed_settings(PrefillGateConfig(q_pool_size=16, k_pooling=(Pool.AVG,)))
+    'k_pooling=avg, q_pool_size=16'
+    """
+    values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    return ", ".join(f"{n}={'+'.join(v) if isinstance(v, tuple) else v}" for n, v in changed.items())
+
+
 class TrainedGates(enum.StrEnum):
     """Which gates a run distils; both come from the same dense pass."""
 
