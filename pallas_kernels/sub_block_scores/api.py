@@ -5,12 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.backends import XLA, Implementation, Operation
+from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.checks import check_arrays, check_integers, resolve_scale
 
-_run = Operation(
-    "score_sub_blocks", "pallas_kernels.sub_block_scores", preferred=(XLA,), gradients="score_sub_blocks_gradients"
-)
+_run = Operation("score_sub_blocks", "pallas_kernels.sub_block_scores", gradients="score_sub_blocks_gradients")
 
 JOINS = ("sum", "max")
 HEADS = ("each", "max", "mean")
