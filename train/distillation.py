@@ -98,8 +98,9 @@ def packed_prefill_logits(
     segment_ids: Int[Array, "B T"],
 ) -> Float32[Array, "B H Tb Tb"]:
     """Logits of one layer for packed sequences, -inf outside a block row's own sequence; q and k before RoPE."""
-    valid = segment_ids > 0
-    logits = gate.logits(gate.queries(q, positions, valid), gate.keys(k, positions, valid))
+    valid, places = segment_ids > 0, jnp.arange(q.shape[1])[None]
+    seen = gate.seen(places, valid, places - positions)
+    logits = gate.logits(gate.queries(q, positions, valid), gate.keys(k, positions, valid), seen=seen)
     segment = segment_ids[:, :: gate.config.block_size]
     same = (segment[:, :, None] == segment[:, None]) & (segment > 0)[:, :, None]
     causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
@@ -108,18 +109,18 @@ def packed_prefill_logits(
 
 def packed_decode_keys(
     gate: DecodeGate, k: Float[Array, "B S K D"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
-) -> Float32[Array, "B Sb K C"]:
+) -> Float32[Array, "B Sw K C"]:
     """Compressed keys of one layer for packed sequences; k before RoPE."""
-    b = gate.config.block_size
-    pooled = pool_blocks(k, gate.config.k_pooling, block_size=b, valid=segment_ids > 0)
+    size = gate.config.key_pool
+    pooled = pool_blocks(k, gate.config.k_pooling, block_size=size, valid=segment_ids > 0)
     # The prefill gate projects the same pooled keys. XLA would merge both into one product, which it then fails to compile.
-    return gate.compress(jax.lax.optimization_barrier(pooled), positions[:, ::b])
+    return gate.compress(jax.lax.optimization_barrier(pooled), positions[:, ::size])
 
 
 def packed_decode_logits(
     gate: DecodeGate,
     q: Float[Array, "B n H D"],
-    keys: Float32[Array, "B Sb K C"],
+    keys: Float32[Array, "B Sw K C"],
     positions: Int[Array, "B n"],
     segment_ids: Int[Array, "B S"],
     start: int | Int[Array, ""] = 0,
@@ -134,11 +135,9 @@ def packed_decode_logits(
       start: place of the first query among them.
     """
     b, place = gate.config.block_size, start + jnp.arange(q.shape[1])
-    completed = jnp.broadcast_to(place // b, positions.shape)  # in the row; blocks of other sequences are masked below
-    logits = gate.logits(gate.queries(q, positions), keys, completed=completed)
-    own = segment_ids[:, place]
-    same = (own[:, :, None] == segment_ids[:, None, ::b]) & (own > 0)[:, :, None]
-    return jnp.where(same[:, None], logits, -jnp.inf)
+    own, completed = segment_ids[:, place], jnp.broadcast_to(place // b, positions.shape)
+    first = jnp.where(own > 0, (place[None] - positions) // b, completed)  # of its own sequence; padding sees nothing
+    return gate.logits(gate.queries(q, positions), keys, completed=completed, first=first)
 
 
 class _Layer(NamedTuple):
@@ -210,7 +209,7 @@ class _Gradients(NamedTuple):
 
     loss: Float32[Array, ""]
     gradient: Any
-    key_gradient: Float32[Array, "B Sb K C"]
+    key_gradient: Float32[Array, "B Sw K C"]
 
 
 class _Sample(NamedTuple):

@@ -175,11 +175,13 @@ def _rows(
 def _few_products(
     scale: float, queries: Float32[Array, "B u H C"], keys: Float[Array, "B Sw K C"]
 ) -> Float32[Array, "B K G u Sw"]:
-    """A sum of products, which XLA fuses with the conversion of the keys; a matrix product may copy them first, in float32."""
+    """A sum of products, which XLA fuses with the conversion of the keys; a matrix product may copy them first, in float32.
+
+    By key head: caches hold the keys of a head together, and this transposition cancels that of the caller.
+    """
     batch, vectors, _, dim = queries.shape
-    grouped = (queries * scale).reshape(batch, vectors, 1, keys.shape[2], -1, dim)
-    products = (grouped * keys.astype(jnp.float32)[:, None, :, :, None]).sum(-1)
-    return products.transpose(0, 3, 4, 1, 2)
+    grouped = (queries * scale).reshape(batch, vectors, keys.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)
+    return (grouped[..., None, :] * _by_head(keys)[:, :, None, None]).sum(-1)
 
 
 def _join(
