@@ -71,17 +71,18 @@ def score_for_one_query(
     static: tuple[int, str, str, float],
     interpret: Any,
     queries: Float32[Array, "B 1 H C"],
-    keys: Float[Array, "B Sw K C"],
+    keys: Float[Array, "P Sw K C"],
     seen: Int32[Array, "#B 1 2"],
+    first_row: Int32[Array, ""] | None,
 ) -> Float32[Array, "B lists 1 Sb"]:
     """As `score_sub_blocks`; static: `keys_per_block`, `join`, `heads` and `scale`.
 
     Raises:
       Unsupported: the kernel does not take these arguments.
     """
-    per_block, (batch, num_keys, kv_heads, dim) = static[0], keys.shape
+    per_block, (_, num_keys, kv_heads, dim) = static[0], keys.shape
     call = _Call(
-        batch=batch,
+        batch=len(queries),
         kv_heads=kv_heads,
         group=queries.shape[2] // kv_heads,
         dim=dim,
@@ -97,7 +98,8 @@ def score_for_one_query(
         raise Unsupported(f"takes {whole} for one query vector; got {num_keys} vectors.")
     if call.width * per_block > MAX_PRODUCTS:
         raise Unsupported(f"takes at most {MAX_PRODUCTS} products per block; got {call.width} x {per_block}.")
-    return _score(call, static[1:], interpret, queries, keys, seen)
+    first_row = jnp.int32(0) if first_row is None else first_row
+    return _score(call, static[1:], interpret, queries, keys, seen, first_row)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -106,8 +108,9 @@ def _score(
     static: tuple[str, str, float],
     interpret: Any,
     queries: Float32[Array, "B 1 H C"],
-    keys: BFloat16[Array, "B Sw K C"],
+    keys: BFloat16[Array, "P Sw K C"],
     seen: Int32[Array, "#B 1 2"],
+    first_row: Int32[Array, ""],
 ) -> Float32[Array, "B lists 1 Sb"]:
     join, heads, scale = static
     with jax.named_scope("split"):
@@ -115,8 +118,10 @@ def _score(
         grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, call.width - call.group), (0, 0)))
         high = rounded(grouped, jnp.bfloat16)
         parts = jnp.stack([high, grouped - high]).astype(jnp.bfloat16)
-    keys = keys.reshape(call.batch, call.blocks, call.per_block, call.kv_heads, call.dim)
+    # By head, as caches keep them: then this transposition cancels that of the caller.
+    keys = keys.swapaxes(1, 2).reshape(len(keys), call.kv_heads, call.blocks, call.per_block, call.dim)
     bounds = jnp.broadcast_to(jnp.clip(seen[:, 0], 0, call.blocks * call.per_block), (call.batch, 2))
+    bounds = jnp.concatenate([bounds, (first_row + jnp.arange(call.batch))[:, None]], axis=1)
     results = _kernel_of(call, interpret)(parts, keys, bounds)
     sums, *largest = (x[:, :, : call.blocks, : call.group] / LOG2_E for x in results)
     with jax.named_scope("normalise"):
@@ -132,8 +137,8 @@ def _score(
 
 
 def _kernel_of(call: _Call, interpret: Any) -> Callable:
-    """The kernel from queries [2, B, K, width, C], keys [B, Sb, vectors, K, C] and bounds [B, 2], the first key vector that is seen and
-    the one after the last, to log2 of the sums of the blocks, and their largest products if asked for, [B, K, Sb, width]."""
+    """The kernel from queries [2, B, K, width, C], keys [P, K, Sb, vectors, C] and bounds [B, 3], the first key vector that is seen, the
+    one after the last, and the row of the keys, to log2 of the sums of the blocks, and their largest products if asked for, [B, K, Sb, width]."""
     result = jax.ShapeDtypeStruct((call.batch, call.kv_heads, call.padded_blocks, call.width), _f32)
     return plgpu.kernel(
         functools.partial(_kernel, call),
@@ -154,12 +159,12 @@ def _kernel_of(call: _Call, interpret: Any) -> Callable:
 def _kernel(call: _Call, queries_ref, keys_ref, bounds_ref, *refs) -> None:
     *results, query_tile, key_tiles, queries_ready, keys_ready = refs
     cta = lax.axis_index("cta")
-    rest, head = lax.div(cta, _i32(call.kv_heads)), lax.rem(cta, _i32(call.kv_heads))  # heads lie side by side
-    sequence, block = lax.div(rest, _i32(call.block_tiles)), lax.rem(rest, _i32(call.block_tiles)) * BLOCKS
-    first, end = bounds_ref[sequence, 0], bounds_ref[sequence, 1]
+    rest, block = lax.div(cta, _i32(call.block_tiles)), lax.rem(cta, _i32(call.block_tiles)) * BLOCKS
+    sequence, head = lax.div(rest, _i32(call.kv_heads)), lax.rem(rest, _i32(call.kv_heads))
+    first, end, row = (bounds_ref[sequence, i] for i in range(3))
 
     def load(vector: int) -> None:
-        source = keys_ref.at[sequence, pl.ds(block, BLOCKS), vector, head]
+        source = keys_ref.at[row, head, pl.ds(block, BLOCKS), vector]
         stage = vector % call.stages
         plgpu.copy_gmem_to_smem(source, key_tiles.at[stage], keys_ready.at[stage])
 

@@ -12,7 +12,7 @@ from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.flash_tiles import LOG2_E, positive_scale
 from pallas_kernels.sub_block_scores.decode import score_for_one_query
 from pallas_kernels.sub_block_scores.kernel import ROWS, Call, Tuning, sub_block_kernel
-from pallas_kernels.sub_block_scores.xla import FEW
+from pallas_kernels.sub_block_scores.xla import FEW, own_rows
 
 _LARGEST = 14  # exponent of the largest element of a list after scaling: float16 reaches 2^16
 _MAX_EXPONENT = 126
@@ -21,7 +21,7 @@ _f32, _i32 = jnp.float32, jnp.int32
 
 def score_sub_blocks(
     queries: Float32[Array, "B Tu H C"],
-    keys: Float[Array, "B Sw K C"],
+    keys: Float[Array, "P Sw K C"],
     *,
     seen: Int32[Array, "#B Tu 2"],
     queries_per_row: int,
@@ -29,6 +29,7 @@ def score_sub_blocks(
     join: str,
     heads: str,
     scale: float,
+    first_row: Int32[Array, ""] | None = None,
     tuning: Tuning | None = None,
 ) -> Float32[Array, "B lists rows Sb"]:
     """See the function of this name in api.py.
@@ -40,7 +41,7 @@ def score_sub_blocks(
     if dim not in (64, 128):
         raise Unsupported(f"takes vectors of 64 and 128 elements; got {dim}.")
     if vectors == 1:
-        return score_for_one_query((keys_per_block, join, heads, scale), interpreter(), queries, keys, seen)
+        return score_for_one_query((keys_per_block, join, heads, scale), interpreter(), queries, keys, seen, first_row)
     if vectors * num_heads // kv_heads <= FEW:
         got = f"{vectors} of {num_heads // kv_heads} heads"
         raise Unsupported(f"takes more than {FEW} query vectors per key head, or one for all heads; got {got}.")
@@ -51,6 +52,7 @@ def score_sub_blocks(
     if tuning is None:
         most = f"{Tuning.most_vectors(dim)} query vectors of {dim} elements"
         raise Unsupported(f"takes at most {most} per row, for all heads that join; got {group * queries_per_row}.")
+    keys = own_rows(keys, first_row, len(queries))
     queries, scale = positive_scale(queries, scale)
     static = queries_per_row, keys_per_block, join, heads, scale, tuning
     return _score(static, interpreter(), queries, keys, seen)

@@ -122,10 +122,16 @@ def test_memory_beside_arguments_and_results_is_that_of_a_chunk(gradient: bool):
 
 
 def test_decoding_makes_no_copy_of_the_keys():
+    """A layer's among those of all layers, which a cache keeps by head."""
     arguments, static = shapes(DECODE)
-    score = functools.partial(score_sub_blocks, **static, implementation="xla")
-    products = 4 * DECODE.batch * DECODE.heads * DECODE.keys
-    assert memory(lambda x: score(**x), arguments).temp_size_in_bytes <= 4 * products < 2 * arguments["keys"].size
+    batch, count, heads, dim = arguments.pop("keys").shape
+    cache, row = jax.ShapeDtypeStruct((3 * batch, heads, count, dim), "bfloat16"), jax.ShapeDtypeStruct((), "int32")
+
+    def score(x: Any, cache: jax.Array, row: jax.Array) -> jax.Array:
+        return score_sub_blocks(keys=cache.swapaxes(1, 2), **x, **static, first_row=row, implementation="xla")
+
+    products, keys = 4 * DECODE.batch * DECODE.heads * DECODE.keys, 2 * batch * count * heads * dim
+    assert memory(score, arguments, cache, row).temp_size_in_bytes <= 4 * products < keys
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -134,8 +140,11 @@ def test_decoding_makes_no_copy_of_the_keys():
     [
         ({"queries": jnp.ones((1, 4, 4, 8), "bfloat16")}, r"queries must be float32 .*; got bfloat16 \(1, 4, 4, 8\)"),
         ({"keys": jnp.ones((1, 8, 2, 8), "float16")}, r"keys float32 or bfloat16 .*; got .* float16 \(1, 8, 2, 8\)"),
-        ({"keys": jnp.ones((8, 2, 8))}, r"\[B, Sw, K, C\]; got .* float32 \(8, 2, 8\)"),
-        ({"keys": jnp.ones((2, 8, 2, 8))}, r"must agree in B and C, .* \(2, 8, 2, 8\)"),
+        ({"keys": jnp.ones((8, 2, 8))}, r"\[P, Sw, K, C\]; got .* float32 \(8, 2, 8\)"),
+        ({"keys": jnp.ones((2, 8, 2, 8))}, r"must agree in B, unless first_row says .*; got .* \(2, 8, 2, 8\)"),
+        ({"keys": jnp.ones((2, 8, 2, 8)), "first_row": 2}, r"first_row must lie from 0 to P - B = 1; got 2"),
+        ({"first_row": jnp.zeros(())}, r"first_row must hold integers; got float32"),
+        ({"keys": jnp.ones((1, 8, 2, 4))}, r"must agree in C, .* \(1, 8, 2, 4\)"),
         ({"keys": jnp.ones((1, 8, 3, 8))}, r"H must be a multiple of K; got \(1, 4, 4, 8\) and \(1, 8, 3, 8\)"),
         ({"keys": jnp.ones((1, 0, 2, 8))}, r"no axis may be empty; got .* \(1, 0, 2, 8\)"),
         ({"seen": jnp.zeros((1, 4, 2))}, r"seen must hold integers; got float32"),

@@ -108,6 +108,15 @@ class Conformance(Definition):
         run, rounding = functools.partial(self.run, **arguments), assert_within_rounding  # sums of XLA depend on shapes
         compare_with_sharded(run, arrays, heads, P(None, "model"), rounding)
 
+    def test_reads_some_rows_of_more_keys(self):
+        """As of a cache of several layers; the row is known or traced."""
+        case = Case("rows", 2, 2, 64, 1, 128, 1, 8, batch=2, causal=False, dtype="bfloat16")
+        arguments = case.arguments(KEY)
+        keys = arguments["keys"]
+        layers = jnp.concatenate([jnp.full_like(keys, jnp.nan), keys, jnp.full_like(keys, jnp.nan)])
+        for row in (2, jnp.int32(2)):
+            assert_accurate(self.run(**arguments | {"keys": layers, "first_row": row}), arguments, self.error)
+
     def test_maps(self):
         arguments = Case("mapped", 2, 2, 64, 64, 64, 2, 4, batch=3).arguments(KEY)
         seen, static = arguments["seen"], {name: x for name, x in arguments.items() if name in SETTINGS}
