@@ -59,8 +59,13 @@ def score_sub_blocks_gradients(
 
 
 def own_rows(keys: Float[Array, "P Sw K C"], first: Int32[Array, ""] | None, number: int) -> Float[Array, "B Sw K C"]:
-    """The rows of keys that belong to the queries."""
-    return keys if first is None else lax.dynamic_slice_in_dim(keys, first, number)
+    """The rows of keys that belong to the queries.
+
+    Cut by head, as caches keep them: XLA then cancels the transpositions of the caller, of this, and of the products.
+    """
+    if first is None:
+        return keys
+    return lax.dynamic_slice_in_dim(keys.swapaxes(1, 2), first, number).swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
