@@ -72,11 +72,12 @@ class Case:
         return {"queries": queries, "keys": keys, "seen": jnp.asarray(self.seen())}
 
 
-def _prefill(name: str, tokens: int, query_pool: int, key_pool: int, **settings: Any) -> Case:
+def _prefill(
+    name: str, tokens: int, query_pool: int, key_pool: int, *, kv_heads: int = 8, dim: int = 64, join: str = "sum"
+) -> Case:
     """The prefill gate of Llama-3.1-8B with blocks of 64 tokens."""
-    shape = dict(heads=32, kv_heads=8, dim=64) | settings
-    vectors = {"vectors": tokens // query_pool, "keys": tokens // key_pool}
-    return Case(name, **shape, **vectors, per_row=64 // query_pool, per_block=64 // key_pool)
+    vectors, keys = tokens // query_pool, tokens // key_pool
+    return Case(name, 32, kv_heads, dim, vectors, keys, 64 // query_pool, 64 // key_pool, join=join)
 
 
 REAL = (

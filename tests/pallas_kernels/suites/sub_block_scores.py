@@ -51,11 +51,11 @@ def assert_accurate(got: jax.Array, arguments: dict[str, Any], error: float) -> 
     """Errors are at most `error` of the largest product of norms, plus a rounding floor."""
     truth, bound = scores_by_hand(**arguments)
     assert got.dtype == jnp.float32 and got.shape == truth.shape
-    got = array(got)
-    np.testing.assert_array_equal(got > -np.inf, truth > -np.inf)
+    scores = array(got)
+    np.testing.assert_array_equal(scores > -np.inf, truth > -np.inf)
     large, small = truth > -80, (truth > -np.inf) & (truth <= -80)  # the latter a backend may round upwards
-    assert np.abs(got[large] - truth[large]).max() <= error * bound + 4e-6
-    assert (got[small] < -80 + error * bound).all()
+    assert np.abs(scores[large] - truth[large]).max() <= error * bound + 4e-6
+    assert (scores[small] < -80 + error * bound).all()
 
 
 class Definition(IgnoresPadding):
@@ -104,7 +104,7 @@ class Conformance(Definition):
         """Each device has heads of its own."""
         arguments = Case("sharded", 4, 2, 64, 64, 64, 4, 4).arguments(KEY)
         arrays = {name: arguments.pop(name) for name in ("queries", "keys", "seen")}
-        heads = dict.fromkeys(("queries", "keys"), P(None, None, "model"))
+        heads: dict[str, P] = dict.fromkeys(("queries", "keys"), P(None, None, "model"))
         run, rounding = functools.partial(self.run, **arguments), assert_within_rounding  # sums of XLA depend on shapes
         compare_with_sharded(run, arrays, heads, P(None, "model"), rounding)
 
