@@ -100,8 +100,9 @@ def attention_with_block_scores(
 
     The first query of block 1 sees 64 keys of block 0, of equal weight, and itself; the last one has half of its mass in each.
 
-    >>> attention_with_block_scores(q, k, k, statistic="mass").block_scores[0, 0].round(4).tolist()
-    [[1.0, 0.0], [0.6632, 0.3368]]
+    >>> scores = attention_with_block_scores(q, k, k, statistic="mass").block_scores
+    >>> (100 * scores[0, 0]).round().tolist()
+    [[100.0, 0.0], [66.0, 34.0]]
     """
     name = "attention_with_block_scores"
     check_attention_inputs(name, q, k, v, query_axes="B T H D")
