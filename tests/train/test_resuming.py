@@ -88,7 +88,10 @@ def test_settings_of_earlier_versions_go_on(undisturbed):
     theirs = {"config": renewed(old | {"gates": "both"}, DistillConfig)}
     with pytest.raises(ValueError, match=r"^`kind`: this run was started with 'both'; got 'decode'"):
         check_resumed({"config": ours}, theirs, step=1, folder=folder)
-    by_mass, theirs = dataclasses.replace(RUN, target=TargetStatistic.MASS).defining(), {"config": renewed(old, DistillConfig)}
+    by_mass, theirs = (
+        dataclasses.replace(RUN, target=TargetStatistic.MASS).defining(),
+        {"config": renewed(old, DistillConfig)},
+    )
     with pytest.raises(
         ValueError, match=r"^`target`: this run was started with 'max'; got 'mass'\. Restore target=max"
     ):

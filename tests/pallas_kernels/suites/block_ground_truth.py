@@ -26,7 +26,7 @@ from tests.pallas_kernels.suites.comparison import (
     slow_but,
     softmax_weights,
 )
-from tests.pallas_kernels.suites.padding import IgnoresPadding, behind, fill
+from tests.pallas_kernels.suites.padding import IgnoresPadding, behind, fill, products_of_padding
 
 _compiled = jax.jit(
     attention_with_block_scores,
@@ -278,8 +278,17 @@ class HalfPrecision(IgnoresPadding):
 
     implementation: ClassVar[Implementation]
 
+    statistic: str = "max"
+
     def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return padded(Case("padded", Heads(2, 1, 64), 192, batch=2, token_scores=True, lengths=(192, 70)))
+        scores: dict[str, Any] = dict(token_scores=True, statistic=self.statistic)
+        return padded(Case("padded", Heads(2, 1, 64), 192, batch=2, lengths=(192, 70), **scores))
+
+    @pytest.mark.slow
+    @products_of_padding
+    def test_padding_reaches_no_result_by_mass(self):
+        self.statistic = "mass"
+        self.test_padding_reaches_no_result()
 
     def run(self, **arguments: Any) -> Any:
         return _compiled(**arguments, implementation=self.implementation)
