@@ -154,7 +154,7 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, r
         )
         assert said in capsys.readouterr().err
         gate = json.loads((tmp_path / "decode_gate" / "config.json").read_text())
-        assert gate["seer_jax_training"] == {"step": done, "steps": RUN.steps, "finished": False}
+        assert gate["seer_jax_training"] == {"step": done, "steps": RUN.steps, "finished": False, "target": "max"}
         load_gates(tmp_path / "decode_gate", make_model().config)
     if raised is SystemExit:
         assert stopped.value.code == 143
