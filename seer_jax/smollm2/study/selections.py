@@ -1,6 +1,7 @@
 """What may become of the lists of trained gates: layers that share them, and heads that need none."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ class LocalHeads(Policy):
         return context.of_mask(jnp.where(local > 0.5, near, mask))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("latest", "block_size"))
 def local_mass(model: Transformer, tokens: Int[Array, "1 T"], latest: int, block_size: int) -> Float32[Array, "L H"]:
     """Share of the attention mass of each head that lies in the first block and the `latest` ones, under dense attention."""
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
+from seer_jax.inference.memory import tree_bytes
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.smollm2.study.config import StudyConfig
@@ -29,7 +30,7 @@ def training_folder(config: StudyConfig, name: str) -> Path:
 
 def read_rows(config: StudyConfig, model: Transformer, text: Text, steps: int) -> Any:
     """Rows of tokens for so many steps, a `PackedDataset`; kept in the output folder."""
-    from seer_jax.train.data.batches import DataConfig, load_dataset
+    from seer_jax.train import DataConfig, load_dataset
 
     rows = steps * config.batch_size
     path, tokens = config.train, config.output / "tokens"
@@ -61,7 +62,7 @@ def train(
     Raises:
       ValueError, MemoryError, FloatingPointError: see `distill`.
     """
-    from seer_jax.train import DistillConfig, OptimizerConfig, StepReport, distill
+    from seer_jax.train import DistillConfig, OptimizerConfig, StepReport, TargetStatistic, distill
 
     steps = config.steps * variant.times
 
@@ -75,7 +76,7 @@ def train(
         kind=TrainedGates.BOTH,
         prefill=variant.prefill,
         decode=variant.decode,
-        target=variant.target,  # pyright: ignore[reportArgumentType] - a text, which names a member
+        target=TargetStatistic(variant.target),
         sequence_length=config.length,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
@@ -125,13 +126,13 @@ def _cache_bytes(
     model: Transformer, decode_gate: DecodeGateConfig | None, prefill_gate: PrefillGateConfig | None
 ) -> float:
     """Of a token, without what does not grow with tokens."""
-    make = functools.partial(
-        Cache.create, model.config, 1, dtype=model.dtype, decode_gate=decode_gate, prefill_gate=prefill_gate
-    )
+
+    def leaves(capacity: int) -> list[jax.Array]:
+        gates = dict(decode_gate=decode_gate, prefill_gate=prefill_gate)
+        return jax.tree.leaves(Cache.create(model.config, 1, capacity, model.dtype, **gates))
 
     def size(blocks: int) -> int:
-        shapes = jax.tree.leaves(jax.eval_shape(functools.partial(make, capacity=blocks * BLOCK_SIZE)))
-        return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes)
+        return tree_bytes(jax.eval_shape(functools.partial(leaves, blocks * BLOCK_SIZE)))
 
     return (size(2) - size(1)) / BLOCK_SIZE
 
