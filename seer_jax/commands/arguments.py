@@ -1,7 +1,6 @@
-"""What all commands share: the program's name, its exit codes, and how a configuration dataclass becomes options."""
+"""What all commands share: how a configuration dataclass becomes options."""
 
 import dataclasses
-import enum
 import functools
 import importlib
 import importlib.util
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from seer_jax import smollm2, tiny_lm
+from seer_jax.commands import PROGRAM
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.errors.usage import UsageError, reason
 from seer_jax.models.hub import HubSettings, is_name
@@ -21,18 +21,7 @@ from seer_jax.selection.notation import parse_policy, policy_syntax, write_polic
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import SCORERS, Scorer
 
-PROGRAM = "seer-jax"
 MOST_COLUMNS = 100  # of prose; longer lines are hard to read
-
-
-class ExitCode(enum.IntEnum):
-    """What the process returns."""
-
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    INTERRUPTED = 130
-    TERMINATED = 143
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from seer_jax.calibrate import Calibration, Quantity, Report, Target, calibrate,
 from seer_jax.calibrate.calibration import check_windows, num_steps
 from seer_jax.calibrate.levels import GRIDS
 from seer_jax.checks import check_at_least, whole_number
-from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import HubOptions, model_of, parse
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.gates import GATE_PATTERNS, recommend
 from seer_jax.evaluate.comparison import check_context

@@ -1,7 +1,6 @@
 """Measure a model's quality with fewer blocks, by perplexity and pass keys."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from rich.console import Console
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
-from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import HubOptions, model_of, parse, policy_help
 from seer_jax.commands.eval.tasks import evaluate_tasks
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
@@ -343,11 +343,10 @@ def _measure_missing(
                     if record is not None:
                         record.add(score, planned=total)
                     advance(score_line(score, dense_of(score, [*scores.values()])))
-    except KeyboardInterrupt:
-        kept = (
+    except KeyboardInterrupt as stop:
+        stop.add_note(
             f"{_there(planned, scores)} are kept in {record.path}; the same command goes on from there."
             if record is not None and scores
-            else "no score is kept; with --output FOLDER each is, and the same command goes on."
+            else "No score is kept; with --output FOLDER each is, and the same command goes on."
         )
-        print(f"\nInterrupted: {kept}", file=sys.stderr)
         raise

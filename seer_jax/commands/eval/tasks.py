@@ -1,14 +1,14 @@
 """`seer-jax eval --tasks`: scores of tasks under dense attention and under policies, shown and kept as they come."""
 
 import dataclasses
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from seer_jax.commands.arguments import PROGRAM, model_of
+from seer_jax.commands import PROGRAM
+from seer_jax.commands.arguments import model_of
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
@@ -208,13 +208,12 @@ def _measure(job: TaskJob, stages: Stages, record: TaskRecord | None) -> list[Ta
                     if record is not None:
                         record.add(score, planned=len(scores) if last and number == len(new) else len(scores) + 1)
                 advance("; ".join(line_of(line) for line in figures(scores) if _is_of(line, new)))
-    except KeyboardInterrupt:
-        kept = (
+    except KeyboardInterrupt as stop:
+        stop.add_note(
             f"{len(planned & {score.unit for score in scores})} of {len(planned)} scores are kept in {record.path}; the same command goes on from there."
             if record is not None and scores
-            else "no score is kept; with --output FOLDER each is, and the same command goes on."
+            else "No score is kept; with --output FOLDER each is, and the same command goes on."
         )
-        print(f"\nInterrupted: {kept}", file=sys.stderr)
         raise
     return scores
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import parse
 from seer_jax.commands.errors.usage import UsageError, UsageParser, one_of
 from seer_jax.commands.plot.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
 from seer_jax.commands.plot.text_maps import TextMaps
