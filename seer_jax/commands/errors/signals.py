@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from seer_jax.commands import ExitCode
 
+AGAIN = 1.0  # seconds after which an exception that was lost is raised again
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM has come: what a command does about Ctrl-C, such as saying what is kept, it does about this too."""
@@ -41,18 +43,47 @@ def handled_signals(line: Callable[[str], str]) -> Iterator[Callable[[], None]]:
         os.write(2, f"{after_echo()}{line(word)}\n".encode())  # not `print`, which may have been interrupted itself
         os._exit(code)
 
-    def terminate(number: int, frame: Any) -> NoReturn:
-        raise Terminated
-
     # Python allows handlers in the main thread alone.
     in_main = threading.current_thread() is threading.main_thread()
     ours = [number for number, (usual, *_) in _SIGNALS.items() if in_main and signal.getsignal(number) == usual]
-    raising = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
-    _handle(ours, dict.fromkeys(ours, leave))
-    try:
-        yield lambda: _handle(ours, raising)
-    finally:
-        _handle(ours, {number: usual for number, (usual, *_) in _SIGNALS.items()})
+    with _Raised() as raised:
+        _handle(ours, dict.fromkeys(ours, leave))
+        try:
+            yield lambda: _handle(ours, dict.fromkeys(ours, raised))
+        finally:
+            _handle(ours, {number: usual for number, (usual, *_) in _SIGNALS.items()})
+
+
+class _Raised:
+    """A handler that raises what a signal means, and raises it again until it has arrived: code that calls Python from C++, finalisers and
+    callbacks of the garbage collector lose it."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+        self._again = False
+
+    def __enter__(self) -> "_Raised":
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = lambda lost: None if issubclass(lost.exc_type, KeyboardInterrupt) else self._hook(lost)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._hook
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def __call__(self, number: int, frame: Any) -> None:
+        again, self._again = self._again, False
+        self._timer = threading.Timer(AGAIN, self._repeat, [number])
+        self._timer.daemon = True
+        self._timer.start()
+        if again and isinstance(sys.exception(), KeyboardInterrupt):
+            return  # it is on its way
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    def _repeat(self, number: int) -> None:
+        self._again = True
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _handle(numbers: Iterable[int], handlers: Mapping[int, Any]) -> None:

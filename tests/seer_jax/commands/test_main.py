@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pallas_kernels.backends import Operation
 from seer_jax.commands import info
 from seer_jax.commands import main as cli
 from seer_jax.commands.bench import BENCHES
+from seer_jax.commands.errors import signals
 from seer_jax.selection.scorers import SCORERS
 from tests.packaging.checkout import ROOT
 
@@ -88,18 +90,27 @@ SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminate
 
 @pytest.mark.parametrize(("number", "code", "word"), SIGNALS)
 @pytest.mark.parametrize("note", ["", "2 of 4 scores are kept."])
+@pytest.mark.parametrize("is_lost", [False, True])
 def test_interruptions(
     number: signal.Signals,
     code: int,
     word: str,
     note: str,
+    is_lost: bool,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """One line, with what the command keeps."""
+    """One line, with what the command keeps, also where code of others loses the exception."""
+
+    class Lost:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
 
     def stopped(words: list[str]) -> Any:
         try:
+            if is_lost:
+                Lost()
+                time.sleep(30)
             signal.raise_signal(number)
         except KeyboardInterrupt as stop:
             if note:
@@ -107,6 +118,7 @@ def test_interruptions(
             raise
 
     monkeypatch.setattr(info, "run", stopped)
+    monkeypatch.setattr(signals, "AGAIN", 0.1)
     handlers = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
     assert cli.main(["info"]) == code
     assert capsys.readouterr().err == f"seer-jax info: {word}.{f' {note}' if note else ''}\n"
