@@ -20,6 +20,7 @@ from seer_jax.models.hub import HubSettings, is_name
 from seer_jax.selection.notation import parse_policy, policy_syntax, write_policy
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import SCORERS, Scorer
+from seer_jax.settings import parse_number
 
 MOST_COLUMNS = 100  # of prose; longer lines are hard to read
 
@@ -162,7 +163,7 @@ def _last(name: str) -> str:
 
 
 def _constructors() -> Any:
-    """How policies and scorers are read from one word each; the scorers are those registered at this moment."""
+    """How policies, scorers and numbers are read from one word each; the scorers are those registered at this moment."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -176,6 +177,14 @@ def _constructors() -> Any:
                 instance_from_str=lambda words: None if words == ["None"] else parse_policy(words[0]),
                 is_instance=lambda value: value is None or isinstance(value, Policy),
                 str_from_instance=lambda policy: [str(policy) if policy is None else write_policy(policy)],
+            )
+        if info.type is float:
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar="FLOAT",
+                instance_from_str=lambda words: parse_number(words[0]),
+                is_instance=lambda value: isinstance(value, float | int) and not isinstance(value, bool),
+                str_from_instance=lambda value: [str(value)],
             )
         if info.type is Scorer:
             return tyro.constructors.PrimitiveConstructorSpec(

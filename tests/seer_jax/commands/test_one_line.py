@@ -11,7 +11,9 @@ import tyro
 
 from seer_jax import tiny_lm
 from seer_jax.commands import main as cli
+from seer_jax.commands.arguments import parse
 from seer_jax.commands.errors.options import Options
+from seer_jax.commands.errors.usage import UsageError
 from seer_jax.commands.train import TrainOptions
 from seer_jax.selection.scorers import SCORERS
 from tests.packaging.checkout import ROOT
@@ -73,6 +75,9 @@ USAGE = [
         "calibrate --gates x --density 2",
         "--density, the share of the visible blocks to keep, must lie in (0, 1]; got 2.0. *",
     ),
+    ("calibrate --gates x --density 3x%", "--density must be a number; got '3x%'. *"),
+    ("generate --prompt x --top-p many", "--top-p must be a number; got 'many'. *"),
+    ("train --optimizer.warmup-steps many", "--optimizer.warmup-steps must be a whole number; got 'many'. *"),
     ("calibrate --gates x --rule topk", "--rule must be one of best, threshold, mass; got 'topk'. *"),
     ("calibrate --baseline gate", "--baseline must be a scorer that needs no gate; got 'gate'. *"),
     ("train --recipe both", "--recipe must be one of prefill, decode; got 'both'. *"),
@@ -256,12 +261,8 @@ def test_failures_of_every_command(
 
 
 CONFIGS = COMMANDS | {"train": (TrainOptions, "--model tiny-lm --output x")}
-NUMBERS = [
-    (command, option.flag)
-    for command, (kind, _) in CONFIGS.items()
-    for option in Options(kind).all
-    if option.kind in (int, float)
-]
+OPTIONS = [(command, option) for command, (kind, _) in CONFIGS.items() for option in Options(kind).all]
+NUMBERS = [(command, option.flag) for command, option in OPTIONS if option.kind in (int, float)]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -306,6 +307,22 @@ def test_a_wrong_number_names_its_option(
             continue
         error = capsys.readouterr().err
         assert code == 2 and flag in error.partition(" See ")[0], error
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [(command, option.flag) for command, option in OPTIONS if option.kind is float]
+)
+def test_a_number_may_be_a_percentage(command: str, flag: str):
+    """Densities, masses, thresholds and all others are read alike."""
+    kind, words = CONFIGS[command]
+
+    def outcome(value: str) -> object:
+        try:
+            return parse(kind, command, [*words.split(), flag, value])
+        except UsageError as error:
+            return str(error)
+
+    assert outcome("0.7%") == outcome("0.007")
 
 
 def test_an_error_can_be_traced():
