@@ -15,7 +15,7 @@ from typing import Any, SupportsIndex
 from seer_jax import smollm2, tiny_lm
 from seer_jax.commands import PROGRAM
 from seer_jax.commands.errors.options import Options
-from seer_jax.commands.errors.usage import UsageError, reason
+from seer_jax.commands.errors.usage import UsageError, one_of, reason
 from seer_jax.models.hub import HubSettings, is_name
 from seer_jax.selection.notation import parse_policy, policy_syntax, write_policy
 from seer_jax.selection.policies import Policy
@@ -186,6 +186,14 @@ def _constructors() -> Any:
                 is_instance=lambda value: isinstance(value, float | int) and not isinstance(value, bool),
                 str_from_instance=lambda value: [str(value)],
             )
+        if info.type == Scorer | None:  # a scorer in place of the gates
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar="{" + ",".join(_baselines()) + "}",
+                instance_from_str=lambda words: None if words == ["None"] else _baseline(words[0]),
+                is_instance=lambda value: value is None or isinstance(value, Scorer),
+                str_from_instance=lambda scorer: [str(scorer) if scorer is None else scorer.name],
+            )
         if info.type is Scorer:
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,
@@ -198,6 +206,17 @@ def _constructors() -> Any:
         return None
 
     return registry
+
+
+def _baselines() -> list[str]:
+    """Names of the scorers that need no gate."""
+    return [name for name, kind in SCORERS.items() if not kind.needs_gate]
+
+
+def _baseline(name: str) -> Scorer:
+    if name not in SCORERS:
+        raise ValueError(one_of("", _baselines(), name).strip())
+    return SCORERS[name]()
 
 
 def policy_help() -> str:

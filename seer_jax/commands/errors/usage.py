@@ -86,6 +86,8 @@ def _of_value(flag: str, text: str) -> str:
     for pattern, rule in _VALUES.items():
         if flag and re.match(pattern, text):
             return f"{flag} {re.sub(pattern, rule, text)}"
+    if flag and text.startswith("must "):
+        return f"{flag} {text}"
     return text if text.startswith(flag) else f"{flag}: {text}"
 
 

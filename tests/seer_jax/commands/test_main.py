@@ -46,7 +46,7 @@ def test_help_comes_at_once():
         "import sys; from seer_jax.commands.main import main; main(['--help']); "
         "print([n for n in HEAVY if n in sys.modules])"
     )
-    heavy = ["transformers", "tokenizers", "orbax", "torch", "tyro", "jinja2"]
+    heavy = ["jax", "transformers", "tokenizers", "orbax", "torch", "tyro", "jinja2"]
     heavy += ["seer_jax.train", "seer_jax.convert", "seer_jax.evaluate", "seer_jax.bench"]
     read, write = os.pipe()
     command = [sys.executable, "-c", code.replace("HEAVY", repr(heavy))]
@@ -82,6 +82,13 @@ def test_help_describes_the_scorers(name: str, capsys: pytest.CaptureFixture[str
         cli.main([name, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert all(f" {scorer.name}: {scorer.meaning} " in text for scorer in SCORERS.values())
+
+
+def test_help_offers_baselines_that_need_no_gate(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", "--help"])
+    offered = re.search(r"--baseline \{([^}]*)\}", re.sub("[│ \n]+", " ", capsys.readouterr().out).replace(", ", ","))
+    assert offered is not None and "gate" not in offered[1].split(",") and "xattention" in offered[1].split(",")
 
 
 # Each signal with the exit code and the word of a command that it stops.

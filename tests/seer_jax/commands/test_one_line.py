@@ -79,7 +79,14 @@ USAGE = [
     ("generate --prompt x --top-p many", "--top-p must be a number; got 'many'. *"),
     ("train --optimizer.warmup-steps many", "--optimizer.warmup-steps must be a whole number; got 'many'. *"),
     ("calibrate --gates x --rule topk", "--rule must be one of best, threshold, mass; got 'topk'. *"),
-    ("calibrate --baseline gate", "--baseline must be a scorer that needs no gate; got 'gate'. *"),
+    (
+        "calibrate --baseline gate",
+        "--baseline must be a scorer that needs no gate; got 'gate'. Calibrate gates by --gates alone. *",
+    ),
+    (
+        "calibrate --baseline xatention",
+        "--baseline must be one of flexprefill, *; got 'xatention'. Did you mean xattention? *",
+    ),
     ("train --recipe both", "--recipe must be one of prefill, decode; got 'both'. *"),
     (
         "train --gates runs/x",
