@@ -18,7 +18,7 @@ from seer_jax.commands.stages import Stages
 from seer_jax.convert import save_gates
 from seer_jax.evaluate.comparison import compare, plan_measurements
 from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name
-from seer_jax.evaluate.notes import equal_counts, repeated
+from seer_jax.evaluate.notes import Row, equal_counts, repeated
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.record import environment, typed_command, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows
@@ -204,7 +204,7 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
 
 def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: EvalRows) -> list[Score]:
     levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, config.densities)]
-    notes = repeated(levels) + equal_counts(model, levels, tuple(Phase), length=rows.length)
+    notes = repeated(levels) + equal_counts(model, levels, tuple(Phase), rows=[Row(rows.length)])
     for note in notes:
         stages.say(note)
     measurements = len(plan_measurements(model, levels))

@@ -14,7 +14,7 @@ from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.evaluate.comparison import Measurement, check_context, plan_measurements
 from seer_jax.evaluate.levels import SparsityLevel, block_sizes
-from seer_jax.evaluate.notes import left_out, recommendations, repeated
+from seer_jax.evaluate.notes import Row, equal_counts, left_out, recommendations, repeated
 from seer_jax.evaluate.record import EXTENDING, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.tasks import (
     PromptEncoder,
@@ -25,6 +25,7 @@ from seer_jax.evaluate.tasks import (
     TaskScore,
     TaskSettings,
     find_tasks,
+    plan_pairs,
     run_tasks,
     task_policies,
 )
@@ -97,6 +98,7 @@ class TaskJob:
       tasks: with their samples.
       harness: names of tasks of lm-evaluation-harness.
       levels, planned: see `plan_measurements`.
+      pairs: policies for both phases at once, see `plan_pairs`.
     """
 
     config: Any
@@ -109,6 +111,7 @@ class TaskJob:
     harness: Sequence[str]
     levels: Sequence[SparsityLevel]
     planned: Sequence[Measurement]
+    pairs: Sequence[TaskPolicy]
 
     @classmethod
     def of(cls, config: Any) -> "TaskJob":
@@ -119,16 +122,17 @@ class TaskJob:
         check_context(shapes, config.length, beyond_context=config.beyond_context)
         levels = config.levels(shapes)
         planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
+        pairs = plan_pairs(shapes, config.pairs(shapes), methods=config.methods)
         encoder = PromptEncoder(load_tokenizer(name, **config.hub), config.chat)
         essay = None if config.text is None else read_text(config.text)
         settings = TaskSettings(config.length, config.samples, config.seed, essay)
         tasks = [(task, _samples(task, encoder, settings)) for task in named.tasks]
-        return cls(config, name, dtype, shapes, encoder, settings, tasks, named.harness, levels, planned)
+        return cls(config, name, dtype, shapes, encoder, settings, tasks, named.harness, levels, planned, pairs)
 
     @property
     def policies(self) -> Sequence[TaskPolicy]:
         """The policies under which the tasks are measured."""
-        return task_policies(self.planned)
+        return task_policies(self.planned, self.pairs)
 
     def load(self) -> Transformer:
         """The model with its weights."""
@@ -138,6 +142,8 @@ class TaskJob:
         """What a reader of the table should know before it comes."""
         notes = recommendations(self.shapes)
         notes += left_out(self.planned, self.levels, self.config.methods, self.config.phases) + repeated(self.levels)
+        rows = {Row(len(x.tokens) + task.new_tokens, len(x.tokens)) for task, samples in self.tasks for x in samples}
+        notes += equal_counts(self.shapes, self.levels, self.config.phases, rows=rows) if rows else []
         for task, samples in self.tasks:
             if len(samples) < self.settings.count:
                 notes.append(f"{task.name} has {len(samples)} samples; {self.settings.count} were asked for.")

@@ -69,6 +69,19 @@ USAGE = [
     ("generate --scorers", "--scorers must name a module or FILE.py; got none. *"),
     ("eval --methods gate best", f"--methods must be one of {', '.join(SCORERS)}; got 'best'. *"),
     ("eval --policies dense", "--policies must rank blocks *; got dense. *"),
+    (
+        "eval --gates x --policies topk:0.2+budget:64:quest",
+        "--policies must be for one phase at a time, except with --tasks; got topk:0.2+budget:64:quest. Name its halves apart "
+        "(--policies topk:0.2 budget:64:quest), or pass --tasks. *",
+    ),
+    (
+        "eval --gates x --tasks vt --phases decode --policies topk:0.2+topk:0.2",
+        "--phases must be both for a policy of both; got decode with topk:0.2+topk:0.2. Leave --phases out, or name one *",
+    ),
+    (
+        "eval --tasks vt --policies topk:0.2:quest+topk:0.2",
+        "A prefill policy must rank blocks by a scorer for prefill; got quest, *",
+    ),
     ("calibrate", "--gates must be named, or a --baseline in their place; got neither. *"),
     ("calibrate --gates x --density 0.1 --over 0.1", "One target must be given, *; got density and over. *"),
     (
@@ -185,6 +198,11 @@ FAILURES = [
         "* must hold a base model; got a gate of 'tiny-lm'. Give --model tiny-lm.",
     ),
     ("eval --length 128 --windows 1 --distractors 20", "* fewer --distractors, or set --passkeys to 0."),
+    (
+        "eval --tasks vt --length 512 --samples 1 --methods gate --gates seer_jax/tiny_lm/gates/decode --policies topk:0.2+topk:0.2",
+        "topk:0.2+topk:0.2 must have a scorer for either phase; got none that works, as the model has no prefill gate. Load the gates "
+        "(--gates ...), or name scorers: topk:0.2:oracle+topk:0.2:oracle.",
+    ),
     ("eval --text .gitignore", "The text must fill * or a smaller --length."),
     ("generate --prompt x --gates seer_jax/tiny_lm", "A gate folder must hold *; * has neither but base weights. *"),
     (
