@@ -138,6 +138,14 @@ USAGE = [
     ),
     ("plot density --output x.png --prefill dense", "--prefill must rank blocks, as topk:0.1 does; got dense. *"),
     ("plot density --output x.png --decode topk:0.1:minference", "*minference*prefill*"),
+    (
+        "plot density --output x.png --phases prefill --decode topk:0.1",
+        "--decode must be left out where prefill is drawn alone; got topk:0.1. Name its phase: --phases decode. *",
+    ),
+    (
+        "plot maps --output x.png --prefill topk:0.1 --decode topk:0.1",
+        "--phases must be one in a picture; got prefill and decode. *",
+    ),
     ("plot density --output x.png --length 1", "--length must be at least 2; got 1. *"),
     ("demo --densities 0.1 2", "--densities must be at least one share of the blocks in (0, 1]; got 0.1, 2.0. *"),
     (
