@@ -99,8 +99,14 @@ def score_line(score: Score, dense: Score | None = None) -> str:
 
 
 def print_scores(console: Console, scores: Sequence[Score]) -> None:
-    """Prints the table, and the meaning of each word in it."""
-    head, *rows = table_rows(scores)
+    """Prints the table without the figures that no score has, and the meaning of each word in it."""
+    shown = [
+        column
+        for column in zip(*table_rows(scores), strict=True)
+        if column[0] not in QUANTITIES or {*column[1:]} != {"-"}
+    ]
+    head, *rows = zip(*shown, strict=True)
+    absent = QUANTITIES.keys() - {*head}
     table = figure_table(head[1:], text=("method", "policy"), dim=("±",))
     for phase in dict.fromkeys(row[0] for row in rows):
         table.add_section()
@@ -111,6 +117,8 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
     print_blocks_needed(console, all_blocks_needed(scores))
     console.print()
     for word, meaning in legend(scores).items():
+        if word in absent:
+            continue
         console.print(f"[bold]{escape(word)}[/bold]: {escape(meaning)}", highlight=False, soft_wrap=True)
 
 

@@ -1,8 +1,10 @@
 """Scores as estimates with standard errors, as tables and as JSON."""
 
+import dataclasses
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +208,9 @@ def test_the_printed_table_explains_its_words():
         assert f"{word}: {meaning}" in out.getvalue()
     assert legend(SCORES)["sink+window"] == SinkWindow.meaning
     assert "oracle" not in out.getvalue()
+    without = [dataclasses.replace(score, prompts=()) for score in SCORES[:3]]
+    print_scores(Console(file=(short := io.StringIO()), width=120), without)
+    assert "keys" in out.getvalue() and not re.search("keys|±|worst", short.getvalue())
 
 
 def test_json_holds_every_row_and_null_for_what_is_missing(tmp_path: Path):
