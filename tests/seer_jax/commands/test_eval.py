@@ -120,7 +120,7 @@ def test_an_interrupted_run_goes_on(
         patch.setattr(command, "compare", stop_after(2, KeyboardInterrupt()))
         assert cli.main(words) == 130
     (line,) = capsys.readouterr().err.splitlines()
-    kept = f"2 of 4 scores are kept in {tmp_path / 'scores.json'}; the same command goes on from there."
+    kept = f"2 of 4 scores are kept in {tmp_path / 'out' / 'scores.json'}; the same command goes on from there."
     assert line == f"seer-jax eval: interrupted. {kept}"
     first = written(tmp_path)
     assert len(first["scores"]) == 2 and not first["complete"]
