@@ -15,7 +15,8 @@ from seer_jax.selection.scorers import SCORERS
 
 DENSE, DENSE_MEANING = "dense", "every block"
 PAIR = " + "  # between the titles of two scorers
-HEAD = ("phase", "method", "policy", "score", "±", "over dense", "read")
+TEXT = ("phase", "method", "policy")  # columns that fold
+HEAD = (*TEXT, "score", "±", "over dense", "read")
 MEANINGS = {
     "score": "mean over the samples of the task's metric: share of the answers that are found (RULER), F1, ROUGE-L, accuracy or edit "
     "similarity (LongBench), or the metric that is named",
@@ -84,15 +85,32 @@ def legend(lines: Sequence[Figures]) -> dict[str, str]:
     return MEANINGS | phases | {name: meanings[name] for name in titles}
 
 
+def _widths(rows: Sequence[Sequence[str]], available: int) -> list[int]:
+    """Widths of the columns: those of their cells, but of text less where the terminal is too narrow, of the widest column first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    folds = range(len(TEXT))
+    while sum(widths) + len(widths) - 1 > available and max(widths[n] for n in folds) > 1:
+        widths[max(folds, key=lambda n: widths[n])] -= 1
+    return widths
+
+
 def print_figures(console: Console, lines: Sequence[Figures]) -> None:
     """Prints a table with a section for each task, and the meaning of each word in it."""
-    table = figure_table(HEAD, text=("phase", "method", "policy"), dim=("±",))
+    widths = _widths([HEAD, *map(cells, lines)], console.width)
+
+    def show(rows: Sequence[Sequence[str]], *, head: bool = False) -> None:
+        table = figure_table(HEAD, text=TEXT, dim=("±",))
+        table.show_header = head
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+
+    show((), head=True)
     for task in dict.fromkeys(line.task for line in lines):
-        table.add_section()
-        table.add_row(f"[bold]{escape(task)}[/bold]")
-        for line in (line for line in lines if line.task == task):
-            table.add_row(*map(escape, cells(line)))
-    console.print(table)
+        console.print(f"[bold]{escape(task)}[/bold]", highlight=False, soft_wrap=True)
+        show([cells(line) for line in lines if line.task == task])
     console.print()
     for word, meaning in legend(lines).items():
         console.print(f"[bold]{escape(word)}[/bold]: {escape(meaning)}", highlight=False, soft_wrap=True)
