@@ -46,10 +46,12 @@ class Interval(NamedTuple):
 def signed_percent(share: float) -> str:
     """A difference as a percentage, with a second decimal below 10%.
 
-    >>> signed_percent(0.287), signed_percent(-0.0038)
-    ('+28.7%', '-0.38%')
+    >>> signed_percent(0.287), signed_percent(-0.0038), signed_percent(-1e-9)
+    ('+28.7%', '-0.38%', '+0.00%')
     """
-    return f"{share:+.2%}" if abs(share) < 0.09995 else f"{share:+.1%}"
+    if not abs(share) < 0.09995:
+        return f"{share:+.1%}"
+    return f"{round(share, 4) + 0.0:+.2%}"  # no -0.00%
 
 
 def estimate_mean(sample: Sequence[float]) -> Estimate:
