@@ -55,7 +55,7 @@ class PassReport(NamedTuple):
 
 
 def distillation_pass(
-    model: Transformer, batch: Batch, weights: RowWeights, *, recall_density: float = 0.1
+    model: Transformer, batch: Batch, weights: RowWeights, *, statistic: str = "max", recall_density: float = 0.1
 ) -> PassReport:
     """Loss and gradient of the gates on one batch.
 
@@ -68,6 +68,7 @@ def distillation_pass(
       batch: tokens and their sequences, each starting at a multiple of the gates' block size; where a decode gate is trained, T is such
         a multiple too.
       weights: of the rows; a gate without weights is not trained.
+      statistic: what the targets are of: "max" or "mass", see `attention_with_block_scores`.
       recall_density: see `block_recall`.
 
     Source: SeerAttention, arXiv 2410.13276, sec. 3.2; SeerAttention-R, arXiv 2506.08889, sec. 3.2.
@@ -75,7 +76,8 @@ def distillation_pass(
     block_size = _block_size(model, weights)
 
     def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        layer = _Layer(q, k, v, apply_rope(k, batch.positions, model.config.rope), batch, block_size, model.config.rope)
+        k_rotated = apply_rope(k, batch.positions, model.config.rope)
+        layer = _Layer(q, k, v, k_rotated, batch, block_size, model.config.rope, statistic)
         prefill = decode = None
         if weights.decode is None:
             scored = layer.attend(layer.rotated(q, batch.positions), block_scores=True)
@@ -142,7 +144,7 @@ def packed_decode_logits(
 
 
 class _Layer(NamedTuple):
-    """Queries, keys and values of one layer before RoPE, rotated keys, and the batch that they belong to."""
+    """Queries, keys and values of one layer before RoPE, rotated keys, the batch that they belong to, and what its targets are of."""
 
     q: Float[Array, "B T H D"]
     k: Float[Array, "B T K D"]
@@ -151,13 +153,14 @@ class _Layer(NamedTuple):
     batch: Batch
     block_size: int
     rope: RopeConfig
+    statistic: str
 
     def rotated(self, q: Float[Array, "B n H D"], positions: Int[Array, "B n"]) -> Float[Array, "B n H D"]:
         return apply_rope(q, positions, self.rope)
 
     def attend(self, q_rotated: Float[Array, "B n H D"], **settings: Any) -> Any:
         """Attention of some queries to all keys; settings are those of `attention_with_block_scores`."""
-        own = dict(block_size=self.block_size, segment_ids=self.batch.segment_ids)
+        own = dict(block_size=self.block_size, segment_ids=self.batch.segment_ids, statistic=self.statistic)
         return attention_with_block_scores(q_rotated, self.k_rotated, self.v, **own, **settings)
 
 

@@ -28,6 +28,7 @@ class ModelShape(enum.StrEnum):
 PrefillPart = Literal["attention", "cases", "selection", "model"]
 DecodePart = Literal["kernel", "layer", "model"]
 Scores = Literal["blocks", "tokens", "both", "neither"]
+Statistic = Literal["max", "mass"]
 
 MODELS = {
     ModelShape.LLAMA_3_1_8B: ModelConfig(
@@ -219,12 +220,14 @@ class GroundTruthBench(BenchConfig):
 
     Attributes:
       wanted: scores to ask for: blocks (targets of a prefill gate), tokens (of a decode gate), both, or neither.
+      statistics: what the scores are of: the largest weight of each block (max), its mass, or each in turn.
       chunk: queries that are taken at a time where token scores are asked for.
       implementation: of the operation; None: the best one here.
     """
 
     lengths: tuple[int, ...] = (8192, 32768, 65536, 131072)
     wanted: tuple[Scores, ...] = get_args(Scores)
+    statistics: tuple[Statistic, ...] = get_args(Statistic)
     chunk: int = 8192
     implementation: Implementation | None = None
 
@@ -232,6 +235,11 @@ class GroundTruthBench(BenchConfig):
         self._check_inputs(1)
         if self.chunk < BLOCK or self.chunk % BLOCK:
             raise ValueError(f"chunk must be a multiple of the {BLOCK} tokens of a block; got {self.chunk}.")
+        for name, kinds in (("wanted", Scores), ("statistics", Statistic)):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"{name} must name some of {', '.join(get_args(kinds))}; got none. Leave it out for all."
+                )
 
 
 @dataclasses.dataclass(frozen=True)

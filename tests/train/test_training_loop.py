@@ -155,7 +155,7 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, r
         told = [*getattr(stopped.value, "__notes__", ()), *capsys.readouterr().err.splitlines()]
         assert told.count(said) == 1
         gate = json.loads((tmp_path / "decode_gate" / "config.json").read_text())
-        assert gate["seer_jax_training"] == {"step": done, "steps": RUN.steps, "finished": False}
+        assert gate["seer_jax_training"] == {"step": done, "steps": RUN.steps, "finished": False, "target": "max"}
         load_gates(tmp_path / "decode_gate", make_model().config)
     if raised is SystemExit:
         assert stopped.value.code == 143

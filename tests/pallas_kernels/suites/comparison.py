@@ -134,7 +134,7 @@ def shapes(case: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     def arrays(key: jax.Array) -> dict[str, Any]:
         arguments = case.arguments(key)
         static.update(
-            {name: x for name, x in arguments.items() if x is None or isinstance(x, bool | int | float | tuple)}
+            {name: x for name, x in arguments.items() if x is None or isinstance(x, bool | int | float | str | tuple)}
         )
         return {name: x for name, x in arguments.items() if name not in static}
 

@@ -155,8 +155,9 @@ def test_ground_truth(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.Ca
     lines = {case: m for (_, case), m in run(words, tmp_path).items()}
     text = capsys.readouterr().out
     assert "\nDense attention with block scores" in text and "150, neither" in text and "times dense: ms over" in text
-    assert list(lines) == [f"150, {name}" for name in ("blocks", "tokens", "both", "neither")]
-    assert [m["settings"]["chunk"] for m in lines.values()] == [150, 64, 64, 150]
+    scored = [f"{scores}{of}" for scores in ("blocks", "tokens", "both") for of in ("", " by mass")]
+    assert list(lines) == [f"150, {name}" for name in (*scored, "neither")]
+    assert [m["settings"]["chunk"] for m in lines.values()] == [150, 150, 64, 64, 64, 64, 150]
     for case, m in lines.items():
         results = m["results"]
         assert results["times_dense"] == 1 and results["extra_gib"] > 0 and results["error"] < 5e-3
@@ -490,6 +491,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]):
         (["bench", "prefill", "--lengths", "3"], 2, "at least 64 tokens"),
         (["bench", "ground-truth", "--lengths", "3"], 2, "at least 64 tokens"),
         (["bench", "ground-truth", "--chunk", "100"], 2, "a multiple of the 64 tokens"),
+        (["bench", "ground-truth", "--wanted"], 2, "wanted must name some of blocks, tokens, both, neither; got none"),
+        (["bench", "ground-truth", "--statistics"], 2, "statistics must name some of max, mass; got none"),
     ):
         try:
             done = main(words)
