@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from rich.console import Console
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least, check_seed, listed
-from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import parse
 from seer_jax.commands.demo.levels import (
     CALIBRATED,
     at_equal_shares,
@@ -148,9 +148,9 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
     try:
         with locked(config.output):
             return _demo(config, stages)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         files = [str(path) for path in sorted(config.output.glob("[!.]*")) if path.name != LOCK]
-        print(f"\nInterrupted. Kept so far: {', '.join(files) or 'nothing'}.", file=sys.stderr)
+        stop.add_note(f"Kept so far: {', '.join(files) or 'nothing'}.")
         raise
 
 

@@ -93,8 +93,7 @@ def gains(scores: Sequence[Score]) -> list[str]:
         share, _, means = level.partition(" ")
         ours = found.get((phase, LearnedGate.name, f"{share} {CALIBRATED}"))
         if method == LearnedGate.name and means == ONE_THRESHOLD and ours is not None:
-            over = perplexity_over(ours, one)
-            ends = f" ({over.low:+.1%} to {over.high:+.1%})" if over.has_ends else ""
+            over = perplexity_over(ours, one).written()
             reads = f"{ours.kept:.1%} of the blocks read against {one.kept:.1%}"
-            lines.append(f"{phase} {share}: perplexity {over.value:+.1%}{ends} over one threshold's, {reads}")
+            lines.append(f"{phase} {share}: perplexity {over} over one threshold's, {reads}")
     return lines

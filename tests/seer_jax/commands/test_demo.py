@@ -98,8 +98,9 @@ def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(command, "calibrated_levels", lambda *_: levels_at(0.5))
     out, sizes = io.StringIO(), dict(length=512, windows=1, passkeys=1, decoded=16)
     config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.5,), **sizes)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         demo(config, console=Console(file=out, width=200))
+    assert stop.value.__notes__ == [f"Kept so far: {tmp_path / 'scores.json'}."]
     (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert score["perplexity"] == pytest.approx(math.e) and score["perplexity_stderr"] is None
 
@@ -127,10 +128,10 @@ def test_the_calibrated_gate_is_held_against_baselines_of_the_same_share():
 
 
 def test_what_calibration_gains_is_told_share_by_share():
-    line = "decode 20%: perplexity -9.5% (-9.5% to -9.5%) over one threshold's, 20.0% of the blocks read against 20.0%"
+    line = "decode 20%: perplexity -9.52% (-9.52% to -9.52%) over one threshold's, 20.0% of the blocks read against 20.0%"
     assert gains(COMPARED) == [line]
     single = [dataclasses.replace(one, windows=one.windows[:1]) for one in COMPARED]
-    assert gains(single) == [line.replace(" (-9.5% to -9.5%)", "")]
+    assert gains(single) == [line.replace(" (-9.52% to -9.52%)", "")]
 
 
 BAD = [
