@@ -17,6 +17,7 @@ from seer_jax.convert.gate_config import policy_from_hf, policy_to_hf
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.inference.request import Request
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.hub import read_config
 from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
