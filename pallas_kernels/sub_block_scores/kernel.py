@@ -14,13 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float32
 
 from pallas_kernels.mosaic.edge_tiles import store_inside
-from pallas_kernels.mosaic.flash_tiles import LOG2_E, MATRIX, ROW_VECTOR, columns, product, tile
+from pallas_kernels.mosaic.flash_tiles import MATRIX, ROW_VECTOR, columns, product, tile
 
 ROWS = 64  # rows of a tile, those of a warpgroup's matrix product
 STAGES = 2  # tiles of keys in flight per warpgroup
 SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that a CTA can use
 CACHE = 24 * 2**20  # bytes of keys that stay in L2 beside what else passes through it
 TINY = 2.0**-126  # smallest share of a block that is seen
+LN2 = math.log(2)
 _f32, _i32 = jnp.float32, jnp.int32
 
 
@@ -367,7 +368,7 @@ def _write(multiply: _Products, sums: Any, target: Any, t: Array, keys: Any, mas
     best = _reduced(of_row, call.per_row, jnp.maximum)
     if not call.in_exponents:
         best = jnp.log2(best if masked else jnp.maximum(best, TINY))
-    _store(call, best / LOG2_E, multiply.view.row_tile, t, target)
+    _store(call, best * LN2, multiply.view.row_tile, t, target)
 
 
 def _reduced(of: Callable[[Array], Array], count: int, combine: Callable[[Array, Array], Array]) -> Array:

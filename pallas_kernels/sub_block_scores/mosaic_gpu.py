@@ -89,6 +89,7 @@ def _score(
         queries, query_factor = _halves(call, _arranged_queries(call, queries))
         keys, key_factor = _halves(call, _arranged_keys(call, keys))
         factor = scale * LOG2_E * query_factor * jnp.repeat(key_factor, call.lists // kv_heads, axis=1)
+        factor = jnp.maximum(factor, jnp.finfo(_f32).tiny)  # 0 would make NaN of -inf, products that are not seen
         bounds, seen = _bounds(call, seen, vectors)
     scores = sub_block_kernel(call, interpret)(queries, keys, factor, bounds, seen)
     return scores[:, :, : call.rows, : call.blocks]
