@@ -17,6 +17,7 @@ from pallas_kernels.mosaic.edge_tiles import store_inside
 from pallas_kernels.mosaic.flash_tiles import MATRIX, ROW_VECTOR, columns, product, tile
 
 ROWS = 64  # rows of a tile, those of a warpgroup's matrix product
+COLUMNS = 8  # fewest blocks of a tile, since registers can be sliced at multiples of 8 columns
 STAGES = 2  # tiles of keys in flight per warpgroup
 SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that a CTA can use
 CACHE = 24 * 2**20  # bytes of keys that stay in L2 beside what else passes through it
@@ -38,15 +39,16 @@ class Tuning:
     keys: int = 64
 
     @classmethod
-    def of(cls, vectors: int, dim: int) -> "Tuning | None":
+    def of(cls, vectors: int, dim: int, per_block: int) -> "Tuning | None":
         """The largest number of warpgroups that fits; None if none does. `vectors` are those of a row, for all heads that join."""
-        fitting = (cls(n) for n in (4, 2, 1))
+        keys = max(64, COLUMNS * per_block)
+        fitting = (cls(n, keys) for n in (4, 2, 1))
         return next((x for x in fitting if x.bytes(vectors, dim) <= SHARED_MEMORY), None)
 
     @classmethod
-    def most_vectors(cls, dim: int) -> int:
+    def most_vectors(cls, dim: int, per_block: int) -> int:
         """Query vectors per row that fit."""
-        return max(n for n in range(1, 64) if cls.of(n, dim) is not None)
+        return max(n for n in range(1, 64) if cls.of(n, dim, per_block) is not None)
 
     def bytes(self, vectors: int, dim: int) -> int:
         """Shared memory of a CTA, with room for barriers."""

@@ -45,12 +45,12 @@ def score_sub_blocks(
     if vectors * num_heads // kv_heads <= FEW:
         got = f"{vectors} of {num_heads // kv_heads} heads"
         raise Unsupported(f"takes more than {FEW} query vectors per key head, or one for all heads; got {got}.")
-    if keys_per_block not in (1, 2, 4, 8):
-        raise Unsupported(f"takes 1, 2, 4 or 8 key vectors per block; got {keys_per_block}.")
+    if keys_per_block not in (1, 2, 4, 8, 16):
+        raise Unsupported(f"takes 1, 2, 4, 8 or 16 key vectors per block; got {keys_per_block}.")
     group = 1 if heads == "each" else num_heads // kv_heads
-    tuning = tuning or Tuning.of(group * queries_per_row, dim)
+    tuning = tuning or Tuning.of(group * queries_per_row, dim, keys_per_block)
     if tuning is None:
-        most = f"{Tuning.most_vectors(dim)} query vectors of {dim} elements"
+        most = f"{Tuning.most_vectors(dim, keys_per_block)} query vectors of {dim} elements"
         raise Unsupported(f"takes at most {most} per row, for all heads that join; got {group * queries_per_row}.")
     keys = own_rows(keys, first_row, len(queries))
     queries, scale = positive_scale(queries, scale)
