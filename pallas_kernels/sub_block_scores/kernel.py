@@ -174,8 +174,8 @@ def _kernel(call: Call, queries_ref, keys_ref, factor_ref, bounds_ref, seen_ref,
             plgpu.copy_gmem_to_smem(source, query_tile.at[vector], queries_ready)
 
     own = sequence if bounds_ref.shape[0] > 1 else _i32(0)
-    bounds = [bounds_ref[own, row_tile, i] for i in range(4)]
-    view = _View(call, row_tile, *bounds, seen_ref.at[own])
+    begin, end, full_begin, full_end = (bounds_ref[own, row_tile, i] for i in range(4))
+    view = _View(call, row_tile, begin, end, full_begin, full_end, seen_ref.at[own])
     kv_head = lax.div(index, _i32(call.lists // call.kv_heads))
     ring = _Ring(call, view, warpgroup, keys_ref.at[sequence, kv_head], key_tiles, keys_ready)
     ring.start()
