@@ -128,8 +128,8 @@ def _cache_bytes(
     """Of a token, without what does not grow with tokens."""
 
     def leaves(capacity: int) -> list[jax.Array]:
-        gates = dict(decode_gate=decode_gate, prefill_gate=prefill_gate)
-        return jax.tree.leaves(Cache.create(model.config, 1, capacity, model.dtype, **gates))
+        cache = Cache.create(model.config, 1, capacity, model.dtype, decode_gate=decode_gate, prefill_gate=prefill_gate)
+        return jax.tree.leaves(cache)
 
     def size(blocks: int) -> int:
         return tree_bytes(jax.eval_shape(functools.partial(leaves, blocks * BLOCK_SIZE)))
