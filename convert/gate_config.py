@@ -87,7 +87,9 @@ def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
             f"config.json of a gate must have either {_PREFILL_KEY} (prefill) or {' and '.join(_DECODE_KEYS)} (decode); "
             f"got {'both' if prefill else 'neither'}. Give the folder of one gate."
         )
-    sizes = dict(block_size=_typed(hf, "gate_block_size", 64), gate_dim=_typed(hf, "gate_hidden_size", 128))
+    sizes: dict[str, Any] = dict(
+        block_size=_typed(hf, "gate_block_size", 64), gate_dim=_typed(hf, "gate_hidden_size", 128)
+    )
     if prefill:
         q_pooling, k_pooling = parse_prefill_pooling(_typed(hf, "gate_type", ""))
         force = _typed(hf, "gate_force_double", False)

@@ -92,15 +92,7 @@ REAL = (
         statistic="mass",
         num_queries=8192,
     ),
-    Case(
-        "llama-3.1-8b-8k-blocks-of-128-by-mass",
-        LLAMA_3_1_8B,
-        8192,
-        block_size=128,
-        token_scores=True,
-        statistic="mass",
-    ),
-    Case("odd-length-head-dim-64-by-mass", Heads(32, 8, 64), 5001, token_scores=True, statistic="mass"),
+    Case("blocks-of-128-by-mass", Heads(32, 8, 64), 5001, block_size=128, token_scores=True, statistic="mass"),
 )
 
 TINY = (

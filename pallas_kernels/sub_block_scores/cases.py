@@ -72,11 +72,12 @@ class Case:
         return {"queries": queries, "keys": keys, "seen": jnp.asarray(self.seen())}
 
 
-def _prefill(name: str, tokens: int, query_pool: int, key_pool: int, **settings: Any) -> Case:
+def _prefill(
+    name: str, tokens: int, query_pool: int, key_pool: int, *, kv_heads: int = 8, dim: int = 64, join: str = "sum"
+) -> Case:
     """The prefill gate of Llama-3.1-8B with blocks of 64 tokens."""
-    shape = dict(heads=32, kv_heads=8, dim=64) | settings
-    vectors = {"vectors": tokens // query_pool, "keys": tokens // key_pool}
-    return Case(name, **shape, **vectors, per_row=64 // query_pool, per_block=64 // key_pool)
+    vectors, keys = tokens // query_pool, tokens // key_pool
+    return Case(name, 32, kv_heads, dim, vectors, keys, 64 // query_pool, 64 // key_pool, join=join)
 
 
 REAL = (
@@ -108,14 +109,17 @@ TINY = (
     Case("one-by-four-max", 2, 1, 64, 17, 66, 1, 4, join="max"),
     Case("eight-by-two", 2, 1, 128, 130, 34, 8, 2, join="max"),
     Case("later-rows", 2, 2, 64, 24, 72, 4, 4, offset=12),
-    Case("packed", 2, 1, 64, 80, 80, 4, 4, segments=(3, 9, 8), lengths=(80, 42), batch=2),
+    Case("packed", 1, 1, 64, 80, 80, 4, 4, segments=(3, 9, 8), lengths=(80, 42), batch=2),
     Case("large-products", 2, 1, 64, 32, 32, 4, 4, factor=60.0),
     Case("halves", 2, 1, 64, 20, 40, 2, 4, dtype="bfloat16"),
+    Case(
+        "decode-halves", 8, 2, 64, 1, 192, 1, 8, 2, heads_join="mean", lengths=(187, 8), causal=False, dtype="bfloat16"
+    ),
+    Case("decode-max", 4, 2, 64, 1, 64, 1, 4, heads_join="max", join="max", causal=False, dtype="bfloat16"),
+    Case("tokens", 4, 1, 64, 40, 24, 2, 2, heads_join="mean"),
 )
 
-# With heads that are joined, for backends that take these.
-JOINED = (
-    Case("decode", 8, 2, 64, 1, 150, 1, 8, batch=2, heads_join="mean", lengths=(150, 64), causal=False),
-    Case("decode-max", 4, 2, 64, 1, 40, 1, 4, heads_join="max", join="max", causal=False, dtype="bfloat16"),
-    Case("tokens", 4, 1, 64, 40, 24, 2, 2, heads_join="mean"),
+# The kernel takes bfloat16 keys alone while decoding.
+FLOAT32_DECODE = Case(
+    "float32-decode", 8, 2, 64, 1, 150, 1, 8, batch=2, heads_join="mean", lengths=(150, 64), causal=False
 )

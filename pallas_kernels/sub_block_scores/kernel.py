@@ -19,6 +19,7 @@ from pallas_kernels.mosaic.flash_tiles import LOG2_E, MATRIX, ROW_VECTOR, column
 ROWS = 64  # rows of a tile, those of a warpgroup's matrix product
 STAGES = 2  # tiles of keys in flight per warpgroup
 SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that a CTA can use
+CACHE = 24 * 2**20  # bytes of keys that stay in L2 beside what else passes through it
 TINY = 2.0**-126  # smallest share of a block that is seen
 _f32, _i32 = jnp.float32, jnp.int32
 
@@ -49,7 +50,7 @@ class Tuning:
     def bytes(self, vectors: int, dim: int) -> int:
         """Shared memory of a CTA, with room for barriers."""
         tiles = 2 * dim * (ROWS * vectors + self.warpgroups * STAGES * self.keys)
-        return tiles + 4 * self.warpgroups * vectors * 2 * ROWS + 1024
+        return tiles + 4 * self.warpgroups * vectors * 3 * ROWS + 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +112,23 @@ class Call:
         return self.rows, self.blocks
 
     @property
+    def keys_fit_in_cache(self) -> bool:
+        return 2 * self.batch * self.kv_heads * self.tiles * self.tuning.keys * self.dim <= CACHE
+
+    @property
     def in_exponents(self) -> bool:
         """Whether shares are only compared, so that their exponents will do."""
         return self.join == "max" and self.heads != "mean"
 
     def work_of(self, cta: Array) -> tuple[Array, Array, Array]:
-        """(sequence, list, tile of rows) of a CTA. Lists follow each other; in each, late rows, which see most, start first."""
-        number, rest = lax.rem(cta, _i32(self.row_tiles)), lax.div(cta, _i32(self.row_tiles))
-        return lax.div(rest, _i32(self.lists)), lax.rem(rest, _i32(self.lists)), self.row_tiles - 1 - number
+        """(sequence, list, tile of rows) of a CTA. Late rows, which see most, start first: those of all lists, or if their keys would
+        not stay in the L2 cache, those of each list."""
+        lists = self.batch * self.lists
+        fast = _i32(lists if self.keys_fit_in_cache else self.row_tiles)
+        number, index = lax.div(cta, fast), lax.rem(cta, fast)
+        if not self.keys_fit_in_cache:
+            number, index = index, number
+        return lax.div(index, _i32(self.lists)), lax.rem(index, _i32(self.lists)), self.row_tiles - 1 - number
 
 
 def sub_block_kernel(call: Call, interpret: Any) -> Callable:
@@ -139,7 +149,7 @@ def sub_block_kernel(call: Call, interpret: Any) -> Callable:
         scratch_types=[
             tile(call.vectors, ROWS, call.dim, jnp.float16),
             tile(groups, STAGES, keys, call.dim, jnp.float16),
-            plgpu.SMEM((groups, call.vectors, 2, ROWS), _f32),
+            plgpu.SMEM((groups, call.vectors, 3, ROWS), _f32),
             plgpu.Barrier(num_arrivals=call.vectors),
             plgpu.Barrier(num_barriers=groups * STAGES),
             plgpu.Barrier(num_arrivals=groups),
@@ -161,44 +171,49 @@ def _kernel(call: Call, queries_ref, keys_ref, factor_ref, bounds_ref, seen_ref,
             plgpu.copy_gmem_to_smem(source, query_tile.at[vector], queries_ready)
 
     own = sequence if bounds_ref.shape[0] > 1 else _i32(0)
-    view = _View(call, row_tile, bounds_ref.at[own, row_tile], seen_ref.at[own])
+    bounds = [bounds_ref[own, row_tile, i] for i in range(4)]
+    view = _View(call, row_tile, *bounds, seen_ref.at[own])
     kv_head = lax.div(index, _i32(call.lists // call.kv_heads))
     ring = _Ring(call, view, warpgroup, keys_ref.at[sequence, kv_head], key_tiles, keys_ready)
     ring.start()
     plgpu.barrier_wait(queries_ready)
     multiply = _Products(call, view, query_tile, factor_ref[sequence, index])
+    own_sums = sums.at[warpgroup]
     with jax.named_scope("sums"):
-        totals = ring.walk(0, functools.partial(_add, multiply), _Sums.empty(call))
+        _clear(call, own_sums)
+        ring.walk(0, functools.partial(_add, multiply, own_sums))
     with jax.named_scope("join"):
-        lse = _log_sums(call, totals, sums, sums_ready, warpgroup)
+        _log_sums(call, sums, sums_ready, warpgroup)
     target = scores_ref.at[sequence, index]
     with jax.named_scope("scores"):
-        ring.walk(1, functools.partial(_write, multiply, lse, target), ())
+        ring.walk(1, functools.partial(_write, multiply, own_sums, target))
         _write_nothing(call, view, warpgroup, target)
 
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """What the rows of a tile see: `bounds` [4] and `seen` [2, per_row, rows], see `_bounds` of mosaic_gpu.py."""
+    """What the rows of a tile see.
+
+    Attributes:
+      call, row_tile: parameters, and number of the tile.
+      begin, end: the first tile of keys that any vector sees, and the one after the last.
+      full_begin, full_end: the same of the tiles that all see in full.
+      seen: [2, per_row, rows], the first key vector that each query vector sees, and the one after the last.
+    """
 
     call: Call
     row_tile: Array
-    bounds: Any
+    begin: Array
+    end: Array
+    full_begin: Array
+    full_end: Array
     seen: Any
-
-    @property
-    def begin(self) -> Array:
-        return self.bounds[0]
-
-    @property
-    def end(self) -> Array:
-        return self.bounds[1]
 
     def is_full(self, t: Array) -> Array:
         """Whether every vector sees all of a tile of keys."""
-        return (t >= self.bounds[2]) & (t < self.bounds[3])
+        return (t >= self.full_begin) & (t < self.full_end)
 
-    def mask(self, t: Array, in_row: int) -> Bool[Array, "64 W"]:
+    def mask(self, t: Array, in_row: Array) -> Bool[Array, "64 W"]:
         """Which keys of a tile each row's vector sees."""
         width, blocks = self.call.tuning.keys, self.call.blocks_per_tile
         column = plgpu.broadcasted_iota(_i32, (ROWS, width), 1, layout=MATRIX)
@@ -259,21 +274,19 @@ class _Ring:
         for n in range(STAGES):
             self.load(_i32(n))
 
-    def walk(self, again: int, step: Callable, carry: Any) -> Any:
-        """Calls `step(t, keys, masked, carry)` for each tile; `again` is 1 for the second walk."""
+    def walk(self, again: int, step: Callable) -> None:
+        """Calls `step(t, keys, masked)` for each tile; `again` is 1 for the second walk."""
         count = self.count
 
-        def body(i: Array, carry: Any) -> Any:
+        @pl.loop(_i32(0), count)
+        def _(i: Array) -> None:
             n, t = i + again * count, self.number(i)
             stage = lax.rem(n, _i32(STAGES))
             plgpu.barrier_wait(self.ready.at[self.warpgroup * STAGES + stage])
             keys = self.key_tiles.at[self.warpgroup, stage]
             full, masked = (functools.partial(step, t, keys, masked) for masked in (False, True))
-            carry = lax.cond(self.view.is_full(t), full, masked, carry)
+            lax.cond(self.view.is_full(t), full, masked)
             self.load(n + STAGES)
-            return carry
-
-        return lax.fori_loop(_i32(0), count, body, carry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,82 +298,83 @@ class _Products:
     queries: Any
     factor: Array
 
-    def of(self, vector: int, t: Array, keys: Any, masked: bool) -> Float32[Array, "64 W"]:
+    def of(self, vector: Array, t: Array, keys: Any, masked: bool) -> Float32[Array, "64 W"]:
         """Products of one query vector of each row, in no scale; -inf where it does not see the key."""
         x = product(self.queries.at[vector], keys)
         if masked:
-            x = jnp.where(self.view.mask(t, vector // self.call.group), x, -jnp.inf)
+            x = jnp.where(self.view.mask(t, lax.div(vector, _i32(self.call.group))), x, -jnp.inf)
         return x
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Sums:
-    """Running softmax sums of each query vector of a row [64], in base 2: largest exponents, and sums relative to them."""
+def _clear(call: Call, sums: Any) -> None:
+    """Softmax sums over no keys."""
+    # Not -inf: where every exponent is -inf, the difference of the two would be NaN.
+    lowest, zero = (
+        plgpu.layout_cast(jnp.full((ROWS,), value, _f32), ROW_VECTOR) for value in (float(jnp.finfo(_f32).min), 0.0)
+    )
 
-    maxima: tuple[Array, ...]
-    totals: tuple[Array, ...]
-
-    @classmethod
-    def empty(cls, call: Call) -> "_Sums":
-        def full(value: float) -> Array:
-            return plgpu.layout_cast(jnp.full((ROWS,), value, _f32), ROW_VECTOR)
-
-        # Not -inf: where every exponent is -inf, the difference of the two would be NaN.
-        return cls((full(float(jnp.finfo(_f32).min)),) * call.vectors, (full(0.0),) * call.vectors)
+    @pl.loop(_i32(0), _i32(call.vectors))
+    def _(vector: Array) -> None:
+        sums[vector, 0], sums[vector, 1] = lowest, zero
 
 
-def _add(multiply: _Products, t: Array, keys: Any, masked: bool, sums: _Sums) -> _Sums:
-    """Adds a tile of keys."""
-    maxima, totals = [], []
-    for vector in range(multiply.call.vectors):
-        x, before = multiply.of(vector, t, keys, masked), sums.maxima[vector]
+def _add(multiply: _Products, sums: Any, t: Array, keys: Any, masked: bool) -> None:
+    """Adds a tile of keys to the softmax sums of a warpgroup [vectors, 3, 64]: largest exponents of 2, and sums relative to them."""
+
+    @pl.loop(_i32(0), _i32(multiply.call.vectors))
+    def _(vector: Array) -> None:
+        x = multiply.of(vector, t, keys, masked)
+        before, total = (plgpu.load(sums.at[vector, i], layout=ROW_VECTOR) for i in range(2))
         maximum = jnp.maximum(before, x.max(axis=1) * multiply.factor)
         weights = jnp.exp2(x * multiply.factor - columns(maximum, x))
-        maxima.append(maximum)
-        totals.append(sums.totals[vector] * jnp.exp2(before - maximum) + weights.sum(axis=1))
-    return _Sums(tuple(maxima), tuple(totals))
+        sums[vector, 0] = maximum
+        sums[vector, 1] = total * jnp.exp2(before - maximum) + weights.sum(axis=1)
 
 
-def _log_sums(call: Call, own: _Sums, sums: Any, ready: Any, warpgroup: Array) -> list[Array]:
-    """log2 of the softmax sums of all warpgroups, for each query vector of a row; inf where it sees nothing."""
-    for vector in range(call.vectors):
-        sums[warpgroup, vector, 0] = own.maxima[vector]
-        sums[warpgroup, vector, 1] = own.totals[vector]
+def _log_sums(call: Call, sums: Any, ready: Any, warpgroup: Array) -> None:
+    """Writes log2 of the sums of all warpgroups for each query vector of a row; inf where it sees nothing."""
     plgpu.commit_smem()
     plgpu.barrier_arrive(ready)
     plgpu.barrier_wait(ready)
-    results = []
-    for vector in range(call.vectors):
-        parts = [
-            [plgpu.load(sums.at[i, vector, j], layout=ROW_VECTOR) for j in range(2)]
-            for i in range(call.tuning.warpgroups)
-        ]
-        maximum = functools.reduce(jnp.maximum, [largest for largest, _ in parts])
-        total = sum(part * jnp.exp2(largest - maximum) for largest, part in parts)
+
+    @pl.loop(_i32(0), _i32(call.vectors))
+    def _(vector: Array) -> None:
+        maxima, totals = (
+            [plgpu.load(sums.at[i, vector, j], layout=ROW_VECTOR) for i in range(call.tuning.warpgroups)]
+            for j in range(2)
+        )
+        maximum = functools.reduce(jnp.maximum, maxima)
+        parts = [total * jnp.exp2(x - maximum) for x, total in zip(maxima, totals, strict=True)]
+        total = functools.reduce(jnp.add, parts)
         lse = maximum + jnp.log2(jnp.where(total > 0, total, 1))
         if call.heads == "mean":
             lse += math.log2(call.group)
-        results.append(jnp.where(total > 0, lse, jnp.inf))
-    return results
+        sums[warpgroup, vector, 2] = jnp.where(total > 0, lse, jnp.inf)
 
 
-def _write(
-    multiply: _Products, lse: list[Array], target: Any, t: Array, keys: Any, masked: bool, carry: tuple
-) -> tuple:
+def _write(multiply: _Products, sums: Any, target: Any, t: Array, keys: Any, masked: bool) -> None:
     """Writes the scores of a tile of blocks."""
-    call, best = multiply.call, None
-    for in_row in range(call.per_row):
-        shares = None
-        for vector in range(in_row * call.group, (in_row + 1) * call.group):
-            share = _shares(call, multiply.of(vector, t, keys, masked), multiply.factor, lse[vector], masked)
-            combine = jnp.add if call.heads == "mean" else jnp.maximum
-            shares = share if shares is None else combine(shares, share)
-        best = shares if best is None else jnp.maximum(best, shares)
+    call = multiply.call
+
+    def shares(vector: Array) -> Array:
+        x = multiply.of(vector, t, keys, masked)
+        return _shares(call, x, multiply.factor, plgpu.load(sums.at[vector, 2], layout=ROW_VECTOR), masked)
+
+    def of_row(in_row: Array) -> Array:
+        first, combine = in_row * call.group, jnp.add if call.heads == "mean" else jnp.maximum
+        return _reduced(lambda i: shares(first + i), call.group, combine)
+
+    best = _reduced(of_row, call.per_row, jnp.maximum)
     if not call.in_exponents:
         best = jnp.log2(best if masked else jnp.maximum(best, TINY))
     _store(call, best / LOG2_E, multiply.view.row_tile, t, target)
-    return carry
+
+
+def _reduced(of: Callable[[Array], Array], count: int, combine: Callable[[Array, Array], Array]) -> Array:
+    """Combines the results of `of(i)` for i below `count`, in a loop."""
+    if count == 1:
+        return of(_i32(0))
+    return lax.fori_loop(_i32(1), _i32(count), lambda i, x: combine(x, of(i)), of(_i32(0)))
 
 
 def _shares(call: Call, x: Float32[Array, "64 W"], factor: Array, lse: Array, masked: bool) -> Float32[Array, "64 n"]:

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Float16, Float32, Int32
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.flash_tiles import LOG2_E, positive_scale
+from pallas_kernels.sub_block_scores.decode import score_for_one_query
 from pallas_kernels.sub_block_scores.kernel import ROWS, Call, Tuning, sub_block_kernel
-from pallas_kernels.sub_block_scores.xla import without_unseen
+from pallas_kernels.sub_block_scores.xla import FEW, own_rows
 
 _LARGEST = 14  # exponent of the largest element of a list after scaling: float16 reaches 2^16
 _MAX_EXPONENT = 126
@@ -20,7 +21,7 @@ _f32, _i32 = jnp.float32, jnp.int32
 
 def score_sub_blocks(
     queries: Float32[Array, "B Tu H C"],
-    keys: Float[Array, "B Sw K C"],
+    keys: Float[Array, "P Sw K C"],
     *,
     seen: Int32[Array, "#B Tu 2"],
     queries_per_row: int,
@@ -28,6 +29,7 @@ def score_sub_blocks(
     join: str,
     heads: str,
     scale: float,
+    first_row: Int32[Array, ""] | None = None,
     tuning: Tuning | None = None,
 ) -> Float32[Array, "B lists rows Sb"]:
     """See the function of this name in api.py.
@@ -38,8 +40,11 @@ def score_sub_blocks(
     (_, vectors, num_heads, dim), kv_heads = queries.shape, keys.shape[2]
     if dim not in (64, 128):
         raise Unsupported(f"takes vectors of 64 and 128 elements; got {dim}.")
-    if vectors < ROWS:
-        raise Unsupported(f"takes {ROWS} query vectors or more; got {vectors}.")
+    if vectors == 1:
+        return score_for_one_query((keys_per_block, join, heads, scale), interpreter(), queries, keys, seen, first_row)
+    if vectors * num_heads // kv_heads <= FEW:
+        got = f"{vectors} of {num_heads // kv_heads} heads"
+        raise Unsupported(f"takes more than {FEW} query vectors per key head, or one for all heads; got {got}.")
     if keys_per_block not in (1, 2, 4, 8):
         raise Unsupported(f"takes 1, 2, 4 or 8 key vectors per block; got {keys_per_block}.")
     group = 1 if heads == "each" else num_heads // kv_heads
@@ -47,6 +52,7 @@ def score_sub_blocks(
     if tuning is None:
         most = f"{Tuning.most_vectors(dim)} query vectors of {dim} elements"
         raise Unsupported(f"takes at most {most} per row, for all heads that join; got {group * queries_per_row}.")
+    keys = own_rows(keys, first_row, len(queries))
     queries, scale = positive_scale(queries, scale)
     static = queries_per_row, keys_per_block, join, heads, scale, tuning
     return _score(static, interpreter(), queries, keys, seen)
@@ -79,13 +85,24 @@ def _score(
     )
     with jax.named_scope("arrange"):
         seen = jnp.clip(seen, 0, num_keys)
-        queries, keys = without_unseen(queries, keys, seen)
+        queries, keys = _without_padding(queries, keys, seen)
         queries, query_factor = _halves(call, _arranged_queries(call, queries))
-        keys, key_factor = _halves(call, _arranged_keys(call, keys.astype(_f32)))
+        keys, key_factor = _halves(call, _arranged_keys(call, keys))
         factor = scale * LOG2_E * query_factor * jnp.repeat(key_factor, call.lists // kv_heads, axis=1)
         bounds, seen = _bounds(call, seen, vectors)
     scores = sub_block_kernel(call, interpret)(queries, keys, factor, bounds, seen)
     return scores[:, :, : call.rows, : call.blocks]
+
+
+def _without_padding(
+    queries: Float32[Array, "B Tu H C"], keys: Float[Array, "B Sw K C"], seen: Int32[Array, "#B Tu 2"]
+) -> tuple[Float32[Array, "B Tu H C"], Float32[Array, "B Sw K C"]]:
+    """0 for queries that see nothing and for keys before and behind all that are seen: they must not scale the others."""
+    sees, number = seen[..., 0] < seen[..., 1], jnp.arange(keys.shape[1])[None]
+    first = jnp.where(sees, seen[..., 0], keys.shape[1]).min(1, keepdims=True)
+    end = jnp.where(sees, seen[..., 1], 0).max(1, keepdims=True)
+    there = (number >= first) & (number < end)
+    return jnp.where(sees[..., None, None], queries, 0), jnp.where(there[..., None, None], keys.astype(_f32), 0)
 
 
 def _arranged_queries(call: Call, queries: Float32[Array, "B Tu H C"]) -> Float32[Array, "B lists vectors rows C"]:

@@ -1,5 +1,6 @@
 """The definition of `score_sub_blocks` in plain float32."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -8,7 +9,7 @@ from pallas_kernels.online_softmax import finite, log_sum_exp
 
 def score_sub_blocks(
     queries: Float32[Array, "B Tu H C"],
-    keys: Float[Array, "B Sw K C"],
+    keys: Float[Array, "P Sw K C"],
     *,
     seen: Int32[Array, "#B Tu 2"],
     queries_per_row: int,
@@ -16,8 +17,11 @@ def score_sub_blocks(
     join: str,
     heads: str,
     scale: float,
+    first_row: Int32[Array, ""] | None,
 ) -> Float32[Array, "B lists rows Sb"]:
     """See the function of this name in api.py."""
+    if first_row is not None:
+        keys = jax.lax.dynamic_slice_in_dim(keys, first_row, len(queries))
     group = queries.shape[2] // keys.shape[2]
     keys = jnp.repeat(keys.astype(jnp.float32), group, axis=2)
     number = jnp.arange(keys.shape[1])[None, None]

@@ -31,23 +31,41 @@ class _Settings(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=_Settings._fields)
 def score_sub_blocks(
-    queries: Float32[Array, "B Tu H C"], keys: Float[Array, "B Sw K C"], *, seen: Int32[Array, "#B Tu 2"], **static: Any
+    queries: Float32[Array, "B Tu H C"],
+    keys: Float[Array, "P Sw K C"],
+    *,
+    seen: Int32[Array, "#B Tu 2"],
+    first_row: Int32[Array, ""] | None,
+    **static: Any,
 ) -> Float32[Array, "B lists rows Sb"]:
     """See the function of this name in api.py."""
-    return _score(_Settings(**static), queries, keys, seen)
+    return _score(_Settings(**static), queries, own_rows(keys, first_row, len(queries)), seen)
 
 
 @functools.partial(jax.jit, static_argnames=_Settings._fields)
 def score_sub_blocks_gradients(
     cotangent: Float32[Array, "B lists rows Sb"],
     queries: Float32[Array, "B Tu H C"],
-    keys: Float[Array, "B Sw K C"],
+    keys: Float[Array, "P Sw K C"],
     *,
     seen: Int32[Array, "#B Tu 2"],
+    first_row: Int32[Array, ""] | None,
     **static: Any,
-) -> tuple[Float32[Array, "B Tu H C"], Float[Array, "B Sw K C"]]:
+) -> tuple[Float32[Array, "B Tu H C"], Float[Array, "P Sw K C"]]:
     """Gradients in queries and keys."""
-    return _gradients(_Settings(**static), cotangent, queries, keys, seen)
+    own, pull_back = jax.vjp(lambda keys: own_rows(keys, first_row, len(queries)), keys)
+    of_queries, of_own = _gradients(_Settings(**static), cotangent, queries, own, seen)
+    return of_queries, *pull_back(of_own)
+
+
+def own_rows(keys: Float[Array, "P Sw K C"], first: Int32[Array, ""] | None, number: int) -> Float[Array, "B Sw K C"]:
+    """The rows of keys that belong to the queries.
+
+    Cut by head, as caches keep them: XLA then cancels the transpositions of the caller, of this, and of the products.
+    """
+    if first is None:
+        return keys
+    return lax.dynamic_slice_in_dim(keys.swapaxes(1, 2), first, number).swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -110,16 +110,18 @@ class DecodeGate(Recommending, nnx.Module):
     def logits(
         self,
         queries: Float32[Array, "B T heads C"],
-        keys: Float[Array, "B Sw K C"],
+        keys: Float[Array, "P Sw K C"],
         *,
         completed: Int[Array, "B T"],
         first: int | Int[Array, "#B T"] = 0,
+        first_row: Int[Array, ""] | None = None,
     ) -> Float32[Array, "B K T Sb"]:
         """Logits of tokens against key blocks, -inf before block `first` and from block `completed` on.
 
         Args:
           completed: number of completed earlier blocks of each query token, floor(t / b).
           first: block in which the token's sequence starts.
+          first_row: where the B rows of keys begin among P; None: keys has B rows.
         """
         config = self.config
         if config.finer_than_release():
@@ -132,7 +134,10 @@ class DecodeGate(Recommending, nnx.Module):
                 keys_per_block=config.keys_per_block,
                 join=config.join,
                 heads=config.heads if config.has_head_queries else "each",
+                first_row=first_row,
             )
+        if first_row is not None:
+            keys = jax.lax.dynamic_slice_in_dim(keys.swapaxes(1, 2), first_row, len(queries)).swapaxes(1, 2)
         logits, block = score_blocks(queries, keys.astype(jnp.float32)), jnp.arange(keys.shape[1])[None, None, None]
         visible = block < completed[:, None, :, None]
         if not isinstance(first, int) or first:

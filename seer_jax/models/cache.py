@@ -18,6 +18,7 @@ from seer_jax.gates.decode import DecodeGate
 from seer_jax.models.config import ModelConfig
 from seer_jax.selection.interfaces import LayerCache
 
+BLOCKS_TOGETHER = 8  # the kernel that scores the keys of finer gates takes those of whole groups of so many blocks
 _MERGE = {Pool.MAX: jnp.maximum, Pool.MIN: jnp.minimum, Pool.AVG: jnp.add}
 
 
@@ -86,7 +87,10 @@ class Cache:
         shape = (layers, batch, capacity, heads, dim)
         decode_cache = prefill_keys = None
         if decode_gate is not None:
-            count = -(-capacity // decode_gate.block_size) * decode_gate.keys_per_block
+            blocks = -(-capacity // decode_gate.block_size)
+            if decode_gate.finer_than_release():
+                blocks += -blocks % BLOCKS_TOGETHER
+            count = blocks * decode_gate.keys_per_block
             kept = jnp.bfloat16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32
             decode_cache = DecodeGateCache(
                 keys=jnp.zeros((layers, batch, heads, count, decode_gate.gate_dim), kept),
@@ -249,6 +253,12 @@ class CacheView(LayerCache):
 
     @property
     def gate_keys(self) -> Float[Array, "B Sw K C"]:
+        rows, first = self.gate_key_rows
+        batch = len(self.lengths)
+        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(jnp.swapaxes(rows, 1, 2), first, batch), 1, 2)
+
+    @property
+    def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""]]:
         if self.cache.decode_gate is None:
             raise ValueError(
                 "Blocks can be ranked by the decode gate only with a cache that keeps its keys; got one without. "
@@ -256,8 +266,7 @@ class CacheView(LayerCache):
             )
         keys, batch = self.cache.decode_gate.keys, len(self.lengths)
         # Indexed by layer, XLA would lay out the cache in an order of its own, and copy it at each end of a loop.
-        rows = keys.reshape(-1, *keys.shape[2:])
-        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(rows, self.layer * batch, batch), 1, 2)
+        return jnp.swapaxes(keys.reshape(-1, *keys.shape[2:]), 1, 2), self.layer * batch
 
     @property
     def prefill_gate_keys(self) -> Float32[Array, "B Sw heads C"] | None:

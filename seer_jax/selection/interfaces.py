@@ -69,6 +69,12 @@ class LayerCache(abc.ABC):
         """The decode gate's compressed keys; raises ValueError where the cache keeps none."""
 
     @property
+    def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""] | None]:
+        """Rows of all layers with `gate_keys` among them, and the number of the first of these, so that they can be read in place.
+        None: the rows are `gate_keys`."""
+        return self.gate_keys, None
+
+    @property
     @abc.abstractmethod
     def prefill_gate_keys(self) -> Float32[Array, "B Sw heads C"] | None:
         """The prefill gate's compressed keys; None where they are not kept."""

@@ -125,6 +125,16 @@ def test_heavy_packages_are_imported_when_needed(imported: str):
     assert python(code) == "[]"
 
 
+def test_public_names_are_imported_when_they_are_used():
+    code = """
+import sys, seer_jax
+early = "jax" in sys.modules
+missing = [name for name in seer_jax.__all__ if not hasattr(seer_jax, name)]
+print(early, missing, {*seer_jax.__all__} - {*seer_jax._homes()}, seer_jax.selection.scorers.__name__, hasattr(seer_jax, "absent"))
+"""
+    assert python(code) == "False [] {'__version__'} seer_jax.selection.scorers False"
+
+
 def third_party(files: dict[str, Path]) -> set[str]:
     """The distributions that modules import."""
     names = set().union(*(imports(*module) for module in files.items()))

@@ -55,6 +55,13 @@ def linear_frequencies(gate: PrefillGate | DecodeGate) -> np.ndarray:
     return rope.theta ** (-np.arange(half) / half) / rope.factor
 
 
+def definition(gate: PrefillGate | DecodeGate, q: np.ndarray, k: np.ndarray, rows: Rows) -> Defined:
+    """Of a gate of either kind."""
+    if isinstance(gate, PrefillGate):
+        return prefill_definition(gate, q, k, rows)
+    return decode_definition(gate, q, k, rows)
+
+
 def prefill_definition(gate: PrefillGate, q: np.ndarray, k: np.ndarray, rows: Rows) -> Defined:
     """One layer: pool, project by head, rotate at the pool's first token, compare."""
     config, wk, (positions, valid, sequence) = gate.config, np.asarray(gate.linear_k[...], float), rows

@@ -22,8 +22,10 @@ from seer_jax.gates.configs import (
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.make import Gate, make_gate
 from seer_jax.gates.prefill import PrefillGate
+from seer_jax.gates.projections import initial_projection, project
 from seer_jax.models.cache import Cache
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
+from seer_jax.models.rope import apply_rope
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Oracle
@@ -301,6 +303,31 @@ def test_a_recommendation_stays_with_its_gate(config: GateConfig, policy: Policy
     gate.recommended = None
     assert gate.recommended is None
     assert_same_policy(copies[2].recommended, policy)
+
+
+# --- Where training starts.
+
+LLAMA3 = RopeConfig(theta=1e4, kind=RopeKind.LLAMA3, factor=8, original_max_position=64)
+
+
+@pytest.mark.parametrize("rope", [ROPE, LLAMA3], ids=lambda rope: rope.kind)
+@pytest.mark.parametrize(("head_dim", "gate_dim"), [(16, 16), (64, 16), (16, 64)])
+def test_training_starts_from_channels_that_turn_alike(head_dim: int, gate_dim: int, rope: RopeConfig):
+    """Projected, then rotated, is rotated, then projected; up to the noise in which the channels differ."""
+    kinds = (Pool.MAX, Pool.AVG)
+    weight = initial_projection(jax.random.key(0), (3, 2 * head_dim, gate_dim), kinds, head_dim)[:, head_dim:]
+    kept = np.asarray(weight.round())
+    assert (kept.sum(1) <= 1).all() and (kept.sum((1, 2)) == min(head_dim, gate_dim)).all()
+    np.testing.assert_allclose(weight, kept, atol=0.02)
+    x = jax.random.normal(jax.random.key(1), (1, 5, 3, head_dim))
+    positions = jnp.asarray([[0, 1, 17, 300, 5000]])
+    after = apply_rope(project(x, jnp.asarray(kept)), positions, rope)
+    assert_close(after, np.einsum("bnhd,hdc->bnhc", apply_rope(x, positions, rope), kept))
+
+
+def test_training_starts_at_random_where_no_channels_turn_alike():
+    weight = initial_projection(jax.random.key(0), (3, 16, 12), (Pool.AVG,), 16)
+    np.testing.assert_allclose(np.square(weight).mean(), 1 / 16, rtol=0.1)
 
 
 # --- What a gate can't be.

@@ -31,7 +31,7 @@ from seer_jax.selection.rules import CumulativeMass
 from seer_jax.train.distillation import packed_decode_keys, packed_decode_logits, packed_prefill_logits
 from seer_jax.train.loss import row_kl
 from tests.seer_jax.conftest import LLAMA, tiny_model
-from tests.seer_jax.gates.definitions import Rows, decode_definition, prefill_definition
+from tests.seer_jax.gates.definitions import Rows, definition
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -107,7 +107,7 @@ def test_prompts_read_in_chunks_of_rows_are_read_as_whole(name: str, monkeypatch
 def test_tokens_decoded_one_by_one_choose_as_in_one_pass(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(window_module, "ON_CPUS", AtOnce(64, 2**25, 128))
     model = model_of(name)
-    expected = jax.jit(lambda *x: decode_window(*x, POLICY))(model, TOKENS)
+    expected = jax.jit(lambda model, tokens: decode_window(model, tokens, POLICY))(model, TOKENS)
     step = jax.jit(lambda model, *x: model.decode(*x, sparsity=POLICY))
     cache, losses, shares = model.make_cache(*TOKENS.shape), [], []
     for token in TOKENS.T:
@@ -181,8 +181,7 @@ def test_packed_logits_are_the_definition(name: str):
     gate = random_gate(config)
     # RoPE of the model is scaled by frequency; the definition takes the plain one.
     gate.model = dataclasses.replace(LLAMA, rope=dataclasses.replace(LLAMA.rope, kind=RopeKind.DEFAULT, factor=1.0))
-    define = prefill_definition if isinstance(gate, PrefillGate) else decode_definition
-    expected, got = define(gate, q, k, rows).logits, np.asarray(logits_of(gate, q, k, rows))
+    expected, got = definition(gate, q, k, rows).logits, np.asarray(logits_of(gate, q, k, rows))
     counted = rows.valid[:, :: config.block_size] if isinstance(gate, PrefillGate) else rows.valid
     expected, got = (np.where(counted[:, None, :, None], x, -np.inf) for x in (expected, got))
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
