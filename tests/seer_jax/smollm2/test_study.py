@@ -93,7 +93,7 @@ def test_the_table_is_made_of_what_is_stored(tmp_path: Path):
         levels = [score("gate", kept, loss(kept, at)) for kept in (0.1, 0.2, 0.4)]
         write_scores(tmp_path / name / "decode" / "scores.json", [score(None, 1.0, 0.0), *levels])
         costs = {"decode_key_bytes": 2, "decode_recall": 0.9, "prefill_recall": 0.5, "tokens_per_second": 7}
-        (tmp_path / name / FACTS).write_text(json.dumps({"meaning": name, "costs": costs}))
+        (tmp_path / name / FACTS).write_text(json.dumps({"meaning": f"pools, {name}", "costs": costs}))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / ERROR).write_text("MemoryError: too large")
 
@@ -107,6 +107,7 @@ def test_the_table_is_made_of_what_is_stored(tmp_path: Path):
     assert rows[0]["costs"] == {"key_bytes": 2, "recall": 0.9, "tokens_per_second": 7}
     text = (tmp_path / "table.md").read_text()
     assert "| fine | threshold | 20.0%" in text
+    assert text.count("fine: pools, fine") == 1
     assert "broken failed: MemoryError: too large" in text
 
 
