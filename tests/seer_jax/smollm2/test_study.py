@@ -49,7 +49,10 @@ def test_a_study_goes_on_where_it_was_stopped(words: list[str], tmp_path: Path, 
     assert (row["variant"], row["rule"], len(row["levels"])) == ("p16x16-d16-mass", "threshold", 2)
     assert row["settings"]["target"] == "mass"
     # Per token: 4 keys of 64 channels in float32 for each block of 64 tokens, in 2 layers of 2 key heads.
-    assert row["costs"]["key_bytes"] == 4 * 64 * 4 / 64 * 2 * 2
+    costs = json.loads((folder / FACTS).read_text())["costs"]
+    assert (
+        row["costs"]["key_bytes"] == costs["prefill_key_bytes"] == costs["decode_key_bytes"] == 4 * 64 * 4 / 64 * 2 * 2
+    )
     assert 0 < row["costs"]["recall"] <= 1
     capsys.readouterr()
 
