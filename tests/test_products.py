@@ -60,7 +60,7 @@ CASES = [
     (sparse_decode_attention, decode.TINY[0]),
     (score_blocks, gate_scores.TINY[0]),
     (score_sub_blocks, sub_block_scores.TINY[1]),
-    (score_sub_blocks, sub_block_scores.TINY[-1]),
+    (score_sub_blocks, sub_block_scores.FLOAT32_DECODE),
     (pool_blocks, pooling.TINY[0]),
 ]
 

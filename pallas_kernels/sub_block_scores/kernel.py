@@ -171,7 +171,8 @@ def _kernel(call: Call, queries_ref, keys_ref, factor_ref, bounds_ref, seen_ref,
             plgpu.copy_gmem_to_smem(source, query_tile.at[vector], queries_ready)
 
     own = sequence if bounds_ref.shape[0] > 1 else _i32(0)
-    view = _View(call, row_tile, bounds_ref.at[own, row_tile], seen_ref.at[own])
+    bounds = [bounds_ref[own, row_tile, i] for i in range(4)]
+    view = _View(call, row_tile, *bounds, seen_ref.at[own])
     kv_head = lax.div(index, _i32(call.lists // call.kv_heads))
     ring = _Ring(call, view, warpgroup, keys_ref.at[sequence, kv_head], key_tiles, keys_ready)
     ring.start()
@@ -191,24 +192,26 @@ def _kernel(call: Call, queries_ref, keys_ref, factor_ref, bounds_ref, seen_ref,
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """What the rows of a tile see: `bounds` [4] and `seen` [2, per_row, rows], see `_bounds` of mosaic_gpu.py."""
+    """What the rows of a tile see.
+
+    Attributes:
+      call, row_tile: parameters, and number of the tile.
+      begin, end: the first tile of keys that any vector sees, and the one after the last.
+      full_begin, full_end: the same of the tiles that all see in full.
+      seen: [2, per_row, rows], the first key vector that each query vector sees, and the one after the last.
+    """
 
     call: Call
     row_tile: Array
-    bounds: Any
+    begin: Array
+    end: Array
+    full_begin: Array
+    full_end: Array
     seen: Any
-
-    @property
-    def begin(self) -> Array:
-        return self.bounds[0]
-
-    @property
-    def end(self) -> Array:
-        return self.bounds[1]
 
     def is_full(self, t: Array) -> Array:
         """Whether every vector sees all of a tile of keys."""
-        return (t >= self.bounds[2]) & (t < self.bounds[3])
+        return (t >= self.full_begin) & (t < self.full_end)
 
     def mask(self, t: Array, in_row: Array) -> Bool[Array, "64 W"]:
         """Which keys of a tile each row's vector sees."""

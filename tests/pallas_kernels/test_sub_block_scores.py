@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import score_blocks, score_sub_blocks
 from pallas_kernels.devices import assume_hopper
 from pallas_kernels.sub_block_scores import xla
-from pallas_kernels.sub_block_scores.cases import DECODE, REAL, TINY, Case
+from pallas_kernels.sub_block_scores.cases import DECODE, FLOAT32_DECODE, REAL, TINY, Case
 from tests.pallas_kernels.suites import sub_block_scores as suite
 from tests.pallas_kernels.suites.comparison import KEY, assert_lowers_for_cuda, memory, shapes, slow_but
 
@@ -33,6 +33,10 @@ class TestXla(suite.Conformance):
     def test_gradients_where_heads_join(self):
         (case,) = (case for case in TINY if case.name == "tokens")
         suite.compare_gradients(case.arguments(KEY), "xla", self.gradient_error)
+
+    def test_float32_keys_while_decoding(self):
+        arguments = FLOAT32_DECODE.arguments(KEY)
+        suite.assert_accurate(self.run(**arguments), arguments, self.error)
 
     def test_chunks_of_rows(self, monkeypatch: pytest.MonkeyPatch):
         """Three chunks of five rows for 14 rows, the last of which has two query vectors."""

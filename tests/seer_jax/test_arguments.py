@@ -256,7 +256,8 @@ def test_wrong_values(make: Callable[[], Any], message: str):
 
 
 def test_what_is_meant_is_taken():
-    """NumPy's integers, arrays and lists where numbers are asked for: the same request as with Python's own."""
+    """NumPy's integers, arrays and lists where numbers are asked for: the same request as with Python's own; texts of numbers in settings."""
+    assert DistillConfig(recall_density="0.7%") == DistillConfig(recall_density=0.007)
     model = tiny_model()
     plain = list(seer_jax.stream(model, TOKENS, max_new_tokens=4, eos=2, decode=TokenBudget(32)))
     numpy: dict[str, Any] = dict(max_new_tokens=np.int64(4), eos=np.array([2]), decode=TokenBudget(np.int32(32)))
