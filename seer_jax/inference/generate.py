@@ -276,7 +276,7 @@ def _begin(model: Transformer, job: _Job) -> _State:
 def _empty_cache(model: Transformer, job: _Job) -> Cache:
     # The gate's part of the cache costs time at every step: leave it out where it is not read.
     gate = model.decode_gate.config if job.decode.needs_gate and model.decode_gate is not None else None
-    return Cache.create(model.config, job.lengths.shape[0], job.capacity, model.dtype, decode_gate=gate)
+    return model.empty_cache(job.lengths.shape[0], job.capacity, gate)
 
 
 def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array | np.ndarray, ""]) -> _State:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
@@ -17,6 +18,7 @@ from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.models.config import ModelConfig
 from seer_jax.selection.interfaces import LayerCache
+from seer_jax.sharding.table import HEADS, KV, ROWS
 
 _MERGE = {Pool.MAX: jnp.maximum, Pool.MIN: jnp.minimum, Pool.AVG: jnp.add}
 
@@ -123,6 +125,13 @@ class Cache:
     def gate_arrays(self) -> list[Array]:
         """Everything that gates keep, for counting bytes."""
         return jax.tree.leaves((self.decode_gate, self.prefill_gate_keys))
+
+    def specs(self) -> "Cache":
+        """How each array is split over a mesh, in the names of `seer_jax.sharding.table`, in place of the arrays."""
+        gate = None if self.decode_gate is None else DecodeGateCache(keys=P(None, ROWS, KV), pools=P(None, ROWS, KV))
+        prefill = None if self.prefill_gate_keys is None else P(None, ROWS, None, HEADS)
+        of_tokens = P(None, ROWS, None, KV)
+        return Cache(of_tokens, of_tokens, P(ROWS), gate, prefill)
 
     def with_lengths(self, lengths: Int[Array, "B"]) -> "Cache":
         """The same contents with other lengths; what lies behind them is not read, and is overwritten by later tokens.

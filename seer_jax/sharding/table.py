@@ -1,0 +1,48 @@
+"""The table of how each weight of a model is split over a mesh of devices."""
+
+from jax.sharding import PartitionSpec
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+# Names that stand for axes of the mesh in the table and in other specs:
+ROWS = "rows"  # of a batch: data and fsdp
+KV = "kv"  # key/value heads: tensor, or the part of it that has different ones
+HEADS = "heads"  # query heads or key/value heads, whichever the axis of the array counts
+COPIES = "copies"  # the part of tensor whose devices have the same key/value head
+
+P = PartitionSpec
+_ROWS_OF_WEIGHT = P(None, TENSOR, FSDP)  # output channels over tensor: each device makes some of them
+_COLUMNS = P(None, FSDP, TENSOR)  # input channels over tensor: the products are summed over its devices
+_WHOLE = P()
+
+# Path of a weight -> which of its axes are split. Weights of layers have a leading axis L, which never is.
+WEIGHTS: dict[str, PartitionSpec] = {
+    "embed_tokens": P(TENSOR, FSDP),
+    "lm_head": P(TENSOR, FSDP),
+    "norm": _WHOLE,
+    "layers.input_layernorm": _WHOLE,
+    "layers.post_attention_layernorm": _WHOLE,
+    "layers.self_attn.q_proj.weight": _ROWS_OF_WEIGHT,
+    "layers.self_attn.q_proj.bias": P(None, TENSOR),
+    "layers.self_attn.k_proj.weight": P(None, KV, FSDP),
+    "layers.self_attn.k_proj.bias": P(None, KV),
+    "layers.self_attn.v_proj.weight": P(None, KV, FSDP),
+    "layers.self_attn.v_proj.bias": P(None, KV),
+    "layers.self_attn.o_proj.weight": _COLUMNS,
+    "layers.self_attn.o_proj.bias": _WHOLE,
+    "layers.self_attn.q_norm": _WHOLE,
+    "layers.self_attn.k_norm": _WHOLE,
+    "layers.mlp.gate_proj.weight": _ROWS_OF_WEIGHT,
+    "layers.mlp.gate_proj.bias": P(None, TENSOR),
+    "layers.mlp.up_proj.weight": _ROWS_OF_WEIGHT,
+    "layers.mlp.up_proj.bias": P(None, TENSOR),
+    "layers.mlp.down_proj.weight": _COLUMNS,
+    "layers.mlp.down_proj.bias": _WHOLE,
+    "prefill_gate.linear_q": P(None, HEADS),
+    "prefill_gate.linear_k": P(None, HEADS),
+    "decode_gate.linear_q": P(None, KV),
+    "decode_gate.linear_k": P(None, KV),
+    "decode_gate.q_norm": _WHOLE,
+    "decode_gate.k_norm": _WHOLE,
+}
+# Biases of sums over tensor: one device of it adds them.
+ADDED_ONCE = ("layers.self_attn.o_proj.bias", "layers.mlp.down_proj.bias")
