@@ -1,9 +1,11 @@
 """Checkpoint tensors into the parameters of a module, a few rows at a time.
 
 Each parameter is one array on its device from the start; pieces of at most `CHUNK_BYTES` are read, checked and written into it in
-place. The host holds at most two pieces, however large the model is, and a sharded parameter is never whole in one place.
+place. The host holds at most two pieces, however large the model is, a sharded parameter is never whole in one place, and each process
+reads the rows that its devices hold, once.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -110,44 +112,81 @@ def _fill(
     stacked = len(spec.shape) - len(source.tensors[keys[0]].shape)
     names = np.array(keys, dtype=object).reshape(spec.shape[:stacked])
     if sharding is None:
-        return _fill_part(spec, names, source, tuple(slice(0, n) for n in spec.shape), None)
-    parts = []
-    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
-        part = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), spec.shape, strict=True))
-        parts.append(_fill_part(spec, names, source, part, jax.sharding.SingleDeviceSharding(device)))
-    return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
+        (part,) = _fill_parts(spec, names, source, [_Part.of(spec, (), None)])
+        return part
+    indices = sharding.addressable_devices_indices_map(spec.shape).items()
+    parts = [_Part.of(spec, index or (), jax.sharding.SingleDeviceSharding(device)) for device, index in indices]
+    arrays = _fill_parts(spec, names, source, parts)
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
 
-def _fill_part(
-    spec: jax.ShapeDtypeStruct,
-    names: np.ndarray,
-    source: TensorSource,
-    part: tuple[slice, ...],
-    device: jax.sharding.Sharding | None,
-) -> jax.Array:
-    """The part of a parameter that one device holds, from the tensors of these names, an array over its leading axes."""
-    buffer = jnp.zeros([p.stop - p.start for p in part], spec.dtype, device=device)
-    rows, *columns = part[names.ndim :]
-    for indices, key in np.ndenumerate(names[(*part[: names.ndim], ...)]):
-        for start, stop in _chunks(source, key, rows):
-            data = source.read(key, start, stop)[(slice(None), *columns)]
-            place = np.zeros(buffer.ndim, np.int32)
-            place[: names.ndim + 1] = *indices, start - rows.start
-            buffer, finite = _write(buffer, data, place)
-            if not finite:  # also waits for the copy, so that pieces don't accumulate on the host
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one device holds of a parameter.
+
+    Attributes:
+      place: the part, as slices of the parameter with start and stop.
+      device: None is the default device.
+    """
+
+    place: tuple[slice, ...]
+    device: jax.sharding.Sharding | None
+
+    @classmethod
+    def of(cls, spec: jax.ShapeDtypeStruct, index: tuple[slice, ...], device: jax.sharding.Sharding | None) -> "_Part":
+        index = (*index, *[slice(None)] * (len(spec.shape) - len(index)))
+        return cls(tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, spec.shape, strict=True)), device)
+
+    def cut(self, indices: tuple[int, ...], start: int, stop: int) -> tuple[tuple[slice, ...], np.ndarray] | None:
+        """Which of the rows `start` to `stop` of the tensor at some indices along the leading axes belong to the part, as slices of
+        them, and their place in it; None: none."""
+        n = len(indices)
+        leading, rows = self.place[:n], self.place[n]
+        first, last = max(start, rows.start), min(stop, rows.stop)
+        if first >= last or not all(p.start <= i < p.stop for p, i in zip(leading, indices, strict=True)):
+            return None
+        place = np.zeros(len(self.place), np.int32)
+        place[: n + 1] = *(i - p.start for p, i in zip(leading, indices, strict=True)), first - rows.start
+        return (slice(first - start, last - start), *self.place[n + 1 :]), place
+
+
+def _fill_parts(
+    spec: jax.ShapeDtypeStruct, names: np.ndarray, source: TensorSource, parts: Sequence[_Part]
+) -> list[jax.Array]:
+    """The parts of a parameter that devices hold, from the tensors of these names, an array over its leading axes.
+
+    Rows that several devices hold are read once; those that none here holds are not read.
+    """
+    buffers = [jnp.zeros([p.stop - p.start for p in part.place], spec.dtype, device=part.device) for part in parts]
+    for indices, key in np.ndenumerate(names):
+        for start, stop in _chunks(source, key):
+            cuts = [part.cut(indices, start, stop) for part in parts]
+            if not any(cuts):
+                continue
+            first = min(cut[0][0].start for cut in cuts if cut)
+            data = source.read(key, start + first, start + max(cut[0][0].stop for cut in cuts if cut))
+            checks = []
+            for i, cut in enumerate(cuts):
+                if cut:
+                    (rows, *columns), place = cut
+                    rows = data[(slice(rows.start - first, rows.stop - first), *columns)]
+                    buffers[i], finite = _write(buffers[i], rows, place)
+                    checks.append(finite)
+            if not all(checks):  # also waits for the copies, so that pieces don't accumulate on the host
                 raise ValueError(
                     f"{source.place}: weights must be finite in {spec.dtype}; {key!r} holds NaN or infinity. The checkpoint is "
                     "damaged, or its values do not fit this dtype."
                 )
-    return buffer
+    return buffers
 
 
-def _chunks(source: TensorSource, key: str, rows: slice) -> Iterator[tuple[int, int]]:
+def _chunks(source: TensorSource, key: str) -> Iterator[tuple[int, int]]:
+    """(start, stop) of pieces of a tensor's rows."""
     info = source.tensors[key]
     row_bytes = math.prod(info.shape[1:]) * (4 if info.dtype == "F32" else 2)
     step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(rows.start, rows.stop, step):
-        yield start, min(start + step, rows.stop)
+    for start in range(0, info.shape[0], step):
+        yield start, min(start + step, info.shape[0])
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -126,12 +126,11 @@ class Cache:
         """Everything that gates keep, for counting bytes."""
         return jax.tree.leaves((self.decode_gate, self.prefill_gate_keys))
 
-    def specs(self) -> "Cache":
-        """How each array is split over a mesh, in the names of `seer_jax.sharding.table`, in place of the arrays."""
-        gate = None if self.decode_gate is None else DecodeGateCache(keys=P(None, ROWS, KV), pools=P(None, ROWS, KV))
-        prefill = None if self.prefill_gate_keys is None else P(None, ROWS, None, HEADS)
-        of_tokens = P(None, ROWS, None, KV)
-        return Cache(of_tokens, of_tokens, P(ROWS), gate, prefill)
+    def specs(self) -> list[P]:
+        """How each array is split over a mesh, in the names of `seer_jax.sharding.table`; in the order of `jax.tree.leaves`."""
+        of_tokens, of_gate, of_keys = P(None, ROWS, None, KV), P(None, ROWS, KV), P(None, ROWS, None, HEADS)
+        gate = [] if self.decode_gate is None else [of_gate] * len(jax.tree.leaves(self.decode_gate))
+        return [of_tokens, of_tokens, P(ROWS), *gate, *([] if self.prefill_gate_keys is None else [of_keys])]
 
     def with_lengths(self, lengths: Int[Array, "B"]) -> "Cache":
         """The same contents with other lengths; what lies behind them is not read, and is overwritten by later tokens.

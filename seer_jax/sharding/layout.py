@@ -1,6 +1,7 @@
 """How a model lies on a mesh: which part of each array a device has."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seer_jax.models.config import ModelConfig
-from seer_jax.sharding.table import AXES, COPIES, DATA, FSDP, HEADS, KV, ROWS, TENSOR, WEIGHTS
+from seer_jax.sharding.table import AXES, COPIES, DATA, FSDP, GATES, HEADS, KV, ROWS, TENSOR, WEIGHTS
 
 P = PartitionSpec
 
@@ -48,6 +49,11 @@ class Layout:
             raise ValueError(
                 f"A mesh must have axes among {', '.join(AXES)}; got {', '.join(map(str, sizes))}. Rename {', '.join(map(str, other))}, or "
                 'make the mesh by seer_jax.sharding.make_mesh("data=2,tensor=2").'
+            )
+        if len(set(mesh.devices.flat)) < mesh.size:
+            raise ValueError(
+                f"The devices of a mesh must differ; got {mesh.size}, of which {len(set(mesh.devices.flat))} differ. Make the mesh by "
+                'seer_jax.sharding.make_mesh("data=2,tensor=2").'
             )
         data, fsdp, tensor = (sizes.get(axis, 1) for axis in AXES)
         _check_splits(config, fsdp, tensor)
@@ -95,10 +101,12 @@ class Layout:
           rows: see `rows`.
         """
 
-        def axes(name: str | None, size: int) -> tuple[str, ...]:
+        def axes(name: str | tuple[str, ...] | None, size: int) -> tuple[str, ...]:
+            if isinstance(name, tuple):
+                return sum((axes(n, size) for n in name), ())
             if name == HEADS:
                 name = TENSOR if size == self.num_heads else KV
-            known = {None: (), ROWS: rows, KV: (TENSOR,), TENSOR: self.tensor}
+            known: dict[str | None, tuple[str, ...]] = {None: (), ROWS: rows, KV: (TENSOR,), TENSOR: self.tensor}
             return known.get(name, (name,))
 
         return P(*(axes(name, size) or None for name, size in zip(spec, shape, strict=False)))
@@ -113,16 +121,21 @@ class Layout:
         Raises:
           NotImplementedError: the weight is not in the table.
         """
-        if path not in WEIGHTS:
+        name = functools.reduce(str.removeprefix, GATES, path)
+        if name not in WEIGHTS:
             raise NotImplementedError(
                 f"A model on a mesh must have weights that seer_jax.sharding.table.WEIGHTS splits; got {path}. Add a row there, or load the "
                 "model without a mesh."
             )
-        return self.resolve(WEIGHTS[path], shape)
+        return self.resolve(WEIGHTS[name], shape)
 
     def sharding(self, path: str, array: Any) -> NamedSharding:
         """Where a weight lies; for `convert.load_base`."""
         return NamedSharding(self.mesh, self.weight_spec(path, array.shape))
+
+    def replicated(self, tree: Any) -> Any:
+        """A pytree of traced arrays with all of them on every device."""
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P()))
 
     def placed(self, model: Any) -> Any:
         """A model or gate-carrying module with its weights on the mesh, as they come: arrays are moved, shapes get their sharding."""
@@ -167,7 +180,7 @@ def _check_splits(config: ModelConfig, fsdp: int, tensor: int) -> None:
         for n in range(1, heads + 1)
         if not heads % n and not (kv_heads % n and n % kv_heads) and not any(width % n for _, width in widths)
     ]
-    remedy = f"Use a tensor size of {' or '.join(map(str, usable))}."
+    remedy = f"Use tensor={' or '.join(map(str, usable))}."
     if heads % tensor:
         raise ValueError(
             f"The {heads} query heads of the model must be divisible by the mesh axis tensor; got tensor={tensor}. {remedy}"
@@ -182,8 +195,14 @@ def _check_splits(config: ModelConfig, fsdp: int, tensor: int) -> None:
             raise ValueError(
                 f"The model's {name} of {width} must be divisible by the mesh axis tensor; got tensor={tensor}. {remedy}"
             )
-    if config.hidden_size % fsdp:
-        raise ValueError(
-            f"The model's hidden_size of {config.hidden_size} must be divisible by the mesh axis fsdp; got fsdp={fsdp}. "
-            f"Use an fsdp size that divides {config.hidden_size}, and the axis data for the other devices."
-        )
+    dim, kv_parts = config.head_dim, min(tensor, kv_heads)
+    parts = (("hidden_size", config.hidden_size), *((name, width // tensor) for name, width in widths))
+    parts += (("query channels", heads * dim // tensor), ("key channels", kv_heads * dim // kv_parts))
+    most = math.gcd(*(width for _, width in parts))
+    for name, width in parts:
+        if width % fsdp:
+            by = f" / {tensor}" if tensor > 1 and name != "hidden_size" else ""
+            raise ValueError(
+                f"The model's {name}{by} of {width} must be divisible by the mesh axis fsdp; got fsdp={fsdp}. Use an fsdp size that "
+                f"divides {most}, and the axis data for the other devices."
+            )

@@ -1,11 +1,11 @@
 """Passes of a model that is spread over a mesh: each device runs the code of a single device on its part."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -19,6 +19,7 @@ P = PartitionSpec
 OF_ROWS = P(ROWS)  # [B, ...]
 OF_LAYERS_AND_ROWS = P(None, ROWS)  # [L, B]
 OF_VOCABULARY = P(ROWS, None, TENSOR)  # [B, T, V]
+NO_SHAPE = (0,) * 8  # of results: no name in their specs depends on a size
 
 Results = tuple[PartitionSpec | type[Cache], ...]
 
@@ -34,32 +35,43 @@ def on_mesh(function: Callable[..., Any], results: Results, model: Any, segments
       *args: arrays [B, ...], whose rows are split, and caches.
     """
     layout = model.layout
-    rows = layout.rows(args[0].shape[0])
-    specs = tuple(_argument_spec(layout, rows, x) for x in args)
-    args = tuple(_placed(layout, x, spec) for x, spec in zip(args, specs, strict=True))
-    return _run(function, results, rows, model, segments, args)
+    rows = layout.rows(jax.tree.leaves(args[0])[0].shape[0])
+    placed = []
+    for x in args:
+        leaves, structure = jax.tree.flatten(x)
+        shardings = [NamedSharding(layout.mesh, spec) for spec in _specs(layout, rows, x)]
+        placed.append(jax.tree.unflatten(structure, map(_placed, leaves, shardings)))
+    return _run(function, results, rows, model, segments, tuple(placed))
 
 
 @functools.partial(jax.jit, static_argnames=("function", "results", "rows"))
 def _run(function: Callable, results: Results, rows: tuple[str, ...], model: Any, segments: Any, args: tuple) -> Any:
     layout = model.layout
-    named, structure = weights_of(model)
-    paths, arrays = zip(*named, strict=True)
-    weights = tuple(layout.weight_spec(path, x.shape) for path, x in named)
-    specs = tuple(_argument_spec(layout, rows, x) for x in args)
-    policies = [_policy_spec(layout, rows, segment) for segment in segments]
-    cache = next((spec for x, spec in zip(args, specs, strict=True) if isinstance(x, Cache)), None)
-    shapes = (0,) * 8  # of results: no name in their specs depends on a size
-    out = tuple(cache if kind is Cache else layout.resolve(kind, shapes, rows) for kind in results)
+    named, of_model = weights_of(model)
+    paths, weights = zip(*named, strict=True)
+    weight_specs = tuple(layout.weight_spec(path, x.shape) for path, x in named)
+    policies, of_segments = jax.tree.flatten(segments)
+    arrays, of_args = jax.tree.flatten(args)
+    array_specs = [spec for x in args for spec in _specs(layout, rows, x)]
+    cache = next((x for x in args if isinstance(x, Cache)), None)
 
-    def part(arrays: tuple, segments: Any, args: tuple) -> Any:
-        local = Shard(layout, rows).model(structure, list(zip(paths, arrays, strict=True)))
-        return function(local, segments, *args)
+    def part(weights: tuple, policies: list, arrays: list) -> list[list[Any]]:
+        local = Shard(layout, rows).model(of_model, list(zip(paths, weights, strict=True)))
+        segments, args = jax.tree.unflatten(of_segments, policies), jax.tree.unflatten(of_args, arrays)
+        return [jax.tree.leaves(x) for x in function(local, segments, *args)]
 
     # check_vma: kernels do not declare the mesh axes over which their results vary.
-    return jax.shard_map(part, mesh=layout.mesh, in_specs=(weights, policies, specs), out_specs=out, check_vma=False)(
-        arrays, segments, args
-    )
+    made = jax.shard_map(
+        part,
+        mesh=layout.mesh,
+        in_specs=(weight_specs, _policy_specs(layout, rows, segments), array_specs),
+        out_specs=[
+            _specs(layout, rows, cache) if kind is Cache else [layout.resolve(kind, NO_SHAPE, rows)] for kind in results
+        ],
+        check_vma=False,
+    )(weights, policies, arrays)
+    whole = zip(results, made, strict=True)
+    return tuple(jax.tree.unflatten(jax.tree.structure(cache), x) if kind is Cache else x[0] for kind, x in whole)
 
 
 def make_cache(layout: Layout, *args: Any, **settings: Any) -> Cache:
@@ -70,53 +82,37 @@ def make_cache(layout: Layout, *args: Any, **settings: Any) -> Cache:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _make_cache(layout: Layout, args: tuple, settings: tuple) -> Cache:
     cache = Cache.create(*args, **dict(settings))
-    shardings = cache_shardings(layout, cache)
-    return jax.lax.with_sharding_constraint(cache, shardings)
+    leaves, structure = jax.tree.flatten(cache)
+    specs = _specs(layout, layout.rows(cache.lengths.shape[0]), cache)
+    shardings = [NamedSharding(layout.mesh, spec) for spec in specs]
+    return jax.tree.unflatten(structure, jax.lax.with_sharding_constraint(leaves, shardings))
 
 
-def cache_shardings(layout: Layout, cache: Cache) -> Any:
-    """Where the arrays of a cache lie, as a cache of shardings."""
-    specs = _argument_spec(layout, layout.rows(cache.lengths.shape[0]), cache)
-    return jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), specs, is_leaf=_is_spec)
+def _specs(layout: Layout, rows: tuple[str, ...], x: Any) -> list[PartitionSpec]:
+    """Of the arrays of an argument."""
+    arrays = jax.tree.leaves(x)
+    named = x.specs() if isinstance(x, Cache) else [OF_ROWS] * len(arrays)
+    return [layout.resolve(spec, array.shape, rows) for spec, array in zip(named, arrays, strict=True)]
 
 
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
+def _policy_specs(layout: Layout, rows: tuple[str, ...], segments: Any) -> list[PartitionSpec]:
+    """Of the arrays of segments' policies: values per head and masks are split with the heads, everything else is everywhere."""
+    specs = []
+    for (segment, *path), x in jax.tree_util.tree_flatten_with_path(segments)[0]:
+        policy, field = segments[segment.idx].policy, path[-1].name if len(path) == 2 else ""
+        named = P()
+        if field in policy.per_head:
+            named = P(None, HEADS)
+        elif isinstance(policy, Given):
+            named = P(None, ROWS, HEADS)
+        if jnp.ndim(x) < 2:
+            named = P()
+        elif x.shape[len(named) - 1] == 1:  # the same for all heads
+            named = P(*named[:-1])
+        specs.append(layout.resolve(named, jnp.shape(x), rows))
+    return specs
 
 
-def _argument_spec(layout: Layout, rows: tuple[str, ...], x: Any) -> Any:
-    named = x.specs() if isinstance(x, Cache) else OF_ROWS
-    return jax.tree.map(lambda spec, x: layout.resolve(spec, x.shape, rows), named, x, is_leaf=_is_spec)
-
-
-def _policy_spec(layout: Layout, rows: tuple[str, ...], segment: Any) -> Any:
-    """Specs of a segment's policy: values per head and masks are split with the heads, everything else is everywhere."""
-    policy = segment.policy
-    specs = jax.tree.map(lambda _: P(), policy)
-    named = dict.fromkeys(policy.per_head, P(None, HEADS))
-    if isinstance(policy, Given):
-        named["mask"] = P(None, ROWS, HEADS)
-    changes = {}
-    for name, spec in named.items():
-        shape = getattr(policy, name).shape
-        if len(shape) > 1:
-            shared = shape[len(spec) - 1] == 1  # by all heads
-            changes[name] = layout.resolve(P(*spec[:-1]) if shared else spec, shape, rows)
-    return dataclasses.replace(segment, policy=_replaced(specs, changes))
-
-
-def _replaced(policy: Any, changes: dict[str, Any]) -> Any:
-    """As `dataclasses.replace`, without the checks of a policy's values, which specs are not."""
-    new = object.__new__(type(policy))
-    for field in dataclasses.fields(policy):
-        object.__setattr__(new, field.name, changes.get(field.name, getattr(policy, field.name)))
-    return new
-
-
-def _placed(layout: Layout, x: Any, specs: Any) -> Any:
+def _placed(x: Any, sharding: NamedSharding) -> Any:
     """An argument on the devices of the mesh, wherever it lay; traced ones as they are."""
-
-    def place(spec: PartitionSpec, x: Any) -> Any:
-        return x if isinstance(x, Tracer) else jax.device_put(x, NamedSharding(layout.mesh, spec))
-
-    return jax.tree.map(place, specs, x, is_leaf=_is_spec)
+    return x if isinstance(x, Tracer) else jax.device_put(x, sharding)

@@ -74,9 +74,10 @@ class Shard:
 
     def gathered(self, x: Array, spec: PartitionSpec) -> Array:
         """A weight gathered over fsdp, where its spec has that axis."""
-        if FSDP not in spec or not self.gathers:
-            return x
-        return jax.lax.all_gather(x, FSDP, axis=tuple(spec).index(FSDP), tiled=True)
+        axes = [
+            axis for axis, names in enumerate(spec) if names == FSDP or (isinstance(names, tuple) and FSDP in names)
+        ]
+        return jax.lax.all_gather(x, FSDP, axis=axes[0], tiled=True) if axes and self.gathers else x
 
     def sum_over_tensor(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Sum over the devices that share the rows of a batch."""
