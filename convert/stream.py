@@ -5,7 +5,6 @@ place. The host holds at most two pieces, however large the model is, a sharded 
 reads the rows that its devices hold, once.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -16,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.precision import rounded
-from seer_jax.convert.formats.sources import TensorSource
+from seer_jax.convert.formats.sources import TensorInfo, TensorSource
 from seer_jax.convert.rules import Rule, Slot, expected_slots
 
 CHUNK_BYTES = 16 * 2**20
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 SHOWN = 8
+_DEVICES = "devices"
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
@@ -108,92 +109,105 @@ def _listed(names: Sequence[str]) -> str:
 def _fill(
     spec: jax.ShapeDtypeStruct, keys: Sequence[str], source: TensorSource, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """One parameter, from one tensor, or from one for each index along its leading axes."""
+    """One parameter, from one tensor, or from one for each index along its leading axes.
+
+    All devices of this process are written to at once, in places of their own that are alike, so that one program serves them all.
+    """
     stacked = len(spec.shape) - len(source.tensors[keys[0]].shape)
     names = np.array(keys, dtype=object).reshape(spec.shape[:stacked])
-    if sharding is None:
-        (part,) = _fill_parts(spec, names, source, [_Part.of(spec, (), None)])
-        return part
-    indices = sharding.addressable_devices_indices_map(spec.shape).items()
-    parts = [_Part.of(spec, index or (), jax.sharding.SingleDeviceSharding(device)) for device, index in indices]
-    arrays = _fill_parts(spec, names, source, parts)
-    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """What one device holds of a parameter.
-
-    Attributes:
-      place: the part, as slices of the parameter with start and stop.
-      device: None is the default device.
-    """
-
-    place: tuple[slice, ...]
-    device: jax.sharding.Sharding | None
-
-    @classmethod
-    def of(cls, spec: jax.ShapeDtypeStruct, index: tuple[slice, ...], device: jax.sharding.Sharding | None) -> "_Part":
-        index = (*index, *[slice(None)] * (len(spec.shape) - len(index)))
-        return cls(tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, spec.shape, strict=True)), device)
-
-    def cut(self, indices: tuple[int, ...], start: int, stop: int) -> tuple[tuple[slice, ...], np.ndarray] | None:
-        """Which of the rows `start` to `stop` of the tensor at some indices along the leading axes belong to the part, as slices of
-        them, and their place in it; None: none."""
-        n = len(indices)
-        leading, rows = self.place[:n], self.place[n]
-        first, last = max(start, rows.start), min(stop, rows.stop)
-        if first >= last or not all(p.start <= i < p.stop for p, i in zip(leading, indices, strict=True)):
-            return None
-        place = np.zeros(len(self.place), np.int32)
-        place[: n + 1] = *(i - p.start for p, i in zip(leading, indices, strict=True)), first - rows.start
-        return (slice(first - start, last - start), *self.place[n + 1 :]), place
-
-
-def _fill_parts(
-    spec: jax.ShapeDtypeStruct, names: np.ndarray, source: TensorSource, parts: Sequence[_Part]
-) -> list[jax.Array]:
-    """The parts of a parameter that devices hold, from the tensors of these names, an array over its leading axes.
-
-    Rows that several devices hold are read once; those that none here holds are not read.
-    """
-    buffers = [jnp.zeros([p.stop - p.start for p in part.place], spec.dtype, device=part.device) for part in parts]
-    for indices, key in np.ndenumerate(names):
-        for start, stop in _chunks(source, key):
-            cuts = [part.cut(indices, start, stop) for part in parts]
-            if not any(cuts):
-                continue
-            first = min(cut[0][0].start for cut in cuts if cut)
-            data = source.read(key, start + first, start + max(cut[0][0].stop for cut in cuts if cut))
-            checks = []
-            for i, cut in enumerate(cuts):
-                if cut:
-                    (rows, *columns), place = cut
-                    rows = data[(slice(rows.start - first, rows.stop - first), *columns)]
-                    buffers[i], finite = _write(buffers[i], rows, place)
-                    checks.append(finite)
-            if not all(checks):  # also waits for the copies, so that pieces don't accumulate on the host
-                raise ValueError(
-                    f"{source.place}: weights must be finite in {spec.dtype}; {key!r} holds NaN or infinity. The checkpoint is "
-                    "damaged, or its values do not fit this dtype."
+    parts = _parts(spec, sharding)
+    devices = None if sharding is None else list(sharding.addressable_devices_indices_map(spec.shape))
+    size = [p.stop - p.start for p in parts[0]]
+    local = None if devices is None else NamedSharding(Mesh(np.array(devices), (_DEVICES,)), PartitionSpec(_DEVICES))
+    buffer = jnp.zeros([size[0] * len(parts), *size[1:]], spec.dtype, device=local)
+    for indices in np.ndindex(*size[:stacked]):
+        for start, stop in _chunks(source.tensors[keys[0]], size[stacked], _distinct_rows(parts, stacked)):
+            pieces = _read(source, names, parts, indices, slice(start, stop))
+            rows = pieces[0] if local is None else _joined(pieces, local)
+            place = np.array((*indices, start, *[0] * (len(size) - stacked - 1)), np.int32)
+            buffer, finite = _write(buffer, rows, place, local)
+            if not np.asarray(finite).all():  # also waits for the copy, so that pieces don't accumulate on the host
+                # Also the keys of other devices' parts, where tensors of several layers are written at once.
+                found = sorted(
+                    {names[tuple(p.start + i for p, i in zip(part, indices, strict=False))] for part in parts}
                 )
-    return buffers
+                raise ValueError(
+                    f"{source.place}: weights must be finite in {spec.dtype}; {' or '.join(map(repr, found))} holds NaN or infinity. The "
+                    "checkpoint is damaged, or its values do not fit this dtype."
+                )
+    if local is None:
+        return buffer
+    by_device = {shard.device: shard.data for shard in buffer.addressable_shards}
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, [by_device[d] for d in devices or ()])
 
 
-def _chunks(source: TensorSource, key: str) -> Iterator[tuple[int, int]]:
-    """(start, stop) of pieces of a tensor's rows."""
-    info = source.tensors[key]
-    row_bytes = math.prod(info.shape[1:]) * (4 if info.dtype == "F32" else 2)
+_Part = tuple[slice, ...]  # of a parameter, with start and stop along each axis
+
+
+def _parts(spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> list[_Part]:
+    """What each device of this process holds."""
+    indices = [()] if sharding is None else sharding.addressable_devices_indices_map(spec.shape).values()
+    whole = [slice(None)] * len(spec.shape)
+    return [
+        tuple(slice(*i.indices(n)[:2]) for i, n in zip([*(index or ()), *whole], spec.shape, strict=False))
+        for index in indices
+    ]
+
+
+def _distinct_rows(parts: Sequence[_Part], stacked: int) -> int:
+    """How many pieces are read at once."""
+    return len({tuple((p.start, p.stop) for p in part[: stacked + 1]) for part in parts})
+
+
+def _read(
+    source: TensorSource, names: np.ndarray, parts: Sequence[_Part], indices: tuple[int, ...], rows: slice
+) -> list[np.ndarray]:
+    """The same rows of each device's part; those that several devices hold are read once.
+
+    Args:
+      indices: along the leading axes of the part.
+      rows: of the part.
+    """
+    read: dict[tuple[str, int], np.ndarray] = {}
+    pieces = []
+    for part in parts:
+        *leading, first = (p.start + i for p, i in zip(part, (*indices, rows.start), strict=False))
+        key = names[tuple(leading)]
+        if (key, first) not in read:
+            read[key, first] = source.read(key, first, first + rows.stop - rows.start)
+        piece = read[key, first][(slice(None), *part[names.ndim + 1 :])]
+        pieces.append(piece.reshape((1,) * names.ndim + piece.shape))
+    return pieces
+
+
+def _joined(pieces: Sequence[np.ndarray], local: NamedSharding) -> jax.Array:
+    """One array whose parts are the pieces, each on its device."""
+    placed = [jax.device_put(piece, device) for piece, device in zip(pieces, local.mesh.devices.flat, strict=True)]
+    first, *others = pieces[0].shape
+    return jax.make_array_from_single_device_arrays((first * len(pieces), *others), local, placed)
+
+
+def _chunks(info: TensorInfo, rows: int, pieces: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows of a part, of which so many pieces are on the host at once."""
+    row_bytes = math.prod(info.shape[1:]) * (4 if info.dtype == "F32" else 2) * pieces
     step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(0, info.shape[0], step):
-        yield start, min(start + step, info.shape[0])
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Writes rows into the buffer in place; returns it and whether they are finite."""
-    # Without `rounded`, XLA on a GPU tests the values before their conversion.
-    finite = jnp.isfinite(rounded(rows.astype(jnp.float32), buffer.dtype)).all()
-    rows = rows.astype(buffer.dtype)
-    rows = rows.reshape((1,) * (buffer.ndim - rows.ndim) + rows.shape)
-    return jax.lax.dynamic_update_slice(buffer, rows, tuple(place)), finite
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(
+    buffer: jax.Array, rows: jax.Array, place: jax.Array, local: NamedSharding | None
+) -> tuple[jax.Array, jax.Array]:
+    """Writes rows into the buffer in place, on each device into its part; returns it and whether they are finite."""
+
+    def write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Without `rounded`, XLA on a GPU tests the values before their conversion.
+        finite = jnp.isfinite(rounded(rows.astype(jnp.float32), buffer.dtype)).all()
+        return jax.lax.dynamic_update_slice(buffer, rows.astype(buffer.dtype), tuple(place)), finite[None]
+
+    if local is None:
+        return write(buffer, rows, place)
+    split = PartitionSpec(_DEVICES)
+    specs = (split, split, PartitionSpec())
+    return jax.shard_map(write, mesh=local.mesh, in_specs=specs, out_specs=(split, split))(buffer, rows, place)

@@ -37,6 +37,10 @@ class Shard:
         """Whether layers must be gathered before they are used."""
         return self.layout.size(FSDP) > 1
 
+    @property
+    def _splits_heads(self) -> bool:
+        return self.layout.size(*self.layout.tensor) > 1
+
     def config(self, config: ModelConfig) -> ModelConfig:
         """The configuration of the part: its own heads."""
         heads = config.num_heads // self.layout.size(*self.layout.tensor)
@@ -81,11 +85,11 @@ class Shard:
 
     def sum_over_tensor(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """Sum over the devices that share the rows of a batch."""
-        return jax.lax.psum(x, self.layout.tensor)
+        return jax.lax.psum(x, self.layout.tensor) if self._splits_heads else x
 
     def mean_over_tensor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Mean over the devices that share the rows of a batch."""
-        return jax.lax.pmean(x, self.layout.tensor)
+        return jax.lax.pmean(x, self.layout.tensor) if self._splits_heads else x
 
     def embed(self, table: Float[Array, "v e"], tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Rows of the embedding, of which each device has some."""
@@ -97,6 +101,8 @@ class Shard:
 
     def whole_vocabulary(self, logits: Float32[Array, "*b v"]) -> Float32[Array, "*b V"]:
         """Logits of all tokens, from those of each device's part of the vocabulary."""
+        if not self._splits_heads:
+            return logits
         return jax.lax.all_gather(logits, self.layout.tensor, axis=logits.ndim - 1, tiled=True)
 
     def group(self, q: Float[Array, "B T h D"]) -> Float[Array, "B T H D"]:
