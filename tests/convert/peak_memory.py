@@ -28,10 +28,12 @@ def main(warm_up: str, folder: str, dtype: str, mesh: str = "tensor=1") -> None:
         reset.write("5")
     before = status("VmRSS")
     model = load(folder)
-    peak = status("VmHWM") - before
+    peak, stays = status("VmHWM") - before, status("VmRSS") - before
     leaves = jax.tree.leaves(model)
     parts = [[part.data.nbytes for part in leaf.addressable_shards] for leaf in leaves]
-    print(json.dumps({"peak": peak, "kept": sum(map(sum, parts)), "largest_part": max(map(max, parts))}))
+    print(
+        json.dumps({"peak": peak, "stays": stays, "kept": sum(map(sum, parts)), "largest_part": max(map(max, parts))})
+    )
 
 
 if __name__ == "__main__":

@@ -531,7 +531,8 @@ def test_the_host_holds_little_more_than_the_model(mesh: str, devices: int, tmp_
     memory = run("peak_memory.py", small, large, "bfloat16", mesh, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     assert memory["kept"] > 4 * largest > 4 * 100e6
     assert memory["largest_part"] == pytest.approx(largest / devices)
-    assert memory["peak"] <= memory["kept"] + 1.3 * memory["largest_part"], memory
+    assert memory["peak"] <= memory["stays"] + 1.3 * memory["largest_part"], memory
+    assert memory["stays"] <= memory["kept"] + 100e6, memory  # programs, which do not grow with the model
 
 
 @pytest.mark.slow
