@@ -60,16 +60,17 @@ def _run(function: Callable, results: Results, rows: tuple[str, ...], model: Any
         segments, args = jax.tree.unflatten(of_segments, policies), jax.tree.unflatten(of_args, arrays)
         return [jax.tree.leaves(x) for x in function(local, segments, *args)]
 
-    # check_vma: kernels do not declare the mesh axes over which their results vary.
-    made = jax.shard_map(
+    spread = jax.shard_map(
         part,
         mesh=layout.mesh,
         in_specs=(weight_specs, _policy_specs(layout, rows, segments), array_specs),
         out_specs=[
             _specs(layout, rows, cache) if kind is Cache else [layout.resolve(kind, NO_SHAPE, rows)] for kind in results
         ],
-        check_vma=False,
-    )(weights, policies, arrays)
+        check_vma=False,  # kernels do not declare the mesh axes over which their results vary
+    )
+    with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):  # whatever mesh the caller has set
+        made = spread(weights, policies, arrays)
     whole = zip(results, made, strict=True)
     return tuple(jax.tree.unflatten(jax.tree.structure(cache), x) if kind is Cache else x[0] for kind, x in whole)
 

@@ -226,6 +226,31 @@ def test_a_mesh_of_one_device_exchanges_nothing():
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("text", MESHES)
+def test_gradients_are_those_of_one_device(text: str):
+    for ours, theirs in zip(gradients(on(text)), gradients(alone()), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+def gradients(model: Transformer) -> list[np.ndarray]:
+    """Of a loss in all weights."""
+    weights, structure = jax.tree.flatten(model)
+
+    def loss(weights: list[jax.Array]) -> jax.Array:
+        return jnp.square(jax.nn.logsumexp(jax.tree.unflatten(structure, weights)(TOKENS), axis=-1)).mean()
+
+    return list(map(np.asarray, jax.jit(jax.grad(loss))(weights)))
+
+
+@pytest.mark.slow
+def test_a_mesh_that_the_caller_has_set_does_not_matter():
+    expected = alone()(TOKENS)
+    for mesh in (make_mesh("tensor=4"), jax.make_mesh((4,), ("x",), devices=jax.devices("cpu")[:4])):
+        with jax.set_mesh(mesh):
+            np.testing.assert_allclose(on("tensor=4")(TOKENS), expected, atol=1e-5, rtol=0)
+
+
 def test_other_passes_are_refused():
     with pytest.raises(
         NotImplementedError, match=r"spread over a mesh .*; got another pass over its layers\. Load the model without"
