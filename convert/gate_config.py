@@ -1,5 +1,11 @@
-"""A gate and its recommended policy as keys of a checkpoint's `config.json`, in both directions."""
+"""A gate and its recommended policy as keys of a checkpoint's `config.json`, in both directions.
 
+Gates that the release has are described by its keys. Settings that it lacks would be overlooked there, so a gate with one of them is
+described by a single key of our own, which holds all of its settings.
+"""
+
+import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +18,18 @@ from seer_jax.selection.notation import policy_from_json, policy_to_json
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import LearnedGate
+from seer_jax.settings import parse_setting
 
 PREFIX = "seerattn_"  # of the release's keys
+GATE_KEY = "seer_jax_gate"  # our own, for gates that the release's keys cannot express
 POLICY_KEY = "seer_jax_policy"  # our own, for policies that the release's keys cannot express
 TRAINING_KEY = "seer_jax_training"  # how far a gate is trained; for people, nothing depends on it
 CALIBRATION_KEY = "seer_jax_calibration"  # how the recommended policy was found; likewise
 _POOLS = "(max)?(min)?(avg)?"
 _PREFILL_KEY = "seerattn_gate_type"
 _DECODE_KEYS = ("seerattn_k_seq_pooling_type", "seerattn_q_head_pooling_type")
+_RELEASED_REDUCTIONS = tuple(kind for kind in QueryReduction if kind is not QueryReduction.HEADS)
+_KINDS: dict[str, type[GateConfig]] = {"prefill": PrefillGateConfig, "decode": DecodeGateConfig}
 
 
 def parse_prefill_pooling(name: str) -> tuple[tuple[Pool, ...], tuple[Pool, ...]]:
@@ -65,20 +75,29 @@ def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
       ValueError: it describes no gate, both kinds, or one that is not supported.
     """
     prefill, decode = _PREFILL_KEY in hf, any(key in hf for key in _DECODE_KEYS)
+    if hf.get(GATE_KEY) is not None:
+        if prefill or decode:
+            raise ValueError(
+                f"config.json of a gate must describe it once; got {GATE_KEY} beside keys of the release ({PREFIX}*). Remove those that "
+                "do not belong to its weights."
+            )
+        return _own_config(hf[GATE_KEY])
     if prefill == decode:
         raise ValueError(
             f"config.json of a gate must have either {_PREFILL_KEY} (prefill) or {' and '.join(_DECODE_KEYS)} (decode); "
             f"got {'both' if prefill else 'neither'}. Give the folder of one gate."
         )
-    sizes = dict(block_size=_typed(hf, "gate_block_size", 64), gate_dim=_typed(hf, "gate_hidden_size", 128))
+    sizes: dict[str, Any] = dict(
+        block_size=_typed(hf, "gate_block_size", 64), gate_dim=_typed(hf, "gate_hidden_size", 128)
+    )
     if prefill:
         q_pooling, k_pooling = parse_prefill_pooling(_typed(hf, "gate_type", ""))
         force = _typed(hf, "gate_force_double", False)
         return PrefillGateConfig(q_pooling=q_pooling, k_pooling=k_pooling, force_double=force, **sizes)
     reduction = _get(hf, "q_head_pooling_type", "Qproj")
-    if reduction not in list(QueryReduction):
+    if reduction not in _RELEASED_REDUCTIONS:
         raise ValueError(
-            f"seerattn_q_head_pooling_type must be one of {', '.join(QueryReduction)}; got {reduction!r}. Gates that keep all "
+            f"seerattn_q_head_pooling_type must be one of {', '.join(_RELEASED_REDUCTIONS)}; got {reduction!r}. Gates that keep all "
             "query heads, an experiment of the release, are not supported."
         )
     return DecodeGateConfig(
@@ -91,8 +110,24 @@ def gate_config_from_hf(hf: Mapping[str, Any]) -> GateConfig:
     )
 
 
+def _own_config(values: Any) -> GateConfig:
+    """The gate that our own key describes."""
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if kind not in _KINDS:
+        raise ValueError(f"{GATE_KEY} of config.json must hold kind, one of {', '.join(_KINDS)}; got {values!r}.")
+    try:
+        return parse_setting(_KINDS[kind], {key: value for key, value in values.items() if key != "kind"}, GATE_KEY)
+    except ValueError as error:
+        raise ValueError(
+            f"config.json of a gate must have settings that this version knows. {error} A gate of a later version needs that one."
+        ) from error
+
+
 def gate_config_to_hf(config: GateConfig) -> dict[str, Any]:
-    """The `seerattn_*` keys that describe a gate."""
+    """The keys that describe a gate: the release's where it has such gates, otherwise our own."""
+    if config.finer_than_release():
+        kind = next(name for name, of in _KINDS.items() if isinstance(config, of))
+        return {GATE_KEY: {"kind": kind} | json.loads(json.dumps(dataclasses.asdict(config)))}
     hf: dict[str, Any] = {"gate_block_size": config.block_size, "gate_hidden_size": config.gate_dim}
     k_pooling = "K" + "".join(config.k_pooling)
     if isinstance(config, PrefillGateConfig):
@@ -113,7 +148,7 @@ def gate_config_to_hf(config: GateConfig) -> dict[str, Any]:
 
 def without_gate_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json` without the keys of a gate, its policy, its calibration and its training."""
-    own = POLICY_KEY, TRAINING_KEY, CALIBRATION_KEY
+    own = GATE_KEY, POLICY_KEY, TRAINING_KEY, CALIBRATION_KEY
     return {k: value for k, value in hf.items() if not k.startswith(PREFIX) and k not in own}
 
 
@@ -174,7 +209,8 @@ def policy_to_hf(policy: Policy, config: GateConfig) -> dict[str, Any]:
 def _release_keys(policy: Policy, config: GateConfig) -> dict[str, Any]:
     """The release's keys for a policy, without their prefix; none where they cannot express it."""
     if (
-        not isinstance(policy, RankingPolicy)
+        config.finer_than_release()
+        or not isinstance(policy, RankingPolicy)
         or type(policy.scorer) is not LearnedGate
         or policy.dense_layers
         or policy.skip is not None

@@ -1,4 +1,4 @@
-"""Gates: the release's checkpoint layout in and out, as `.pth` or safetensors.
+"""Gates: the release's checkpoint layout in and out, as `.pth` or safetensors; gates that the release lacks as safetensors alone.
 
 A folder holds one gate: `config.json` (the base model's, `base_model`, and the keys of the gate and of its recommended policy) and
 `attn_gate_weights.pth` or `attn_gate_weights.safetensors`. A model that carries both gates is saved as two folders.
@@ -180,7 +180,8 @@ def save_gates(
       The weight file.
 
     Raises:
-      ValueError: an argument is of another kind, hf_config describes another model, or the policy ranks by a scorer that is not registered.
+      ValueError: an argument is of another kind, hf_config describes another model, the policy ranks by a scorer that is not registered,
+        or the format is .pth and the release has no such gate.
       FileExistsError: the folder has weights in the other format, which would then belong to another gate, and force is False.
       OSError: a file can't be written, such as on a full disk.
     """
@@ -194,6 +195,8 @@ def save_gates(
     if policy is not None:
         check_policy("policy", policy)
     folder, base_model, format, dtype = Path(folder), os.fspath(base_model), GateFormat(format), DType.of(dtype)
+    if format is GateFormat.TORCH:
+        _check_release_has(gate.config)
     other = next(f for f in GateFormat if f is not format)
     if (folder / other.file_name).exists() and not force:
         raise FileExistsError(
@@ -275,6 +278,17 @@ def _check_written_for(folder: Path, written: object, gate: PrefillGate | Decode
         )
         raise ValueError(
             f"{folder}: config.json and weights must be of one gate; {listed}. Save the gate again, or restore the file that was replaced."
+        )
+
+
+def _check_release_has(config: GateConfig) -> None:
+    """Raises ValueError where the release, whose layout .pth files are, has no such gate and would take it for another one."""
+    finer = config.finer_than_release()
+    if finer:
+        listed = "; ".join(f"{name} must be {needed}, got {getattr(config, name)}" for name, needed in finer.items())
+        raise ValueError(
+            f"A gate in the release's layout, {GateFormat.TORCH.file_name}, must be one that the release has: {listed}. Save it with "
+            f"format={GateFormat.SAFETENSORS}, or distil a gate without."
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from seer_jax.convert.gates import GateFormat, described_gate
 from seer_jax.folders import check_is_gate
-from seer_jax.gates.configs import PrefillGateConfig
+from seer_jax.gates.configs import PrefillGateConfig, changed_settings
 from seer_jax.models.hub import is_hub_id, read_config, writing_errors
 
 _CARD = """---
@@ -17,8 +17,8 @@ tags:
 
 # {kind} gate for {base}
 
-A learned gate of SeerAttention ({paper}): it predicts which blocks of {block_size} tokens matter to the attention of {base}
-{phase}. The base model is unchanged and comes from its own repository.
+A learned gate {of} ({paper}): it predicts which blocks of {block_size} tokens matter to the attention of {base}
+{phase}. The base model is unchanged and comes from its own repository.{finer}
 
     seer-jax generate --gates {repo} --prompt '...'
 
@@ -74,11 +74,13 @@ def model_card(folder: Path, repo: str) -> str:
     hf = read_config(folder)
     gate = described_gate(hf)
     base = str(hf.get("base_model") or "its base model")
-    prefill = isinstance(gate.config, PrefillGateConfig)
+    prefill, finer = isinstance(gate.config, PrefillGateConfig), gate.config.finer_than_release()
     return _CARD.format(
         front=f"base_model: {base}\n" if is_hub_id(base) else "",
         kind="Prefill" if prefill else "Decode",
         base=base,
+        of="that sees finer than those of SeerAttention" if finer else "of SeerAttention",
+        finer=f"\nIts settings beside the defaults: {changed_settings(gate.config)}." if finer else "",
         paper="arXiv 2410.13276" if prefill else "SeerAttention-R, arXiv 2506.08889",
         block_size=gate.config.block_size,
         phase="while a prompt is read" if prefill else "while tokens are generated",

@@ -13,6 +13,7 @@ from pallas_kernels.gate_scores.api import score_blocks
 from pallas_kernels.gate_selection.api import select_blocks
 from pallas_kernels.sparse_decode.api import sparse_decode_attention
 from pallas_kernels.stacked_linear.api import stacked_linear
+from pallas_kernels.sub_block_scores.api import score_sub_blocks
 
 __all__ = [
     "AttentionWithScores",
@@ -21,6 +22,7 @@ __all__ = [
     "block_sparse_attention",
     "pool_blocks",
     "score_blocks",
+    "score_sub_blocks",
     "select_blocks",
     "sparse_decode_attention",
     "stacked_linear",

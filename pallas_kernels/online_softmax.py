@@ -54,6 +54,14 @@ def dot(equation: str, x: Array, y: Array) -> Float32[Array, "..."]:
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
+def log_sum_exp(x: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:
+    """log(sum(exp(x))) along an axis; -inf, with gradient 0, where every element is -inf."""
+    largest = finite(jax.lax.stop_gradient(x.max(axis, keepdims=True)))
+    total = jnp.exp(x - largest).sum(axis)
+    seen = total != 0  # true for NaN, which the result must show
+    return jnp.where(seen, largest.squeeze(axis) + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+
+
 def finite(lse: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """`lse` with 0 in place of -inf, so that exp(score - lse) is 0 instead of NaN for queries that see no key."""
     return jnp.where(lse > -jnp.inf, lse, 0)

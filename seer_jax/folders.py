@@ -7,7 +7,12 @@ from typing import Any
 
 GATE_WEIGHTS = "attn_gate_weights"  # name of a gate's weight file, before its suffix
 GATE_FOLDERS = ("prefill_gate", "decode_gate")  # where a training run writes its gates
-GATE_KEYS = ("seerattn_gate_type", "seerattn_k_seq_pooling_type", "seerattn_q_head_pooling_type")
+GATE_KEYS = (
+    "seerattn_gate_type",
+    "seerattn_k_seq_pooling_type",
+    "seerattn_q_head_pooling_type",
+    "seer_jax_gate",
+)
 
 
 def holds_gate(folder: Path) -> bool:

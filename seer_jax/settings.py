@@ -1,6 +1,7 @@
 """Settings of configuration dataclasses, checked against their types wherever they come from: Python, YAML or JSON."""
 
 import dataclasses
+import decimal
 import enum
 import functools
 import math
@@ -88,11 +89,30 @@ def _parse_mapping(kind: Any, value: Mapping, place: str) -> Any:
     return kind(**{key: parse_setting(fields[key], v, prefix + key) for key, v in value.items()})
 
 
+def parse_number(text: str) -> float:
+    """A number as users write it; 10% is 0.1.
+
+    >>> parse_number("1e-3"), parse_number("0.7%")
+    (0.001, 0.007)
+
+    Raises:
+      ValueError: it is none.
+    """
+    body = text.strip()
+    if not body.endswith("%"):
+        return float(body)
+    try:
+        return float(decimal.Decimal(body.removesuffix("%")) / 100)
+    except decimal.InvalidOperation:
+        raise ValueError(f"could not convert string to float: {text!r}") from None
+
+
 def _parse_float(value: Any, place: str) -> float:
     number = math.nan
     if isinstance(value, (numbers.Real, str)) and not isinstance(value, bool):
         try:
-            number = float(value)  # YAML reads 1e-3, without a dot, as text
+            # YAML reads 1e-3, without a dot, as text.
+            number = parse_number(value) if isinstance(value, str) else float(value)
         except ValueError:
             raise ValueError(f"{place} must be a number; got {value!r}.") from None
     if not math.isfinite(number):

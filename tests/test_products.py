@@ -15,6 +15,7 @@ from pallas_kernels import (
     block_sparse_attention,
     pool_blocks,
     score_blocks,
+    score_sub_blocks,
     sparse_decode_attention,
 )
 from pallas_kernels.block_ground_truth import cases as ground_truth
@@ -22,6 +23,7 @@ from pallas_kernels.block_pooling import cases as pooling
 from pallas_kernels.block_sparse_attention import cases as block_sparse
 from pallas_kernels.gate_scores import cases as gate_scores
 from pallas_kernels.sparse_decode import cases as decode
+from pallas_kernels.sub_block_scores import cases as sub_block_scores
 from seer_jax.convert import verify_logits
 from seer_jax.models.decoder import Transformer
 from tests.products import rounded_products
@@ -57,6 +59,8 @@ CASES = [
     (attention_with_block_scores, ground_truth.TINY[0]),
     (sparse_decode_attention, decode.TINY[0]),
     (score_blocks, gate_scores.TINY[0]),
+    (score_sub_blocks, sub_block_scores.TINY[1]),
+    (score_sub_blocks, sub_block_scores.FLOAT32_DECODE),
     (pool_blocks, pooling.TINY[0]),
 ]
 

@@ -38,7 +38,7 @@ def distill(
     the same steps as an undisturbed run. With more or fewer `steps` than before it goes on too: from there on the learning rate is that
     of a run of the new length, and the rows of data stay the same. At each checkpoint, and when the run is stopped, the gates are written
     to `prefill_gate` and `decode_gate` in that folder, for `from_pretrained` and `load_gates`; `seer_jax_training` in their
-    `config.json` says how far they are trained.
+    `config.json` says how far they are trained, and on which target.
 
     Args:
       config: the run.
@@ -105,8 +105,8 @@ def _check_no_other_gates(config: DistillConfig, session: Session) -> None:
 
 
 def _save_gates(config: DistillConfig, hf_config: Mapping[str, Any] | None, model: Transformer, step: int) -> None:
-    """Writes each trained gate to its folder, with the number of steps that it has been trained."""
-    training = {"step": step, "steps": config.steps, "finished": step >= config.steps}
+    """Writes each trained gate to its folder, with the number of steps that it has been trained, and its target."""
+    training = {"step": step, "steps": config.steps, "finished": step >= config.steps, "target": config.target}
     for name, folder in zip(config.kind.attributes, _gate_folders(config), strict=True):
         save_gates(getattr(model, name), folder, base_model=config.model, hf_config=hf_config, training=training)
 

@@ -1,6 +1,7 @@
 """Settings of training runs: frozen dataclasses that check themselves, to and from YAML and JSON."""
 
 import dataclasses
+import enum
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +21,14 @@ from seer_jax.train.data.packing import Packing
 WARMUP_STEPS = 20  # of the authors' recipes
 
 _RENAMED = {"precision": "dtype", "gates": "kind"}  # names of settings in older files
+
+
+class TargetStatistic(enum.StrEnum):
+    """What gates learn to predict of each block: its largest attention weight, or its attention mass; see
+    `attention_with_block_scores`."""
+
+    MAX = "max"
+    MASS = "mass"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +151,19 @@ class DistillConfig(TrainConfig):
 
     Attributes:
       kind: which gates: prefill, decode or both, which come from the same pass.
+      target: what the gates learn to predict of each block: its largest attention weight (max, the authors' target), or its attention
+        mass (mass): the sum of its weights, of the query that has most (prefill), or the mean over the heads of a group (decode).
       initial_gates: folders or hub ids of gates to train further; a gate that is not among them starts at random.
       prefill: configuration of the prefill gate, where it is distilled and the model has none yet.
       decode: configuration of the decode gate, likewise.
       prefill_skip: share of the block rows at the start of each sequence that the prefill loss leaves out.
       decode_skip: share of the tokens at the start of each sequence that the decode loss leaves out.
-      recall_density: share of the visible blocks at which block recall is reported: the attention that the gate's best blocks
-        catch, relative to the best choice of as many.
+      recall_density: share of the visible blocks at which block recall is reported: what the gate's best blocks hold of the target,
+        relative to the best choice of as many.
     """
 
     kind: TrainedGates = TrainedGates.PREFILL
+    target: TargetStatistic = TargetStatistic.MAX
     initial_gates: tuple[str, ...] = ()
     prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
     decode: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)

@@ -55,7 +55,7 @@ class PassReport(NamedTuple):
 
 
 def distillation_pass(
-    model: Transformer, batch: Batch, weights: RowWeights, *, recall_density: float = 0.1
+    model: Transformer, batch: Batch, weights: RowWeights, *, statistic: str = "max", recall_density: float = 0.1
 ) -> PassReport:
     """Loss and gradient of the gates on one batch.
 
@@ -68,6 +68,7 @@ def distillation_pass(
       batch: tokens and their sequences, each starting at a multiple of the gates' block size; where a decode gate is trained, T is such
         a multiple too.
       weights: of the rows; a gate without weights is not trained.
+      statistic: what the targets are of: "max" or "mass", see `attention_with_block_scores`.
       recall_density: see `block_recall`.
 
     Source: SeerAttention, arXiv 2410.13276, sec. 3.2; SeerAttention-R, arXiv 2506.08889, sec. 3.2.
@@ -75,7 +76,8 @@ def distillation_pass(
     block_size = _block_size(model, weights)
 
     def attend(context: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        layer = _Layer(q, k, v, apply_rope(k, batch.positions, model.config.rope), batch, block_size, model.config.rope)
+        k_rotated = apply_rope(k, batch.positions, model.config.rope)
+        layer = _Layer(q, k, v, k_rotated, batch, block_size, model.config.rope, statistic)
         prefill = decode = None
         if weights.decode is None:
             scored = layer.attend(layer.rotated(q, batch.positions), block_scores=True)
@@ -98,8 +100,9 @@ def packed_prefill_logits(
     segment_ids: Int[Array, "B T"],
 ) -> Float32[Array, "B H Tb Tb"]:
     """Logits of one layer for packed sequences, -inf outside a block row's own sequence; q and k before RoPE."""
-    valid = segment_ids > 0
-    logits = gate.logits(gate.queries(q, positions, valid), gate.keys(k, positions, valid))
+    valid, places = segment_ids > 0, jnp.arange(q.shape[1])[None]
+    seen = gate.seen(places, valid, places - positions)
+    logits = gate.logits(gate.queries(q, positions, valid), gate.keys(k, positions, valid), seen=seen)
     segment = segment_ids[:, :: gate.config.block_size]
     same = (segment[:, :, None] == segment[:, None]) & (segment > 0)[:, :, None]
     causal = jnp.tril(jnp.ones(logits.shape[-2:], bool))
@@ -108,18 +111,18 @@ def packed_prefill_logits(
 
 def packed_decode_keys(
     gate: DecodeGate, k: Float[Array, "B S K D"], positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]
-) -> Float32[Array, "B Sb K C"]:
+) -> Float32[Array, "B Sw K C"]:
     """Compressed keys of one layer for packed sequences; k before RoPE."""
-    b = gate.config.block_size
-    pooled = pool_blocks(k, gate.config.k_pooling, block_size=b, valid=segment_ids > 0)
+    size = gate.config.key_pool
+    pooled = pool_blocks(k, gate.config.k_pooling, block_size=size, valid=segment_ids > 0)
     # The prefill gate projects the same pooled keys. XLA would merge both into one product, which it then fails to compile.
-    return gate.compress(jax.lax.optimization_barrier(pooled), positions[:, ::b])
+    return gate.compress(jax.lax.optimization_barrier(pooled), positions[:, ::size])
 
 
 def packed_decode_logits(
     gate: DecodeGate,
     q: Float[Array, "B n H D"],
-    keys: Float32[Array, "B Sb K C"],
+    keys: Float32[Array, "B Sw K C"],
     positions: Int[Array, "B n"],
     segment_ids: Int[Array, "B S"],
     start: int | Int[Array, ""] = 0,
@@ -134,15 +137,13 @@ def packed_decode_logits(
       start: place of the first query among them.
     """
     b, place = gate.config.block_size, start + jnp.arange(q.shape[1])
-    completed = jnp.broadcast_to(place // b, positions.shape)  # in the row; blocks of other sequences are masked below
-    logits = gate.logits(gate.queries(q, positions), keys, completed=completed)
-    own = segment_ids[:, place]
-    same = (own[:, :, None] == segment_ids[:, None, ::b]) & (own > 0)[:, :, None]
-    return jnp.where(same[:, None], logits, -jnp.inf)
+    own, completed = segment_ids[:, place], jnp.broadcast_to(place // b, positions.shape)
+    first = jnp.where(own > 0, (place[None] - positions) // b, completed)  # of its own sequence; padding sees nothing
+    return gate.logits(gate.queries(q, positions), keys, completed=completed, first=first)
 
 
 class _Layer(NamedTuple):
-    """Queries, keys and values of one layer before RoPE, rotated keys, and the batch that they belong to."""
+    """Queries, keys and values of one layer before RoPE, rotated keys, the batch that they belong to, and what its targets are of."""
 
     q: Float[Array, "B T H D"]
     k: Float[Array, "B T K D"]
@@ -151,13 +152,14 @@ class _Layer(NamedTuple):
     batch: Batch
     block_size: int
     rope: RopeConfig
+    statistic: str
 
     def rotated(self, q: Float[Array, "B n H D"], positions: Int[Array, "B n"]) -> Float[Array, "B n H D"]:
         return apply_rope(q, positions, self.rope)
 
     def attend(self, q_rotated: Float[Array, "B n H D"], **settings: Any) -> Any:
         """Attention of some queries to all keys; settings are those of `attention_with_block_scores`."""
-        own = dict(block_size=self.block_size, segment_ids=self.batch.segment_ids)
+        own = dict(block_size=self.block_size, segment_ids=self.batch.segment_ids, statistic=self.statistic)
         return attention_with_block_scores(q_rotated, self.k_rotated, self.v, **own, **settings)
 
 
@@ -210,7 +212,7 @@ class _Gradients(NamedTuple):
 
     loss: Float32[Array, ""]
     gradient: Any
-    key_gradient: Float32[Array, "B Sb K C"]
+    key_gradient: Float32[Array, "B Sw K C"]
 
 
 class _Sample(NamedTuple):

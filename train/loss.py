@@ -91,7 +91,7 @@ def block_recall(
     weights: Float[Array, "B R"],
     density: float,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """Attention that the gate's top blocks catch, relative to the best choice of equally many blocks.
+    """What the gate's top blocks hold of the target, relative to the best choice of equally many blocks.
 
     A row with n visible blocks keeps ceil(density * n). Its recall is the sum of the target over the gate's top blocks divided by the sum
     over the blocks with the largest target; 1 is perfect. Long inputs are sampled, every (R / 128)-th row.

@@ -51,7 +51,8 @@ class Distillation:
     ) -> tuple[Weights, Sums]:
         """See `distillation_pass`."""
         model = self.parts.merge(trained, frozen)
-        report = distillation_pass(model, batch, weights, recall_density=self.config.recall_density)
+        statistic, density = self.config.target.value, self.config.recall_density
+        report = distillation_pass(model, batch, weights, statistic=statistic, recall_density=density)
         gradients, sums = {}, {}
         for kind, gate in (("prefill", report.prefill), ("decode", report.decode)):
             if gate is not None:

@@ -14,6 +14,8 @@ from pallas_kernels.checks import (
     resolve_scale,
 )
 
+STATISTICS = ("max", "mass")
+
 _run = Operation("attention_with_block_scores", "pallas_kernels.block_ground_truth")
 
 
@@ -42,20 +44,27 @@ def attention_with_block_scores(
     scale: float | None = None,
     block_scores: bool = True,
     token_scores: bool = False,
+    statistic: str = "max",
     query_offset: int | Int[Array, ""] = 0,
     lengths: Int[Array, "B"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
     implementation: Implementation | None = None,
 ) -> AttentionWithScores:
-    """Dense causal attention that also returns the largest attention weight of each block.
+    """Dense causal attention that also returns the largest attention weight, or the attention mass, of each block.
 
-    With A[h, t, s] = softmax_s(scale * q[t] . k[s]) over s <= t of the same sequence, t and s being positions among the keys,
+    With A[h, t, s] = softmax_s(scale * q[t] . k[s]) over s <= t of the same sequence, t and s being positions among the keys, a
+    block j weighs for a query
 
-      block_scores[h, i, j] = max of A[h, t, s] over t in block i and s in block j, each row i divided by its sum over j;
-      token_scores[c, t, j] = max of A[h, t, s] over s in block j and over the query heads h of key/value head c, for the blocks
+      M[h, t, j] = max of A[h, t, s] over s in block j    (statistic "max")
+      M[h, t, j] = sum of A[h, t, s] over s in block j    (statistic "mass")
+
+    and the scores are
+
+      block_scores[h, i, j] = max of M[h, t, j] over t in block i, each row i divided by its sum over j;
+      token_scores[c, t, j] = max ("max") or mean ("mass") of M[h, t, j] over the query heads h of key/value head c, for the blocks
         j < t // b of the same sequence (completed and earlier), each row t divided by its sum over j.
 
-    The maxima are exact: float32 softmax with the final row maximum and sum.
+    They are exact: float32 softmax with the final row maximum and sum.
 
     A long sequence can be processed in chunks of queries that attend to all keys, so that token_scores [B, K, T, Sb] never exist as a
     whole: q is a chunk, and `query_offset` the position of its first query.
@@ -67,6 +76,7 @@ def attention_with_block_scores(
       scale: factor on the scores; 1 / sqrt(D) if None.
       block_scores: whether to return `block_scores`.
       token_scores: whether to return `token_scores`.
+      statistic: "max", the target of the authors' gates, or "mass", the share of the attention that a block catches.
       query_offset: position of the first query among the keys, a multiple of b, at most S - T. May be traced.
       lengths: number of keys of each sequence, right-padded up to S; S if None.
       segment_ids: number of each token's sequence, from 1 on, for sequences packed in a row that start at multiples of b; 0 is
@@ -79,7 +89,7 @@ def attention_with_block_scores(
       training of all weights takes its output from another pass.
 
     Raises:
-      ValueError: shapes or dtypes that do not match, or an unknown implementation.
+      ValueError: shapes or dtypes that do not match, or an unknown statistic or implementation.
       NotImplementedError: the named implementation cannot do this, or a gradient is taken.
 
     Source: the ground truth of self-distillation in SeerAttention, arXiv 2410.13276, and SeerAttention-R, arXiv 2506.08889.
@@ -87,10 +97,18 @@ def attention_with_block_scores(
     >>> q, k = jnp.ones((1, 128, 4, 64)), jnp.ones((1, 128, 2, 64))
     >>> attention_with_block_scores(q, k, k).block_scores[0, 0].round(4).tolist()
     [[1.0, 0.0], [0.5, 0.5]]
+
+    The first query of block 1 sees 64 keys of block 0, of equal weight, and itself; the last one has half of its mass in each.
+
+    >>> scores = attention_with_block_scores(q, k, k, statistic="mass").block_scores
+    >>> (100 * scores[0, 0]).round().tolist()
+    [[100.0, 0.0], [66.0, 34.0]]
     """
     name = "attention_with_block_scores"
     check_attention_inputs(name, q, k, v, query_axes="B T H D")
     check_block_size(name, block_size)
+    if statistic not in STATISTICS:
+        raise ValueError(f"{name}: statistic must be one of {STATISTICS}; got {statistic!r}.")
     (batch, num_queries, _, head_dim), num_keys = q.shape, k.shape[1]
     query_offset = _check_offset(name, query_offset, num_queries, num_keys, block_size)
     if lengths is not None and segment_ids is not None:
@@ -110,6 +128,7 @@ def attention_with_block_scores(
         scale=resolve_scale(name, scale, head_dim),
         block_scores=block_scores,
         token_scores=token_scores,
+        statistic=str(statistic),
         segment_ids=segment_ids.astype(jnp.int32),
         query_offset=query_offset,
     )

@@ -11,6 +11,8 @@ from jaxtyping import PRNGKeyArray
 
 from pallas_kernels.cases import LLAMA_3_1_8B, QWEN3_4B, Heads, random_arrays
 
+STATIC = ("block_size", "block_scores", "token_scores", "statistic")  # arguments that a program is compiled for
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -23,6 +25,7 @@ class Case:
       batch: B.
       block_size: b.
       block_scores, token_scores: which scores are computed.
+      statistic: what they are of: "max" or "mass".
       lengths: valid tokens of each row; all if None.
       segments: lengths of the sequences packed in each row, which start at multiples of b.
       num_queries: T; the queries are the last ones. None: all.
@@ -36,6 +39,7 @@ class Case:
     block_size: int = 64
     block_scores: bool = True
     token_scores: bool = False
+    statistic: str = "max"
     lengths: tuple[int, ...] | None = None
     segments: tuple[int, ...] | None = None
     num_queries: int | None = None
@@ -43,7 +47,7 @@ class Case:
 
     def arguments(self, key: PRNGKeyArray) -> dict[str, Any]:
         """Random arguments of the call."""
-        statics = {name: getattr(self, name) for name in ("block_size", "block_scores", "token_scores")}
+        statics = {name: getattr(self, name) for name in STATIC}
         return self._arrays(key) | statics
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -78,6 +82,17 @@ REAL = (
     Case("llama-3.1-8b-8k-blocks-of-128", LLAMA_3_1_8B, 8192, block_size=128, token_scores=True),
     Case("llama-3.1-8b-8k-attention-alone", LLAMA_3_1_8B, 8192, block_scores=False),
     Case("odd-length-head-dim-64", Heads(32, 8, 64), 5001, token_scores=True, dtype="float16"),
+    Case("llama-3.1-8b-64k-by-mass", LLAMA_3_1_8B, 64 * 1024, statistic="mass"),
+    Case(
+        "qwen3-4b-64k-chunk-by-mass",
+        QWEN3_4B,
+        64 * 1024,
+        block_scores=False,
+        token_scores=True,
+        statistic="mass",
+        num_queries=8192,
+    ),
+    Case("blocks-of-128-by-mass", Heads(32, 8, 64), 5001, block_size=128, token_scores=True, statistic="mass"),
 )
 
 TINY = (
@@ -98,6 +113,28 @@ TINY = (
         "packed", Heads(4, 2, 64), 700, block_size=16, token_scores=True, segments=(300, 17, 64, 200), dtype="float32"
     ),
     Case("bf16", Heads(4, 1, 128), 256, token_scores=True),
+    Case(
+        "ragged-by-mass",
+        Heads(4, 2, 64),
+        290,
+        batch=3,
+        block_size=32,
+        token_scores=True,
+        statistic="mass",
+        lengths=(290, 65, 0),
+        dtype="float32",
+    ),
+    Case(
+        "packed-by-mass",
+        Heads(8, 2, 128),
+        700,
+        block_size=128,
+        token_scores=True,
+        statistic="mass",
+        segments=(300, 17, 200),
+        dtype="float32",
+    ),
+    Case("bf16-by-mass", Heads(4, 1, 64), 300, block_size=16, token_scores=True, statistic="mass"),
 )
 
 # For backends that take only half precision and blocks of 64 and 128 tokens.
@@ -107,5 +144,16 @@ HALF = (
     Case("half-ragged", Heads(2, 1, 64), 320, batch=3, token_scores=True, lengths=(320, 65, 0), dtype="float16"),
     Case("half-packed", Heads(2, 1, 64), 500, token_scores=True, segments=(100, 64, 17, 200)),
     Case("half-blocks-of-128", Heads(2, 1, 64), 500, block_size=128, token_scores=True, segments=(200, 150)),
+    Case("half-block-scores-by-mass", Heads(2, 1, 128), 330, statistic="mass", dtype="float16"),
+    Case("half-packed-by-mass", Heads(2, 1, 64), 260, token_scores=True, statistic="mass", segments=(100, 64, 17)),
+    Case(
+        "half-blocks-of-128-by-mass",
+        Heads(2, 1, 64),
+        500,
+        block_size=128,
+        token_scores=True,
+        statistic="mass",
+        segments=(200, 150),
+    ),
     Case("half-attention-alone", Heads(2, 2, 128), 130, block_scores=False),
 )

@@ -33,6 +33,7 @@ class Call:
       key_blocks: Sb.
       block_size: b, 64 or 128.
       block_scores, token_scores: which scores are computed.
+      statistic: of what: "max", the largest weight of a block, or "mass", the sum of its weights.
       c: factor above 0 that turns products of queries and keys into scores in base 2.
       interpreted: whether JAX's interpreter runs the kernel.
     """
@@ -47,6 +48,7 @@ class Call:
     block_size: int
     block_scores: bool
     token_scores: bool
+    statistic: str
     c: float
     interpreted: bool
 
@@ -60,7 +62,7 @@ class Call:
 
     @property
     def heads_per_cta(self) -> int:
-        """Token scores are maxima over the heads of a group, which a CTA computes one after the other."""
+        """Token scores are joined over the heads of a group, which a CTA computes one after the other."""
         return self.group if self.token_scores else 1
 
     @property
@@ -70,6 +72,15 @@ class Call:
     @property
     def ctas(self) -> int:
         return self.batch * self.heads // self.heads_per_cta * self.row_tiles
+
+    @property
+    def by_mass(self) -> bool:
+        return self.statistic == "mass"
+
+    @property
+    def slot_scale(self) -> float:
+        """Factor that turns what a slot holds into scores in base 2: it holds products, or logarithms of sums in base 2."""
+        return 1.0 if self.by_mass else self.c
 
     @property
     def slots(self) -> int:
@@ -372,7 +383,7 @@ def _consume(
         # Read again: if kept, the loop over tiles would lack its registers.
         span = work.span(call, refs, consumer)
         seen = span.exist() & (state.total > 0)
-        weight = _Weight(call.c, state.maximum, jnp.where(seen, 1 / jnp.where(seen, state.total, 1), 0))
+        weight = _Weight(call.slot_scale, state.maximum, jnp.where(seen, 1 / jnp.where(seen, state.total, 1), 0))
         vectors[0], vectors[1] = weight.maximum, weight.inverse
         plgpu.commit_smem()  # also makes this thread's stores to the slot visible to the others
         if outputs.token_scores is not None:
@@ -403,18 +414,33 @@ def _consume(
 
 
 def _attend(call: Call, span: _Span, q: Any, done: Array, rings: Rings, slot: Any) -> Softmax:
-    """Attends to all tiles, and stores the largest product of each block in the slot. `done` tiles went through the rings before."""
+    """Attends to all tiles, and stores the statistic of each block in the slot. `done` tiles went through the rings before.
+
+    The slot gets the largest product of a block, or the logarithm, in base 2, of the sum of exp2(score) over the block.
+    """
     b, dtype = call.block_size, rings.v_tiles.dtype
+
+    def per_block(x: Array) -> list[Array]:
+        """The columns of each block."""
+        return [x[:, i * b : (i + 1) * b] for i in range(call.per_tile)]
+
+    def store(t: Array, values: list[Array]) -> None:
+        block = lax.div(span.start, i32(b)) + t * call.per_tile
+        for i, x in enumerate(values):
+            slot[block + i] = x
 
     def weigh(t: Array, masked: bool, scores: Array, state: Softmax) -> tuple[Array, Array, Array, Array]:
         scores = span.mask(scores, t) if masked else scores
         if slot is None:
             maximum, total, weights, factor = state.add(scores, call.c)
+        elif call.by_mass:
+            maximum, weights, factor = state.weigh(scores, call.c)
+            sums = [x.sum(axis=1) for x in per_block(weights)]
+            total = state.total * factor + functools.reduce(jnp.add, sums)
+            store(t, [maximum + jnp.log2(x) for x in sums])
         else:
-            largest = [scores[:, i * b : (i + 1) * b].max(axis=1) for i in range(call.per_tile)]
-            block = lax.div(span.start, i32(b)) + t * call.per_tile
-            for i, x in enumerate(largest):
-                slot[block + i] = x
+            largest = [x.max(axis=1) for x in per_block(scores)]
+            store(t, largest)
             maximum, total, weights, factor = state.add(scores, call.c, functools.reduce(jnp.maximum, largest))
         return maximum, total, weights.astype(dtype), factor
 
@@ -434,25 +460,30 @@ def _attend(call: Call, span: _Span, q: Any, done: Array, rings: Rings, slot: An
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """Softmax statistics [64] that turn a query's products into attention weights, in the layout of rows or columns."""
+    """Softmax statistics [64] that turn what a slot holds into attention weights, in the layout of rows or columns.
 
-    c: float
+    Attributes:
+      scale: see `Call.slot_scale`.
+      maximum, inverse: final maximum of each query's scores in base 2, and 1 over its sum; 0 for queries that see no key.
+    """
+
+    scale: float
     maximum: Array
     inverse: Array
 
-    def of(self, products: Array, axis: int) -> Array:
-        """The weights of products [64, 64] with the queries along `axis`; 0 for queries that do not exist, whose products may be NaN."""
-        maximum, inverse = (lax.broadcast_in_dim(x, products.shape, [axis]) for x in (self.maximum, self.inverse))
-        return jnp.where(inverse > 0, jnp.exp2(products * self.c - maximum) * inverse, 0.0)
+    def of(self, values: Array, axis: int) -> Array:
+        """The weights of values [64, 64] with the queries along `axis`; 0 for queries that do not exist, whose values may be NaN."""
+        maximum, inverse = (lax.broadcast_in_dim(x, values.shape, [axis]) for x in (self.maximum, self.inverse))
+        return jnp.where(inverse > 0, jnp.exp2(values * self.scale - maximum) * inverse, 0.0)
 
 
 def _block_scores(
     call: Call, span: _Span, slot: Any, vectors: Any, row: Any, target: Any, number: Array, every: Array
 ) -> None:
-    """Stores row `number` of a head's block scores [T / 64, Sb]: the largest weight of each block, divided by their sum."""
+    """Stores row `number` of a head's block scores [T / 64, Sb]: each block's weight for the query that has most, divided by their sum."""
     first, own = span.blocks(call.block_size)
     begin, end = lax.div(first, i32(BLOCKS)), lax.div(own + BLOCKS, i32(BLOCKS))
-    weight = _Weight(call.c, *(plgpu.load(vectors.at[i], layout=COLUMN_VECTOR) for i in range(2)))
+    weight = _Weight(call.slot_scale, *(plgpu.load(vectors.at[i], layout=COLUMN_VECTOR) for i in range(2)))
 
     def largest(t: Array, sums: Array) -> Array:
         here = pl.ds(t * BLOCKS, BLOCKS)
@@ -488,7 +519,8 @@ def _block_scores(
 def _token_scores(
     call: Call, span: _Span, weight: _Weight, slot: Any, target: Any, start: Array, in_group: Array, every: Array
 ) -> None:
-    """Raises the 64 rows from `start` on of a group's token scores [T, Sb] to the weights of a head; divides them after the last head."""
+    """Joins the weights of a head to the 64 rows from `start` on of a group's token scores [T, Sb]: their maximum over the heads, or
+    their sum. Divides the rows by their sums after the last head."""
     first, own = span.blocks(call.block_size)
     begin, end = lax.div(first, i32(BLOCKS)), lax.div(own + (BLOCKS - 1), i32(BLOCKS))
     edge: dict[str, Any] = dict(layout=MATRIX, interpreted=call.interpreted)
@@ -503,15 +535,16 @@ def _token_scores(
     def before(t: Array) -> Array:
         return load_inside(target, start, t * BLOCKS, shape=shape, **edge)
 
-    def largest(t: Array, sums: Array) -> Array:
+    join = jnp.add if call.by_mass else jnp.maximum
+
+    def joined(t: Array, sums: Array) -> Array:
         weights = weight.of(load_transposed(slot.at[pl.ds(t * BLOCKS, BLOCKS)], **edge), 0)
         others = jnp.broadcast_to(in_group > 0, shape)
-        raised = jnp.where(others, jnp.maximum(weights, before(t)), weights)
-        scores = completed(t, raised)
+        scores = completed(t, jnp.where(others, join(weights, before(t)), weights))
         store_inside(scores, target, start, t * BLOCKS, **edge)
         return sums + scores.sum(axis=1)
 
-    total = lax.fori_loop(begin, end, largest, plgpu.layout_cast(jnp.full((QUERIES,), 0, jnp.float32), ROW_VECTOR))
+    total = lax.fori_loop(begin, end, joined, plgpu.layout_cast(jnp.full((QUERIES,), 0, jnp.float32), ROW_VECTOR))
 
     @pl.when(in_group == call.group - 1)
     def _():

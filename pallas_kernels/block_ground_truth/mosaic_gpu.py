@@ -25,6 +25,7 @@ def attention_with_block_scores(
     scale: float,
     block_scores: bool,
     token_scores: bool,
+    statistic: str,
     segment_ids: Int[Array, "B S"],
     query_offset: Int[Array, ""],
 ) -> tuple:
@@ -38,14 +39,15 @@ def attention_with_block_scores(
     if -(-k.shape[1] // block_size) > MAX_KEY_BLOCKS:
         raise Unsupported(f"takes at most {MAX_KEY_BLOCKS} key blocks; got {-(-k.shape[1] // block_size)}.")
     asked = block_scores, token_scores
-    return _attend(block_size, scale, asked, interpreter(), q, k, v, segment_ids, query_offset)
+    return _attend(block_size, scale, asked, statistic, interpreter(), q, k, v, segment_ids, query_offset)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _attend(
     block_size: int,
     scale: float,
     asked: tuple[bool, bool],
+    statistic: str,
     interpret: Any,
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
@@ -70,6 +72,7 @@ def _attend(
         block_size=block_size,
         block_scores=asked[0],
         token_scores=asked[1],
+        statistic=statistic,
         c=scale * LOG2_E,
         interpreted=interpret is not None,
     )

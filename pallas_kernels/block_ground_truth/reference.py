@@ -19,6 +19,7 @@ def attention_with_block_scores(
     scale: float,
     block_scores: bool,
     token_scores: bool,
+    statistic: str,
     segment_ids: Int[Array, "B S"],
     query_offset: Int[Array, ""],
 ) -> tuple:
@@ -41,8 +42,14 @@ def attention_with_block_scores(
     rows, blocks = -(-length // b), -(-keys // b)
     tiles = jnp.pad(weights, ((0, 0), (0, 0), (0, rows * b - length), (0, blocks * b - keys)))
     tiles = tiles.reshape(batch, kv_heads, heads // kv_heads, rows, b, blocks, b)
-    per_block = tiles.max(axis=(4, 6)).reshape(batch, heads, rows, blocks)
-    per_token = tiles.max(axis=(2, 6)).reshape(batch, kv_heads, rows * b, blocks)[:, :, :length]
+    if statistic == "mass":
+        per_query = tiles.sum(-1)  # [B, K, G, Tb, b, Sb]
+        per_token = per_query.mean(2)
+    else:
+        per_query = tiles.max(-1)
+        per_token = per_query.max(2)
+    per_block = per_query.max(4).reshape(batch, heads, rows, blocks)
+    per_token = per_token.reshape(batch, kv_heads, rows * b, blocks)[:, :, :length]
     completed = (jnp.arange(blocks)[None] < t[:, None] // b)[None, None]  # [1, 1, T, Sb]
     return (
         output,

@@ -1,7 +1,7 @@
 """`attention_with_block_scores` in XLA, for any device, in one pass over tiles of queries and keys.
 
-The largest score of each block is kept per query until the query's row maximum and sum are final, which turn it into an exact weight.
-No array but the results is larger than a tile of queries times the key blocks.
+The largest score of each block, or the log-sum-exp of its scores, is kept per query until the query's row maximum and sum are final,
+which turn it into an exact weight or mass. No array but the results is larger than a tile of queries times the key blocks.
 """
 
 import functools
@@ -16,7 +16,7 @@ _TILE = 256  # tokens of a tile, a multiple of every block size
 _QUERY_AXIS = {"output": 1, "lse": 1, "block": 2, "token": 2}
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "scale", "block_scores", "token_scores"))
+@functools.partial(jax.jit, static_argnames=("block_size", "scale", "block_scores", "token_scores", "statistic"))
 def attention_with_block_scores(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
@@ -26,6 +26,7 @@ def attention_with_block_scores(
     scale: float,
     block_scores: bool,
     token_scores: bool,
+    statistic: str,
     segment_ids: Int[Array, "B S"],
     query_offset: Int[Array, ""],
 ) -> tuple:
@@ -46,14 +47,15 @@ def attention_with_block_scores(
         i, first = operands
         position = query_offset + i * tile
         q_tile, ids = (jax.lax.dynamic_slice_in_dim(x, i * tile, tile, axis=1) for x in (q, query_ids))
-        out, lse, largest = _attend(q_tile, k, v, ids, segment_ids, position, first, b, scale)
+        out, lse, of_blocks = _attend(q_tile, k, v, ids, segment_ids, position, first, b, scale, statistic)
         new = {"output": out.transpose(0, 2, 1, 3).astype(q.dtype), "lse": lse.transpose(0, 2, 1)}
-        # The largest weight of each block: [B, H, tile, Sb].
-        weights = jnp.exp(largest[..., :num_blocks] - finite(lse)[..., None])
+        # The largest weight of each block, or its mass: [B, H, tile, Sb].
+        weights = jnp.exp(of_blocks[..., :num_blocks] - finite(lse)[..., None])
         if block_scores:
             new["block"] = _normalise(weights.reshape(batch, heads, per_tile, b, num_blocks).max(3))
         if token_scores:
-            grouped = weights.reshape(batch, kv_heads, heads // kv_heads, tile, num_blocks).max(2)
+            grouped = weights.reshape(batch, kv_heads, heads // kv_heads, tile, num_blocks)
+            grouped = grouped.mean(2) if statistic == "mass" else grouped.max(2)
             completed = jnp.arange(num_blocks)[None] < ((position + jnp.arange(tile)) // b)[:, None]
             new["token"] = _normalise(jnp.where(completed[None, None], grouped, 0))
         return {name: _put(x, new[name], i, _QUERY_AXIS[name]) for name, x in results.items()}, None
@@ -84,7 +86,7 @@ def _put(result: Array, rows: Array, i: Array, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(result, rows, i * rows.shape[axis], axis)
 
 
-def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
+def _attend(q, k, v, ids, segment_ids, position, first, b, scale, statistic):
     """Attention of a tile of queries over the key tiles from tile `first` to that of the last query.
 
     Args:
@@ -94,10 +96,11 @@ def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
       segment_ids: [B, S] and padding.
       position: position of the first query.
       first: index of the first key tile.
-      b, scale: block size and factor on the scores.
+      b, scale, statistic: block size, factor on the scores, and what is kept of each block.
 
     Returns:
-      output [B, H, tile, D], lse [B, H, tile], and the largest score of each block [B, H, tile, S / b], -inf if unseen.
+      output [B, H, tile, D], lse [B, H, tile], and the largest score, or the log-sum-exp of the scores, of each block
+      [B, H, tile, S / b], -inf if unseen.
     """
     (batch, tile, heads, head_dim), kv_heads = q.shape, k.shape[1]
     group = heads // kv_heads
@@ -111,7 +114,7 @@ def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
     rows = (batch, kv_heads, group * tile)
 
     def step(j, carry):
-        state, largest = carry
+        state, kept = carry
         k_tile, v_tile, key_ids = (
             jax.lax.dynamic_slice_in_dim(x, j * tile, tile, axis) for x, axis in ((k, 2), (v, 2), (segment_ids, 1))
         )
@@ -120,14 +123,19 @@ def _attend(q, k, v, ids, segment_ids, position, first, b, scale):
         scores = scale * dot("bkqd,bksd->bkqs", q, k_tile)
         scores = jnp.where(mask[:, None, None], scores.reshape(batch, kv_heads, group, tile, tile), -jnp.inf)
         scores = scores.reshape(*rows, tile)
-        of_blocks = scores.reshape(*rows, tile // b, b).max(-1)
-        largest = jax.lax.dynamic_update_slice_in_dim(largest, of_blocks, j * (tile // b), axis=3)
-        return state.add(scores, v_tile), largest
+        state = state.add(scores, v_tile)
+        if statistic == "mass":
+            # The softmax's own weights, computed once: XLA merges equal expressions.
+            weights = jnp.exp(scores - state.maximum[..., None])
+            of_blocks = state.maximum[..., None] + jnp.log(weights.reshape(*rows, tile // b, b).sum(-1))
+        else:
+            of_blocks = scores.reshape(*rows, tile // b, b).max(-1)
+        return state, jax.lax.dynamic_update_slice_in_dim(kept, of_blocks, j * (tile // b), axis=3)
 
     start = (OnlineSoftmax.empty(*rows, head_dim), jnp.full((*rows, k.shape[2] // b), -jnp.inf, jnp.float32))
     last = jnp.minimum((position + tile - 1) // tile, k.shape[2] // tile - 1)
-    state, largest = jax.lax.fori_loop(first, last + 1, step, start)
-    return tuple(x.reshape(batch, heads, tile, *x.shape[3:]) for x in (*state.finish(), largest))
+    state, kept = jax.lax.fori_loop(first, last + 1, step, start)
+    return tuple(x.reshape(batch, heads, tile, *x.shape[3:]) for x in (*state.finish(), kept))
 
 
 def _first_blocks(block_ids: Int[Array, "B Sb"]) -> Int[Array, "Sb"]:

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.backends import Implementation, Operation
-from pallas_kernels.checks import check_arrays, check_block_size
+from pallas_kernels.checks import BLOCK_SIZES, check_arrays
 
 KINDS = ("max", "min", "avg")
+SIZES = (1, 2, 4, 8, *BLOCK_SIZES)  # smaller ones for gates with several vectors per block
 
 _run = Operation("pool_blocks", "pallas_kernels.block_pooling", gradients="pool_blocks_gradients")
 
@@ -26,9 +27,9 @@ def pool_blocks(
     Args:
       x: queries or keys before RoPE: float32, bfloat16 or float16. The last block may have fewer than b tokens.
       kinds: "max", "min", "avg"; the pooled vectors are concatenated in this order.
-      block_size: b, tokens per block.
+      block_size: tokens per pool, a power of two from 1 to 128: b, or less where a block is to have several vectors.
       valid: which tokens are pooled; None: all. A block without any gives zeros.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; heads * D a multiple of 256), or None for the fastest that
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; block_size from 16; heads * D a multiple of 256), or None for the fastest that
         takes these arguments on their device.
 
     Returns:
@@ -45,7 +46,8 @@ def pool_blocks(
     [[0.0, 1.0, 15.0, 16.0], [32.0, 33.0, 35.0, 36.0]]
     """
     name = "pool_blocks"
-    check_block_size(name, block_size)
+    if block_size not in SIZES:
+        raise ValueError(f"{name}: block_size must be one of {SIZES} tokens; got {block_size!r}.")
     check_arrays(name, x=x, valid=valid)
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"{name}: kinds must be some of {KINDS}; got {kinds}.")

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.backends import Unsupported
+from pallas_kernels.checks import BLOCK_SIZES
 from pallas_kernels.devices import interpreter
 
 CHANNELS = 256  # channels of a CTA
@@ -35,6 +36,8 @@ def pool_blocks(
         raise Unsupported(f"takes float32, bfloat16 and float16; got {x.dtype}.")
     if heads * dim % CHANNELS:
         raise Unsupported(f"takes a multiple of {CHANNELS} channels in all heads together; got {heads} * {dim}.")
+    if block_size < BLOCK_SIZES[0]:
+        raise Unsupported(f"takes blocks of at least {BLOCK_SIZES[0]} tokens; got {block_size}.")
     if tokens < block_size:
         raise Unsupported(f"takes at least one whole block of {block_size} tokens; got {tokens}.")
     return _pool(kinds, block_size, interpreter(), x, valid)

@@ -45,11 +45,16 @@ class Softmax:
 
     def add(self, scores: Array, c: float, largest: Array | None = None) -> tuple[Array, Array, Array, Array]:
         """Adds scores: (maximum, total, weights, factor on `out`). `largest` is the maximum of each row if it is known."""
+        maximum, weights, factor = self.weigh(scores, c, largest)
+        return maximum, self.total * factor + weights.sum(axis=1), weights, factor
+
+    def weigh(self, scores: Array, c: float, largest: Array | None = None) -> tuple[Array, Array, Array]:
+        """As `add`, without the total: (maximum, weights, factor)."""
         largest = scores.max(axis=1) if largest is None else largest
         maximum = jnp.maximum(self.maximum, largest * c)
         weights = jnp.exp2(scores * c - columns(maximum, scores))
         factor = jnp.exp2(self.maximum - maximum)
-        return maximum, self.total * factor + weights.sum(axis=1), weights, factor
+        return maximum, weights, factor
 
     def finish(self, seen: Array) -> tuple[Array, Array]:
         """Output and lse; 0 and -inf for queries outside `seen` [64] and for those that have seen no key."""

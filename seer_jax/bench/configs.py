@@ -10,7 +10,7 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.cases import Heads
 from pallas_kernels.devices import default_device
 from seer_jax.checks import check_at_least, check_seed, listed
-from seer_jax.gates.configs import TrainedGates
+from seer_jax.gates.configs import DecodeGateConfig, GateConfig, PrefillGateConfig, TrainedGates, changed_settings
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.selection.notation import parse_policy
 from seer_jax.selection.rules import RankingPolicy
@@ -28,6 +28,7 @@ class ModelShape(enum.StrEnum):
 PrefillPart = Literal["attention", "cases", "selection", "model"]
 DecodePart = Literal["kernel", "layer", "model"]
 Scores = Literal["blocks", "tokens", "both", "neither"]
+Statistic = Literal["max", "mass"]
 
 MODELS = {
     ModelShape.LLAMA_3_1_8B: ModelConfig(
@@ -53,6 +54,12 @@ MODELS = {
         head_dim=64,
     ),
 }
+
+
+def gate_settings(*gates: GateConfig) -> dict[str, str]:
+    """What a measurement says of its gates where they are not the default ones."""
+    changed = "; ".join(filter(None, map(changed_settings, gates)))
+    return {"gate_settings": changed} if changed else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +151,7 @@ class PrefillBench(PolicyBench):
     Each result of the kernel is held against float32 before it is timed. The command fails if one is wrong.
 
     Attributes:
+      gate: configuration of the gate, untrained, that chooses blocks in selection and model.
       only: parts to measure.
       variants: measure every configuration that the implementation offers.
       skip_thresholds: of the attention, in [0, 1]: listed blocks whose largest weight is below that share of the row's largest so far are
@@ -154,6 +162,7 @@ class PrefillBench(PolicyBench):
 
     phase = "prefill"
 
+    gate: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
     densities: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5, 1.0)
     only: tuple[PrefillPart, ...] = get_args(PrefillPart)
     variants: bool = False
@@ -187,6 +196,7 @@ class DecodeBench(PolicyBench):
     has no memory for is left out with a note. The newest token counts among the tokens of a sequence.
 
     Attributes:
+      gate: configuration of the gate, untrained, that chooses blocks in layer and model.
       batches: numbers of sequences.
       only: parts to measure.
       tokens: new ones of each sequence that the model makes in one run.
@@ -194,6 +204,7 @@ class DecodeBench(PolicyBench):
 
     phase = "decode"
 
+    gate: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)
     batches: tuple[int, ...] = (1, 8, 16)
     only: tuple[DecodePart, ...] = get_args(DecodePart)
     tokens: int = 16
@@ -219,12 +230,14 @@ class GroundTruthBench(BenchConfig):
 
     Attributes:
       wanted: scores to ask for: blocks (targets of a prefill gate), tokens (of a decode gate), both, or neither.
+      statistics: what the scores are of: the largest weight of each block (max), its mass, or each in turn.
       chunk: queries that are taken at a time where token scores are asked for.
       implementation: of the operation; None: the best one here.
     """
 
     lengths: tuple[int, ...] = (8192, 32768, 65536, 131072)
     wanted: tuple[Scores, ...] = get_args(Scores)
+    statistics: tuple[Statistic, ...] = get_args(Statistic)
     chunk: int = 8192
     implementation: Implementation | None = None
 
@@ -232,6 +245,11 @@ class GroundTruthBench(BenchConfig):
         self._check_inputs(1)
         if self.chunk < BLOCK or self.chunk % BLOCK:
             raise ValueError(f"chunk must be a multiple of the {BLOCK} tokens of a block; got {self.chunk}.")
+        for name, kinds in (("wanted", Scores), ("statistics", Statistic)):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"{name} must name some of {', '.join(get_args(kinds))}; got none. Leave it out for all."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +259,14 @@ class TrainBench(BenchConfig):
     Attributes:
       kinds: which gates a step trains, one measurement each.
       batch_size: rows per step, worked off one at a time.
+      prefill, decode: configurations of the gates.
     """
 
     lengths: tuple[int, ...] = (65536, 131072)
     kinds: tuple[TrainedGates, ...] = tuple(TrainedGates)
     batch_size: int = 1
+    prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
+    decode: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)
 
     def __post_init__(self) -> None:
         self._check_inputs(2, whole=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import default_device
-from seer_jax.bench.configs import DecodeBench
+from seer_jax.bench.configs import DecodeBench, gate_settings
 from seer_jax.bench.decode_attention import DECODE_ATTENTION, measure_decode_attention
 from seer_jax.bench.decode_layer import DECODE_LAYER, measure_layer
 from seer_jax.bench.harness.clock import floor_results, memory_rate
@@ -17,7 +17,6 @@ from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dens
 from seer_jax.bench.harness.plots import Panel
 from seer_jax.bench.harness.report import FLOOR, LISTED, MEMORY, MILLISECONDS, PROGRAM, SPEEDUP, Column, Table, report
 from seer_jax.bench.models import abstract_cache, random_cache, random_model, read_bytes
-from seer_jax.gates.configs import DecodeGateConfig
 from seer_jax.inference.memory import tree_bytes
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
@@ -54,11 +53,11 @@ def measure_decode(config: DecodeBench) -> Iterator[Measurement]:
 
 def new_tokens(config: DecodeBench) -> Iterator[Measurement]:
     """For each batch and length, the smallest cache first: dense, and at the density. The last new token fills the cache."""
-    model = random_model(config.model, DecodeGateConfig(), seed=config.seed)
+    model = random_model(config.model, config.gate, seed=config.seed)
 
     def line(batch: int, length: int, policy: Policy) -> Measurement:
         # Without a policy that reads it there is no gate's part of the cache, as in `generate`.
-        shape = batch, length, model.dtype, DecodeGateConfig() if policy.needs_gate else None
+        shape = batch, length, model.dtype, config.gate if policy.needs_gate else None
 
         def decode(carried: tuple, model: Transformer) -> tuple[tuple, tuple]:
             def step(_: Any, carry: tuple) -> tuple:
@@ -84,7 +83,7 @@ def new_tokens(config: DecodeBench) -> Iterator[Measurement]:
 
         kept = policy.expected_density
         settings = dict(model=config.shape.value, batch=batch, length=length, density=kept, dtype=str(model.dtype))
-        settings |= dict(tokens=config.tokens)
+        settings |= dict(tokens=config.tokens) | gate_settings(config.gate)
         needed = tree_bytes((model, abstract_cache(model.config, *shape)))
         case = f"{batch} x {length}, " + ("dense" if kept is None else f"{kept:g}")
         return measure(NEW_TOKENS.name, case, settings, run, needed_bytes=needed)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from seer_jax.bench.configs import DecodeBench
+from seer_jax.bench.configs import DecodeBench, gate_settings
 from seer_jax.bench.harness import clock
 from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, not_finite
 from seer_jax.bench.harness.report import FLOOR, LISTED, MEMORY, MILLISECONDS, SPEEDUP, Table
@@ -31,7 +31,6 @@ from seer_jax.selection.rules import Threshold, TopK
 
 TITLE = "Attention of one layer with gate and cache, new tokens"
 DECODE_LAYER = Table("decode layer", TITLE, (LISTED, MILLISECONDS, *FLOOR, SPEEDUP, MEMORY))
-GATE = DecodeGateConfig()
 DTYPE = jnp.bfloat16
 LAYER_SECONDS = 5e-5  # about what a layer takes besides reading
 UPDATE_SECONDS = 5e-5  # about what the gate takes to take in a token's keys
@@ -41,9 +40,9 @@ ROWS_DRAWN = 256
 def measure_layer(config: DecodeBench) -> Iterator[Measurement]:
     """For each batch and length: dense, then each policy."""
     density = config.model_density
-    update = functools.cache(functools.partial(update_milliseconds, config.model, seed=config.seed))
+    update = functools.cache(functools.partial(update_milliseconds, config.model, config.gate, seed=config.seed))
     for batch, length in itertools.product(config.batches, config.lengths):
-        level = threshold_for(density, -(-length // GATE.block_size))
+        level = threshold_for(density, -(-length // config.gate.block_size))
         rules = config.rules() or {f"top {density:g}": TopK(density), f"threshold {level:.2g}": Threshold(level)}
         policies = {"dense": Dense(), **rules}.items()
         yield from beside_dense(_line(config, batch, length, rule, policy, update) for rule, policy in policies)
@@ -56,10 +55,13 @@ def threshold_for(density: float, num_blocks: int) -> float:
     return float(np.quantile(weights / weights.sum(1, keepdims=True), 1 - density))
 
 
-def update_milliseconds(model: ModelConfig, batch: int, *, seed: int = 0) -> float:
-    """A layer's share of the time in which the gate takes in a token's keys, all layers at once; here each completes a block."""
-    gate = DecodeGate(GATE, model, rngs=nnx.Rngs(seed))
-    cache = random_cache(model, batch, GATE.block_size, DTYPE, GATE, seed=seed)  # it takes no longer in a longer one
+def update_milliseconds(model: ModelConfig, config: DecodeGateConfig, batch: int, *, seed: int = 0) -> float:
+    """A layer's share of the time in which the gate takes in a token's keys, all layers at once; here each completes a block
+    and the pool at its end."""
+    gate = DecodeGate(config, model, rngs=nnx.Rngs(seed))
+    cache = random_cache(
+        model, batch, config.block_size, DTYPE, config, seed=seed
+    )  # it takes no longer in a longer one
     k = jax.random.normal(jax.random.key(seed), (model.num_layers, batch, model.num_kv_heads, model.head_dim), DTYPE)
     rounds = clock.rounds_of(1, UPDATE_SECONDS)
 
@@ -77,16 +79,15 @@ def _line(
     config: DecodeBench, batch: int, length: int, rule: str, policy: Policy, update: Callable[[int], float]
 ) -> Measurement:
     """One line; `update` gives a layer's share of the gate's update for a number of sequences, in milliseconds."""
-    gate_config = (
-        GATE if policy.needs_gate else None
-    )  # without one there is no part of the cache for it, as in `generate`
+    # Without one there is no part of the cache for it, as in `generate`.
+    gate_config = config.gate if policy.needs_gate else None
     expected = 1.0 if policy.is_dense else policy.expected_density or config.model_density
     single = dataclasses.replace(config.model, num_layers=1)
     read = functools.partial(read_bytes, single, batch, length, DTYPE, gate_config)
     layers = clock.layers_beyond_cache(read(expected), read(1.0))
     stacked = dataclasses.replace(config.model, num_layers=layers)
     settings = dict(batch=batch, length=length, rule=rule, density=None if policy.is_dense else expected)
-    settings |= dict(layers=layers, dtype=str(jnp.dtype(DTYPE)))
+    settings |= dict(layers=layers, dtype=str(jnp.dtype(DTYPE))) | gate_settings(config.gate)
 
     def run() -> Outcome:
         gate = None if gate_config is None else DecodeGate(gate_config, stacked, rngs=nnx.Rngs(config.seed))

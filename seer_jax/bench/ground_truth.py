@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,15 +58,26 @@ def measure_ground_truth(config: GroundTruthBench) -> Iterator[Measurement]:
     config.check_device()
     dense_times = DenseTimes()
     for length in config.lengths:
-        for wanted in config.wanted:
+        for wanted, statistic in _asked(config):
             blocks, tokens = (wanted in (scores, "both") for scores in ("blocks", "tokens"))
-            case = Case(f"{length}, {wanted}", config.heads, length, block_scores=blocks, token_scores=tokens)
+            name = f"{length}, {wanted}" + (" by mass" if statistic == "mass" else "")
+            scores: dict[str, Any] = dict(block_scores=blocks, token_scores=tokens, statistic=statistic)
+            case = Case(name, config.heads, length, **scores)
             chunk = min(config.chunk, length) if tokens else length  # all at once they would be [B, K, T, Sb]
             settings = dataclasses.asdict(case) | dataclasses.asdict(case.heads)
             settings |= {"implementation": config.implementation, "chunk": chunk}
             del settings["name"]
             run = functools.partial(_check_and_time, config, case, chunk, dense_times)
             yield measure(GROUND_TRUTH.name, case.name, settings, run, required=config.implementation is not None)
+
+
+def _asked(config: GroundTruthBench) -> list[tuple[str, str]]:
+    """Which scores, and of what; attention without scores has no statistic, and is measured once."""
+    return [
+        (wanted, statistic)
+        for wanted in config.wanted
+        for statistic in (("max",) if wanted == "neither" else config.statistics)
+    ]
 
 
 def _check_and_time(config: GroundTruthBench, case: Case, size: int, dense_times: DenseTimes) -> Outcome:
@@ -88,7 +100,8 @@ def _check_and_time(config: GroundTruthBench, case: Case, size: int, dense_times
     lengths = jnp.full(case.batch, case.length, jnp.int32)
     errors: dict[str, float | None] = {"scores_error": None}
     for key, chunk in zip(keys, ends, strict=False):
-        outcome = check_result(key, AttentionCall.dense(chunk[0], k, v, chunk[1], lengths), run(*chunk), run(*chunk))
+        call = AttentionCall.dense(chunk[0], k, v, chunk[1], lengths)
+        outcome = check_result(key, call, run(*chunk), run(*chunk), statistic=case.statistic)
         errors |= {name: max(x or 0.0, errors.get(name) or 0.0) for name, x in outcome.results.items()}
         if outcome.failure is not None:
             return outcome._replace(results=errors)

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 import jax
 from jaxtyping import Array, Int
 
-from seer_jax.bench.configs import PrefillBench
+from seer_jax.bench.configs import PrefillBench, gate_settings
 from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, not_finite, run_program
 from seer_jax.bench.harness.plots import Panel
 from seer_jax.bench.harness.report import DENSITY, MILLISECONDS, PROGRAM, SPEEDUP, Table, report
 from seer_jax.bench.models import random_model
 from seer_jax.bench.prefill_attention import ATTENTION, ODD_CASES, AttentionBench, aligned_cases, odd_cases, variants
 from seer_jax.bench.selection import SELECTION, measure_selection
-from seer_jax.gates.configs import PrefillGateConfig
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
@@ -51,7 +50,7 @@ def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
 
 def first_token(config: PrefillBench) -> Iterator[Measurement]:
     """Time from a prompt's tokens to the logits after it, dense and at a density, the shortest prompts first."""
-    model = random_model(config.model, PrefillGateConfig(), seed=config.seed)
+    model = random_model(config.model, config.gate, seed=config.seed)
 
     def line(length: int, policy: Policy) -> Measurement:
         tokens = jax.random.randint(jax.random.key(config.seed), (1, length), 0, model.config.vocab_size)
@@ -68,6 +67,7 @@ def first_token(config: PrefillBench) -> Iterator[Measurement]:
 
         kept = policy.expected_density
         settings = dict(model=config.shape.value, length=length, density=kept, dtype=str(model.dtype))
+        settings |= gate_settings(config.gate)
         case = f"{length}, " + ("dense" if kept is None else f"{kept:g}")
         return measure(FIRST_TOKEN.name, case, settings, run)
 

@@ -11,11 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import BlockIndices
-from seer_jax.bench.configs import PrefillBench
+from seer_jax.bench.configs import BLOCK, PrefillBench, gate_settings
 from seer_jax.bench.harness.clock import time_calls
 from seer_jax.bench.harness.measurement import Measurement, Outcome, measure
 from seer_jax.bench.harness.report import DENSITY, Column, Table
-from seer_jax.gates.configs import PrefillGateConfig
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.rope import rotate
@@ -36,7 +35,6 @@ SELECTION = Table(
         Column("attention\nms", "attention_milliseconds", ".4g", "the kernel on random lists of that density"),
     ),
 )
-GATE = PrefillGateConfig()
 THRESHOLD = 5e-4
 MASS = 0.9
 LOGITS_SPREAD = 3.0  # standard deviation, as a trained gate's: thresholds keep few blocks then
@@ -56,18 +54,28 @@ def measure_selection(
         f"mass {MASS:g}": CumulativeMass(MASS),
         f"top {density:g}": TopK(density),
     }
-    stacked = PrefillGate(GATE, dataclasses.replace(model, num_layers=1), rngs=nnx.Rngs(config.seed))
+    stacked = PrefillGate(config.gate, dataclasses.replace(model, num_layers=1), rngs=nnx.Rngs(config.seed))
     gate = jax.tree.map(lambda x: x[0], stacked)  # as the scan over layers hands it out
     for length, (rule, policy) in itertools.product(config.lengths, rules.items()):
-        settings = dict(length=length, rule=rule, density=density, block_size=GATE.block_size, heads=model.num_heads)
+        settings = dict(
+            length=length, rule=rule, density=density, block_size=config.gate.block_size, heads=model.num_heads
+        )
+        settings |= gate_settings(config.gate)
         run = functools.partial(_time, config, gate, policy, length, attention.get((length, density)))
         yield measure(SELECTION.name, f"{length}, {rule}", settings, run)
 
 
 def prefill_context(
-    config: ModelConfig, gate: PrefillGate | None, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"]
+    config: ModelConfig,
+    gate: PrefillGate | None,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    *,
+    block_size: int = BLOCK,
 ) -> PrefillContext:
     """What a policy may look at in the first layer of whole prompts without padding, whose values are the keys.
+
+    `block_size` is that of the choice where there is no gate.
 
     Under jit nothing is rotated for scorers that look at queries and keys before RoPE alone.
     """
@@ -80,7 +88,7 @@ def prefill_context(
         v=k,
         lengths=jnp.full(len(q), q.shape[1], jnp.int32),
         layer=jnp.int32(0),
-        block_size=GATE.block_size if gate is None else gate.config.block_size,
+        block_size=block_size if gate is None else gate.config.block_size,
         gate=gate,
     )
 
@@ -111,7 +119,7 @@ def _time(
     @jax.jit
     def choose(scores: Array) -> BlockIndices:
         zeros = (jnp.zeros(x.shape, x.dtype) for x in (q, k))  # a rule reads their shapes alone
-        return policy.select(scores, prefill_context(model, None, *zeros))
+        return policy.select(scores, prefill_context(model, None, *zeros, block_size=config.gate.block_size))
 
     @jax.jit
     def together(gate: PrefillGate, q: Array, k: Array) -> BlockIndices | None:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from seer_jax.bench.configs import TrainBench
+from seer_jax.bench.configs import TrainBench, gate_settings
 from seer_jax.bench.harness.clock import Timing, time_calls
 from seer_jax.bench.harness.measurement import Measurement, Outcome, measure, not_finite, run_program
 from seer_jax.bench.harness.plots import Panel
 from seer_jax.bench.harness.report import MILLISECONDS, PROGRAM, Column, Table, report
 from seer_jax.bench.models import random_model
-from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
+from seer_jax.gates.configs import TrainedGates
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 
@@ -57,7 +57,7 @@ def measure_training(config: TrainBench) -> Iterator[Measurement]:
       ValueError: a shape that the device is too slow for.
     """
     config.check_device()
-    model = random_model(config.model, PrefillGateConfig(), DecodeGateConfig(), seed=config.seed)
+    model = random_model(config.model, config.prefill, config.decode, seed=config.seed)
     forward = jax.jit(lambda model, tokens: model.hidden_states(tokens)[0])
     for length in sorted(config.lengths):
         shape = (config.batch_size, length)
@@ -65,7 +65,7 @@ def measure_training(config: TrainBench) -> Iterator[Measurement]:
         forward_timing = functools.cache(functools.partial(time_calls, forward, model, tokens[:1]))
         for gates in config.kinds:
             settings = dict(model=config.shape.value, length=length, gates=gates.value, rows=config.batch_size)
-            settings |= dict(dtype=str(model.dtype))
+            settings |= dict(dtype=str(model.dtype)) | gate_settings(config.prefill, config.decode)
             run = functools.partial(_step, model, gates, tokens, forward_timing)
             yield measure(TRAINING.name, f"{length}, {gates.value}", settings, run)
 

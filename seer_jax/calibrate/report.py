@@ -14,7 +14,7 @@ from rich.markup import escape
 from seer_jax.calibrate.calibration import Calibration, by_list, losses
 from seer_jax.calibrate.collect import kept_mass
 from seer_jax.evaluate.scoring import perplexity
-from seer_jax.evaluate.statistics.intervals import interval_of_mean
+from seer_jax.evaluate.statistics.intervals import Interval, interval_of_mean
 from seer_jax.evaluate.table import figure_table
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
@@ -22,7 +22,10 @@ from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import RankingPolicy
 
 CALIBRATED = "calibrated"
-LEGEND = "kept: share of the visible blocks; mass: share of the attention mass in them; over: perplexity over that of dense attention"
+LEGEND = (
+    "kept: share of the visible blocks; mass: share of the attention mass in them; "
+    "over: perplexity over that of dense attention, with its 95% interval over windows"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,11 @@ class HeldOut:
         """95% interval of `over`, by Student's t over the windows' differences; NaN for one window."""
         _, low, high = interval_of_mean(self.rises)
         return math.expm1(low), math.expm1(high)
+
+    @property
+    def shown(self) -> str:
+        """`over` with its interval, as text."""
+        return Interval(self.over, *self.interval).written()
 
     def to_json(self) -> dict[str, Any]:
         """For files; NaN becomes null."""
@@ -112,19 +120,17 @@ def held_out_report(
         every, (found, kept) = by_list(model, policy, phase), losses(model, windows, policy, phase)
         masses = [float(kept_mass(model, jnp.asarray(w, jnp.int32)[None], every, phase=phase).mean()) for w in windows]
         rows.append(HeldOut(title, policy, float(kept.mean()), float(np.mean(masses)), tuple((found - dense).tolist())))
-        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, {rows[-1].over:+.2%} over dense")
+        progress(f"{title}: {rows[-1].kept:.1%} of the blocks, {rows[-1].shown} over dense")
     return Report(calibration, perplexity(dense), tuple(rows))
 
 
 def print_report(console: Console, report: Report) -> None:
     """Prints the table of a report, and the meaning of its words."""
     phase = report.calibration.phase.value
-    table = figure_table([phase, "kept", "mass", "over", "95% interval"], text=[phase])
+    table = figure_table([phase, "kept", "mass", "over"], text=[phase])
     table.add_row(f"dense, perplexity {report.dense:.3f}", "100.0%", "100.0%")
     for row in report.rows:
-        low, high = row.interval
-        shown = "-" if math.isnan(low) else f"{100 * low:+.1f} to {high:+.1%}"
-        table.add_row(escape(_named(row)), f"{row.kept:.1%}", f"{row.kept_mass:.1%}", f"{row.over:+.2%}", shown)
+        table.add_row(escape(_named(row)), f"{row.kept:.1%}", f"{row.kept_mass:.1%}", row.shown)
     console.print(table)
     console.print(LEGEND, highlight=False)
 

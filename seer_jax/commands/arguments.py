@@ -1,7 +1,6 @@
-"""What all commands share: the program's name, its exit codes, and how a configuration dataclass becomes options."""
+"""What all commands share: how a configuration dataclass becomes options."""
 
 import dataclasses
-import enum
 import functools
 import importlib
 import importlib.util
@@ -14,25 +13,16 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from seer_jax import smollm2, tiny_lm
+from seer_jax.commands import PROGRAM
 from seer_jax.commands.errors.options import Options
-from seer_jax.commands.errors.usage import UsageError, reason
+from seer_jax.commands.errors.usage import UsageError, one_of, reason
 from seer_jax.models.hub import HubSettings, is_name
 from seer_jax.selection.notation import parse_policy, policy_syntax, write_policy
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import SCORERS, Scorer
+from seer_jax.settings import parse_number
 
-PROGRAM = "seer-jax"
 MOST_COLUMNS = 100  # of prose; longer lines are hard to read
-
-
-class ExitCode(enum.IntEnum):
-    """What the process returns."""
-
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    INTERRUPTED = 130
-    TERMINATED = 143
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +163,7 @@ def _last(name: str) -> str:
 
 
 def _constructors() -> Any:
-    """How policies and scorers are read from one word each; the scorers are those registered at this moment."""
+    """How policies, scorers and numbers are read from one word each; the scorers are those registered at this moment."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -188,6 +178,22 @@ def _constructors() -> Any:
                 is_instance=lambda value: value is None or isinstance(value, Policy),
                 str_from_instance=lambda policy: [str(policy) if policy is None else write_policy(policy)],
             )
+        if info.type is float:
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar="FLOAT",
+                instance_from_str=lambda words: parse_number(words[0]),
+                is_instance=lambda value: isinstance(value, float | int) and not isinstance(value, bool),
+                str_from_instance=lambda value: [str(value)],
+            )
+        if info.type == Scorer | None:  # a scorer in place of the gates
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar="{" + ",".join(_baselines()) + "}",
+                instance_from_str=lambda words: None if words == ["None"] else _baseline(words[0]),
+                is_instance=lambda value: value is None or isinstance(value, Scorer),
+                str_from_instance=lambda scorer: [str(scorer) if scorer is None else scorer.name],
+            )
         if info.type is Scorer:
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,
@@ -200,6 +206,17 @@ def _constructors() -> Any:
         return None
 
     return registry
+
+
+def _baselines() -> list[str]:
+    """Names of the scorers that need no gate."""
+    return [name for name, kind in SCORERS.items() if not kind.needs_gate]
+
+
+def _baseline(name: str) -> Scorer:
+    if name not in SCORERS:
+        raise ValueError(one_of("", _baselines(), name).strip())
+    return SCORERS[name]()
 
 
 def policy_help() -> str:

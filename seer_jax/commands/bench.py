@@ -14,7 +14,8 @@ from seer_jax.bench import (
     bench_training,
 )
 from seer_jax.bench.harness.measurement import Measurement
-from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import parse
 from seer_jax.commands.errors.usage import UsageError, UsageParser, one_of
 
 # Name: configuration, what measures by it, and a summary.

@@ -16,7 +16,8 @@ from seer_jax.calibrate import Calibration, Quantity, Report, Target, calibrate,
 from seer_jax.calibrate.calibration import check_windows, num_steps
 from seer_jax.calibrate.levels import GRIDS
 from seer_jax.checks import check_at_least, whole_number
-from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import HubOptions, model_of, parse
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.gates import GATE_PATTERNS, recommend
 from seer_jax.evaluate.comparison import check_context
@@ -78,7 +79,7 @@ class CalibrateConfig(HubOptions):
       over: share by which the perplexity may exceed that of dense attention.
       kept_mass: share of the attention mass to keep, mean over tokens, layers and heads.
       rule: rule whose values are chosen; best: the one with the lower loss on the calibration windows.
-      baseline: scorer that ranks the blocks in place of the gates.
+      baseline: scorer that ranks the blocks in place of the gates, which it does not need.
       phases: phases to calibrate; None: those that have a gate, or those that the baseline works in.
       length: tokens of a window, a multiple of the block size. Thresholds fit the length that they were calibrated at.
       windows: number of calibration windows.
@@ -121,7 +122,7 @@ class CalibrateConfig(HubOptions):
         _ = self.target
         if self.baseline is not None and self.baseline.needs_gate:
             raise ValueError(
-                f"baseline must be a scorer that needs no gate; got {self.baseline.name!r}. Leave it out to calibrate gates."
+                f"baseline must be a scorer that needs no gate; got {self.baseline.name!r}. Calibrate gates by `gates` alone."
             )
         if not self.gates and self.baseline is None:
             raise ValueError("gates must be named, or a `baseline` in their place; got neither.")

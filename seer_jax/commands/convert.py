@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from seer_jax.commands.arguments import ExitCode, HubOptions, parse
+from seer_jax.commands import ExitCode
+from seer_jax.commands.arguments import HubOptions, parse
 from seer_jax.convert import push_gates
 from seer_jax.convert.base import BASE_PATTERNS, TEXT_PATTERNS, load_base, save_base
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates

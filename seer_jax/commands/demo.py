@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ from rich.console import Console
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least, check_seed, listed
-from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import parse
 from seer_jax.commands.stages import Stages
 from seer_jax.convert import save_gates
 from seer_jax.evaluate.comparison import compare, plan_measurements
 from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name
-from seer_jax.evaluate.notes import equal_counts, repeated
+from seer_jax.evaluate.notes import Row, equal_counts, repeated
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.record import environment, typed_command, write_scores
 from seer_jax.evaluate.rows import EvalRows, make_rows
@@ -125,9 +125,9 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
     try:
         with locked(config.output):
             return _demo(config, stages)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         files = [str(path) for path in sorted(config.output.glob("[!.]*")) if path.name != LOCK]
-        print(f"\nInterrupted. Kept so far: {', '.join(files) or 'nothing'}.", file=sys.stderr)
+        stop.add_note(f"Kept so far: {', '.join(files) or 'nothing'}.")
         raise
 
 
@@ -204,7 +204,7 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
 
 def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: EvalRows) -> list[Score]:
     levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, config.densities)]
-    notes = repeated(levels) + equal_counts(model, levels, tuple(Phase), length=rows.length)
+    notes = repeated(levels) + equal_counts(model, levels, tuple(Phase), rows=[Row(rows.length)])
     for note in notes:
         stages.say(note)
     measurements = len(plan_measurements(model, levels))

@@ -12,7 +12,8 @@ import numpy as np
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_seed
-from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import HubOptions, model_of, parse, policy_help
 from seer_jax.inference.generate import Generated, plan_memory, stream
 from seer_jax.inference.memory import MemoryPlan
 from seer_jax.inference.request import Request

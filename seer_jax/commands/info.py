@@ -13,7 +13,7 @@ import jax
 import pallas_kernels
 import seer_jax
 from pallas_kernels.backends import Operation
-from seer_jax.commands.arguments import PROGRAM, ExitCode
+from seer_jax.commands import PROGRAM, ExitCode
 from seer_jax.commands.errors.usage import UsageParser
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")

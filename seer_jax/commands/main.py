@@ -1,27 +1,24 @@
 """The program `seer-jax`: finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). Each failure and each wrong usage is one
-line on standard error.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). Each failure, each wrong usage and each
+interruption is one line on standard error.
 
 A command is the module or package of its name in this folder: the first line of its docstring is its summary, and `run(words) -> exit code` takes the
-words after its name. It is imported when it runs.
+words after its name. It is imported when it runs, and so is JAX: help and wrong names do not wait for it, and Ctrl-C is handled before.
 """
 
 import ast
-import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from seer_jax import smollm2, tiny_lm
-from seer_jax.commands.arguments import OPTIONS, PROGRAM, ExitCode, import_scorers
+from seer_jax.commands import PROGRAM, ExitCode
 from seer_jax.commands.errors.failures import failure, one_line
+from seer_jax.commands.errors.signals import after_echo, ending, handled_signals
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
 from seer_jax.compilation_cache import use_compilation_cache
 
@@ -41,38 +38,23 @@ LOWER = {
 }
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come: what a command does about Ctrl-C, such as saying what is kept, it does about this too."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (that of the process if None) and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = TRACEBACK_OPTION in words
     words = [word for word in words if word != TRACEBACK_OPTION]
-    name = words[0] if words and words[0] in COMMANDS else ""
+    name = _named(words)
     try:
-        _check_text(words)
-        words, scorers = _take_scorers(words)
-        if not words or words[0] in ("-h", "--help"):
-            print(_help())
-            return ExitCode.OK if words else ExitCode.USAGE
-        if words[0] == "--version":
-            import seer_jax
-
-            print(PROGRAM, seer_jax.__version__)
-            return ExitCode.OK
-        _check_command(words[0])
-        name, *rest = words
-        with _terminations():
-            return _run(name, rest, scorers)
-    except Terminated:
-        _say(name, "terminated.")
-        return ExitCode.TERMINATED
-    except KeyboardInterrupt:
-        print(file=sys.stderr)  # behind the ^C of a terminal
-        _say(name, "interrupted.")
-        return ExitCode.INTERRUPTED
+        with handled_signals(lambda word: _line(name, f"{word}.")) as all_imported:
+            _check_text(words)
+            words, scorers = _take_scorers(words)
+            name = _named(words)
+            return _dispatch(words, scorers, all_imported)
+    except KeyboardInterrupt as stop:
+        code, text = ending(stop)
+        print(after_echo(), end="", file=sys.stderr)
+        _say(name, text)
+        return code
     except BrokenPipeError:  # the reader of standard output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
@@ -83,31 +65,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = failure(error, LOWER.get(name, "the size of the work"))
         if show_traceback or line is None:
             raise
+        from seer_jax.commands.arguments import OPTIONS
+
         _say(name, OPTIONS[name].rewrite(line) if name in OPTIONS else line)
         return ExitCode.FAILED
 
 
-@contextlib.contextmanager
-def _terminations() -> Iterator[None]:
-    """Raises `Terminated` where the process is asked to end, unless its caller has decided otherwise."""
+def _named(words: list[str]) -> str:
+    """The command that comes first, if one does."""
+    return words[0] if words and words[0] in COMMANDS else ""
 
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
 
-    # Python allows handlers in the main thread alone.
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _dispatch(words: list[str], scorers: list[str], all_imported: Callable[[], None]) -> int:
+    """Runs the command that is named, or prints help or version."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return ExitCode.OK if words else ExitCode.USAGE
+    if words[0] == "--version":
+        import seer_jax
+
+        print(PROGRAM, seer_jax.__version__)
+        return ExitCode.OK
+    name, *rest = words
+    _check_command(name)
+    return _run(name, rest, scorers, all_imported)
 
 
 def _say(command: str, text: str) -> None:
-    """Prints what went wrong as one line, after the name of the program."""
-    print(f"{PROGRAM}{f' {command}' if command else ''}: {one_line(text)}", file=sys.stderr)
+    """Prints what went wrong as one line."""
+    print(_line(command, text), file=sys.stderr)
+
+
+def _line(command: str, text: str) -> str:
+    """A text as one line, after the name of the program."""
+    return f"{PROGRAM}{f' {command}' if command else ''}: {one_line(text)}"
 
 
 def _check_text(words: list[str]) -> None:
@@ -141,14 +132,18 @@ def _check_command(name: str) -> None:
     raise UsageError(f"there is no {kind} {name!r}.{hint}")
 
 
-def _run(name: str, words: list[str], scorers: list[str]) -> int:
+def _run(name: str, words: list[str], scorers: list[str], all_imported: Callable[[], None]) -> int:
     """Imports the modules of --scorers, which must be known when the other options are read, and runs the command."""
+    from seer_jax.commands.arguments import import_scorers
+
     for module in scorers:
         import_scorers(module)
     use_compilation_cache()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *place: _say(name, f"warning: {message}")
-        return importlib.import_module(f"seer_jax.commands.{name}").run(words)
+        command = importlib.import_module(f"seer_jax.commands.{name}")
+        all_imported()
+        return command.run(words)
 
 
 def _help() -> str:

@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import parse
 from seer_jax.commands.errors.usage import UsageError, UsageParser, one_of
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.train import DistillConfig, TrainResult, distill

@@ -4,7 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import HubOptions, parse
 from seer_jax.convert.base import BASE_PATTERNS, load_base
 from seer_jax.convert.logits import Bounds, LogitsReport, verify_logits
 from seer_jax.folders import check_is_base

@@ -15,7 +15,7 @@ from seer_jax.evaluate.score import (
     score_to_json,
 )
 from seer_jax.evaluate.scoring import TokenScores, perplexity, score_decoded, score_prompts, score_windows
-from seer_jax.evaluate.statistics.blocks_needed import BlocksNeeded, all_blocks_needed, blocks_needed
+from seer_jax.evaluate.statistics.blocks_needed import BlocksNeeded, all_blocks_needed, blocks_needed, loss_at
 from seer_jax.evaluate.statistics.intervals import Estimate, Interval
 from seer_jax.evaluate.table import legend, score_line, table_rows
 from seer_jax.evaluate.window import DecodedWindow, decode_window
@@ -43,6 +43,7 @@ __all__ = [
     "legend",
     "level_name",
     "load_words",
+    "loss_at",
     "make_rows",
     "parse_level",
     "passkey_difference",

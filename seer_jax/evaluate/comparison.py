@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +42,11 @@ class Measurement:
         """What tells the scores of a comparison apart."""
         return self.phase, self.method, self.level
 
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The policy as JSON."""
+        return policy_to_json(self.policy)
+
 
 def all_methods() -> tuple[Scorer, ...]:
     """What is compared where no methods are named: the gate, the baselines, scorers of the caller's own, and last the oracle, their
@@ -70,7 +75,7 @@ def plan_measurements(
       ValueError: a method is not registered, a policy does not fit the model, or two levels that differ have one name.
     """
     methods = all_methods() if methods is None else methods
-    gates, planned = gates_by_phase(model), {}
+    planned: dict[tuple[Phase, str | None, str], Measurement] = {}
     for phase in dict.fromkeys(phases):
         found = [Measurement(phase, None, DENSE, Dense())]
         for level in levels:
@@ -80,12 +85,12 @@ def plan_measurements(
                 found += [
                     Measurement(phase, method.name, level.name, level.policy_of(method))
                     for method in used
-                    if phase in method.phases() and (not method.needs_gate or gates[phase] is not None)
+                    if works(model, method, phase)
                 ]
         for one in found:
-            _check_policy(model, one)
+            check_policy(model, one.phase, one.policy)
             first = planned.setdefault(one.key, one)
-            if policy_to_json(first.policy) != policy_to_json(one.policy):
+            if first.saved != one.saved:
                 raise ValueError(
                     f"Each level must have a name of its own; got {one.level!r} for {first.policy} and {one.policy}. Rename one."
                 )
@@ -101,10 +106,15 @@ def _check_registered(methods: Sequence[Scorer]) -> None:
             )
 
 
-def _check_policy(model: Transformer, measurement: Measurement) -> None:
-    gate, config = gates_by_phase(model)[measurement.phase], model.config
-    heads = config.num_heads if measurement.phase is Phase.PREFILL else config.num_kv_heads
-    model.segments(measurement.policy, gate, heads, measurement.phase)
+def works(model: Transformer, method: Scorer, phase: Phase) -> bool:
+    """Whether a method has scores for a phase, and the model the gate that it may need there."""
+    return phase in method.phases() and (not method.needs_gate or gates_by_phase(model)[phase] is not None)
+
+
+def check_policy(model: Transformer, phase: Phase, policy: Policy) -> None:
+    """Raises ValueError where a policy does not fit the model in a phase."""
+    heads = model.config.num_heads if phase is Phase.PREFILL else model.config.num_kv_heads
+    model.segments(policy, gates_by_phase(model)[phase], heads, phase)
 
 
 def check_context(model: Transformer, length: int, *, beyond_context: bool) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import POLICY_FILE, parse_policy, write_policy
 from seer_jax.selection.policies import Policy
-from seer_jax.selection.rules import RankingPolicy, TopK, settings_of
+from seer_jax.selection.rules import RULES, RankingPolicy, TopK, settings_of
 from seer_jax.selection.scorers import LearnedGate, Scorer
 
 ROWS = "dense_last_rows"
+JOIN = "+"  # between the halves of what works in both phases at once
 
 
 class Phase(enum.StrEnum):
@@ -84,6 +85,43 @@ def parse_level(text: str) -> SparsityLevel:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class LevelPair:
+    """Levels that work together, one in each phase, as a generation uses its policies."""
+
+    prefill: SparsityLevel
+    decode: SparsityLevel
+
+    @property
+    def name(self) -> str:
+        """In tables, and as a command line writes it where neither half is a file."""
+        return f"{self.prefill.name}{JOIN}{self.decode.name}"
+
+    @property
+    def levels(self) -> dict[Phase, SparsityLevel]:
+        """Its halves by their phase."""
+        return {Phase.PREFILL: self.prefill, Phase.DECODE: self.decode}
+
+
+def parse_levels(text: str) -> SparsityLevel | LevelPair:
+    """One level, or two for prompts and new tokens at once, joined by "+".
+
+    >>> parse_levels("topk:0.2+budget:1024:quest").name
+    'topk:0.2+budget:1024'
+
+    Raises:
+      ValueError: see `parse_level`; or a half does not work in its phase.
+    """
+    first, join, second = text.partition(JOIN)
+    is_rule = second.partition(":")[0] in RULES or second.endswith(POLICY_FILE)
+    if not join or not is_rule or Path(text).is_file():
+        return parse_level(text)
+    pair = LevelPair(parse_level(first), parse_level(second))
+    for phase, level in pair.levels.items():
+        level.policy.check_phase(phase.value)
+    return pair
+
+
 def level_name(policy: Policy) -> str:
     """Name of a policy's level: the policy as on a command line, without its scorer and `dense_last_rows`."""
     if isinstance(policy, RankingPolicy):
@@ -101,6 +139,12 @@ def recommended_levels(model: Transformer) -> list[SparsityLevel]:
         for phase, policy in policies.items()
         if isinstance(policy, RankingPolicy)
     ]
+
+
+def recommended_pair(model: Transformer) -> LevelPair | None:
+    """The policies that a prefill gate and a decode gate recommend, together; None where one of them recommends none."""
+    levels = {level.phases[0]: level for level in recommended_levels(model)}
+    return LevelPair(levels[Phase.PREFILL], levels[Phase.DECODE]) if len(levels) == len(Phase) else None
 
 
 def gates_by_phase(model: Transformer) -> dict[Phase, Any]:

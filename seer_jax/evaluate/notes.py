@@ -1,8 +1,8 @@
 """What a reader of a comparison's table should know before it comes: levels left out, named twice, or alike."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 from seer_jax.evaluate.comparison import Measurement
 from seer_jax.evaluate.levels import Phase, SparsityLevel, gates_by_phase
@@ -72,41 +72,57 @@ def repeated(levels: Sequence[SparsityLevel]) -> list[str]:
     return [f"{name} is named {n} times; it is measured once." for (name, _), n in counts.items() if n > 1]
 
 
+class Row(NamedTuple):
+    """Tokens of a row, and how many of them are read by other means before those whose blocks are chosen while decoding."""
+
+    tokens: int
+    read: int = 0
+
+
 def equal_counts(
-    model: Transformer, levels: Sequence[SparsityLevel], phases: Sequence[Phase], *, length: int
+    model: Transformer, levels: Sequence[SparsityLevel], phases: Sequence[Phase], *, rows: Collection[Row]
 ) -> list[str]:
-    """One line for each group of top-k levels, or of budgets, that keep equally many blocks in every row at this length.
+    """One line for each group of top-k levels, or of budgets, that keep equally many blocks in every row, and one for each that keeps all.
 
     Args:
       model: whose gates set the size of a block.
       levels: of the comparison.
       phases: of the comparison.
-      length: tokens of a row.
+      rows: of the comparison, those of one size once.
     """
-    lines = []
+    lines, longest = [], max(row.tokens for row in rows)
     for phase in phases:
         groups: dict[Any, list[str]] = {}
         for level in levels:
             if phase not in level.phases or not isinstance(level.policy, TopK | TokenBudget):
                 continue
             block = level.policy.tokens_per_block(gates_by_phase(model)[phase])
-            counts = _counts(level.policy, phase, block, length)
+            counts = tuple(count for row in sorted(rows) for count in _counts(level.policy, phase, block, row))
             kind = type(level.policy), level.policy.dense_layers, level.dense_last_rows, level.methods
-            groups.setdefault((*kind, tuple(counts), -(-length // block)), []).append(level.name)
-        for (*_, counts, total), names in groups.items():
-            if len(names := list(dict.fromkeys(names))) > 1:
-                alike = f"{', '.join(names[:-1])} and {names[-1]} choose equally many blocks"
+            kind = () if all(kept == seen for kept, seen in counts) else kind
+            groups.setdefault((kind, counts), []).append(level.name)
+        for (kind, counts), names in groups.items():
+            names = list(dict.fromkeys(names))
+            alike = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+            most, place = max(counts), f"at {longest} tokens"
+            if not kind:
+                verb = "keep" if len(names) > 1 else "keeps"
+                lines.append(f"{phase}: {alike} {verb} every block {place}, all {most[1]}, as dense attention does.")
+            elif len(names) > 1:
+                shown = f"{most[0]} of {most[1]} per row"
                 lines.append(
-                    f"{phase}: {alike} at {length} tokens, {max(counts)} of {total} per row, so their scores are equal."
+                    f"{phase}: {alike} choose equally many blocks {place}, {shown}, so their scores are equal."
                 )
     return lines
 
 
-def _counts(policy: TopK | TokenBudget, phase: Phase, block: int, length: int) -> list[int]:
-    """Blocks that the rule keeps in the longest row of a prompt, or for the tokens of each block of a window."""
-    total = -(-length // block)
-    if isinstance(policy, TokenBudget):
-        return [min(policy.blocks_per_row(block), total)]
+def _counts(policy: TopK | TokenBudget, phase: Phase, block: int, row: Row) -> list[tuple[int, int]]:
+    """Blocks that the rule keeps out of those that are there: in the longest row of a prompt, or for the tokens of each block that are decoded."""
+    total = -(-row.tokens // block)
     if phase is Phase.PREFILL:
-        return [policy.blocks_per_row(total)]
-    return [policy.blocks_per_token(n) for n in range(1, total + 1)]
+        most = policy.blocks_per_row(block if isinstance(policy, TokenBudget) else total)
+        return [(min(most, total), total)]
+    seen = range(row.read // block + 1, total + 1)
+    if isinstance(policy, TokenBudget):
+        return [(min(policy.blocks_per_row(block), n), n) for n in seen]
+    return [(policy.blocks_per_token(n), n) for n in seen]

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.devices import default_device
+from seer_jax.evaluate.levels import JOIN
 from seer_jax.evaluate.score import ESTIMATORS, Score, dense_of, score_from_json, score_to_json
 from seer_jax.evaluate.statistics.blocks_needed import all_blocks_needed
 from seer_jax.evaluate.table import legend
 from seer_jax.folders import files_of
 from seer_jax.outputs import write_json
-from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.scorers import SCORERS
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
@@ -87,7 +87,8 @@ class Record:
             scores = self.parse(values)
         except ValueError as error:
             raise ValueError(f"{self.path} must hold scores that can be read; {error} {REMEDY}") from error
-        if unknown := dict.fromkeys(s.method for s in scores if s.method is not None and s.method not in SCORERS):
+        methods = (name for score in scores if score.method is not None for name in score.method.split(JOIN))
+        if unknown := dict.fromkeys(name for name in methods if name not in SCORERS):
             raise ValueError(
                 f"{self.path} must hold scores of registered scorers; got {', '.join(unknown)}. Name their module (--scorers MODULE). {REMEDY}"
             )
@@ -97,12 +98,12 @@ class Record:
         """Checks that the scores which stand for planned ones are of the same policies: a file of a policy may have changed.
 
         Args:
-          planned: each with phase, method, level and policy, as `Measurement` and `TaskPolicy` have them.
+          planned: each with phase, method, level and saved policy, as `Measurement` and `TaskPolicy` have them.
 
         Raises:
           ValueError: one is not.
         """
-        policies = {(one.phase, one.method, one.level): policy_to_json(one.policy) for one in planned}
+        policies = {(one.phase, one.method, one.level): one.saved for one in planned}
         for score in self.scores:
             new = json.loads(json.dumps(policies.get((score.phase, score.method, score.level), score.policy)))
             if different := [name for name in {**score.policy, **new} if score.policy.get(name) != new.get(name)]:

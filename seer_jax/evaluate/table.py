@@ -14,8 +14,7 @@ from seer_jax.selection.scorers import SCORERS, LearnedGate, Random, SinkWindow
 
 QUANTITIES = {
     "ppl": "perplexity: how many equally likely tokens the model seems to choose from at each step of held-out text; lower is better",
-    "over": "perplexity over that of dense attention on the same windows",
-    "95%": "half the width of the 95% interval of over, from the differences to dense attention window by window",
+    "over": "perplexity over that of dense attention on the same windows, with its 95% interval from the differences window by window",
     "keys": "pass keys: share of the long prompts whose hidden five digits are found exactly; higher is better",
     "±": "standard error of keys over prompts",
     "worst": "the smallest share of keys found at one depth, @ that depth (0 the start, 1 the question)",
@@ -64,14 +63,13 @@ def _figures(score: Score, dense: Score | None) -> list[str]:
     over = Interval(*[math.nan] * 3) if dense is None or dense is score else perplexity_over(score, dense)
     figures = [
         (of["perplexity"].value, ".2f"),
-        (over.value, "+.1%"),
-        (over.half_width, ".1%"),
         (of["passkey"].value, ".0%"),
         (of["passkey"].stderr, ".0%"),
         (of["kept"].value, ".1%"),
     ]
     cells = ["-" if math.isnan(x) else format(x, form) for x, form in figures]
-    return [*cells[:-1], "-" if worst is None else _depth(worst), cells[-1]]
+    shown = "-" if math.isnan(over.value) else over.written()
+    return [cells[0], shown, *cells[1:-1], "-" if worst is None else _depth(worst), cells[-1]]
 
 
 def _depth(worst: tuple[float, Estimate]) -> str:
@@ -94,22 +92,22 @@ def score_line(score: Score, dense: Score | None = None) -> str:
       dense: dense attention in the same phase, to say how far the score is from it.
     """
     method = score.title if score.method is None else f"{score.title}, {score.level}"
-    over = "" if dense is None or dense is score else f", {_signed(perplexity_over(score, dense))} over dense"
+    over = "" if dense is None or dense is score else f", {perplexity_over(score, dense).written()} over dense"
     worst = score.passkey_worst
     found = "" if worst is None else f", pass keys {score.passkey:.0%} (worst {_depth(worst)})"
     return f"{score.phase} {method}: perplexity {score.perplexity:.3f}{over}{found}, blocks read {score.kept:.1%} ({score.seconds:.1f} s)"
 
 
-def _signed(interval: Interval) -> str:
-    """A difference in percent with its interval, if it has one."""
-    ends = f" ({interval.low:+.1%} to {interval.high:+.1%})" if interval.has_ends else ""
-    return f"{interval.value:+.1%}{ends}"
-
-
 def print_scores(console: Console, scores: Sequence[Score]) -> None:
-    """Prints the table, and the meaning of each word in it."""
-    head, *rows = table_rows(scores)
-    table = figure_table(head[1:], text=("method", "policy"), dim=("95%", "±"))
+    """Prints the table without the figures that no score has, and the meaning of each word in it."""
+    shown = [
+        column
+        for column in zip(*table_rows(scores), strict=True)
+        if column[0] not in QUANTITIES or {*column[1:]} != {"-"}
+    ]
+    head, *rows = zip(*shown, strict=True)
+    absent = QUANTITIES.keys() - {*head}
+    table = figure_table(head[1:], text=("method", "policy"), dim=("±",))
     for phase in dict.fromkeys(row[0] for row in rows):
         table.add_section()
         table.add_row(f"[bold]{phase}[/bold]")
@@ -119,6 +117,8 @@ def print_scores(console: Console, scores: Sequence[Score]) -> None:
     print_blocks_needed(console, all_blocks_needed(scores))
     console.print()
     for word, meaning in legend(scores).items():
+        if word in absent:
+            continue
         console.print(f"[bold]{escape(word)}[/bold]: {escape(meaning)}", highlight=False, soft_wrap=True)
 
 
@@ -160,7 +160,7 @@ def losses(
     for baseline, ours in _pairs(scores, method, baselines):
         place = f"{ours.phase} {ours.level}: {baseline.title}"
         if baseline.perplexity <= ours.perplexity:
-            lead = _signed(perplexity_over(ours, baseline))
+            lead = perplexity_over(ours, baseline).written()
             lines.append(f"{place} has perplexity {baseline.perplexity:.3f}, ours {ours.perplexity:.3f}: {lead}")
         if baseline.passkey >= ours.passkey:
             lines.append(f"{place} finds {baseline.passkey:.0%} of the pass keys, ours {ours.passkey:.0%}")
@@ -182,7 +182,7 @@ def narrow_leads(
             ("share of pass keys below the gate's", passkey_difference(ours, baseline)),
         ):
             if lead.value > 0 and not lead.low > 0:
-                lines.append(f"{place}: {quantity} by {_signed(lead)}")
+                lines.append(f"{place}: {quantity} by {lead.written()}")
     return lines
 
 

@@ -16,11 +16,29 @@ class Pool(enum.StrEnum):
 
 
 class QueryReduction(enum.StrEnum):
-    """How the decode gate reduces the G query heads of a group to one vector; the names are those of the release."""
+    """How the decode gate makes queries of the G query heads of a group.
+
+    The release's kinds reduce them to one vector. Qheads projects each to a query of its own; their shares of the blocks are joined.
+    """
 
     PROJ = "Qproj"
     AVG_PROJ = "Qavgproj"
     AVG = "Qavg"
+    HEADS = "Qheads"
+
+
+class Join(enum.StrEnum):
+    """What a block's share is made of: the shares of its key vectors."""
+
+    SUM = "sum"
+    MAX = "max"
+
+
+class HeadJoin(enum.StrEnum):
+    """What a group's share of a block is made of: the shares of its query heads."""
+
+    MEAN = "mean"
+    MAX = "max"
 
 
 def _check_pooling(side: str, kinds: tuple[Pool, ...]) -> None:
@@ -37,8 +55,12 @@ class PrefillGateConfig:
     Attributes:
       block_size (b): tokens per block, a power of two from 16 to 128.
       gate_dim (C): channels of the gate's queries and keys, even. The release calls it gate_hidden_size.
-      q_pooling, k_pooling: how the tokens of a block become one vector; several kinds are concatenated.
+      q_pooling, k_pooling: how the tokens of a pool become one vector; several kinds are concatenated.
       force_double: keep two projections where one would do.
+      q_pool_size, k_pool_size (s_q, s_k): tokens pooled to one query or key, a power of two up to the block size. None: the block size,
+        as in the release. Smaller pools give several queries per row of blocks, or several keys per block; each query's softmax over
+        the keys then becomes shares of the blocks, and a row takes the largest share among its queries.
+      join: a block's share is the sum of its keys' shares, or the largest; where k_pool_size is below the block size.
     """
 
     block_size: int = 64
@@ -46,12 +68,42 @@ class PrefillGateConfig:
     q_pooling: tuple[Pool, ...] = (Pool.AVG,)
     k_pooling: tuple[Pool, ...] = (Pool.MAX, Pool.MIN, Pool.AVG)
     force_double: bool = False
+    q_pool_size: int | None = None
+    k_pool_size: int | None = None
+    join: Join = Join.SUM
 
     def __post_init__(self) -> None:
         check_types(self)
         _check_gate_sizes(self)
         _check_pooling("Query", self.q_pooling)
         _check_pooling("Key", self.k_pooling)
+        _check_pool_size(self, "q")
+        _check_pool_size(self, "k")
+        _check_join(self)
+
+    @property
+    def query_pool(self) -> int:
+        """s_q, tokens per query."""
+        return self.block_size if self.q_pool_size is None else self.q_pool_size
+
+    @property
+    def key_pool(self) -> int:
+        """s_k, tokens per key."""
+        return self.block_size if self.k_pool_size is None else self.k_pool_size
+
+    @property
+    def queries_per_row(self) -> int:
+        """m_q, queries per row of blocks."""
+        return self.block_size // self.query_pool
+
+    @property
+    def keys_per_block(self) -> int:
+        """m_k."""
+        return self.block_size // self.key_pool
+
+    def finer_than_release(self) -> dict[str, str]:
+        """Settings that the release does not have: what each would need to be there, by name; empty for the release's kinds."""
+        return _smaller_pools(self, "q_pool_size", "k_pool_size")
 
     def one_linear(self, head_dim: int) -> bool:
         """Whether pooled queries are used as they are and keys get one projection per query head."""
@@ -64,10 +116,14 @@ class DecodeGateConfig:
 
     Attributes:
       block_size (b), gate_dim (C), k_pooling: as those of a prefill gate.
-      query_reduction: how a group's query heads become one vector. Qavg needs gate_dim == head_dim.
+      query_reduction: how a group's query heads become one vector, or (Qheads) that each keeps a query of its own. Qavg needs
+        gate_dim == head_dim.
       use_qk_norm: RMSNorm over C on the gate's queries and keys, before RoPE.
-      use_rope: rotate queries at their token, keys at the first token of their block.
+      use_rope: rotate queries at their token, keys at the first token of their pool.
       start_layer: layers before it attend densely while decoding; a policy can ask for more (dense_layers).
+      k_pool_size (s_k), join: as those of a prefill gate. The cache keeps b / s_k keys of C channels per completed block and
+        key/value head, beside the block's 2 b D channels of keys and values.
+      heads: a group's share of a block is the mean of its query heads' shares, or the largest; with Qheads alone.
     """
 
     block_size: int = 64
@@ -77,18 +133,59 @@ class DecodeGateConfig:
     use_qk_norm: bool = True
     use_rope: bool = True
     start_layer: int = 0
+    k_pool_size: int | None = None
+    join: Join = Join.SUM
+    heads: HeadJoin = HeadJoin.MEAN
 
     def __post_init__(self) -> None:
         check_types(self)
         _check_gate_sizes(self)
         _check_pooling("Key", self.k_pooling)
+        _check_pool_size(self, "k")
+        _check_join(self)
+        if self.heads is not HeadJoin.MEAN and not self.has_head_queries:
+            raise ValueError(
+                f"DecodeGateConfig.heads={self.heads} joins the query heads' own shares, so it needs query_reduction=Qheads; "
+                f"got {self.query_reduction}. Set it, or leave heads out."
+            )
         if self.start_layer < 0:
             raise ValueError(
                 f"start_layer, the number of dense first layers, must be at least 0; got {self.start_layer}."
             )
 
+    @property
+    def has_head_queries(self) -> bool:
+        """Whether each query head has a query of its own."""
+        return self.query_reduction is QueryReduction.HEADS
+
+    @property
+    def key_pool(self) -> int:
+        """s_k, tokens per key."""
+        return self.block_size if self.k_pool_size is None else self.k_pool_size
+
+    @property
+    def keys_per_block(self) -> int:
+        """m_k."""
+        return self.block_size // self.key_pool
+
+    def finer_than_release(self) -> dict[str, str]:
+        """As that of a prefill gate."""
+        finer = _smaller_pools(self, "k_pool_size")
+        return finer | ({"query_reduction": "Qproj, Qavgproj or Qavg"} if self.has_head_queries else {})
+
 
 GateConfig = PrefillGateConfig | DecodeGateConfig
+
+
+def changed_settings(config: GateConfig) -> str:
+    """The settings that are not the defaults, as `name=value, ...`; "" where all are.
+
+    >>> changed_settings(PrefillGateConfig(q_pool_size=16, k_pooling=(Pool.AVG,)))
+    'k_pooling=avg, q_pool_size=16'
+    """
+    values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    return ", ".join(f"{n}={'+'.join(v) if isinstance(v, tuple) else v}" for n, v in changed.items())
 
 
 class TrainedGates(enum.StrEnum):
@@ -113,3 +210,34 @@ def _check_gate_sizes(config: Any) -> None:
         raise ValueError(
             f"{name}.gate_dim must be even and positive, since RoPE rotates pairs of channels; got {config.gate_dim}."
         )
+
+
+def _check_pool_size(config: Any, side: str) -> None:
+    """Checks one pool size, and sets it to None where it is the block size: such a gate is of the release's kind."""
+    name, field = type(config).__name__, f"{side}_pool_size"
+    size, kinds = getattr(config, field), getattr(config, f"{side}_pooling")
+    if size is None:
+        return
+    if not 1 <= size <= config.block_size or size & (size - 1):
+        raise ValueError(
+            f"{name}.{field} must be a power of two from 1 to the block size, {config.block_size} tokens; got {size}."
+        )
+    if size == 1 and len(kinds) > 1:
+        raise ValueError(
+            f"{name}.{field}=1 pools single tokens, which are the same under every kind of pooling, so {side}_pooling must name one "
+            f"kind; got {', '.join(kinds)}. Set {side}_pooling to avg."
+        )
+    if size == config.block_size:
+        object.__setattr__(config, field, None)
+
+
+def _check_join(config: Any) -> None:
+    if config.join is not Join.SUM and config.keys_per_block == 1:
+        raise ValueError(
+            f"{type(config).__name__}.join={config.join} joins a block's keys, so k_pool_size must be below the block size, "
+            f"{config.block_size}; got {config.key_pool}. Set k_pool_size, or leave join out."
+        )
+
+
+def _smaller_pools(config: Any, *names: str) -> dict[str, str]:
+    return {name: f"the block size, {config.block_size}" for name in names if getattr(config, name) is not None}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from pallas_kernels import pool_blocks, score_blocks
+from pallas_kernels import pool_blocks, score_blocks, score_sub_blocks
 from seer_jax.gates.configs import DecodeGateConfig, Pool, QueryReduction
 from seer_jax.gates.projections import initial_projection, project, project_few
 from seer_jax.gates.recommendation import Recommending
@@ -22,8 +22,12 @@ class DecodeGate(Recommending, nnx.Module):
     """score[k, t, j] = rope(norm(Wq q_t)) . rope(norm(Wk Pk(k)_j)) / sqrt(C) for j < floor(t / b) (SeerAttention-R, arXiv
     2506.08889, sec. 3).
 
+    Where each query head has a query of its own, or key pools are smaller than blocks, score[k, t, j] is the logarithm of block j's
+    share in the softmax over the keys of completed blocks, joined over the group's heads (`score_sub_blocks`). Letters: s_k tokens
+    per key, m_k = b / s_k keys per block, Sw keys, which are Sb where pools are blocks.
+
     Attributes:
-      linear_q: `[L, K, G, D, C]` (PROJ), `[L, K, D, C]` (AVG_PROJ) or None (AVG).
+      linear_q: `[L, K, G, D, C]` (PROJ, HEADS), `[L, K, D, C]` (AVG_PROJ) or None (AVG).
       linear_k: `[L, K, |Pk| D, C]`.
       q_norm, k_norm: `[L, C]` or None.
       recommended: the policy to use the gate with, or None.
@@ -44,6 +48,7 @@ class DecodeGate(Recommending, nnx.Module):
         make = functools.partial(initial_projection, head_dim=dim)
         shapes = {
             QueryReduction.PROJ: (layers, kv_heads, group, dim, gate_dim),
+            QueryReduction.HEADS: (layers, kv_heads, group, dim, gate_dim),
             QueryReduction.AVG_PROJ: (layers, kv_heads, dim, gate_dim),
         }
         q_shape = shapes.get(config.query_reduction)
@@ -64,8 +69,13 @@ class DecodeGate(Recommending, nnx.Module):
         """Heads of the compressed keys: K."""
         return self.model.num_kv_heads
 
-    def queries(self, q: Float[Array, "B T H D"], positions: Int[Array, "#B T"]) -> Float32[Array, "B T K C"]:
-        """The gate's queries, one per token and key/value head; q before RoPE."""
+    def queries(self, q: Float[Array, "B T H D"], positions: Int[Array, "#B T"]) -> Float32[Array, "B T heads C"]:
+        """The gate's queries, one per token and key/value head, with HEADS per token and query head; q before RoPE."""
+        if self.config.has_head_queries:
+            assert self.linear_q is not None
+            weight = self.linear_q[...]
+            out = project_few(q.astype(jnp.float32), weight.reshape(-1, *weight.shape[2:]))
+            return self._finish(out, self.q_norm, positions)
         grouped = q.astype(jnp.float32).reshape(*q.shape[:2], self.model.num_kv_heads, -1, q.shape[-1])
         if self.linear_q is None:
             out = grouped.mean(3)
@@ -79,37 +89,59 @@ class DecodeGate(Recommending, nnx.Module):
 
     def keys(
         self, k: Float[Array, "B S K D"], positions: Int[Array, "#B S"], valid: Bool[Array, "#B S"] | None = None
-    ) -> Float32[Array, "B Sb K C"]:
-        """Compressed keys, one per block and key/value head.
+    ) -> Float32[Array, "B Sw K C"]:
+        """Compressed keys, one per pool of s_k tokens and key/value head.
 
         Args:
           k: before RoPE; S counts from the start of a block.
-          positions: of the tokens; a key is rotated at the first token of its block.
+          positions: of the tokens; a key is rotated at the first token of its pool.
           valid: tokens that count, see `pool_blocks`.
         """
-        b = self.config.block_size
-        return self.compress(pool_blocks(k, self.config.k_pooling, block_size=b, valid=valid), positions[:, ::b])
+        size = self.config.key_pool
+        pooled = pool_blocks(k, self.config.k_pooling, block_size=size, valid=valid)
+        return self.compress(pooled, positions[:, ::size])
 
     def compress(
-        self, pooled: Float32[Array, "B Sb K P"], first_positions: Int[Array, "#B Sb"]
-    ) -> Float32[Array, "B Sb K C"]:
-        """Compressed keys from pooled ones (`pool_blocks`); positions are those of each block's first token."""
+        self, pooled: Float32[Array, "B Sw K P"], first_positions: Int[Array, "#B Sw"]
+    ) -> Float32[Array, "B Sw K C"]:
+        """Compressed keys from pooled ones (`pool_blocks`); positions are those of each pool's first token."""
         return self._finish(project(pooled, self.linear_k[...]), self.k_norm, first_positions)
 
     def logits(
         self,
-        queries: Float32[Array, "B T K C"],
-        keys: Float[Array, "B Sb K C"],
+        queries: Float32[Array, "B T heads C"],
+        keys: Float[Array, "P Sw K C"],
         *,
         completed: Int[Array, "B T"],
+        first: int | Int[Array, "#B T"] = 0,
+        first_row: Int[Array, ""] | None = None,
     ) -> Float32[Array, "B K T Sb"]:
-        """Logits of tokens against key blocks, -inf from block `completed` on.
+        """Logits of tokens against key blocks, -inf before block `first` and from block `completed` on.
 
         Args:
           completed: number of completed earlier blocks of each query token, floor(t / b).
+          first: block in which the token's sequence starts.
+          first_row: where the B rows of keys begin among P; None: keys has B rows.
         """
-        logits = score_blocks(queries, keys.astype(jnp.float32))
-        visible = jnp.arange(keys.shape[1])[None, None, None] < completed[:, None, :, None]
+        config = self.config
+        if config.finer_than_release():
+            blocks = jnp.stack(jnp.broadcast_arrays(jnp.asarray(first, completed.dtype), completed), axis=-1)
+            return score_sub_blocks(
+                queries,
+                keys,
+                seen=blocks * config.keys_per_block,
+                queries_per_row=1,
+                keys_per_block=config.keys_per_block,
+                join=config.join,
+                heads=config.heads if config.has_head_queries else "each",
+                first_row=first_row,
+            )
+        if first_row is not None:
+            keys = jax.lax.dynamic_slice_in_dim(keys.swapaxes(1, 2), first_row, len(queries)).swapaxes(1, 2)
+        logits, block = score_blocks(queries, keys.astype(jnp.float32)), jnp.arange(keys.shape[1])[None, None, None]
+        visible = block < completed[:, None, :, None]
+        if not isinstance(first, int) or first:
+            visible &= block >= jnp.asarray(first)[..., None, :, None]
         return jnp.where(visible, logits, -jnp.inf)
 
     def _finish(self, x: jax.Array, norm: GateParam | None, positions: jax.Array) -> jax.Array:

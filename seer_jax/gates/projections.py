@@ -14,14 +14,19 @@ def initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Pool
     """Starts a projection `[..., P, C]` as the identity on the average pool where the shapes allow it.
 
     The untrained gate then scores blocks by their mean query against their mean key, which is already a fair guess; random
-    projections would have to find it first. Where C differs from D, random matrices that preserve lengths on average.
+    projections would have to find it first. Where one of C and D divides the other, RoPE turns every D/C-th pair of channels (every
+    C/D-th of the gate's) by the same angles: these pairs are kept as they are. Otherwise random matrices that preserve lengths on average.
     """
     rows, dim = shape[-2:]
     noise = jax.random.normal(key, shape, jnp.float32)
-    if dim != head_dim or Pool.AVG not in kinds:
+    if (dim % head_dim and head_dim % dim) or Pool.AVG not in kinds:
         return noise * rows**-0.5
     start = kinds.index(Pool.AVG) * head_dim
-    identity = jnp.zeros((rows, dim), jnp.float32).at[start : start + dim].set(jnp.eye(dim, dtype=jnp.float32))
+    pairs = jnp.arange(min(dim, head_dim) // 2)
+    source, target = (
+        jnp.concatenate([pairs * (d // 2 // len(pairs)) + half * (d // 2) for half in (0, 1)]) for d in (head_dim, dim)
+    )
+    identity = jnp.zeros((rows, dim), jnp.float32).at[start + source, target].set(1)
     return jnp.broadcast_to(identity, shape) + 0.02 * rows**-0.5 * noise
 
 

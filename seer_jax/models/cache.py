@@ -20,6 +20,7 @@ from seer_jax.models.config import ModelConfig
 from seer_jax.selection.interfaces import LayerCache
 from seer_jax.sharding.table import HEADS, KV, ROWS
 
+BLOCKS_TOGETHER = 8  # the kernel that scores the keys of finer gates takes those of whole groups of so many blocks
 _MERGE = {Pool.MAX: jnp.maximum, Pool.MIN: jnp.minimum, Pool.AVG: jnp.add}
 
 
@@ -29,13 +30,14 @@ class DecodeGateCache:
     """What the decode gate keeps of the past (SeerAttention-R, arXiv 2506.08889, sec. 3.3).
 
     Attributes:
-      keys: one compressed key per block; valid for completed blocks. Those of a head stand together, as they are read. In bfloat16
-        beside 16-bit keys and values, since scoring them takes as long as reading them; otherwise float32.
-      pools: of the keys (before RoPE) of the unfinished block so far, as `pool_blocks` orders them, but sums in place of averages;
-        float32. Anything where the block has no key yet.
+      keys: m_k compressed keys per block, each of a pool of s_k tokens (m_k = 1 and s_k = b by default); valid for completed pools.
+        Those of a head stand together, as they are read. In bfloat16 beside 16-bit keys and values, since scoring them takes as long as
+        reading them; otherwise float32. A block takes m_k C channels per key/value head, beside 2 b D of keys and values.
+      pools: of the keys (before RoPE) of the unfinished pool so far, as `pool_blocks` orders them, but sums in place of averages;
+        float32. Anything where the pool has no key yet.
     """
 
-    keys: Float[Array, "*maps L B K Sb C"]
+    keys: Float[Array, "*maps L B K Sw C"]
     pools: Float[Array, "*maps L B K P"]
 
 
@@ -57,7 +59,7 @@ class Cache:
     values: Float[Array, "*maps L B S K D"]
     lengths: Int[Array, "*maps B"]
     decode_gate: DecodeGateCache | None = None
-    prefill_gate_keys: Float32[Array, "*maps L B Sb heads C"] | None = None
+    prefill_gate_keys: Float32[Array, "*maps L B Sw heads C"] | None = None
 
     @classmethod
     def create(
@@ -88,15 +90,18 @@ class Cache:
         decode_cache = prefill_keys = None
         if decode_gate is not None:
             blocks = -(-capacity // decode_gate.block_size)
+            if decode_gate.finer_than_release():
+                blocks += -blocks % BLOCKS_TOGETHER
+            count = blocks * decode_gate.keys_per_block
             kept = jnp.bfloat16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32
             decode_cache = DecodeGateCache(
-                keys=jnp.zeros((layers, batch, heads, blocks, decode_gate.gate_dim), kept),
+                keys=jnp.zeros((layers, batch, heads, count, decode_gate.gate_dim), kept),
                 pools=jnp.zeros((layers, batch, heads, len(decode_gate.k_pooling) * dim), jnp.float32),
             )
         if prefill_gate is not None:
-            blocks = -(-capacity // prefill_gate.block_size)
+            count = -(-capacity // prefill_gate.block_size) * prefill_gate.keys_per_block
             key_heads = model.num_heads if prefill_gate.one_linear(dim) else heads
-            prefill_keys = jnp.zeros((layers, batch, blocks, key_heads, prefill_gate.gate_dim), jnp.float32)
+            prefill_keys = jnp.zeros((layers, batch, count, key_heads, prefill_gate.gate_dim), jnp.float32)
         # XLA merges equal constants and would then copy the one array twice; the barrier prevents that.
         keys, values = (jnp.full(shape, zero) for zero in jax.lax.optimization_barrier([jnp.zeros((), dtype)] * 2))
         return cls(keys, values, jnp.zeros(batch, jnp.int32), decode_cache, prefill_keys)
@@ -135,8 +140,8 @@ class Cache:
     def with_lengths(self, lengths: Int[Array, "B"]) -> "Cache":
         """The same contents with other lengths; what lies behind them is not read, and is overwritten by later tokens.
 
-        Where the cache keeps compressed keys, the lengths must be whole blocks of the decode gate, or those that it has: the pools of an
-        unfinished block hold all of its tokens.
+        Where the cache keeps compressed keys, the lengths must be whole blocks of the decode gate, or those that it has: an unfinished
+        pool holds all of its tokens.
         """
         return dataclasses.replace(self, lengths=lengths)
 
@@ -166,15 +171,15 @@ class Cache:
     def fill_decode_gate(
         self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B T K D"], lengths: Int[Array, "B"]
     ) -> "Cache":
-        """Compresses the blocks of a prompt; k before RoPE. The unfinished last block goes to the pools."""
+        """Compresses the keys of a prompt; k before RoPE. The unfinished last pool goes to the pools."""
         if self.decode_gate is None:
             return self
-        kinds, b = gate.config.k_pooling, gate.config.block_size
+        kinds, size = gate.config.k_pooling, gate.config.key_pool
         compressed = jnp.swapaxes(gate.keys(k, jnp.arange(k.shape[1])[None]), 1, 2)
-        unfinished = (lengths // b)[:, None] * b + jnp.arange(b)[None]
+        unfinished = (lengths // size)[:, None] * size + jnp.arange(size)[None]
         last = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
-        pools = pool_blocks(last, kinds, block_size=b, valid=unfinished < lengths[:, None])[:, 0]
-        pools = _scale_averages(pools, kinds, (lengths % b)[:, None, None])
+        pools = pool_blocks(last, kinds, block_size=size, valid=unfinished < lengths[:, None])[:, 0]
+        pools = _scale_averages(pools, kinds, (lengths % size)[:, None, None])
         cache = self.decode_gate
         keys = jax.lax.dynamic_update_slice(
             cache.keys, compressed[None].astype(cache.keys.dtype), _place(layer, 0, 0, 0, 0)
@@ -183,12 +188,12 @@ class Cache:
 
     @jax.named_scope("cache")
     def append_prefill_gate_keys(
-        self, layer: Int[Array, ""], keys: Float32[Array, "B n heads C"], *, first_block: int | Int[Array, ""]
+        self, layer: Int[Array, ""], keys: Float32[Array, "B n heads C"], *, first_key: int | Int[Array, ""]
     ) -> "Cache":
-        """Writes the prefill gate's compressed keys of n blocks of one layer, from block `first_block` on."""
+        """Writes n of the prefill gate's compressed keys of one layer, from key `first_key` on: m_k times the number of its block."""
         assert self.prefill_gate_keys is not None
-        _check_room("blocks", first_block, keys.shape[1], self.prefill_gate_keys.shape[2])
-        place = _place(layer, 0, first_block, 0, 0)
+        _check_room("compressed keys", first_key, keys.shape[1], self.prefill_gate_keys.shape[2])
+        place = _place(layer, 0, first_key, 0, 0)
         return dataclasses.replace(
             self, prefill_gate_keys=jax.lax.dynamic_update_slice(self.prefill_gate_keys, keys[None], place)
         )
@@ -207,7 +212,7 @@ class Cache:
     def finish_step(self, gate: DecodeGate | None, k: Float[Array, "L B K D"]) -> "Cache":
         """Counts the token that `append` wrote, and adds its keys to what the decode gate keeps.
 
-        All layers at once, after the last one: no layer scores its unfinished block. A block that the token completes is compressed.
+        All layers at once, after the last one: no layer scores its unfinished pool. A pool that the token completes is compressed.
 
         Args:
           gate: of all layers.
@@ -219,16 +224,16 @@ class Cache:
         return dataclasses.replace(self, lengths=self.lengths + 1, decode_gate=decode_gate)
 
     def _grow(self, gate: DecodeGate, cache: DecodeGateCache, k: Float[Array, "L B K D"]) -> DecodeGateCache:
-        kinds, b = gate.config.k_pooling, gate.config.block_size
-        block, key = self.lengths // b, k.astype(jnp.float32)
+        kinds, size = gate.config.k_pooling, gate.config.key_pool
+        pool, key = self.lengths // size, k.astype(jnp.float32)
         parts = zip(kinds, jnp.split(cache.pools, len(kinds), axis=-1), strict=True)
         merged = jnp.concatenate([_MERGE[kind](part, key) for kind, part in parts], axis=-1)
-        is_first = (self.lengths % b == 0)[None, :, None, None]
+        is_first = (self.lengths % size == 0)[None, :, None, None]
         pools = jnp.where(is_first, jnp.tile(key, len(kinds)), merged)
-        pooled = _scale_averages(pools, kinds, 1 / b)[:, :, None]
-        compressed = jax.vmap(DecodeGate.compress, (0, 0, None))(gate, pooled, (block * b)[:, None])[:, :, 0]
-        complete = self.lengths % b == b - 1
-        return DecodeGateCache(_write_keys(cache.keys, compressed, jnp.where(complete, block, -1)), pools)
+        pooled = _scale_averages(pools, kinds, 1 / size)[:, :, None]
+        compressed = jax.vmap(DecodeGate.compress, (0, 0, None))(gate, pooled, (pool * size)[:, None])[:, :, 0]
+        complete = self.lengths % size == size - 1
+        return DecodeGateCache(_write_keys(cache.keys, compressed, jnp.where(complete, pool, -1)), pools)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +260,13 @@ class CacheView(LayerCache):
         return self.cache.keys[self.layer]
 
     @property
-    def gate_keys(self) -> Float[Array, "B Sb K C"]:
+    def gate_keys(self) -> Float[Array, "B Sw K C"]:
+        rows, first = self.gate_key_rows
+        batch = len(self.lengths)
+        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(jnp.swapaxes(rows, 1, 2), first, batch), 1, 2)
+
+    @property
+    def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""]]:
         if self.cache.decode_gate is None:
             raise ValueError(
                 "Blocks can be ranked by the decode gate only with a cache that keeps its keys; got one without. "
@@ -263,11 +274,10 @@ class CacheView(LayerCache):
             )
         keys, batch = self.cache.decode_gate.keys, len(self.lengths)
         # Indexed by layer, XLA would lay out the cache in an order of its own, and copy it at each end of a loop.
-        rows = keys.reshape(-1, *keys.shape[2:])
-        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(rows, self.layer * batch, batch), 1, 2)
+        return jnp.swapaxes(keys.reshape(-1, *keys.shape[2:]), 1, 2), self.layer * batch
 
     @property
-    def prefill_gate_keys(self) -> Float32[Array, "B Sb heads C"] | None:
+    def prefill_gate_keys(self) -> Float32[Array, "B Sw heads C"] | None:
         keys = self.cache.prefill_gate_keys
         return None if keys is None else keys[self.layer]
 
@@ -303,16 +313,16 @@ def _scale_averages(
 
 
 def _write_keys(
-    cache: Float[Array, "L B K Sb C"], keys: Float[Array, "L B K C"], block: Int[Array, "B"]
-) -> Float[Array, "L B K Sb C"]:
-    """Writes one key of each layer, row and head, at block number `block`; nothing where that is negative.
+    cache: Float[Array, "L B K Sw C"], keys: Float[Array, "L B K C"], place: Int[Array, "B"]
+) -> Float[Array, "L B K Sw C"]:
+    """Writes one key of each layer, row and head, at `place` among its keys; nothing where that is negative.
 
     As rows of a matrix: XLA would scatter into an array of five axes in an order of its own, and copy the whole cache for it.
     """
-    layers, batch, heads, blocks, dim = cache.shape
+    layers, batch, heads, count, dim = cache.shape
     row = jnp.arange(layers * batch * heads).reshape(layers, batch, heads)
-    block = jnp.broadcast_to(block[:, None], row.shape)
-    place = jnp.where(block >= 0, row * blocks + block, row.size * blocks + row)  # beyond the end: dropped
+    place = jnp.broadcast_to(place[:, None], row.shape)
+    place = jnp.where(place >= 0, row * count + place, row.size * count + row)  # beyond the end: dropped
     new = keys.reshape(-1, dim).astype(cache.dtype)
     matrix = cache.reshape(-1, dim).at[place.reshape(-1)].set(new, mode="drop", unique_indices=True)
     return matrix.reshape(cache.shape)

@@ -117,6 +117,32 @@ def loss_curves(
     return found
 
 
+def not_drawn(
+    experiments: Sequence[Experiment], *, methods: Sequence[str] = (), rules: Sequence[str] = ()
+) -> list[str]:
+    """One line for the names that no score has, and one for the levels whose perplexity is not finite.
+
+    Args:
+      experiments: of scores.json.
+      methods, rules: see `loss_curves`.
+    """
+    keys = [key for x in experiments for key in ladders([s.score for s in x.scores])]
+    lines = []
+    for kind, asked, held in (
+        ("method", methods, {method for _, method, _, _ in keys}),
+        ("rule", rules, {rule_of(rule) for _, _, rule, _ in keys}),
+    ):
+        if missing := [name for name in asked if name not in held]:
+            lines.append(
+                f"Not drawn: {', '.join(missing)}, as no score has such a {kind}; the scores have {', '.join(sorted(held))}."
+            )
+    infinite = [s.score for x in experiments for s in x.scores if not math.isfinite(s.score.perplexity)]
+    if infinite:
+        shown = dict.fromkeys(f"{score.phase} {title_of(score.method or '')} {score.level}" for score in infinite)
+        lines.append(f"Not drawn: {', '.join(shown)}, whose perplexity is not finite.")
+    return lines
+
+
 def plot_loss(
     path: Path, experiments: Sequence[Experiment], *, methods: Sequence[str] = (), rules: Sequence[str] = ()
 ) -> Path:

@@ -134,6 +134,42 @@ def trade_off(curve: Curve, timing: Timing) -> tuple[list[Trade], list[Trade]]:
     ]
 
 
+def not_timed(
+    experiments: Sequence[Experiment],
+    timings: Sequence[Timing],
+    *,
+    methods: Sequence[str] = (),
+    rules: Sequence[str] = (),
+) -> list[str]:
+    """One line for each timing: the levels that lie outside the timed shares of the blocks, and so have no time.
+
+    Args:
+      experiments: of scores.json.
+      timings: of benchmarks.
+      methods, rules: see `loss_curves`.
+    """
+    lines = []
+    for timing in timings:
+        curves = [
+            curve
+            for one in experiments
+            if timing.phase in one.phases
+            for curve in loss_curves(one, timing.phase, methods=methods, rules=rules)
+        ]
+        missing = dict.fromkeys(
+            f"{curve.name} at {point.kept:.1%}"
+            for curve in curves
+            for point in curve.points
+            if timing.speedup(point.kept) is None
+        )
+        if missing:
+            shares = f"{timing.speedups[0][0]:.1%} to {timing.speedups[-1][0]:.1%}"
+            lines.append(
+                f"{timing.title}: not drawn, as only {shares} of the blocks were timed: {', '.join(missing)}. Measure more --densities."
+            )
+    return lines
+
+
 def plot_speed(
     path: Path,
     experiments: Sequence[Experiment],

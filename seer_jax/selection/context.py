@@ -33,7 +33,7 @@ class PrefillContext:
       block_size: b, tokens.
       offset: position of the first query, a multiple of b.
       gate: of this layer, or None.
-      gate_keys: the gate's compressed keys of all Sb blocks where they are known already, for example from a cache.
+      gate_keys: the gate's compressed keys, Sw of all Sb blocks, where they are known already, for example from a cache.
       prepared: what the policy's scorer made of the keys (`Scorer.prepare`), the same for all chunks of query rows.
       shard: of the device whose rows and heads these are, where the model lies on a mesh; None: they are all.
     """
@@ -48,7 +48,7 @@ class PrefillContext:
     block_size: int
     offset: int | Int[Array, ""] = 0
     gate: LayerGate | None = None
-    gate_keys: Float32[Array, "B Sb heads C"] | None = None
+    gate_keys: Float32[Array, "B Sw heads C"] | None = None
     prepared: Any = None
     shard: Shard | None = None
 

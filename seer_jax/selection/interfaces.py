@@ -27,8 +27,12 @@ class LayerGate:
 
     def keys(
         self, k: Float[Array, "B S K D"], positions: Int[Array, "#B S"], *_: Any
-    ) -> Float32[Array, "B Sb heads C"]:
-        """The gate's compressed keys, one per block; k before RoPE."""
+    ) -> Float32[Array, "B Sw heads C"]:
+        """The gate's compressed keys, one or several per block; k before RoPE."""
+        raise NotImplementedError
+
+    def seen(self, places: Int[Array, "#B T"], *_: Any) -> Int[Array, "#B Tu 2"]:
+        """The keys [first, end) that each query of a prefill gate sees."""
         raise NotImplementedError
 
     def logits(self, queries: Array, keys: Array, **_: Any) -> Float32[Array, "B heads n Sb"]:
@@ -61,12 +65,18 @@ class LayerCache(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def gate_keys(self) -> Float[Array, "B Sb K C"]:
+    def gate_keys(self) -> Float[Array, "B Sw K C"]:
         """The decode gate's compressed keys; raises ValueError where the cache keeps none."""
 
     @property
+    def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""] | None]:
+        """Rows of all layers with `gate_keys` among them, and the number of the first of these, so that they can be read in place.
+        None: the rows are `gate_keys`."""
+        return self.gate_keys, None
+
+    @property
     @abc.abstractmethod
-    def prefill_gate_keys(self) -> Float32[Array, "B Sb heads C"] | None:
+    def prefill_gate_keys(self) -> Float32[Array, "B Sw heads C"] | None:
         """The prefill gate's compressed keys; None where they are not kept."""
 
     @abc.abstractmethod

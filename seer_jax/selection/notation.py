@@ -14,6 +14,7 @@ from seer_jax.outputs import write_json
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import RULES, RankingPolicy, settings_of
 from seer_jax.selection.scorers import SCORERS, LearnedGate, Scorer
+from seer_jax.settings import parse_number
 from seer_jax.text_files import parse_json
 
 POLICY_FILE = ".json"  # how the names of files end that hold a policy
@@ -87,9 +88,7 @@ def _scorer(name: str) -> type[Scorer]:
 def _number(name: str, text: str, whole: bool) -> int | float:
     """A value; shares may be percentages."""
     try:
-        if whole:
-            return int(text)
-        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+        return int(text) if whole else parse_number(text)
     except ValueError:
         must = "a whole number" if whole else "a number such as 0.1, or a percentage such as 10%"
         raise ValueError(f"{name} must be {must}; got {text!r}") from None

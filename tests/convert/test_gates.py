@@ -21,8 +21,16 @@ from seer_jax.convert.gate_config import (
     parse_key_pooling,
     parse_prefill_pooling,
 )
-from seer_jax.convert.gates import abstract_gate
-from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.convert.gates import abstract_gate, recommend
+from seer_jax.gates.configs import (
+    DecodeGateConfig,
+    GateConfig,
+    HeadJoin,
+    Join,
+    Pool,
+    PrefillGateConfig,
+    QueryReduction,
+)
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
@@ -47,6 +55,27 @@ DECODE_CONFIGS = [
     DecodeGateConfig(gate_dim=8, k_pooling=(Pool.MAX, Pool.MIN)),
 ]
 CONFIGS = [*PREFILL_CONFIGS, *DECODE_CONFIGS]
+HEADS = DecodeGateConfig(gate_dim=8, query_reduction=QueryReduction.HEADS)
+# What the release lacks: configurations, and what they must be to be written in its layout.
+FINER = {
+    "small key pools": (
+        PrefillGateConfig(gate_dim=8, k_pool_size=16, join=Join.MAX),
+        "k_pool_size must be the block size, 64, got 16",
+    ),
+    "small query pools": (
+        PrefillGateConfig(gate_dim=12, q_pool_size=8),
+        "q_pool_size must be the block size, 64, got 8",
+    ),
+    "both pools": (
+        PrefillGateConfig(gate_dim=8, force_double=True, q_pool_size=4, k_pool_size=1, k_pooling=(Pool.AVG,)),
+        "q_pool_size must be the block size, 64, got 4; k_pool_size must be the block size, 64, got 1",
+    ),
+    "queries of each head": (HEADS, "query_reduction must be Qproj, Qavgproj or Qavg, got Qheads"),
+    "small pools while decoding": (
+        dataclasses.replace(HEADS, heads=HeadJoin.MAX, k_pool_size=8, start_layer=1),
+        "k_pool_size must be the block size, 64, got 8; query_reduction must be Qproj",
+    ),
+}
 NAMES = [f"{kind}-{i}" for kind in ("prefill", "decode") for i in range(4)]
 
 
@@ -108,6 +137,30 @@ def test_every_kind_of_gate_comes_back_bit_for_bit(config: GateConfig, format: G
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, "config.json"]
     assert_same(load_gates(tmp_path, MODEL), gate)
     assert_same(load_gates(tmp_path), gate)
+
+
+@pytest.mark.parametrize("name", FINER)
+def test_gates_that_the_release_lacks_come_back_from_safetensors_alone(name: str, tmp_path: Path):
+    """Their configuration has no key of the release, which readers of its layout would take for another gate."""
+    (config, message), policy = FINER[name], TopK(0.25)
+    gate = make_gate(config)
+    save_gates(gate, tmp_path / "a", base_model="some/base", policy=policy)
+    back = load_gates(tmp_path / "a", MODEL)
+    assert back.config == config and back.recommended == policy
+    back.recommended = None
+    assert_same(back, gate)
+    keys = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert {key for key in keys if key.startswith("seer")} == {"seer_jax_gate", "seer_jax_policy"}
+    recommend(tmp_path / "a", tmp_path / "b", TopK(0.5))
+    assert load_gates(tmp_path / "b").config == config
+    # A gate of the release under the same folder has no trace of it.
+    save_gates(make_gate(CONFIGS[0]), tmp_path / "a", base_model="x", hf_config=keys)
+    assert load_gates(tmp_path / "a").config == CONFIGS[0]
+    with pytest.raises(
+        ValueError, match=rf"attn_gate_weights\.pth, must .* has: {message}.*\. Save it with format=saf"
+    ):
+        save_gates(gate, tmp_path / "c", base_model="x", format=GateFormat.TORCH)
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -349,7 +402,7 @@ def test_other_names_of_key_pooling_are_refused(name: str):
         parse_key_pooling(name)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("config", [*CONFIGS, *(config for config, _ in FINER.values())], ids=[*NAMES, *FINER])
 def test_gate_configurations_come_back(config: GateConfig):
     assert gate_config_from_hf(json.loads(json.dumps(gate_config_to_hf(config)))) == config
 
@@ -377,6 +430,28 @@ WRONG_GATES = {
     "gate dim": (
         {"seerattn_gate_type": "Qavg_Kavg", "seerattn_gate_hidden_size": 63},
         "gate_dim must be even .* got 63",
+    ),
+    "query heads in the release's layout": (
+        {"seerattn_q_head_pooling_type": "Qheads"},
+        "seerattn_q_head_pooling_type must be one of Qproj, Qavgproj, Qavg; got 'Qheads'",
+    ),
+    "described twice": (
+        {"seerattn_gate_type": "Qavg_Kavg", "seer_jax_gate": {"kind": "prefill"}},
+        "must describe it once; got seer_jax_gate beside keys of the release",
+    ),
+    "no kind": ({"seer_jax_gate": {"gate_dim": 8}}, "must hold kind, one of prefill, decode; got {'gate_dim': 8}"),
+    "no settings": ({"seer_jax_gate": 5}, "must hold kind, one of prefill, decode; got 5"),
+    "a setting of a later version": (
+        {"seer_jax_gate": {"kind": "decode", "v_pool_size": 8}},
+        "settings that this version knows. Settings of seer_jax_gate must be some of .*; got v_pool_size. A gate of a later",
+    ),
+    "a choice of a later version": (
+        {"seer_jax_gate": {"kind": "prefill", "k_pool_size": 8, "join": "median"}},
+        "seer_jax_gate.join must be one of sum, max; got 'median'",
+    ),
+    "pool size": (
+        {"seer_jax_gate": {"kind": "prefill", "k_pool_size": 24}},
+        "k_pool_size must be a power of two from 1 to the block size, 64 tokens; got 24",
     ),
 }
 

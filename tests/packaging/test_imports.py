@@ -17,10 +17,11 @@ from tests.packaging.imports import below, circle, graph, imports
 # A module may import from its own package and from those before it.
 ORDER = ["pallas_kernels", "seer_jax", "seer_jax.convert", "seer_jax.train", "seer_jax.commands"]
 # These lead to the packages after the library's own, and only from inside functions: loading a model reads its files; the benchmark of
-# training trains.
+# training and the study of gates train.
 MAY_LEAD_FURTHER = {
     "seer_jax.models.pretrained": "seer_jax.convert",
     "seer_jax.bench.training": "seer_jax.train",
+    "seer_jax.smollm2.study.training": "seer_jax.train",
 }
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "jaxtyping", "pallas_kernels"}
 COMES_WITH_JAX = {"jaxlib", "ml_dtypes"}  # in the one version that fits
@@ -122,6 +123,16 @@ def python(code: str) -> str:
 def test_heavy_packages_are_imported_when_needed(imported: str):
     code = f"{imported}\nimport sys; print([name for name in {HEAVY} if name in sys.modules])"
     assert python(code) == "[]"
+
+
+def test_public_names_are_imported_when_they_are_used():
+    code = """
+import sys, seer_jax
+early = "jax" in sys.modules
+missing = [name for name in seer_jax.__all__ if not hasattr(seer_jax, name)]
+print(early, missing, {*seer_jax.__all__} - {*seer_jax._homes()}, seer_jax.selection.scorers.__name__, hasattr(seer_jax, "absent"))
+"""
+    assert python(code) == "False [] {'__version__'} seer_jax.selection.scorers False"
 
 
 def third_party(files: dict[str, Path]) -> set[str]:

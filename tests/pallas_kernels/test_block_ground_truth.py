@@ -72,7 +72,7 @@ def test_real_shapes(case: Case):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("name", ["llama-3.1-8b-64k", "qwen3-4b-32k-packed"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b-64k", "qwen3-4b-32k-packed", "llama-3.1-8b-64k-by-mass"])
 def test_xla_needs_less_memory_than_its_inputs(name: str):
     """Although a T x S array would take hundreds of GB for all heads."""
     arguments, static = shapes(next(case for case in REAL if case.name == name))
@@ -104,6 +104,7 @@ def call(**changes: Any) -> Any:
         ({"segment_ids": jnp.ones((2, 40))}, r"segment_ids must hold integers; got float32"),
         ({"segment_ids": jnp.ones((2, 41), int)}, r"segment_ids must have shape \[B, S\] = \(2, 40\); got \(2, 41\)"),
         ({"scale": float("inf")}, r"scale must be a finite number; got inf"),
+        ({"statistic": "sum"}, r"statistic must be one of \('max', 'mass'\); got 'sum'"),
         ({"implementation": "cudnn"}, r"implementation must be None or one of .*; got 'cudnn'"),
     ],
 )

@@ -37,26 +37,27 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("shape", "size", "message"),
     [
-        ((1, 64, 3, 64), r"takes a multiple of 256 channels in all heads together; got 3 \* 64"),
-        ((1, 63, 4, 64), "takes at least one whole block of 64 tokens; got 63"),
+        ((1, 64, 3, 64), 64, r"takes a multiple of 256 channels in all heads together; got 3 \* 64"),
+        ((1, 63, 4, 64), 64, "takes at least one whole block of 64 tokens; got 63"),
+        ((1, 64, 4, 64), 8, "takes blocks of at least 16 tokens; got 8"),
     ],
 )
-def test_mosaic_gpu_leaves_the_rest_to_xla(shape: tuple[int, ...], message: str):
+def test_mosaic_gpu_leaves_the_rest_to_xla(shape: tuple[int, ...], size: int, message: str):
     x = jnp.ones(shape)
     with assume_hopper():
         with pytest.raises(NotImplementedError, match=message):
-            pool_blocks(x, ("avg",), block_size=64, implementation="mosaic_gpu")
-        pooled = pool_blocks(x, ("avg",), block_size=64)
-    assert_bitwise_equal(pooled, pool_blocks(x, ("avg",), block_size=64, implementation="xla"))
+            pool_blocks(x, ("avg",), block_size=size, implementation="mosaic_gpu")
+        pooled = pool_blocks(x, ("avg",), block_size=size)
+    assert_bitwise_equal(pooled, pool_blocks(x, ("avg",), block_size=size, implementation="xla"))
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 8}, r"pool_blocks: block_size must be one of .* tokens; got 8"),
+        ({"block_size": 12}, r"pool_blocks: block_size must be one of .* tokens; got 12"),
         ({"kinds": ()}, r"kinds must be some of \('max', 'min', 'avg'\); got \(\)"),
         ({"kinds": ("avg", "sum")}, r"kinds must be some of .*; got \('avg', 'sum'\)"),
         ({"x": jnp.ones((2, 64, 8))}, r"x must be floats \[B, T, heads, D\], no axis empty; got float32 \(2, 64, 8\)"),

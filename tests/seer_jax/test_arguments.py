@@ -41,12 +41,14 @@ KERNELS: dict[str, dict[str, Any]] = {
     "attention_with_block_scores": dict(q=Q, k=K, v=K, lengths=ONES),
     "pool_blocks": dict(x=Q, valid=None),
     "score_blocks": dict(queries=Q, keys=K),
+    "score_sub_blocks": dict(queries=Q, keys=K, seen=ONES),
     "select_blocks": dict(logits=Q, keep=None, visible=None),
     "sparse_decode_attention": dict(q=X, k=K, v=K, lengths=ONES, cache_rows=ONES),
     "stacked_linear": dict(x=X[0]),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "pool_blocks": dict(kinds=("avg",), block_size=64),
+    "score_sub_blocks": dict(queries_per_row=1, keys_per_block=1),
     "select_blocks": dict(block_size=64, top_k=1),
     "sparse_decode_attention": dict(blocks=None),
     "stacked_linear": dict(weights=[X], layer=0),
@@ -254,7 +256,8 @@ def test_wrong_values(make: Callable[[], Any], message: str):
 
 
 def test_what_is_meant_is_taken():
-    """NumPy's integers, arrays and lists where numbers are asked for: the same request as with Python's own."""
+    """NumPy's integers, arrays and lists where numbers are asked for: the same request as with Python's own; texts of numbers in settings."""
+    assert DistillConfig(recall_density="0.7%") == DistillConfig(recall_density=0.007)
     model = tiny_model()
     plain = list(seer_jax.stream(model, TOKENS, max_new_tokens=4, eos=2, decode=TokenBudget(32)))
     numpy: dict[str, Any] = dict(max_new_tokens=np.int64(4), eos=np.array([2]), decode=TokenBudget(np.int32(32)))

@@ -11,9 +11,10 @@ import optax
 import pytest
 from flax import nnx
 
+from pallas_kernels import attention_with_block_scores
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.train import distillation
-from seer_jax.train.config import OptimizerConfig
+from seer_jax.train.config import OptimizerConfig, TargetStatistic
 from seer_jax.train.data.batches import Batch
 from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.data.store import TokenStore
@@ -43,7 +44,7 @@ def weigh(batch: Batch) -> RowWeights:
     return RowWeights(prefill, row_weights(decode_rows(*place, block_size=BLOCK, skip=0.5)))
 
 
-run = jax.jit(distillation_pass, static_argnames="recall_density")
+run = jax.jit(distillation_pass, static_argnames=("statistic", "recall_density"))
 
 
 def in_first_row(row: Sequence[np.ndarray]) -> Batch:
@@ -84,6 +85,23 @@ def test_one_gate_or_both_from_one_pass():
         assert getattr(alone, other) is None
         ours, theirs = getattr(alone, kind), getattr(both, kind)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+
+
+@pytest.mark.parametrize("target", TargetStatistic)
+def test_both_gates_learn_the_target_that_the_settings_name(monkeypatch: pytest.MonkeyPatch, target: TargetStatistic):
+    asked = []
+
+    def record(*arguments, statistic: str, **settings):
+        asked.append((statistic, settings.get("token_scores", False), settings["block_scores"]))
+        return attention_with_block_scores(*arguments, statistic=statistic, **settings)
+
+    monkeypatch.setattr(distillation, "attention_with_block_scores", record)
+    for kind in (TrainedGates.BOTH, TrainedGates.PREFILL):
+        task, trained, frozen = Distillation.start(model_with_gates(), distill_config(kind=kind, target=target))
+        batch = make_batch(make_rows(2))
+        jax.eval_shape(lambda task=task, x=(trained, frozen), b=batch: task.gradients(*x, b, task.weigh(b)))
+    assert {(target, True, True), (target, False, True)} <= set(asked)
+    assert {statistic for statistic, *_ in asked} == {target}
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from seer_jax.folder_lock import locked
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.inference.memory import DeviceMemory
 from seer_jax.train import DistillConfig, distill
-from seer_jax.train.config import renewed
+from seer_jax.train.config import TargetStatistic, renewed
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.loop.resuming import check_resumed
 from seer_jax.train.optimizer import make_schedule
@@ -80,7 +80,7 @@ def test_checkpoints_of_another_run_are_refused(undisturbed, changes, message):
 def test_settings_of_earlier_versions_go_on(undisturbed):
     """Their names have changed, and some are new since."""
     ours = RUN.defining()
-    old = {name: value for name, value in ours.items() if name not in ("dtype", "kind", "initial_gates")}
+    old = {name: value for name, value in ours.items() if name not in ("dtype", "kind", "initial_gates", "target")}
     old |= {"precision": ours["dtype"], "gates": ours["kind"]}
     old["data"] = {name: value for name, value in ours["data"].items() if name != "held_out_rows"}
     assert renewed(old, DistillConfig) == ours
@@ -88,6 +88,14 @@ def test_settings_of_earlier_versions_go_on(undisturbed):
     theirs = {"config": renewed(old | {"gates": "both"}, DistillConfig)}
     with pytest.raises(ValueError, match=r"^`kind`: this run was started with 'both'; got 'decode'"):
         check_resumed({"config": ours}, theirs, step=1, folder=folder)
+    by_mass, theirs = (
+        dataclasses.replace(RUN, target=TargetStatistic.MASS).defining(),
+        {"config": renewed(old, DistillConfig)},
+    )
+    with pytest.raises(
+        ValueError, match=r"^`target`: this run was started with 'max'; got 'mass'\. Restore target=max"
+    ):
+        check_resumed({"config": by_mass}, theirs, step=1, folder=folder)
 
 
 @pytest.fixture
@@ -116,7 +124,7 @@ def test_a_run_is_shortened(undisturbed, tmp_path):
     done = lines(tmp_path)[-1]["step"]
     assert run_to(tmp_path, steps=done).step == done
     gate = json.loads((tmp_path / "decode_gate" / "config.json").read_text())
-    assert gate["seer_jax_training"] == {"step": done, "steps": done, "finished": True}
+    assert gate["seer_jax_training"] == {"step": done, "steps": done, "finished": True, "target": "max"}
 
 
 def flip(path: Path) -> None:
@@ -241,12 +249,13 @@ def test_an_interrupt_before_the_first_step_says_what_is_kept(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"seer_jax.train.{place}", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         run_to(tmp_path)
-    assert re.search(
-        r"Stopped while \w.*; no checkpoint was written yet; started again, the run begins anew\.$",
-        capsys.readouterr().err.strip(),
+    (note,) = stop.value.__notes__
+    assert re.fullmatch(
+        r"Stopped while \w.*; no checkpoint was written yet; started again, the run begins anew\.", note
     )
+    assert "Stopped" not in capsys.readouterr().err  # what ends the process says it
 
 
 def refused_by_tensorstore(*_: object, **__: object) -> None:

@@ -21,7 +21,7 @@ from flax import nnx
 from rich.console import Console
 
 from seer_jax.convert import load_gates
-from seer_jax.gates.configs import TrainedGates
+from seer_jax.gates.configs import HeadJoin, Join, QueryReduction, TrainedGates
 from seer_jax.selection.rules import CumulativeMass
 from seer_jax.train import ConsoleProgress, StepReport, distill, finetune
 from seer_jax.train.config import OptimizerConfig
@@ -37,6 +37,31 @@ from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_c
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("compile_quickly", "compilation_cache")
+
+
+FINER = {
+    "small pools": (
+        dataclasses.replace(PREFILL, q_pool_size=4, k_pool_size=4),
+        dataclasses.replace(DECODE, query_reduction=QueryReduction.HEADS, k_pool_size=4),
+    ),
+    "largest share": (
+        dataclasses.replace(PREFILL, k_pool_size=8, join=Join.MAX, gate_dim=8),
+        dataclasses.replace(DECODE, query_reduction=QueryReduction.HEADS, heads=HeadJoin.MAX),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["small pools", pytest.param("largest share", marks=pytest.mark.slow)])
+def test_gates_that_see_inside_blocks_learn_and_are_saved(name: str, tmp_path: Path):
+    prefill, decode = FINER[name]
+    config = distill_config(prefill=prefill, decode=decode, output=str(tmp_path / "run"), log_interval=1)
+    result = distill(config, model=make_model(), dataset=make_rows(), progress=ignore)
+    metrics = lines(tmp_path / "run")
+    for kind in ("prefill", "decode"):
+        assert metrics[-1][f"{kind}_loss"] < 0.9 * metrics[0][f"{kind}_loss"]
+    assert metrics[-1]["decode_recall"] > metrics[0]["decode_recall"]
+    for place, gate in zip(result.gates, (prefill, decode), strict=True):
+        assert load_gates(place).config == gate
 
 
 def test_gates_learn_and_the_base_stays(undisturbed):
@@ -150,11 +175,12 @@ def test_stopped_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, error, r
         done = len(lines(tmp_path))
         assert saved == [str(done)] and 4 <= done <= 7  # the steps under way are finished, and no more
         said = (
-            f"Stopped after step {done}; the checkpoint of step {done} is kept; started again, the run resumes there.\n"
+            f"Stopped after step {done}; the checkpoint of step {done} is kept; started again, the run resumes there."
         )
-        assert said in capsys.readouterr().err
+        told = [*getattr(stopped.value, "__notes__", ()), *capsys.readouterr().err.splitlines()]
+        assert told.count(said) == 1
         gate = json.loads((tmp_path / "decode_gate" / "config.json").read_text())
-        assert gate["seer_jax_training"] == {"step": done, "steps": RUN.steps, "finished": False}
+        assert gate["seer_jax_training"] == {"step": done, "steps": RUN.steps, "finished": False, "target": "max"}
         load_gates(tmp_path / "decode_gate", make_model().config)
     if raised is SystemExit:
         assert stopped.value.code == 143

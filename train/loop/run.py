@@ -249,13 +249,18 @@ class StopSignals:
             return
         self.__exit__()
         self._acted = number
-        if number == signal.SIGTERM:
-            self._session.stopped(f"while {self._session.doing}")
+        if (
+            number == signal.SIGTERM and signal.getsignal(number) == signal.SIG_DFL
+        ):  # the process ends without an exception
+            self._session.warn(self._session.stopped(f"while {self._session.doing}"))
         signal.raise_signal(number)
 
     def leave(self, step: int) -> NoReturn:
         """Ends the run as the signal would have."""
-        self._session.stopped(f"after step {step}")
+        line = self._session.stopped(f"after step {step}")
         if self.asked == signal.SIGINT:
-            raise KeyboardInterrupt
+            stop = KeyboardInterrupt()
+            stop.add_note(line)
+            raise stop
+        self._session.warn(line)
         raise SystemExit(128 + (self.asked or 0))

@@ -89,10 +89,10 @@ class Session:
         """Shows a line on standard error, whatever shows the progress."""
         print(text, file=sys.stderr, flush=True)
 
-    def stopped(self, when: str) -> None:
-        """Says once, as the run is stopped, what is kept of it."""
+    def stopped(self, when: str) -> str:
+        """What is kept of the run as it is stopped: one line, which is made once."""
         if self.told:
-            return
+            return ""
         self.told = True
         if self.folder is None:
             kept = "without an output folder nothing is kept"
@@ -100,7 +100,7 @@ class Session:
             kept = f"the checkpoint of step {self.step} is kept; started again, the run resumes there"
         else:
             kept = "no checkpoint was written yet; started again, the run begins anew"
-        self.warn(f"Stopped {when}; {kept}.")
+        return f"Stopped {when}; {kept}."
 
     def disk_error(self, error: Exception) -> OSError:
         """The error of a run whose folder takes no more files: what is kept, and how it goes on."""
@@ -150,8 +150,9 @@ def open_session(config: TrainConfig, progress: ProgressFunction | None) -> Iter
         stack.callback(session.close)
         try:
             yield session
-        except KeyboardInterrupt:
-            session.stopped(f"while {session.doing}")
+        except KeyboardInterrupt as stop:
+            if line := session.stopped(f"while {session.doing}"):
+                stop.add_note(line)
             raise
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -90,10 +90,10 @@ def report(
             say(f"{m.table}: {escape(_name(m))}: {outcome}{note}")
             if config.output is not None:  # after each one, so that an interrupted run leaves what it has
                 write_json(config.output, done, command=sys.argv)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print_tables(console, tables, done)
         kept = "shown above" if config.output is None else f"kept in {config.output}"
-        print(f"\nInterrupted: {len(done)} measurements are {kept}.", file=sys.stderr)
+        stop.add_note(f"{len(done)} measurements are {kept}.")
         raise
     print_tables(console, tables, done)
     if config.output is not None:

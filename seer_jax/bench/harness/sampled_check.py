@@ -69,6 +69,7 @@ def check_result(
     second: AttentionWithScores,
     *,
     kept: Sequence[Int32[Array, "B H tiles"]] = (),
+    statistic: str = "max",
 ) -> Outcome:
     """Holds a result against float32 on a few blocks of queries at random, and two runs of the same call against each other.
 
@@ -78,13 +79,14 @@ def check_result(
       key: of the choice of blocks.
       call, first, second: the call and what two runs of it gave.
       kept: how many blocks each tile did not skip in the two runs.
+      statistic: what scores are of, see `attention_with_block_scores`.
 
     Returns:
       what is wrong, and the errors: `error` of the output, relative (root of the sum of squares); `plain_error`, that of plain
       attention in the dtype of the inputs; `lse_error`, the largest difference; where there are scores `scores_error`, their
       largest difference over the largest score of the row; with `kept` `kept_error`, the largest difference.
     """
-    sampled = _sampled_errors(key, call, first, kept[0] if kept else None)
+    sampled = _sampled_errors(key, call, first, kept[0] if kept else None, statistic)
     errors: Results = {name: float(error) for name, error in sampled.items()}
     failure = _find_fault(errors, call, first, second)
     if failure is None and kept and not jnp.array_equal(kept[0], kept[1]):
@@ -119,9 +121,9 @@ def _outside_is_empty(call: AttentionCall, result: AttentionWithScores) -> Bool[
     return good & jnp.array([jnp.isfinite(scores).all() for scores in jax.tree.leaves(result[2:])]).all()
 
 
-@functools.partial(jax.jit, compiler_options=UNTUNED)
+@functools.partial(jax.jit, static_argnames="statistic", compiler_options=UNTUNED)
 def _sampled_errors(
-    key: PRNGKeyArray, call: AttentionCall, result: AttentionWithScores, kept: Array | None
+    key: PRNGKeyArray, call: AttentionCall, result: AttentionWithScores, kept: Array | None, statistic: str
 ) -> dict[str, Array]:
     (batch, tokens, _, _), b = call.q.shape, call.blocks.block_size
     key_sequence, key_row = jax.random.split(key)
@@ -143,7 +145,7 @@ def _sampled_errors(
                 kept_errors.append(jnp.where(computed.sure, jnp.abs(got - computed.blocks.sum(-1)), 0).max())
         squares = [jnp.where(counts[..., None], x, 0) ** 2 for x in (got_out - out, plain - out, out)]
         lse_error = jnp.where(counts, jnp.abs(got_lse - lse), 0).max()
-        score_errors = _score_errors(call, result, i, row, token, weights)
+        score_errors = _score_errors(call, result, i, row, token, weights, statistic)
         return jnp.stack([x.sum() for x in squares]), lse_error, score_errors, kept_errors
 
     squares, lse_error, score_errors, kept_errors = jax.lax.map(one, (sequence, row))
@@ -208,25 +210,27 @@ def _scores(q: Float[Array, "b H D"], k: Float[Array, "S K D"], mask: Bool[Array
 
 
 def _score_errors(
-    call: AttentionCall, result: AttentionWithScores, i: Array, row: Array, token: Array, weights: Array
+    call: AttentionCall, result: AttentionWithScores, i: Array, row: Array, token: Array, weights: Array, statistic: str
 ) -> list[Array]:
     """Largest errors of the scores that were asked for, over a row's largest; every causal block must be on its list."""
     b, kv_heads, errors = call.blocks.block_size, call.k.shape[2], []
-    largest = jnp.pad(weights, ((0, 0), (0, 0), (0, -weights.shape[-1] % b))).reshape(*weights.shape[:2], -1, b).max(-1)
+    of_keys, of_heads = (jnp.sum, jnp.mean) if statistic == "mass" else (jnp.max, jnp.max)
+    padded = jnp.pad(weights, ((0, 0), (0, 0), (0, -weights.shape[-1] % b)))
+    of_blocks = of_keys(padded.reshape(*weights.shape[:2], -1, b), axis=-1)
     if result.block_scores is not None:
-        errors.append(_over_largest(result.block_scores[i, :, row], largest.max(0)))
+        errors.append(_over_largest(result.block_scores[i, :, row], of_blocks.max(0)))
     if result.token_scores is not None:
-        completed = jnp.arange(largest.shape[-1])[None] < (call.positions[i].at[token].get(mode="clip") // b)[:, None]
-        truth = largest.reshape(len(token), kv_heads, -1, largest.shape[-1]).max(2)
+        completed = jnp.arange(of_blocks.shape[-1])[None] < (call.positions[i].at[token].get(mode="clip") // b)[:, None]
+        truth = of_heads(of_blocks.reshape(len(token), kv_heads, -1, of_blocks.shape[-1]), axis=2)
         got = jnp.swapaxes(result.token_scores[i].at[:, token].get(mode="clip"), 0, 1)
         there = (token < call.q.shape[1])[:, None, None]
         errors.append(_over_largest(jnp.where(there, got, 0), jnp.where(completed[:, None], truth, 0)))
     return errors
 
 
-def _over_largest(got: Float32[Array, "*n Sb"], largest: Float32[Array, "*n Sb"]) -> Float32[Array, ""]:
-    """Error of scores, which are the largest weights in blocks over their sum, relative to the largest of the row."""
-    total = largest.sum(-1, keepdims=True)
-    truth = largest / jnp.where(total > 0, total, 1)
+def _over_largest(got: Float32[Array, "*n Sb"], weights: Float32[Array, "*n Sb"]) -> Float32[Array, ""]:
+    """Error of scores, which are the weights of blocks over their sum, relative to the largest of the row."""
+    total = weights.sum(-1, keepdims=True)
+    truth = weights / jnp.where(total > 0, total, 1)
     scale = truth.max(-1, keepdims=True)
     return (jnp.abs(got - truth) / jnp.where(scale > 0, scale, 1)).max()

@@ -81,9 +81,13 @@ def reason(event: Any, options: Options) -> str:
 
 def _of_value(flag: str, text: str) -> str:
     """What is wrong with the value of an option, or with the values of several where `flag` is empty."""
+    if alternatives := re.match(r"no type matching .*<class '\w+'>: (.*)$", text, re.DOTALL):
+        text = alternatives[1]  # of a value or None: why it is no value
     for pattern, rule in _VALUES.items():
         if flag and re.match(pattern, text):
             return f"{flag} {re.sub(pattern, rule, text)}"
+    if flag and text.startswith("must "):
+        return f"{flag} {text}"
     return text if text.startswith(flag) else f"{flag}: {text}"
 
 

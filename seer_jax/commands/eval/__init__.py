@@ -1,7 +1,6 @@
 """Measure a model's quality with fewer blocks, by perplexity and pass keys."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,25 @@ from rich.console import Console
 
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least
-from seer_jax.commands.arguments import PROGRAM, ExitCode, HubOptions, model_of, parse, policy_help
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import HubOptions, model_of, parse, policy_help
 from seer_jax.commands.eval.tasks import evaluate_tasks
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.evaluate.comparison import Measurement, all_methods, check_context, compare, plan_measurements
 from seer_jax.evaluate.levels import (
+    JOIN,
+    LevelPair,
     Phase,
     SparsityLevel,
     block_sizes,
     parse_level,
+    parse_levels,
     recommended_levels,
+    recommended_pair,
 )
-from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
+from seer_jax.evaluate.notes import Row, equal_counts, left_out, recommendations, repeated
 from seer_jax.evaluate.record import EXTENDING, Record, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.rows import EvalRows, make_rows
 from seer_jax.evaluate.score import Score, ScoreKey, dense_of
@@ -64,6 +68,8 @@ A policy that names what ranks its blocks (topk:0.1:oracle) is measured with tha
 dense_last_rows is 0 unless a policy names it: the last rows of a prompt, which hold the question, are as sparse as the others.
 
 With --tasks, prompts with known answers are continued and scored in place of the text: {tasks}.
+A policy makes one phase sparse at a time; two joined by + (topk:0.2+budget:1024) work together, as generate uses them: the first reads
+the prompt, the second decodes the answer. Without --policies the gates' recommendations are also measured together.
 
 With --output each score is saved as it comes. The same command with the same output goes on where it was stopped; with other policies,
 methods or phases, what is missing is measured and joins the scores that are there."""
@@ -136,7 +142,7 @@ class EvalConfig(HubOptions):
         for name in ("policies", "methods", "phases"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} must name at least one; got none. Leave it out for the usual ones.")
-        named = [parse_level(text) for text in self.policies or ()]
+        named = [level for text in self.policies or () for level in self._levels_of(text)]
         if named and all(level.methods for level in named) and self.methods != all_methods():
             raise ValueError(
                 f"methods must be left out where every policy names its own scorer; got {', '.join(self.policies or ())} with "
@@ -149,10 +155,34 @@ class EvalConfig(HubOptions):
                     "another scorer."
                 )
 
-    def levels(self, model: Transformer) -> list[SparsityLevel]:
-        """How many blocks are kept with this model."""
+    def _levels_of(self, text: str) -> list[SparsityLevel]:
+        """The level that is written, or both of a pair."""
+        level = parse_levels(text)
+        if isinstance(level, SparsityLevel):
+            return [level]
+        halves = text.split(JOIN, 1)
+        if not self.tasks:
+            raise ValueError(
+                f"policies must be for one phase at a time, except with `tasks`; got {text}. Name its halves apart (`policies` "
+                f"{' '.join(halves)}), or pass `tasks`."
+            )
+        if set(self.phases) != set(Phase):
+            raise ValueError(
+                f"phases must be both for a policy of both; got {', '.join(self.phases)} with {text}. Leave `phases` out, or name one half."
+            )
+        return list(level.levels.values())
+
+    def pairs(self, model: Transformer) -> list[LevelPair]:
+        """Levels of both phases at once: those that are named, otherwise what both gates recommend."""
         if self.policies is not None:
-            return [parse_level(text) for text in self.policies]
+            return [pair for pair in map(parse_levels, self.policies) if isinstance(pair, LevelPair)]
+        pair = recommended_pair(model) if set(self.phases) == set(Phase) else None
+        return [] if pair is None else [pair]
+
+    def levels(self, model: Transformer) -> list[SparsityLevel]:
+        """How many blocks are kept with this model, in one phase at a time."""
+        if self.policies is not None:
+            return [level for level in map(parse_levels, self.policies) if isinstance(level, SparsityLevel)]
         levels = [parse_level(f"topk:{density}") for density in DENSITIES]
         names = {level.name for level in levels}
         return levels + [level for level in recommended_levels(model) if level.name not in names]
@@ -272,7 +302,7 @@ class Job:
         config, levels = self.config, self.levels
         notes = recommendations(self.shapes) + left_out(self.planned, levels, config.methods, config.phases)
         notes += repeated(levels)
-        notes += equal_counts(self.shapes, levels, config.phases, length=config.length)
+        notes += equal_counts(self.shapes, levels, config.phases, rows=[Row(config.length)])
         if (found := len(self.rows.windows)) < config.windows:
             notes.append(f"The text fills {found} windows of {config.length} tokens; {config.windows} were asked for.")
         return notes
@@ -343,11 +373,10 @@ def _measure_missing(
                     if record is not None:
                         record.add(score, planned=total)
                     advance(score_line(score, dense_of(score, [*scores.values()])))
-    except KeyboardInterrupt:
-        kept = (
+    except KeyboardInterrupt as stop:
+        stop.add_note(
             f"{_there(planned, scores)} are kept in {record.path}; the same command goes on from there."
             if record is not None and scores
-            else "no score is kept; with --output FOLDER each is, and the same command goes on."
+            else "No score is kept; with --output FOLDER each is, and the same command goes on."
         )
-        print(f"\nInterrupted: {kept}", file=sys.stderr)
         raise

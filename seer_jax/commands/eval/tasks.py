@@ -1,20 +1,20 @@
 """`seer-jax eval --tasks`: scores of tasks under dense attention and under policies, shown and kept as they come."""
 
 import dataclasses
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from seer_jax.commands.arguments import PROGRAM, model_of
+from seer_jax.commands import PROGRAM
+from seer_jax.commands.arguments import model_of
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.evaluate.comparison import Measurement, check_context, plan_measurements
 from seer_jax.evaluate.levels import SparsityLevel, block_sizes
-from seer_jax.evaluate.notes import left_out, recommendations, repeated
+from seer_jax.evaluate.notes import Row, equal_counts, left_out, recommendations, repeated
 from seer_jax.evaluate.record import EXTENDING, describe_file, describe_folder, environment, typed_command
 from seer_jax.evaluate.tasks import (
     PromptEncoder,
@@ -25,6 +25,7 @@ from seer_jax.evaluate.tasks import (
     TaskScore,
     TaskSettings,
     find_tasks,
+    plan_pairs,
     run_tasks,
     task_policies,
 )
@@ -97,6 +98,7 @@ class TaskJob:
       tasks: with their samples.
       harness: names of tasks of lm-evaluation-harness.
       levels, planned: see `plan_measurements`.
+      pairs: policies for both phases at once, see `plan_pairs`.
     """
 
     config: Any
@@ -109,6 +111,7 @@ class TaskJob:
     harness: Sequence[str]
     levels: Sequence[SparsityLevel]
     planned: Sequence[Measurement]
+    pairs: Sequence[TaskPolicy]
 
     @classmethod
     def of(cls, config: Any) -> "TaskJob":
@@ -119,16 +122,17 @@ class TaskJob:
         check_context(shapes, config.length, beyond_context=config.beyond_context)
         levels = config.levels(shapes)
         planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
+        pairs = plan_pairs(shapes, config.pairs(shapes), methods=config.methods)
         encoder = PromptEncoder(load_tokenizer(name, **config.hub), config.chat)
         essay = None if config.text is None else read_text(config.text)
         settings = TaskSettings(config.length, config.samples, config.seed, essay)
         tasks = [(task, _samples(task, encoder, settings)) for task in named.tasks]
-        return cls(config, name, dtype, shapes, encoder, settings, tasks, named.harness, levels, planned)
+        return cls(config, name, dtype, shapes, encoder, settings, tasks, named.harness, levels, planned, pairs)
 
     @property
     def policies(self) -> Sequence[TaskPolicy]:
         """The policies under which the tasks are measured."""
-        return task_policies(self.planned)
+        return task_policies(self.planned, self.pairs)
 
     def load(self) -> Transformer:
         """The model with its weights."""
@@ -138,6 +142,8 @@ class TaskJob:
         """What a reader of the table should know before it comes."""
         notes = recommendations(self.shapes)
         notes += left_out(self.planned, self.levels, self.config.methods, self.config.phases) + repeated(self.levels)
+        rows = {Row(len(x.tokens) + task.new_tokens, len(x.tokens)) for task, samples in self.tasks for x in samples}
+        notes += equal_counts(self.shapes, self.levels, self.config.phases, rows=rows) if rows else []
         for task, samples in self.tasks:
             if len(samples) < self.settings.count:
                 notes.append(f"{task.name} has {len(samples)} samples; {self.settings.count} were asked for.")
@@ -208,13 +214,12 @@ def _measure(job: TaskJob, stages: Stages, record: TaskRecord | None) -> list[Ta
                     if record is not None:
                         record.add(score, planned=len(scores) if last and number == len(new) else len(scores) + 1)
                 advance("; ".join(line_of(line) for line in figures(scores) if _is_of(line, new)))
-    except KeyboardInterrupt:
-        kept = (
+    except KeyboardInterrupt as stop:
+        stop.add_note(
             f"{len(planned & {score.unit for score in scores})} of {len(planned)} scores are kept in {record.path}; the same command goes on from there."
             if record is not None and scores
-            else "no score is kept; with --output FOLDER each is, and the same command goes on."
+            else "No score is kept; with --output FOLDER each is, and the same command goes on."
         )
-        print(f"\nInterrupted: {kept}", file=sys.stderr)
         raise
     return scores
 

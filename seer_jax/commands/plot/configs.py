@@ -70,7 +70,8 @@ class TextPlot(HubOptions):
       gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
       text: UTF-8 file; None: Python source code that the bundled model was not trained on.
       length: tokens of the text, from its start.
-      phases: prefill, decode or both. None: both; in a picture of maps, which has room for one, prefill.
+      phases: prefill, decode or both. None: both; in a picture of maps, which has room for one, that of the policy that is given, or of
+        the gate, otherwise prefill.
       prefill: policy for prompts. None: what the prefill gate recommends, otherwise topk:0.1, by the oracle where there is no gate.
       decode: policy for new tokens; None: as for prompts.
       dtype: dtype of the base model's weights and arithmetic; None: bfloat16, or float32 on a CPU.
@@ -99,6 +100,20 @@ class TextPlot(HubOptions):
                 raise ValueError(f"{phase.value} must rank blocks, as topk:0.1 does; got {policy}.")
             if policy is not None:
                 policy.check_phase(phase.value)
+                if phase not in self.shown:
+                    raise ValueError(
+                        f"{phase} must be left out where {' and '.join(self.shown)} is drawn alone; got {policy}. Name its phase: `phases` {phase}."
+                    )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the model's gates may decide which phase is drawn."""
+        return False
+
+    @property
+    def named(self) -> tuple[Phase, ...]:
+        """The phases that a policy is given for."""
+        return tuple(phase for phase in Phase if getattr(self, phase.value) is not None)
 
     @property
     def shown(self) -> tuple[Phase, ...]:
@@ -141,7 +156,11 @@ class MapsPlot(TextPlot):
 
     @property
     def shown(self) -> tuple[Phase, ...]:
-        return (Phase.PREFILL,) if self.phases is None and not self.is_page else super().shown
+        return (self.named or (Phase.PREFILL,)) if self.phases is None and not self.is_page else super().shown
+
+    @property
+    def is_open(self) -> bool:
+        return self.phases is None and not self.is_page and not self.named
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

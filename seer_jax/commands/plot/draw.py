@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from seer_jax.commands.arguments import PROGRAM, ExitCode, parse
+from seer_jax.commands import PROGRAM, ExitCode
+from seer_jax.commands.arguments import parse
 from seer_jax.commands.errors.usage import UsageError, UsageParser, one_of
 from seer_jax.commands.plot.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
 from seer_jax.commands.plot.text_maps import TextMaps
@@ -14,12 +15,12 @@ from seer_jax.commands.stages import Stages
 from seer_jax.evaluate.levels import Phase
 from seer_jax.outputs import check_plot_file
 from seer_jax.plots.density import HeadValues, plot_densities, policy_values
-from seer_jax.plots.loss import plot_loss
+from seer_jax.plots.loss import not_drawn, plot_loss
 from seer_jax.plots.map_figure import plot_block_maps
 from seer_jax.plots.maps import BlockMaps, far_sighted_heads
 from seer_jax.plots.page import PagePhase, write_page
 from seer_jax.plots.score_files import read_experiments
-from seer_jax.plots.speed import plot_speed, read_timings
+from seer_jax.plots.speed import not_timed, plot_speed, read_timings
 from seer_jax.selection.rules import RankingPolicy
 
 DRAWN_HEADS = 4
@@ -43,6 +44,8 @@ def draw_loss(config: LossPlot, stages: Stages) -> None:
     check_plot_file(config.output, setting="output")
     experiments = read_experiments(config.score_files)
     plot_loss(config.output, experiments, methods=config.methods, rules=config.rules)
+    for note in not_drawn(experiments, methods=config.methods, rules=config.rules):
+        stages.say(note)
     stages.say(f"Drawn: {config.output}")
 
 
@@ -50,7 +53,10 @@ def draw_speed(config: SpeedPlot, stages: Stages) -> None:
     """`seer-jax plot speed`."""
     check_plot_file(config.output, setting="output")
     experiments, timings = read_experiments(config.score_files), read_timings(config.bench, length=config.length)
-    plot_speed(config.output, experiments, timings, methods=config.methods, rules=config.rules)
+    chosen: dict[str, Any] = dict(methods=config.methods, rules=config.rules)
+    plot_speed(config.output, experiments, timings, **chosen)
+    for note in not_drawn(experiments, **chosen) + not_timed(experiments, timings, **chosen):
+        stages.say(note)
     stages.say(f"Drawn: {config.output}")
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from seer_jax import tiny_lm
 from seer_jax.commands.arguments import model_of
 from seer_jax.commands.plot.configs import TextPlot
 from seer_jax.commands.stages import Stages
-from seer_jax.evaluate.comparison import check_context
+from seer_jax.evaluate.comparison import check_context, check_policy
 from seer_jax.evaluate.levels import Phase, gates_by_phase
 from seer_jax.inference.memory import GIB, available_memory, tree_bytes
 from seer_jax.models.config import DType
@@ -35,6 +34,7 @@ class TextMaps:
       shapes: the model without weights.
       chosen: policy of each phase.
       tokens: of the text.
+      notes: what is drawn in place of what a reader may expect, and what to pass.
     """
 
     config: TextPlot
@@ -42,6 +42,7 @@ class TextMaps:
     shapes: Transformer
     chosen: dict[Phase, RankingPolicy]
     tokens: np.ndarray
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: TextPlot) -> "TextMaps":
@@ -56,13 +57,16 @@ class TextMaps:
         name = model_of(config.model, config.gates, config.hub)
         dtype = config.dtype or DType.default()
         shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
-        chosen = {phase: _policy(config, shapes, phase) for phase in config.shown}
+        chosen, notes = {}, []
+        for phase in _shown(config, shapes):
+            chosen[phase], note = _policy(config, shapes, phase)
+            notes += [note] * bool(note)
         encoded = load_tokenizer(name, **config.hub).encode(text, special_tokens=False)
         tokens = np.array(encoded[: config.length], np.int32)
         if len(tokens) < 2:
             raise ValueError(f"The text must have at least 2 tokens; got {len(tokens)}. Name another `text`.")
         check_context(shapes, len(tokens), beyond_context=config.beyond_context)
-        found = cls(config, name, shapes, chosen, tokens)
+        found = cls(config, name, shapes, chosen, tokens, tuple(notes))
         found._check_memory()
         return found
 
@@ -93,6 +97,8 @@ class TextMaps:
 
     def read(self, stages: Stages) -> Iterator[tuple[Phase, BlockMaps, RankingPolicy]]:
         """Loads the model, and yields the maps of each phase with the policy that kept the blocks."""
+        for note in self.notes:
+            stages.say(note)
         if len(self.tokens) < self.config.length:
             stages.say(f"The text has {len(self.tokens)} tokens; {self.config.length} were asked for.")
         with stages.stage("Loading the model"):
@@ -122,16 +128,23 @@ def _maps_bytes(model: Transformer, phase: Phase, policy: RankingPolicy, count: 
     return config.num_layers * heads * rows * blocks * 9
 
 
-def _policy(config: TextPlot, model: Transformer, phase: Phase) -> RankingPolicy:
-    """The policy of a phase, checked against the model."""
-    gate = gates_by_phase(model)[phase]
+def _shown(config: TextPlot, model: Transformer) -> tuple[Phase, ...]:
+    """The phases that are drawn: in a picture that no option gives a phase, the one that has a gate."""
+    gates = gates_by_phase(model)
+    if config.is_open and gates[Phase.PREFILL] is None and gates[Phase.DECODE] is not None:
+        return (Phase.DECODE,)
+    return config.shown
+
+
+def _policy(config: TextPlot, model: Transformer, phase: Phase) -> tuple[RankingPolicy, str]:
+    """The policy of a phase, checked against the model; and a line where it is neither the user's nor what the gate recommends."""
+    gate, note = gates_by_phase(model)[phase], ""
     recommended = None if gate is None else gate.recommended
-    policy = getattr(config, phase.value)
-    if policy is None:
-        policy = recommended if isinstance(recommended, RankingPolicy) else TopK(DENSITY, _scorer(gate))
-    model.segments(policy, gate, model.config.num_heads if phase is Phase.PREFILL else model.config.num_kv_heads)
-    return policy
-
-
-def _scorer(gate: Any) -> LearnedGate | Oracle:
-    return Oracle() if gate is None else LearnedGate()
+    policy = getattr(config, phase.value) or recommended
+    if not isinstance(policy, RankingPolicy):
+        policy = TopK(DENSITY, Oracle() if gate is None else LearnedGate())
+        lack = "the gate recommends none that is sparse" if gate is not None else f"there is no {phase} gate"
+        load = "" if gate is not None else "--gates with one, or "
+        note = f"{phase}: {policy} is drawn, as {lack}; for others pass {load}--{phase} POLICY."
+    check_policy(model, phase, policy)
+    return policy, note

@@ -7,12 +7,11 @@ from typing import Any
 
 from seer_jax.evaluate.harness.adapter import harness_class
 from seer_jax.evaluate.harness.model import HarnessModel
-from seer_jax.evaluate.levels import Phase
+from seer_jax.evaluate.tasks.base import TaskPhase
 from seer_jax.evaluate.tasks.run import TaskPolicy, Unit
 from seer_jax.evaluate.tasks.score import Outcome, TaskScore
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.decoder import Transformer
-from seer_jax.selection.notation import policy_to_json
 
 
 def run_harness(
@@ -59,8 +58,9 @@ def _scores(wrapped: HarnessModel, name: str, policy: TaskPolicy, samples: int) 
     results: Any = simple_evaluate(
         harness_class()(wrapped), tasks=[name], limit=samples, bootstrap_iters=0, log_samples=True, **seeds
     )
-    seconds, kept = time.monotonic() - started, wrapped.kept[(policy.phase or Phase.PREFILL).value]
-    share = sum(kept) / len(kept) if kept else math.nan
+    seconds, shares = time.monotonic() - started, {phase: _mean(kept) for phase, kept in wrapped.kept.items()}
+    share = shares["decode" if policy.phase is TaskPhase.DECODE else "prefill"]
+    later = shares["decode"] if policy.phase is TaskPhase.BOTH else None
     return [
         TaskScore(
             task=f"{task},{metric}",
@@ -69,31 +69,35 @@ def _scores(wrapped: HarnessModel, name: str, policy: TaskPolicy, samples: int) 
             level=policy.level,
             outcomes=outcomes,
             seconds=seconds,
-            policy=policy_to_json(policy.policy),
+            policy=policy.saved,
             is_share=all(0 <= outcome.score <= 1 for outcome in outcomes),
             asked=name,
         )
         for task, rows in results["samples"].items()
-        for metric, outcomes in outcomes_of(rows, results["results"][task], share).items()
+        for metric, outcomes in outcomes_of(rows, results["results"][task], share, later).items()
     ]
 
 
+def _mean(shares: Sequence[float]) -> float:
+    return sum(shares) / len(shares) if shares else math.nan
+
+
 def outcomes_of(
-    rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any], kept: float
+    rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any], kept: float, kept_decode: float | None = None
 ) -> dict[str, tuple[Outcome, ...]]:
     """Outcomes of one task by its metrics: document by document where a metric is a mean over them, otherwise the metric's one value.
 
     Args:
       rows: the harness's samples: each with `doc_id`, `filter`, names of `metrics` and their values.
       results: the harness's metrics, "NAME,FILTER".
-      kept: share of blocks that attention read.
+      kept, kept_decode: see `Outcome`.
     """
     found: dict[str, tuple[Outcome, ...]] = {}
     for row in sorted(rows, key=lambda row: row["doc_id"]):
         for metric in row["metrics"]:
             name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
             if isinstance(row[metric], bool | int | float):
-                found[name] = (*found.get(name, ()), Outcome(float(row[metric]), kept))
+                found[name] = (*found.get(name, ()), Outcome(float(row[metric]), kept, kept_decode=kept_decode))
             elif isinstance(value := results.get(f"{metric},{row['filter']}"), int | float):
-                found[name] = (Outcome(float(value), kept),)
+                found[name] = (Outcome(float(value), kept, kept_decode=kept_decode),)
     return found

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 
 from seer_jax.evaluate.levels import Phase
 from seer_jax.evaluate.score import Score, dense_of, loss_differences, to_json
-from seer_jax.evaluate.statistics.intervals import interval_of_mean
+from seer_jax.evaluate.statistics.intervals import Interval, interval_of_mean
 from seer_jax.selection.rules import RULES
 
 TARGET = 0.01  # perplexity over dense
@@ -70,25 +70,61 @@ def blocks_needed(ladder: Sequence[Score], dense: Score, *, target: float = TARG
     Raises:
       ValueError: the target is not above 0, there are fewer than two levels, or the scores are of different windows.
     """
+    kept, bands = _bands(ladder, dense, target)
+    value, low, high = (_crossing(kept, np.array(losses), target) for losses in bands)
+    return value, low, high
+
+
+def loss_at(ladder: Sequence[Score], dense: Score, share: float, *, target: float = TARGET) -> Interval:
+    """Perplexity over dense at a share of the blocks, with its 95% interval, by the interpolation of `blocks_needed`.
+
+    Args:
+      ladder, dense: as in `blocks_needed`.
+      share: of the visible blocks, in (0, 1].
+      target: the loss near which the interpolation is logarithmic.
+
+    Returns:
+      Perplexity over dense, less 1; NaN where the share lies outside those of the ladder, the ends also with one window.
+
+    Raises:
+      ValueError: as in `blocks_needed`.
+    """
+    kept, bands = _bands(ladder, dense, target)
+
+    def at(losses: Float64[np.ndarray, "n"]) -> float:
+        if np.isnan(losses).any() or not kept[0] <= share <= kept[-1]:
+            return math.nan
+        loss = np.sinh(np.interp(share, kept, _heights(losses, target))) * target / 10
+        with np.errstate(over="ignore"):
+            return float(np.expm1(loss))
+
+    return Interval(*map(at, bands))
+
+
+def _bands(ladder: Sequence[Score], dense: Score, target: float) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Shares of the levels in ascending order, and their losses over dense with the ends of their intervals."""
     if not target > 0:
         raise ValueError(f"target, the perplexity over dense to stay within, must be above 0; got {target}.")
     if len(ladder) < 2:
         raise ValueError(f"A ladder must have at least two levels; got {len(ladder)}. Measure more policies.")
     levels = sorted(ladder, key=lambda score: score.kept)
-    kept = np.array([score.kept for score in levels])
     intervals = [interval_of_mean(loss_differences(score, dense)) for score in levels]
-    value, low, high = (_crossing(kept, np.array(losses), target) for losses in zip(*intervals, strict=True))
-    return value, low, high
+    return np.array([score.kept for score in levels]), tuple(np.array(x) for x in zip(*intervals, strict=True))
+
+
+def _heights(losses: Float64[np.ndarray, "n"], target: float) -> Float64[np.ndarray, "n"]:
+    """The losses made monotone, on the scale on which they are interpolated."""
+    from scipy.optimize import isotonic_regression  # takes a third of a second
+
+    losses = np.clip(losses, -LARGEST, LARGEST)
+    return np.arcsinh(10 * isotonic_regression(losses, increasing=False).x / target)
 
 
 def _crossing(kept: Float64[np.ndarray, "n"], losses: Float64[np.ndarray, "n"], target: float) -> float:
     """The smallest share at which the losses, made monotone, meet the target."""
     if np.isnan(losses).any():  # as the ends are with one window
         return math.nan
-    losses = np.clip(losses, -LARGEST, LARGEST)
-    from scipy.optimize import isotonic_regression  # takes a third of a second
-
-    heights = np.arcsinh(10 * isotonic_regression(losses, increasing=False).x / target)
+    heights = _heights(losses, target)
     goal = float(np.arcsinh(10 * math.log1p(target) / target))
     reached = np.flatnonzero(heights <= goal)
     if not len(reached):

@@ -4,7 +4,7 @@ from seer_jax.evaluate.tasks.base import TASKS, PromptEncoder, Sample, Task, Tas
 from seer_jax.evaluate.tasks.longbench import LongBench
 from seer_jax.evaluate.tasks.names import find_tasks
 from seer_jax.evaluate.tasks.ruler import RULER
-from seer_jax.evaluate.tasks.run import TaskPolicy, run_tasks, task_policies
+from seer_jax.evaluate.tasks.run import TaskPolicy, plan_pairs, run_tasks, task_policies
 from seer_jax.evaluate.tasks.score import Outcome, TaskRecord, TaskScore, difference, write_task_scores
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TaskSettings",
     "difference",
     "find_tasks",
+    "plan_pairs",
     "register",
     "run_tasks",
     "task_policies",

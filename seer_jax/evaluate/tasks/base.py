@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import enum
 import zlib
 
 import numpy as np
@@ -9,6 +10,14 @@ from jaxtyping import Int
 
 from seer_jax.checks import whole_number
 from seer_jax.inference.text import Tokenizer
+
+
+class TaskPhase(enum.StrEnum):
+    """What a policy of a task makes sparse: prompts, new tokens, or both at once."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 
 from seer_jax.checks import whole_number
-from seer_jax.evaluate.comparison import Measurement
-from seer_jax.evaluate.levels import Phase
-from seer_jax.evaluate.tasks.base import PromptEncoder, Sample, Task
+from seer_jax.evaluate.comparison import Measurement, all_methods, check_policy, works
+from seer_jax.evaluate.levels import JOIN, LevelPair, Phase, gates_by_phase
+from seer_jax.evaluate.tasks.base import PromptEncoder, Sample, Task, TaskPhase
 from seer_jax.evaluate.tasks.score import Outcome, TaskScore
 from seer_jax.inference.generate import Generated, generate
 from seer_jax.inference.prompts import pad_prompts
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Policy
+from seer_jax.selection.scorers import Scorer
 
-Unit = tuple[str, Phase | None, str | None, str]  # see `TaskScore.unit`
+Unit = tuple[str, TaskPhase | None, str | None, str]  # see `TaskScore.unit`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,29 +28,70 @@ class TaskPolicy:
 
     Attributes:
       phase, method, level: as in `TaskScore`.
-      prefill, decode: policies that run; one of them is dense.
+      prefill, decode: policies that run; the one of a phase that is not measured is dense.
     """
 
-    phase: Phase | None
+    phase: TaskPhase | None
     method: str | None
     level: str
     prefill: Policy
     decode: Policy
 
     @property
-    def policy(self) -> Policy:
-        """The one that may be sparse."""
-        return self.decode if self.phase is Phase.DECODE else self.prefill
+    def saved(self) -> dict[str, Any]:
+        """The policy that may be sparse as JSON, or both by their phases."""
+        saved = {"prefill": policy_to_json(self.prefill), "decode": policy_to_json(self.decode)}
+        return saved if self.phase is TaskPhase.BOTH else saved[self.phase or TaskPhase.PREFILL]
 
 
-def task_policies(planned: Sequence[Measurement]) -> list[TaskPolicy]:
-    """The policies of a comparison (`plan_measurements`): dense attention once, then each of the others in its phase."""
+def task_policies(planned: Sequence[Measurement], pairs: Sequence[TaskPolicy] = ()) -> list[TaskPolicy]:
+    """The policies of a comparison (`plan_measurements`): dense attention once, then each of the others in its phase, then those for both
+    phases at once (`plan_pairs`)."""
     found = [TaskPolicy(None, None, "dense", Dense(), Dense())]
     for one in planned:
         if one.method is not None:
             by_phase = {phase: one.policy if phase is one.phase else Dense() for phase in Phase}
-            found.append(TaskPolicy(one.phase, one.method, one.level, by_phase[Phase.PREFILL], by_phase[Phase.DECODE]))
-    return found
+            phase = TaskPhase(one.phase)
+            found.append(TaskPolicy(phase, one.method, one.level, by_phase[Phase.PREFILL], by_phase[Phase.DECODE]))
+    return [*found, *pairs]
+
+
+def plan_pairs(
+    model: Transformer, pairs: Sequence[LevelPair], *, methods: Sequence[Scorer] | None = None
+) -> list[TaskPolicy]:
+    """The policies of levels for both phases at once, checked against the model.
+
+    A half that names its scorer is measured with that, one that names none with each of the methods: with the same one in both halves
+    where neither names any. Those that do not work in a half's phase, or whose gate the model lacks, are left out.
+
+    Args:
+      model: with weights, or with shapes alone.
+      pairs: see `parse_levels`.
+      methods: registered scorers; None: `all_methods()`.
+
+    Raises:
+      ValueError: no method fits a pair, or a policy does not fit the model.
+    """
+    found: dict[tuple[str, str], TaskPolicy] = {}
+    for pair in pairs:
+        before = len(found)
+        for method in all_methods() if methods is None else methods:
+            scorers = {phase: method if x.methods is None else x.methods[0] for phase, x in pair.levels.items()}
+            if all(works(model, scorer, phase) for phase, scorer in scorers.items()):
+                policies = [level.policy_of(scorers[phase]) for phase, level in pair.levels.items()]
+                name = JOIN.join(dict.fromkeys(scorer.name for scorer in scorers.values()))
+                found.setdefault((name, pair.name), TaskPolicy(TaskPhase.BOTH, name, pair.name, *policies))
+        if len(found) == before:
+            lacking = [phase.value for phase, gate in gates_by_phase(model).items() if gate is None]
+            raise ValueError(
+                f"{pair.name} must have a scorer for either phase; got none that works"
+                + (f", as the model has no {' and no '.join(lacking)} gate" if lacking else "")
+                + f". Load the gates (gates=...), or name scorers: {pair.prefill.name}:oracle{JOIN}{pair.decode.name}:oracle."
+            )
+    for policy in found.values():
+        for phase, sparse in ((Phase.PREFILL, policy.prefill), (Phase.DECODE, policy.decode)):
+            check_policy(model, phase, sparse)
+    return list(found.values())
 
 
 def run_tasks(
@@ -123,17 +165,24 @@ def _score(
         level=policy.level,
         outcomes=tuple(outcomes),
         seconds=time.monotonic() - started,
-        policy=policy_to_json(policy.policy),
+        policy=policy.saved,
     )
 
 
 def _outcomes(
-    encoder: PromptEncoder, task: Task, batch: Sequence[Sample], result: Generated, phase: Phase | None
+    encoder: PromptEncoder, task: Task, batch: Sequence[Sample], result: Generated, phase: TaskPhase | None
 ) -> list[Outcome]:
-    shares = result.decode_kept if phase is Phase.DECODE else result.prefill_kept
-    kept = np.asarray(shares).mean(0)
+    prefill, decode = (np.asarray(shares).mean(0) for shares in (result.prefill_kept, result.decode_kept))
+    kept, later = decode if phase is TaskPhase.DECODE else prefill, decode if phase is TaskPhase.BOTH else None
     predictions = [encoder.tokenizer.decode_known(row) for row in result.rows()]
     return [
-        Outcome(task.score(text, sample), float(share), text, sample.answers, sample.depth)
-        for sample, text, share in zip(batch, predictions, kept, strict=False)
+        Outcome(
+            task.score(predictions[row], sample),
+            float(kept[row]),
+            predictions[row],
+            sample.answers,
+            sample.depth,
+            None if later is None else float(later[row]),
+        )
+        for row, sample in enumerate(batch)
     ]

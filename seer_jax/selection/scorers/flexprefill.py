@@ -41,7 +41,12 @@ class FlexPrefill(Scorer):
     of the attention that the last queries give to the block's column and to its diagonal. The first and the own block are
     always kept.
 
-    The paper's gamma is the rule `mass`, applied here to each block row, and its least budget per head is left to the rule.
+    The authors' code (read in a fork of it) has the same p, q, divergence, tau = 0.1 and blocks that are always kept, for blocks of 128 tokens. Few heads are
+    query-aware by them: 4% of SmolLM2-135M's at 1024 and at 2048 tokens, where the median divergence is 0.43. It differs in how many blocks a head
+    keeps, which is the rule's part here: its gamma (0.9) is the attention to cover, in vertical-slash heads by columns and by diagonals apart, each
+    counted in tokens, and in query-aware heads by the blocks of the whole map, ranked together, where the rule `mass` covers each block row. Its least budget
+    of 512 tokens of columns and of diagonals in every head, and dense attention up to that length, are left out: at 1k to 2k tokens they keep most blocks, while
+    this scorer is as sparse as its rule.
 
     Attributes:
       tau: in [0, 1]; 0 makes every head vertical-slash.

@@ -29,10 +29,12 @@ class LearnedGate(Scorer):
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B H Tb Sb"]:
         gate = context.required_gate
         keys = self.prepare(context) if context.prepared is None else context.prepared
-        queries = gate.queries(context.q, context.positions, context.valid_queries)
-        return gate.logits(queries, keys, row_offset=context.first_row)
+        positions, valid = context.positions, context.valid_queries
+        queries = gate.queries(context.q, positions, valid)
+        return gate.logits(queries, keys, row_offset=context.first_row, seen=gate.seen(positions, valid))
 
     def decode_scores(self, context: DecodeContext) -> Float32[Array, "B K Sb"]:
-        gate, keys = context.required_gate, context.cache.gate_keys
+        gate, (keys, row) = context.required_gate, context.cache.gate_key_rows
         queries = gate.queries(context.q, context.position[:, None])
-        return gate.logits(queries, keys, completed=(context.position // context.block_size)[:, None])[:, :, 0]
+        completed = (context.position // context.block_size)[:, None]
+        return gate.logits(queries, keys, completed=completed, first_row=row)[:, :, 0, : context.num_key_blocks]

@@ -19,8 +19,11 @@ class ProxyAttn(Scorer):
     """Attention of proxy heads, one for each key/value head (ProxyAttn, arXiv 2509.24745).
 
     A proxy's query is the mean of the query heads of its group. The score of a block is the largest attention probability in it, from
-    the products of all tokens; the heads of a group share it. How many blocks a head keeps, which the paper estimates for each
-    head, is left to the rule.
+    the products of all tokens; the heads of a group share it.
+
+    Built from the paper's abstract and summaries of it, which agree on what is here: queries are pooled over the heads of a group, products are taken
+    token by token, and the pooled head's scores stand for its group. Its full text and code were not compared. They may use other groups than those of the key/value
+    heads, leave out tokens, and pool the scores of a block otherwise. How many blocks a head keeps, which the paper estimates for each head, is left to the rule.
     """
 
     name = "proxyattn"

@@ -11,6 +11,9 @@ from huggingface_hub import errors
 from seer_jax import from_pretrained, load_tokenizer, tiny_lm
 from seer_jax.commands import main as cli
 from seer_jax.convert import load_base, load_gates, push_gates
+from seer_jax.convert.gate_config import gate_config_to_hf, without_gate_keys
+from seer_jax.convert.push import model_card
+from seer_jax.gates.configs import DecodeGateConfig, QueryReduction
 from tests.convert.hub.test_hub import http
 
 GATES = tiny_lm.gates()
@@ -55,6 +58,17 @@ def test_a_gate_is_pushed_as_one_commit(api: type[Api]):
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: seer-jax\n") and "# Decode gate for tiny-lm" in card
     assert "seer-jax generate --gates owner/gates --prompt" in card and "Recommended policy: `mass:0.9`." in card
+
+
+def test_a_card_says_how_a_gate_sees_finer(tmp_path: Path):
+    hf = json.loads((GATES["decode"] / "config.json").read_text())
+    hf = without_gate_keys(hf) | gate_config_to_hf(
+        DecodeGateConfig(query_reduction=QueryReduction.HEADS, k_pool_size=8)
+    )
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    card = model_card(tmp_path, "owner/gates")
+    assert "A learned gate that sees finer than those of SeerAttention (SeerAttention-R, arXiv 2506.08889)" in card
+    assert "\nIts settings beside the defaults: query_reduction=Qheads, k_pool_size=8.\n" in card
 
 
 def test_a_card_names_a_base_on_the_hub_and_gives_way_to_ones_own(api: type[Api], tmp_path: Path):

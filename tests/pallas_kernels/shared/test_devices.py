@@ -22,6 +22,7 @@ from pallas_kernels.precision import precise_einsum
 from pallas_kernels.sparse_decode import cases as decode
 from pallas_kernels.sparse_rows import Tiling
 from pallas_kernels.stacked_linear import cases as linear
+from pallas_kernels.sub_block_scores import cases as sub_block_scores
 from tests.pallas_kernels.suites.comparison import KEY, assert_bitwise_equal, shapes
 
 CPUS = jax.devices("cpu")
@@ -32,6 +33,7 @@ CALLS: dict[str, Any] = {
     "block_sparse_attention": ATTENTION,
     "pool_blocks": pooling.Case("small", 4, 64, 128, ("max", "avg")),
     "score_blocks": scores.Case("many", 1, 1, 64, 1024, 1024),
+    "score_sub_blocks": sub_block_scores.Case("small", 2, 2, 64, 384, 384, 4, 4),
     "select_blocks": selection.Case("small", (2, 8, 64), threshold=0.02),
     "sparse_decode_attention": decode.Case("small", HEADS, 128),
     "stacked_linear": linear.Case("small", 128, (64,)),

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import AttentionWithScores, attention_with_block_scores
 from pallas_kernels.backends import Implementation
-from pallas_kernels.block_ground_truth.cases import HALF, TINY, Case
+from pallas_kernels.block_ground_truth.api import STATISTICS
+from pallas_kernels.block_ground_truth.cases import HALF, STATIC, TINY, Case
 from pallas_kernels.cases import Heads
 from tests.pallas_kernels.suites.comparison import (
     KEY,
@@ -25,11 +26,11 @@ from tests.pallas_kernels.suites.comparison import (
     slow_but,
     softmax_weights,
 )
-from tests.pallas_kernels.suites.padding import IgnoresPadding, behind, fill
+from tests.pallas_kernels.suites.padding import IgnoresPadding, behind, fill, products_of_padding
 
 _compiled = jax.jit(
     attention_with_block_scores,
-    static_argnames=("block_size", "scale", "block_scores", "token_scores", "implementation"),
+    static_argnames=(*STATIC, "scale", "implementation"),
 )
 
 
@@ -46,8 +47,9 @@ def visible(case: Case, arguments: dict[str, Any]) -> np.ndarray:
     return np.broadcast_to(mask[:, None], (case.batch, case.heads.heads, *mask.shape[1:]))
 
 
-def scores_by_hand(weights: np.ndarray, b: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
+def scores_by_hand(weights: np.ndarray, b: int, kv_heads: int, statistic: str) -> tuple[np.ndarray, np.ndarray]:
     """Both kinds of scores from attention weights [B, H, T, T], block by block."""
+    of_keys, of_heads = {"max": (np.max, np.max), "mass": (np.sum, np.mean)}[statistic]
     batch, heads, length, _ = weights.shape
     num_blocks = -(-length // b)
     blocks = [slice(i * b, (i + 1) * b) for i in range(num_blocks)]
@@ -56,9 +58,9 @@ def scores_by_hand(weights: np.ndarray, b: int, kv_heads: int) -> tuple[np.ndarr
     grouped = weights.reshape(batch, kv_heads, heads // kv_heads, length, length)
     for j, columns in enumerate(blocks):
         for i, rows in enumerate(blocks):
-            block_scores[:, :, i, j] = weights[:, :, rows, columns].max((2, 3))
+            block_scores[:, :, i, j] = of_keys(weights[:, :, rows, columns], 3).max(2)
         later = slice((j + 1) * b, length)
-        token_scores[:, :, later, j] = grouped[:, :, :, later, columns].max((2, 4))
+        token_scores[:, :, later, j] = of_heads(of_keys(grouped[:, :, :, later, columns], 4), 2)
     for scores in (block_scores, token_scores):
         scores /= np.maximum(scores.sum(-1, keepdims=True), 1e-300)
     return block_scores, token_scores
@@ -116,6 +118,9 @@ def padded(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return arguments, dict.fromkeys(("q", "k", "v"), keys)
 
 
+BY_HAND = [named(name) for name in ("two-tiles", "ragged", "packed", "ragged-by-mass", "packed-by-mass")]
+
+
 class Definition(IgnoresPadding):
     """Properties that the definition and every backend share."""
 
@@ -124,8 +129,9 @@ class Definition(IgnoresPadding):
     def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         return padded(named("ragged"))
 
-    def test_padding_between_sequences_reaches_no_result(self):
-        arguments, padding = padded(named("packed"))
+    @pytest.mark.parametrize("case", [named("packed"), named("packed-by-mass")], ids=lambda case: case.name)
+    def test_padding_between_sequences_reaches_no_result(self, case: Case):
+        arguments, padding = padded(case)
         clean, filled = (
             self.run(**arguments | {n: fill(arguments[n], mask, x) for n, mask in padding.items()})
             for x in ((0.0,), (np.nan, np.inf))
@@ -136,20 +142,20 @@ class Definition(IgnoresPadding):
         """Results as AttentionWithScores."""
         return _compiled(**arguments, implementation=self.implementation)
 
-    @pytest.mark.parametrize("case", [named("two-tiles"), named("ragged"), named("packed")], ids=lambda case: case.name)
-    def test_is_attention_and_its_largest_weights(self, case: Case):
+    @pytest.mark.parametrize("case", BY_HAND, ids=lambda case: case.name)
+    def test_is_attention_and_its_weights_by_block(self, case: Case):
         arguments = case.arguments(KEY)
         mask = visible(case, arguments)
         weights, lse = softmax_weights(arguments["q"], arguments["k"], mask)
-        block_scores, token_scores = scores_by_hand(weights, case.block_size, case.heads.kv_heads)
+        block_scores, token_scores = scores_by_hand(weights, case.block_size, case.heads.kv_heads, case.statistic)
         got = self.run(**arguments)
         assert_within_rounding(got.output, masked_attention(arguments["q"], arguments["k"], arguments["v"], mask))
         assert_within_rounding(got.lse, lse.transpose(0, 2, 1))
         assert_within_rounding(got.block_scores, block_scores)
         assert_within_rounding(got.token_scores, token_scores)
 
-    def test_rows_of_scores_sum_to_one_or_nothing(self):
-        case = named("ragged")
+    @pytest.mark.parametrize("case", [named("ragged"), named("ragged-by-mass")], ids=lambda case: case.name)
+    def test_rows_of_scores_sum_to_one_or_nothing(self, case: Case):
         got = self.run(**case.arguments(KEY))
         lengths = np.asarray(case.lengths)[:, None, None]
         blocks = np.arange(got.block_scores.shape[2]) * case.block_size < lengths
@@ -195,6 +201,18 @@ class Definition(IgnoresPadding):
         assert_within_rounding(got.block_scores[..., :2], alone.block_scores)
         assert_within_rounding(got.token_scores[..., :2], alone.token_scores)
 
+    def test_mass_of_equal_weights_is_a_count_of_keys(self):
+        """Keys of equal weight: the mass of a block is the share of the keys that it has."""
+        case = Case("equal", Heads(4, 2, 64), 96, block_size=32, token_scores=True, statistic="mass", dtype="float32")
+        arguments = case.arguments(KEY)
+        got = self.run(**arguments | {"k": jnp.ones_like(arguments["k"])})
+        mass = np.array([[1, 0, 0], [32 / 33, 1 / 2, 0], [32 / 65, 32 / 65, 1 / 3]])  # of the query that has most
+        truth = np.broadcast_to(mass / mass.sum(-1, keepdims=True), got.block_scores.shape)
+        assert_within_rounding(got.block_scores, truth)
+        completed = np.arange(3)[None] < np.arange(96)[:, None] // 32
+        truth = np.broadcast_to(completed / np.maximum(completed.sum(-1, keepdims=True), 1), got.token_scores.shape)
+        assert_within_rounding(got.token_scores, truth)
+
     def test_scores_are_computed_on_request(self):
         arguments = named("token-scores").arguments(KEY) | {"token_scores": False}
         got = self.run(**arguments)
@@ -208,14 +226,15 @@ class Conformance(Definition):
     def test_errs_no_more_than_plain_attention(self, case: Case):
         compare_with_plain_attention(case, self.run)
 
-    def test_scores_stay_exact_where_the_maximum_comes_late(self):
-        case = Case("late", Heads(2, 1, 64), 512, token_scores=True, dtype="float32")
+    @pytest.mark.parametrize("statistic", STATISTICS)
+    def test_scores_stay_exact_where_the_maximum_comes_late(self, statistic: str):
+        case = Case("late", Heads(2, 1, 64), 512, token_scores=True, statistic=statistic, dtype="float32")
         compare_where_the_maximum_comes_late(case, self.run)
 
     def test_runs_under_shard_map(self):
         """Each device has key/value heads of its own, and the query heads that read them."""
         arguments = named("ragged").arguments(KEY)
-        static = {name: arguments.pop(name) for name in ("block_size", "block_scores", "token_scores")}
+        static = {name: arguments.pop(name) for name in STATIC}
         specs = dict.fromkeys("qkv", P(None, None, "model"))
         out_specs: list[Any] = [specs["q"], specs["q"], P(None, "model"), P(None, "model")]
         compare_with_sharded(functools.partial(self.run, **static), arguments, specs, AttentionWithScores(*out_specs))
@@ -251,7 +270,7 @@ class Conformance(Definition):
         assert gradient == pytest.approx(2 * 4 * 3, rel=1e-5)  # two layers, four heads, three rows that sum to 1
 
 
-QUICK = slow_but(HALF, "half-ragged")
+QUICK = slow_but(HALF, "half-ragged", "half-packed-by-mass")
 
 
 class HalfPrecision(IgnoresPadding):
@@ -259,8 +278,17 @@ class HalfPrecision(IgnoresPadding):
 
     implementation: ClassVar[Implementation]
 
+    statistic: str = "max"
+
     def padded(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return padded(Case("padded", Heads(2, 1, 64), 192, batch=2, token_scores=True, lengths=(192, 70)))
+        scores: dict[str, Any] = dict(token_scores=True, statistic=self.statistic)
+        return padded(Case("padded", Heads(2, 1, 64), 192, batch=2, lengths=(192, 70), **scores))
+
+    @pytest.mark.slow
+    @products_of_padding
+    def test_padding_reaches_no_result_by_mass(self):
+        self.statistic = "mass"
+        self.test_padding_reaches_no_result()
 
     def run(self, **arguments: Any) -> Any:
         return _compiled(**arguments, implementation=self.implementation)
@@ -269,17 +297,20 @@ class HalfPrecision(IgnoresPadding):
     def test_errs_no_more_than_plain_attention(self, case: Case):
         compare_with_plain_attention(case, self.run)
 
-    def test_scores_stay_exact_where_the_maximum_comes_late(self):
-        compare_where_the_maximum_comes_late(Case("late", Heads(2, 1, 64), 320, token_scores=True), self.run)
+    @pytest.mark.parametrize("statistic", STATISTICS)
+    def test_scores_stay_exact_where_the_maximum_comes_late(self, statistic: str):
+        case = Case("late", Heads(2, 1, 64), 320, token_scores=True, statistic=statistic)
+        compare_where_the_maximum_comes_late(case, self.run)
 
     @pytest.mark.slow
     def test_chunks_of_queries_are_the_whole(self):
         case = Case("chunks", Heads(2, 1, 64), 420, token_scores=True, segments=(90, 250))
         assert_chunks_are_the_whole(self.run, case, (0, 64, 320))
 
-    def test_keys_after_the_queries_are_not_seen(self):
+    @pytest.mark.parametrize("statistic", STATISTICS)
+    def test_keys_after_the_queries_are_not_seen(self, statistic: str):
         """Nor is memory beyond the keys, which TMA may read."""
-        arguments = Case("more", Heads(2, 1, 64), 200, token_scores=True).arguments(KEY)
+        arguments = Case("more", Heads(2, 1, 64), 200, token_scores=True, statistic=statistic).arguments(KEY)
         arguments["q"] = arguments["q"][:, :72]
         poisoned = {name: arguments[name].at[:, 128:].set(jnp.nan) for name in ("k", "v")}
         got, truth = self.run(**arguments | poisoned), self.run(**arguments)

@@ -134,7 +134,7 @@ def shapes(case: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     def arrays(key: jax.Array) -> dict[str, Any]:
         arguments = case.arguments(key)
         static.update(
-            {name: x for name, x in arguments.items() if x is None or isinstance(x, bool | int | float | tuple)}
+            {name: x for name, x in arguments.items() if x is None or isinstance(x, bool | int | float | str | tuple)}
         )
         return {name: x for name, x in arguments.items() if name not in static}
 
@@ -151,7 +151,11 @@ def assert_lowers_for_cuda(operation: Callable[..., Any], case: Any, **settings:
 
 
 def compare_with_sharded(
-    run: Callable[..., Any], arguments: dict[str, Any], specs: dict[str, P], out_specs: Any
+    run: Callable[..., Any],
+    arguments: dict[str, Any],
+    specs: dict[str, P],
+    out_specs: Any,
+    compare: Callable[[Any, Any], None] = assert_bitwise_equal,
 ) -> None:
     """Under `jax.shard_map`, with heads spread over two devices, results are those of one device.
 
@@ -160,6 +164,7 @@ def compare_with_sharded(
       arguments: all of them arrays.
       specs: how arguments are sharded over the mesh axis "model"; replicated if left out.
       out_specs: how results are sharded.
+      compare: how they are compared.
     """
     # The interpreter runs kernels on the first device alone.
     count = 1 if devices.interpreter() is not None else min(2, len(jax.devices()))
@@ -174,7 +179,7 @@ def compare_with_sharded(
     )
     got, alone = jax.jit(sharded)(arguments), run(**arguments)
     assert all(len(x.devices()) == count for x in jax.tree.leaves(got))
-    assert_bitwise_equal(got, alone)
+    compare(got, alone)
 
 
 def slow_but(cases: Iterable[Any], *quick: str) -> list[Any]:

@@ -22,7 +22,7 @@ from seer_jax.bench import decode_attention as decode_bench
 from seer_jax.bench import prefill_attention as attention_bench
 from seer_jax.bench.configs import MODELS, ModelShape
 from seer_jax.bench.decode import weight_bytes
-from seer_jax.bench.decode_layer import DTYPE, GATE, repeated_layers, threshold_for
+from seer_jax.bench.decode_layer import DTYPE, repeated_layers, threshold_for
 from seer_jax.bench.harness import measurement
 from seer_jax.bench.harness.clock import memory_rate
 from seer_jax.bench.harness.sampled_check import AttentionCall
@@ -31,7 +31,7 @@ from seer_jax.bench.prefill_attention import AttentionBench, aligned_cases, list
 from seer_jax.bench.selection import prefill_context
 from seer_jax.bench.training import forward_flop
 from seer_jax.commands.main import main
-from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, QueryReduction
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.inference.memory import DeviceMemory, tree_bytes
@@ -47,6 +47,8 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 Timed = list[Callable[..., Any]]
 TINY, GPU = MODELS[ModelShape.TINY], MODELS[ModelShape.LLAMA_3_1_8B]
 HEADS = Heads(4, 2, 64)
+GATE = DecodeGateConfig()
+FINER = DecodeGateConfig(query_reduction=QueryReduction.HEADS, k_pool_size=8)
 RAGGED = Case("ragged", HEADS, 128, batch=2, density=0.5, lengths=(128, 70))
 PREFILL = ["bench", "prefill", "--shape", "tiny", "--lengths", "128", "--densities", "0.3"]
 DECODE = ["bench", "decode", "--shape", "tiny", "--lengths", "256", "--batches", "2"]
@@ -155,8 +157,9 @@ def test_ground_truth(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.Ca
     lines = {case: m for (_, case), m in run(words, tmp_path).items()}
     text = capsys.readouterr().out
     assert "\nDense attention with block scores" in text and "150, neither" in text and "times dense: ms over" in text
-    assert list(lines) == [f"150, {name}" for name in ("blocks", "tokens", "both", "neither")]
-    assert [m["settings"]["chunk"] for m in lines.values()] == [150, 64, 64, 150]
+    scored = [f"{scores}{of}" for scores in ("blocks", "tokens", "both") for of in ("", " by mass")]
+    assert list(lines) == [f"150, {name}" for name in (*scored, "neither")]
+    assert [m["settings"]["chunk"] for m in lines.values()] == [150, 150, 64, 64, 64, 64, 150]
     for case, m in lines.items():
         results = m["results"]
         assert results["times_dense"] == 1 and results["extra_gib"] > 0 and results["error"] < 5e-3
@@ -391,16 +394,19 @@ def test_bytes_that_a_new_token_reads():
     gate = (8 * 4 * 128 * 128 + 8 * 3 * 128 * 128 + 2 * 128) * 4 + 8 * 2048 * 8 * 128 * 2
     assert read_bytes(layer, 8, 131072, DTYPE, GATE, 0.1) == pytest.approx(keys_and_values / 10 + gate)
     assert read_bytes(GPU, 8, 131072, DTYPE, GATE, 1.0) == 32 * (keys_and_values + gate)
+    keys = 8 * 2048 * 8 * 128 * 2  # one per block
+    assert read_bytes(layer, 8, 131072, DTYPE, FINER, 0.1) == pytest.approx(keys_and_values / 10 + gate + 7 * keys)
     model = nnx.eval_shape(lambda: random_model(GPU, DecodeGateConfig()))
     assert weight_bytes(model) == pytest.approx(15.0e9, rel=1e-3)
 
 
 @pytest.mark.cpu
 @shapes_stand_for_arrays
-def test_a_layer_that_is_timed_never_copies_its_cache():
+@pytest.mark.parametrize("kind", [GATE, FINER], ids=["release", "finer"])
+def test_a_layer_that_is_timed_never_copies_its_cache(kind: DecodeGateConfig):
     config = dataclasses.replace(TINY, num_layers=3)
-    cache = abstract_cache(config, 2, 8192, DTYPE, GATE)
-    gate = nnx.eval_shape(lambda: DecodeGate(GATE, config, rngs=nnx.Rngs(0)))
+    cache = abstract_cache(config, 2, 8192, DTYPE, kind)
+    gate = nnx.eval_shape(lambda: DecodeGate(kind, config, rngs=nnx.Rngs(0)))
     q = jax.ShapeDtypeStruct((2, 1, config.num_heads, config.head_dim), DTYPE)
     jax.config.update("jax_disable_most_optimizations", False)
     memory: Any = repeated_layers(config, TopK(0.1), 2).lower(cache, q, gate).compile().memory_analysis()
@@ -490,6 +496,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]):
         (["bench", "prefill", "--lengths", "3"], 2, "at least 64 tokens"),
         (["bench", "ground-truth", "--lengths", "3"], 2, "at least 64 tokens"),
         (["bench", "ground-truth", "--chunk", "100"], 2, "a multiple of the 64 tokens"),
+        (["bench", "ground-truth", "--wanted"], 2, "wanted must name some of blocks, tokens, both, neither; got none"),
+        (["bench", "ground-truth", "--statistics"], 2, "statistics must name some of max, mass; got none"),
     ):
         try:
             done = main(words)

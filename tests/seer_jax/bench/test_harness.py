@@ -175,15 +175,16 @@ def test_two_runs_that_differ_are_found():
 
 
 @pytest.mark.parametrize("name", [None, "output", "lse", "block_scores", "token_scores"])
-@pytest.mark.parametrize(("offset", "queries"), [(0, 150), (64, 86)])
-def test_wrong_scores_are_found(name: str | None, offset: int, queries: int):
+@pytest.mark.parametrize(("offset", "queries", "statistic"), [(0, 150, "mass"), (64, 86, "max")])
+def test_wrong_scores_are_found(name: str | None, offset: int, queries: int, statistic: str):
     case = call_of(Case("", HEADS, 150, dtype="float32"))
     q, at = case.q[:, offset : offset + queries], jnp.int32(offset)
     call = AttentionCall.dense(q, case.k, case.v, at, case.lengths)
-    result = attention_with_block_scores(q, case.k, case.v, token_scores=True, query_offset=at)
+    asked: dict[str, Any] = dict(token_scores=True, statistic=statistic, query_offset=at)
+    result = attention_with_block_scores(q, case.k, case.v, **asked)
     if name is not None:
         result = result._replace(**{name: 1.01 * getattr(result, name)})
-    outcome = check_result(KEY, call, result, result)
+    outcome = check_result(KEY, call, result, result, statistic=statistic)
     expected = {None: "", "output": "the output errs by", "lse": "lse errs by"}.get(name, "scores err by")
     assert (outcome.failure or "").startswith(expected) and (name is None) == (outcome.failure is None)
     if name is None:
@@ -262,10 +263,10 @@ def test_an_interrupted_run_shows_and_keeps_what_it_has(tmp_path: Path, capsys: 
         raise KeyboardInterrupt
 
     config = PrefillBench(output=tmp_path / "bench.json")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         report(config, interrupted(), (FIRST_TOKEN,), ())
-    said = capsys.readouterr()
-    assert FIRST_TOKEN.title in said.out and "Interrupted: 1 measurements are kept in" in said.err
+    assert FIRST_TOKEN.title in capsys.readouterr().out
+    assert stop.value.__notes__ == [f"1 measurements are kept in {config.output}."]
     assert len(json.loads((tmp_path / "bench.json").read_text())["measurements"]) == 1
 
 

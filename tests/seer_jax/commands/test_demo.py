@@ -63,8 +63,9 @@ def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(command, "compare", compare)
     out, sizes = io.StringIO(), dict(length=512, windows=1, passkeys=1, decoded=16)
     config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.1, 0.1, 0.2), **sizes)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         demo(config, console=Console(file=out, width=200))
+    assert stop.value.__notes__ == [f"Kept so far: {tmp_path / 'scores.json'}."]
     assert "topk:0.1 is named 2 times" in out.getvalue()
     assert "prefill: topk:0.1 and topk:0.2 choose equally many blocks at 512 tokens, 1 of 8" in out.getvalue()
     (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]

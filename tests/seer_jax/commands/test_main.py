@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from pallas_kernels.backends import Operation
 from seer_jax.commands import info
 from seer_jax.commands import main as cli
 from seer_jax.commands.bench import BENCHES
+from seer_jax.commands.errors import signals
 from seer_jax.selection.scorers import SCORERS
+from tests.packaging.checkout import ROOT
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
@@ -43,7 +46,7 @@ def test_help_comes_at_once():
         "import sys; from seer_jax.commands.main import main; main(['--help']); "
         "print([n for n in HEAVY if n in sys.modules])"
     )
-    heavy = ["transformers", "tokenizers", "orbax", "torch", "tyro", "jinja2"]
+    heavy = ["jax", "transformers", "tokenizers", "orbax", "torch", "tyro", "jinja2"]
     heavy += ["seer_jax.train", "seer_jax.convert", "seer_jax.evaluate", "seer_jax.bench"]
     read, write = os.pipe()
     command = [sys.executable, "-c", code.replace("HEAVY", repr(heavy))]
@@ -81,29 +84,89 @@ def test_help_describes_the_scorers(name: str, capsys: pytest.CaptureFixture[str
     assert all(f" {scorer.name}: {scorer.meaning} " in text for scorer in SCORERS.values())
 
 
-@pytest.mark.parametrize(
-    ("error", "outcome"),
-    [(KeyboardInterrupt(), 130), (signal.SIGTERM, 143), (KeyError("a defect shows its place"), None)],
-)
-def test_interruptions_and_defects(
-    error: BaseException | signal.Signals,
-    outcome: int | None,
+def test_help_offers_baselines_that_need_no_gate(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", "--help"])
+    offered = re.search(r"--baseline \{([^}]*)\}", re.sub("[│ \n]+", " ", capsys.readouterr().out).replace(", ", ","))
+    assert offered is not None and "gate" not in offered[1].split(",") and "xattention" in offered[1].split(",")
+
+
+# Each signal with the exit code and the word of a command that it stops.
+SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+
+
+@pytest.mark.parametrize(("number", "code", "word"), SIGNALS)
+@pytest.mark.parametrize("note", ["", "2 of 4 scores are kept."])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_interruptions(
+    number: signal.Signals,
+    code: int,
+    word: str,
+    note: str,
+    is_lost: bool,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
+    """One line, with what the command keeps, also where code of others loses the exception."""
+
+    class Lost:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def stopped(words: list[str]) -> Any:
+        try:
+            if is_lost:
+                Lost()
+                time.sleep(30)
+            signal.raise_signal(number)
+        except KeyboardInterrupt as stop:
+            if note:
+                stop.add_note(note)
+            raise
+
+    monkeypatch.setattr(info, "run", stopped)
+    monkeypatch.setattr(signals, "AGAIN", 0.1)
+    handlers = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    assert cli.main(["info"]) == code
+    assert capsys.readouterr().err == f"seer-jax info: {word}.{f' {note}' if note else ''}\n"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    signal.signal(signal.SIGINT, handlers[0])
+    assert signal.getsignal(signal.SIGTERM) == handlers[1]
+
+
+@pytest.mark.parametrize(("number", "code", "word"), SIGNALS)
+@pytest.mark.parametrize("words", ["generate --prompt x", "train", "--scorers scorers.py info"])
+def test_interruptions_in_the_first_second(number: signal.Signals, code: int, word: str, words: str, tmp_path: Path):
+    """While JAX is imported, which a module of that name stands for here."""
+    (tmp_path / "jax.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    # A process in the background would ignore SIGINT, and so would its children.
+    code_of_child = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from seer_jax.commands.main import main; sys.exit(main())"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code_of_child, *words.split()],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None and child.stdout.readline() == "importing\n"
+    child.send_signal(number)
+    _, said = child.communicate(timeout=30)
+    name = next(word for word in words.split() if word in cli.COMMANDS)
+    assert (child.returncode, said) == (code, f"seer-jax {name}: {word}.\n")
+
+
+def test_a_defect_shows_its_place(monkeypatch: pytest.MonkeyPatch):
     def fail(words: list[str]) -> Any:
-        if isinstance(error, BaseException):
-            raise error
-        signal.raise_signal(error)
+        raise KeyError("a defect shows its place")
 
     monkeypatch.setattr(info, "run", fail)
-    if isinstance(error, KeyError):
-        with pytest.raises(KeyError):
-            cli.main(["info"])
-        return
-    assert cli.main(["info"]) == outcome
-    assert re.fullmatch(r"seer-jax info: (interrupted|terminated)\.", capsys.readouterr().err.strip())
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(KeyError):
+        cli.main(["info"])
 
 
 def test_a_closed_pipe_is_no_error():
@@ -119,11 +182,11 @@ def test_info_lists_versions_devices_and_implementations(capsys: pytest.CaptureF
     assert any(line.split() == ["jax", jax.__version__] for line in lines)
     assert any(line.split()[:1] == [f"{jax.devices()[0].platform}:0"] for line in lines)
     attention = ("block_sparse_attention", "attention_with_block_scores", "sparse_decode_attention")
-    for name in (*attention, "select_blocks", "pool_blocks", "score_blocks", "stacked_linear"):
+    for name in (*attention, "select_blocks", "pool_blocks", "score_blocks", "score_sub_blocks", "stacked_linear"):
         assert any(line.split()[:1] == [name] and "reference" in line for line in lines), name
 
 
 def test_info_finds_every_operation_once():
     found = list(info.operations())
     assert all(isinstance(operation, Operation) for operation in found)
-    assert len({operation.name for operation in found}) == len(found) >= 7
+    assert len({operation.name for operation in found}) == len(found) >= 8

@@ -11,7 +11,9 @@ import tyro
 
 from seer_jax import tiny_lm
 from seer_jax.commands import main as cli
+from seer_jax.commands.arguments import parse
 from seer_jax.commands.errors.options import Options
+from seer_jax.commands.errors.usage import UsageError
 from seer_jax.commands.train import TrainOptions
 from seer_jax.selection.scorers import SCORERS
 from tests.packaging.checkout import ROOT
@@ -67,14 +69,37 @@ USAGE = [
     ("generate --scorers", "--scorers must name a module or FILE.py; got none. *"),
     ("eval --methods gate best", f"--methods must be one of {', '.join(SCORERS)}; got 'best'. *"),
     ("eval --policies dense", "--policies must rank blocks *; got dense. *"),
+    (
+        "eval --gates x --policies topk:0.2+budget:64:quest",
+        "--policies must be for one phase at a time, except with --tasks; got topk:0.2+budget:64:quest. Name its halves apart "
+        "(--policies topk:0.2 budget:64:quest), or pass --tasks. *",
+    ),
+    (
+        "eval --gates x --tasks vt --phases decode --policies topk:0.2+topk:0.2",
+        "--phases must be both for a policy of both; got decode with topk:0.2+topk:0.2. Leave --phases out, or name one *",
+    ),
+    (
+        "eval --tasks vt --policies topk:0.2:quest+topk:0.2",
+        "A prefill policy must rank blocks by a scorer for prefill; got quest, *",
+    ),
     ("calibrate", "--gates must be named, or a --baseline in their place; got neither. *"),
     ("calibrate --gates x --density 0.1 --over 0.1", "One target must be given, *; got density and over. *"),
     (
         "calibrate --gates x --density 2",
         "--density, the share of the visible blocks to keep, must lie in (0, 1]; got 2.0. *",
     ),
+    ("calibrate --gates x --density 3x%", "--density must be a number; got '3x%'. *"),
+    ("generate --prompt x --top-p many", "--top-p must be a number; got 'many'. *"),
+    ("train --optimizer.warmup-steps many", "--optimizer.warmup-steps must be a whole number; got 'many'. *"),
     ("calibrate --gates x --rule topk", "--rule must be one of best, threshold, mass; got 'topk'. *"),
-    ("calibrate --baseline gate", "--baseline must be a scorer that needs no gate; got 'gate'. *"),
+    (
+        "calibrate --baseline gate",
+        "--baseline must be a scorer that needs no gate; got 'gate'. Calibrate gates by --gates alone. *",
+    ),
+    (
+        "calibrate --baseline xatention",
+        "--baseline must be one of flexprefill, *; got 'xatention'. Did you mean xattention? *",
+    ),
     ("train --recipe both", "--recipe must be one of prefill, decode; got 'both'. *"),
     (
         "train --gates runs/x",
@@ -113,6 +138,14 @@ USAGE = [
     ),
     ("plot density --output x.png --prefill dense", "--prefill must rank blocks, as topk:0.1 does; got dense. *"),
     ("plot density --output x.png --decode topk:0.1:minference", "*minference*prefill*"),
+    (
+        "plot density --output x.png --phases prefill --decode topk:0.1",
+        "--decode must be left out where prefill is drawn alone; got topk:0.1. Name its phase: --phases decode. *",
+    ),
+    (
+        "plot maps --output x.png --prefill topk:0.1 --decode topk:0.1",
+        "--phases must be one in a picture; got prefill and decode. *",
+    ),
     ("plot density --output x.png --length 1", "--length must be at least 2; got 1. *"),
     ("demo --densities 0.1 2", "--densities must be at least one share of the blocks in (0, 1]; got 0.1, 2.0. *"),
     (
@@ -173,6 +206,11 @@ FAILURES = [
         "* must hold a base model; got a gate of 'tiny-lm'. Give --model tiny-lm.",
     ),
     ("eval --length 128 --windows 1 --distractors 20", "* fewer --distractors, or set --passkeys to 0."),
+    (
+        "eval --tasks vt --length 512 --samples 1 --methods gate --gates seer_jax/tiny_lm/gates/decode --policies topk:0.2+topk:0.2",
+        "topk:0.2+topk:0.2 must have a scorer for either phase; got none that works, as the model has no prefill gate. Load the gates "
+        "(--gates ...), or name scorers: topk:0.2:oracle+topk:0.2:oracle.",
+    ),
     ("eval --text .gitignore", "The text must fill * or a smaller --length."),
     ("generate --prompt x --gates seer_jax/tiny_lm", "A gate folder must hold *; * has neither but base weights. *"),
     (
@@ -256,12 +294,8 @@ def test_failures_of_every_command(
 
 
 CONFIGS = COMMANDS | {"train": (TrainOptions, "--model tiny-lm --output x")}
-NUMBERS = [
-    (command, option.flag)
-    for command, (kind, _) in CONFIGS.items()
-    for option in Options(kind).all
-    if option.kind in (int, float)
-]
+OPTIONS = [(command, option) for command, (kind, _) in CONFIGS.items() for option in Options(kind).all]
+NUMBERS = [(command, option.flag) for command, option in OPTIONS if option.kind in (int, float)]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -306,6 +340,22 @@ def test_a_wrong_number_names_its_option(
             continue
         error = capsys.readouterr().err
         assert code == 2 and flag in error.partition(" See ")[0], error
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [(command, option.flag) for command, option in OPTIONS if option.kind is float]
+)
+def test_a_number_may_be_a_percentage(command: str, flag: str):
+    """Densities, masses, thresholds and all others are read alike."""
+    kind, words = CONFIGS[command]
+
+    def outcome(value: str) -> object:
+        try:
+            return parse(kind, command, [*words.split(), flag, value])
+        except UsageError as error:
+            return str(error)
+
+    assert outcome("0.7%") == outcome("0.007")
 
 
 def test_an_error_can_be_traced():

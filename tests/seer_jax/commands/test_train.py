@@ -92,6 +92,9 @@ def test_all_options_are_in_the_help(capsys: pytest.CaptureFixture[str]):
         "--steps",
         "--data.held-out-rows",
         "--optimizer.warmup-steps",
+        "--prefill.q-pool-size",
+        "--decode.k-pool-size",
+        "--decode.heads",
     ):
         assert f"{option} " in out
 

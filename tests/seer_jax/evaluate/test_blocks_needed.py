@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from seer_jax.evaluate import Phase, Score, WindowScore, all_blocks_needed, blocks_needed, write_scores
+from seer_jax.evaluate import Phase, Score, WindowScore, all_blocks_needed, blocks_needed, loss_at, write_scores
 from seer_jax.evaluate.table import needed_text, print_scores
 
 ONE_PERCENT = math.log1p(0.01)
@@ -52,6 +52,17 @@ def test_the_share_is_where_the_loss_meets_the_target(losses: Any, expected: flo
     value, low, high = blocks_needed(ladder(list(losses))[::-1], dense(2))  # in any order
     assert value == pytest.approx(expected, abs=0.015)
     assert low == high == value or math.isnan(low)  # windows that agree leave nothing uncertain
+
+
+def test_the_loss_at_a_share_is_interpolated_as_blocks_needed_does():
+    kept = (0.1, 0.2, 0.4)
+    levels = ladder([[exponential(share)] * 2 for share in kept], kept)[::-1]
+    for share in kept:
+        assert loss_at(levels, dense(2), share).value == pytest.approx(math.expm1(exponential(share)))
+    needed, *_ = blocks_needed(levels, dense(2))
+    assert loss_at(levels, dense(2), needed) == pytest.approx((0.01, 0.01, 0.01))  # windows agree
+    assert math.isnan(loss_at(levels, dense(2), 0.09).value)
+    assert math.isnan(loss_at(levels, dense(2), 0.41).value)
 
 
 def test_the_interval_is_where_the_band_of_the_losses_meets_the_target():

@@ -20,7 +20,7 @@ from seer_jax.evaluate import (
     plan_measurements,
     recommended_levels,
 )
-from seer_jax.evaluate.notes import equal_counts, left_out, recommendations, repeated
+from seer_jax.evaluate.notes import Row, equal_counts, left_out, recommendations, repeated
 from seer_jax.models.config import RopeConfig
 from seer_jax.selection.policies import Dense
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
@@ -139,7 +139,28 @@ NOTES = [
             "decode: budget:32 and budget:40 choose equally many blocks at 96 tokens, 2 of 6 per row, so their scores are equal.",
         ],
     ),
+    (
+        ("topk:0.5", "budget:96"),
+        True,
+        ["decode: budget:96 keeps every block at 96 tokens, all 6, as dense attention does."],
+    ),
 ]
+# Levels that keep equally many blocks for the last tokens of a row, but not for the first ones.
+AT_THE_END = [
+    (Row(96), []),
+    (
+        Row(96, 80),
+        [
+            "decode: topk:0.5 and topk:0.6 choose equally many blocks at 96 tokens, 3 of 6 per row, so their scores are equal."
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), AT_THE_END)
+def test_only_tokens_whose_blocks_are_chosen_count(row: Row, expected: list[str]):
+    levels = [parse_level("topk:0.5"), parse_level("topk:0.6")]
+    assert equal_counts(tiny_model(), levels, [Phase.DECODE], rows={row}) == expected
 
 
 @pytest.mark.parametrize(("texts", "gates", "expected"), NOTES, ids=[" ".join(texts) for texts, _, _ in NOTES])
@@ -151,7 +172,7 @@ def test_readers_are_told_what_a_table_would_hide(texts: tuple[str, ...], gates:
             left_out(plan, levels, METHODS, phases)
         return
     notes = left_out(plan, levels, METHODS, phases) + repeated(levels)
-    assert notes + equal_counts(tiny_model(), levels, phases, length=96) == expected
+    assert notes + equal_counts(tiny_model(), levels, phases, rows=[Row(96)]) == expected
 
 
 def test_a_phase_that_lacks_the_gate_is_named():

@@ -1,8 +1,10 @@
 """Scores as estimates with standard errors, as tables and as JSON."""
 
+import dataclasses
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +28,10 @@ from seer_jax.evaluate import (
 )
 from seer_jax.evaluate.score import ESTIMATORS
 from seer_jax.evaluate.statistics.blocks_needed import ABOVE, BELOW, BlocksNeeded
-from seer_jax.evaluate.statistics.intervals import Estimate, interval_of_mean
+from seer_jax.evaluate.statistics.intervals import Estimate, Interval, interval_of_mean
 from seer_jax.evaluate.table import losses, narrow_leads, print_blocks_needed, print_scores
 from seer_jax.evaluate.tasks import table as tasks_table
+from seer_jax.evaluate.tasks.base import TaskPhase
 from seer_jax.evaluate.tasks.table import Figures, print_figures
 from seer_jax.selection.rules import CumulativeMass, Threshold
 from seer_jax.selection.scorers import SCORERS, SinkWindow
@@ -97,15 +100,16 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 def test_a_row_per_method_and_policy_and_a_column_per_figure():
+    over = "+20.0% (-93.0% to +1944.3%)"
     assert table_rows(SCORES) == [
-        ["phase", "method", "policy", "ppl", "over", "95%", "keys", "±", "worst", "read"],
-        ["prefill", "dense", "-", "5.00", "-", "-", "100%", "0%", "100%@0.1", "25.0%"],
-        ["prefill", "learned gate", "topk:0.1", "6.00", "+20.0%", "1018.6%", "50%", "29%", "0%@0.3", "25.0%"],
-        ["prefill", "sink+window", "topk:0.1", "6.00", "+20.0%", "1018.6%", "25%", "25%", "0%@0.2", "25.0%"],
-        ["decode", "dense", "-", "4.00", "-", "-", "-", "-", "-", "25.0%"],
-        ["decode", "learned gate", "topk:0.1", "4.50", "+12.5%", "0.0%", "100%", "-", "100%@0.1", "25.0%"],
-        ["decode", "random", "topk:0.1", "9.00", "+125.0%", "0.0%", "100%", "-", "100%@0.1", "25.0%"],
-        ["decode", "learned gate", "budget:64", "-", "-", "-", "100%", "-", "100%@0.1", "25.0%"],
+        ["phase", "method", "policy", "ppl", "over", "keys", "±", "worst", "read"],
+        ["prefill", "dense", "-", "5.00", "-", "100%", "0%", "100%@0.1", "25.0%"],
+        ["prefill", "learned gate", "topk:0.1", "6.00", over, "50%", "29%", "0%@0.3", "25.0%"],
+        ["prefill", "sink+window", "topk:0.1", "6.00", over, "25%", "25%", "0%@0.2", "25.0%"],
+        ["decode", "dense", "-", "4.00", "-", "-", "-", "-", "25.0%"],
+        ["decode", "learned gate", "topk:0.1", "4.50", "+12.5% (+12.5% to +12.5%)", "100%", "-", "100%@0.1", "25.0%"],
+        ["decode", "random", "topk:0.1", "9.00", "+125.0% (+125.0% to +125.0%)", "100%", "-", "100%@0.1", "25.0%"],
+        ["decode", "learned gate", "budget:64", "-", "-", "100%", "-", "100%@0.1", "25.0%"],
     ]
 
 
@@ -138,11 +142,11 @@ def calibration_report(console: Console) -> None:
 
 
 LONG = "a method whose name is long"
-ESTIMATE = Estimate(-0.625, 0.125)
+ESTIMATE, OVER = Estimate(-0.625, 0.125), Interval(-0.0062, -1.0, 19.4434)
 PRINTED = {
     "calibration": (
         calibration_report,
-        [" -4.88% -85.9 to +539.8%", "0.961"],
+        [" -4.88% (-85.9% to +539.8%)", "0.961"],
     ),
     "blocks needed": (
         lambda console: print_blocks_needed(
@@ -158,9 +162,13 @@ PRINTED = {
     "tasks": (
         lambda console: print_figures(
             console,
-            [Figures(LONG, LONG, f"{LONG},dense_last_rows=2", Phase.PREFILL, ESTIMATE, ESTIMATE, ESTIMATE)],
+            [
+                Figures(
+                    LONG, LONG, f"{LONG},dense_last_rows=2", TaskPhase.BOTH, ESTIMATE, OVER, ESTIMATE, True, ESTIMATE
+                )
+            ],
         ),
-        ["-62.5% 12.5%     -62.5% 12.5% -62.5%"],
+        ["-62.5% 12.5% -0.62% (-100.0% to +1944.3%) -62.5% + -62.5%"],
     ),
 }
 
@@ -184,7 +192,6 @@ def test_the_printed_table_explains_its_words():
     words = [
         "ppl",
         "over",
-        "95%",
         "keys",
         "±",
         "worst",
@@ -201,6 +208,9 @@ def test_the_printed_table_explains_its_words():
         assert f"{word}: {meaning}" in out.getvalue()
     assert legend(SCORES)["sink+window"] == SinkWindow.meaning
     assert "oracle" not in out.getvalue()
+    without = [dataclasses.replace(score, prompts=()) for score in SCORES[:3]]
+    print_scores(Console(file=(short := io.StringIO()), width=120), without)
+    assert "keys" in out.getvalue() and not re.search("keys|±|worst", short.getvalue())
 
 
 def test_json_holds_every_row_and_null_for_what_is_missing(tmp_path: Path):
@@ -227,7 +237,7 @@ def test_json_holds_every_row_and_null_for_what_is_missing(tmp_path: Path):
 
 def test_places_where_a_baseline_wins_are_listed():
     assert losses(SCORES) == [
-        "prefill topk:0.1: sink+window has perplexity 6.000, ours 6.000: +0.0% (+0.0% to +0.0%)",
+        "prefill topk:0.1: sink+window has perplexity 6.000, ours 6.000: +0.00% (+0.00% to +0.00%)",
         "decode topk:0.1: random finds 100% of the pass keys, ours 100%",
     ]
     assert losses(SCORES, baselines=()) == []

@@ -10,16 +10,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax.gates.configs import DecodeGateConfig, GateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.gates.configs import (
+    DecodeGateConfig,
+    GateConfig,
+    HeadJoin,
+    Join,
+    Pool,
+    PrefillGateConfig,
+    QueryReduction,
+)
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.make import Gate, make_gate
 from seer_jax.gates.prefill import PrefillGate
+from seer_jax.gates.projections import initial_projection, project
 from seer_jax.models.cache import Cache
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
+from seer_jax.models.rope import apply_rope
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Oracle
 from tests.products import rounded_products
+from tests.seer_jax.gates.definitions import Rows, decode_definition, prefill_definition
 
 B, T, BLOCK, HEADS, KV_HEADS, DIM, FACTOR, ATTENTION_FACTOR = 2, 70, 16, 4, 2, 8, 4.0, 1.25
 ROPE = RopeConfig(theta=100.0, kind=RopeKind.LINEAR, factor=FACTOR, attention_factor=ATTENTION_FACTOR)
@@ -39,65 +50,9 @@ STARTS = np.array([[0], [48]])  # position of each row's first token
 POSITIONS = STARTS + np.arange(T)
 LENGTHS = np.array([[T], [37]])
 VALID = np.arange(T) < LENGTHS
+ROWS = Rows.of(POSITIONS, VALID)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
-def pooled(x: np.ndarray, kinds: tuple[Pool, ...], valid: np.ndarray) -> np.ndarray:
-    """[B, n, heads, P] of x [B, T, heads, D]: the valid tokens of each block as one vector, 0 where it has none."""
-    out = np.zeros((len(x), -(-x.shape[1] // BLOCK), x.shape[2], len(kinds), x.shape[3]))
-    for row, block in np.ndindex(out.shape[:2]):
-        of_block = slice(block * BLOCK, (block + 1) * BLOCK)
-        tokens = x[row, of_block][valid[row, of_block]]
-        for i, kind in enumerate(kinds if len(tokens) else ()):
-            out[row, block, :, i] = {"max": tokens.max, "min": tokens.min, "avg": tokens.mean}[kind](0)
-    return out.reshape(*out.shape[:3], -1)
-
-
-def turned(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Linear RoPE of x [B, n, heads, C], as complex numbers of modulus `ATTENTION_FACTOR`."""
-    half = x.shape[-1] // 2
-    angles = positions[..., None] / FACTOR * ROPE.theta ** (-np.arange(half) / half)
-    turned = (x[..., :half] + 1j * x[..., half:]) * ATTENTION_FACTOR * np.exp(1j * angles)[:, :, None]
-    return np.concatenate([turned.real, turned.imag], -1)
-
-
-def prefill_definition(gate: PrefillGate, q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Queries, keys and logits of one layer (spec: pool, project by head, rotate at the block's first token, compare)."""
-    config, wk = gate.config, np.asarray(gate.linear_k[...], float)
-    queries, keys = pooled(q, config.q_pooling, VALID), pooled(k, config.k_pooling, VALID)
-    if len(config.q_pooling) == 1 and config.gate_dim == DIM and not config.force_double:
-        assert gate.linear_q is None
-        keys = keys.repeat(HEADS // KV_HEADS, axis=2)
-    else:
-        assert gate.linear_q is not None
-        queries = np.einsum("bnhp,hpc->bnhc", queries, np.asarray(gate.linear_q[...], float))
-    keys = np.einsum("bnkp,kpc->bnkc", keys, wk)
-    queries, keys = (turned(x, POSITIONS[:, ::BLOCK]) for x in (queries, keys))
-    every = keys.repeat(HEADS // keys.shape[2], axis=2)
-    return queries, keys, np.einsum("bihc,bjhc->bhij", queries, every) / np.sqrt(config.gate_dim)
-
-
-def decode_definition(gate: DecodeGate, q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, ...]:
-    """As `prefill_definition`, of every query token; -inf from the token's own block on."""
-    config, grouped = gate.config, q.reshape(B, T, KV_HEADS, -1, DIM)
-    reduced = grouped.mean(3)
-    if gate.linear_q is not None:
-        wq = np.asarray(gate.linear_q[...], float)
-        if config.query_reduction is QueryReduction.PROJ:
-            reduced = np.einsum("btkgd,kgdc->btkc", grouped, wq)
-        else:
-            reduced = np.einsum("btkd,kdc->btkc", reduced, wq)
-    keys = np.einsum("bnkp,kpc->bnkc", pooled(k, config.k_pooling, VALID), np.asarray(gate.linear_k[...], float))
-    sides = [(reduced, gate.q_norm, POSITIONS), (keys, gate.k_norm, POSITIONS[:, ::BLOCK])]
-    for i, (x, norm, positions) in enumerate(sides):
-        if config.use_qk_norm:
-            x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm[...], float)
-        sides[i] = turned(x, positions) if config.use_rope else x
-    queries, keys = sides
-    logits = np.einsum("btkc,bjkc->bktj", queries, keys) / np.sqrt(config.gate_dim)
-    completed = np.arange(T) // BLOCK
-    return queries, keys, np.where(np.arange(keys.shape[1]) < completed[:, None], logits, -np.inf)
 
 
 @jax.jit
@@ -106,9 +61,9 @@ def computed(gate: Gate, q: jax.Array, k: jax.Array) -> tuple[jax.Array, ...]:
     keys = gate.keys(k, positions, valid)
     if isinstance(gate, PrefillGate):
         queries = gate.queries(q, positions, valid)
-        return queries, keys, gate.logits(queries, keys)
+        return queries, keys, gate.logits(queries, keys, seen=gate.seen(jnp.arange(T)[None], valid))
     queries = gate.queries(q, positions)
-    completed = jnp.broadcast_to(jnp.arange(T) // BLOCK, (B, T))
+    completed = jnp.broadcast_to(jnp.arange(T) // gate.config.block_size, (B, T))
     return queries, keys, gate.logits(queries, keys, completed=completed)
 
 
@@ -148,7 +103,16 @@ def assert_close(got: Any, expected: np.ndarray, *, where: Any = True) -> None:
 
 FORMS: list[dict[str, Any]] = [dict(), dict(gate_dim=12), dict(force_double=True)]
 DEFAULT = PrefillGateConfig(BLOCK, DIM)
+AVG = dict(k_pooling=(Pool.AVG,))
+FINER_PREFILL = [
+    dataclasses.replace(DEFAULT, q_pool_size=4, k_pool_size=4),
+    dataclasses.replace(DEFAULT, k_pool_size=4, join=Join.MAX, gate_dim=12),
+    dataclasses.replace(DEFAULT, q_pool_size=8),
+    dataclasses.replace(DEFAULT, q_pool_size=2, k_pool_size=1, force_double=True, **AVG),
+    dataclasses.replace(DEFAULT, block_size=32, q_pool_size=8, k_pool_size=16),
+]
 PREFILL = [
+    *FINER_PREFILL,
     *(dataclasses.replace(DEFAULT, q_pooling=q, **form) for q in POOLINGS for form in FORMS),
     *(dataclasses.replace(DEFAULT, k_pooling=k, **form) for k in POOLINGS for form in FORMS),
 ]
@@ -160,20 +124,31 @@ def test_prefill_gate_is_its_definition(config: PrefillGateConfig):
     assert isinstance(gate, PrefillGate)
     q, k = random_qk()
     queries, keys, logits = computed(gate, jnp.asarray(q), jnp.asarray(k))
-    expected = prefill_definition(gate, q.astype(float), k.astype(float))
+    expected = prefill_definition(gate, q.astype(float), k.astype(float), ROWS)
     assert gate.num_key_heads == keys.shape[2]
-    assert_close(queries, expected[0])
-    assert_close(keys, expected[1])
+    assert_close(queries, expected.queries)
+    assert_close(keys, expected.keys)
     blocks = logits.shape[-1]
-    assert_close(logits, expected[2], where=np.tril(np.ones((blocks, blocks), bool)))
+    assert_close(logits, expected.logits, where=np.tril(np.ones((blocks, blocks), bool)))
 
 
+RELEASED = [kind for kind in QueryReduction if kind is not QueryReduction.HEADS]
 SWITCHES: list[dict[str, Any]] = [
     dict(use_qk_norm=norm, use_rope=rope) for norm in (False, True) for rope in (False, True)
 ]
+HEAD_QUERIES = DecodeGateConfig(BLOCK, DIM, QueryReduction.HEADS)
+FINER_DECODE = [
+    HEAD_QUERIES,
+    dataclasses.replace(HEAD_QUERIES, heads=HeadJoin.MAX, k_pool_size=4),
+    dataclasses.replace(HEAD_QUERIES, k_pool_size=4, join=Join.MAX, gate_dim=12),
+    dataclasses.replace(HEAD_QUERIES, k_pool_size=1, use_qk_norm=False, use_rope=False, **AVG),
+    DecodeGateConfig(BLOCK, DIM, k_pool_size=4),
+    DecodeGateConfig(32, DIM, QueryReduction.AVG, k_pool_size=8, join=Join.MAX),
+]
 DECODE = [
-    *(DecodeGateConfig(BLOCK, DIM, reduction, **switches) for reduction in QueryReduction for switches in SWITCHES),
-    *(DecodeGateConfig(BLOCK, 12, reduction) for reduction in QueryReduction if reduction is not QueryReduction.AVG),
+    *FINER_DECODE,
+    *(DecodeGateConfig(BLOCK, DIM, reduction, **switches) for reduction in RELEASED for switches in SWITCHES),
+    *(DecodeGateConfig(BLOCK, 12, reduction) for reduction in RELEASED if reduction is not QueryReduction.AVG),
     *(DecodeGateConfig(BLOCK, DIM, k_pooling=k) for k in POOLINGS),
 ]
 
@@ -185,7 +160,7 @@ def test_decode_gate_is_its_definition(config: DecodeGateConfig):
     q, k = random_qk()
     got = computed(gate, jnp.asarray(q), jnp.asarray(k))
     assert gate.num_key_heads == KV_HEADS
-    for ours, expected in zip(got, decode_definition(gate, q.astype(float), k.astype(float)), strict=True):
+    for ours, expected in zip(got, decode_definition(gate, q.astype(float), k.astype(float), ROWS), strict=True):
         assert_close(ours, expected)
 
 
@@ -219,7 +194,7 @@ def test_half_precision_inputs_are_computed_in_float32(config: GateConfig, dtype
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("config", [*PREFILL[-3:], *DECODE[::4]], ids=named)
+@pytest.mark.parametrize("config", [FINER_PREFILL[0], HEAD_QUERIES, *PREFILL[-3:], *DECODE[6::4]], ids=named)
 def test_products_are_exact_on_accelerators_too(config: GateConfig):
     """Each product asks for its precision by itself: a GPU would otherwise round its inputs to TF32."""
     q, k = (jnp.asarray(x) for x in random_qk())
@@ -229,7 +204,7 @@ def test_products_are_exact_on_accelerators_too(config: GateConfig):
 # --- Keys and logits piece by piece.
 
 
-@pytest.mark.parametrize("config", PREFILL[-3:], ids=named)
+@pytest.mark.parametrize("config", [FINER_PREFILL[0], *PREFILL[-3:]], ids=named)
 @pytest.mark.parametrize("cuts", [(0, 16, 32, 48, 64, T), (0, 48, T), (0, 64, T)], ids=str)
 def test_keys_appended_in_chunks_are_the_keys_of_the_whole(config: PrefillGateConfig, cuts: tuple[int, ...]):
     """Each piece starts at a block; the cache gives back what was appended, layer by layer."""
@@ -240,18 +215,17 @@ def test_keys_appended_in_chunks_are_the_keys_of_the_whole(config: PrefillGateCo
     caches = [Cache.create(MODEL, B, T, jnp.float32, prefill_gate=config) for _ in range(2)]
     for layer, first, last in ((layer, *cut) for layer in (1, 0) for cut in itertools.pairwise(cuts)):
         piece = keys_of(gate, k[:, first:last], positions[:, first:last], valid[:, first:last])
-        assert_close(piece, np.asarray(whole[:, first // BLOCK :][:, : piece.shape[1]], float))
+        first_key = first // config.key_pool
+        assert_close(piece, np.asarray(whole[:, first_key:][:, : piece.shape[1]], float))
         sent = piece + layer
         caches = [
-            caches[0].append_prefill_gate_keys(jnp.int32(layer), sent, first_block=first // BLOCK),
-            jax.jit(Cache.append_prefill_gate_keys)(
-                caches[1], jnp.int32(layer), sent, first_block=jnp.int32(first // BLOCK)
-            ),
+            caches[0].append_prefill_gate_keys(jnp.int32(layer), sent, first_key=first_key),
+            jax.jit(Cache.append_prefill_gate_keys)(caches[1], jnp.int32(layer), sent, first_key=jnp.int32(first_key)),
         ]
     for cache, layer in itertools.product(caches, range(2)):
         kept = cache.view(jnp.int32(layer)).prefill_gate_keys
         assert kept is not None and kept.shape[2] == gate.num_key_heads
-        assert_close(kept, np.asarray(whole, float) + layer)
+        assert_close(kept[:, : whole.shape[1]], np.asarray(whole, float) + layer)
 
 
 def test_a_cache_without_a_prefill_gate_keeps_no_keys_of_one():
@@ -260,15 +234,17 @@ def test_a_cache_without_a_prefill_gate_keeps_no_keys_of_one():
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("config", PREFILL[-3:], ids=named)
+@pytest.mark.parametrize("config", [*FINER_PREFILL[:3], *PREFILL[-3:]], ids=named)
 def test_logits_of_later_rows_are_rows_of_the_whole(config: PrefillGateConfig, traced: bool):
     gate = one_layer(config)
     assert isinstance(gate, PrefillGate)
-    queries, keys, whole = computed(gate, *(jnp.asarray(np.nan_to_num(x)) for x in random_qk()))
-    blocks = keys.shape[1]
+    q, k = (jnp.asarray(np.nan_to_num(x)) for x in random_qk())
+    queries, keys = queries_of(gate, q, jnp.asarray(POSITIONS)), keys_of(gate, k, jnp.asarray(POSITIONS))
+    whole, per_row = jax.jit(gate.logits)(queries, keys), config.queries_per_row
+    blocks = whole.shape[-1]
     for first, count in ((0, 2), (1, 3), (3, 2), (blocks - 1, 1)):
         offset = jnp.int32(first) if traced else first
-        rows = jax.jit(gate.logits)(queries[:, first : first + count], keys, row_offset=offset)
+        rows = jax.jit(gate.logits)(queries[:, first * per_row : (first + count) * per_row], keys, row_offset=offset)
         visible = np.arange(blocks) <= first + np.arange(count)[:, None]
         assert_close(rows, np.asarray(whole[:, :, first : first + count], float), where=visible)
 
@@ -327,6 +303,31 @@ def test_a_recommendation_stays_with_its_gate(config: GateConfig, policy: Policy
     gate.recommended = None
     assert gate.recommended is None
     assert_same_policy(copies[2].recommended, policy)
+
+
+# --- Where training starts.
+
+LLAMA3 = RopeConfig(theta=1e4, kind=RopeKind.LLAMA3, factor=8, original_max_position=64)
+
+
+@pytest.mark.parametrize("rope", [ROPE, LLAMA3], ids=lambda rope: rope.kind)
+@pytest.mark.parametrize(("head_dim", "gate_dim"), [(16, 16), (64, 16), (16, 64)])
+def test_training_starts_from_channels_that_turn_alike(head_dim: int, gate_dim: int, rope: RopeConfig):
+    """Projected, then rotated, is rotated, then projected; up to the noise in which the channels differ."""
+    kinds = (Pool.MAX, Pool.AVG)
+    weight = initial_projection(jax.random.key(0), (3, 2 * head_dim, gate_dim), kinds, head_dim)[:, head_dim:]
+    kept = np.asarray(weight.round())
+    assert (kept.sum(1) <= 1).all() and (kept.sum((1, 2)) == min(head_dim, gate_dim)).all()
+    np.testing.assert_allclose(weight, kept, atol=0.02)
+    x = jax.random.normal(jax.random.key(1), (1, 5, 3, head_dim))
+    positions = jnp.asarray([[0, 1, 17, 300, 5000]])
+    after = apply_rope(project(x, jnp.asarray(kept)), positions, rope)
+    assert_close(after, np.einsum("bnhd,hdc->bnhc", apply_rope(x, positions, rope), kept))
+
+
+def test_training_starts_at_random_where_no_channels_turn_alike():
+    weight = initial_projection(jax.random.key(0), (3, 16, 12), (Pool.AVG,), 16)
+    np.testing.assert_allclose(np.square(weight).mean(), 1 / 16, rtol=0.1)
 
 
 # --- What a gate can't be.

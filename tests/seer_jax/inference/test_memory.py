@@ -1,5 +1,6 @@
 """The memory plan against what is there: sizes of arrays, limits of a device, and one compilation for plan and run."""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -77,6 +78,17 @@ def test_a_plan_adds_up_the_arrays(changes: dict[str, Any], capacity: int, with_
     assert made.scratch is None and made.available == 2**40
     assert made.total == made.weights + made.gates + made.cache + made.gate_cache
     assert plan(nnx.eval_shape(tiny_model), compiled=False, available=2**40, **changes) == made
+
+
+@pytest.mark.parametrize(("size", "share"), [(None, 1 / 256), (16, 1 / 64), (8, 1 / 32)])
+def test_keys_of_smaller_pools_take_their_share_of_the_cache(size: int | None, share: float):
+    """m_k C channels of a block and head beside 2 b D of keys and values, and one pool of each head beside that."""
+    config = dataclasses.replace(LLAMA, head_dim=128)
+    gate = DecodeGateConfig(gate_dim=64, k_pool_size=size)
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)).add_gate(gate, rngs=nnx.Rngs(1)))
+    made = plan_memory(model, 1, 1000, max_new_tokens=8, cache_capacity=2048, decode=TopK(0.1), compiled=False)
+    pools = config.num_layers * config.num_kv_heads * 3 * 128 * 4
+    assert made.gate_cache == made.cache * share + pools
 
 
 def test_a_whole_size_is_planned_without_memory():

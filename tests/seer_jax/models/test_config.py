@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
+from seer_jax.gates.configs import (
+    DecodeGateConfig,
+    HeadJoin,
+    Join,
+    Pool,
+    PrefillGateConfig,
+    QueryReduction,
+)
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
 from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.rope import apply_rope, inverse_frequencies
@@ -336,6 +343,27 @@ REFUSED_GATES = {
         lambda: DecodeGateConfig(start_layer=-1),
         "start_layer, the number of dense first layers, must be at least 0; got -1",
     ),
+    "pool of no token": (
+        lambda: PrefillGateConfig(q_pool_size=0),
+        "PrefillGateConfig.q_pool_size must be a power of two from 1 to the block size, 64 tokens; got 0",
+    ),
+    "odd pool": (lambda: DecodeGateConfig(k_pool_size=24), "k_pool_size must be a power of two .*; got 24"),
+    "pool above a block": (
+        lambda: PrefillGateConfig(block_size=32, k_pool_size=64),
+        "k_pool_size must be .* to the block size, 32 tokens; got 64",
+    ),
+    "single tokens pooled three times": (
+        lambda: DecodeGateConfig(k_pool_size=1),
+        "k_pool_size=1 .* so k_pooling must name one kind; got max, min, avg. Set k_pooling to avg",
+    ),
+    "join of one key": (
+        lambda: PrefillGateConfig(q_pool_size=16, join=Join.MAX),
+        "join=max .* so k_pool_size must be below the block size, 64; got 64. Set k_pool_size, or",
+    ),
+    "join of a reduced group": (
+        lambda: DecodeGateConfig(heads=HeadJoin.MAX),
+        "heads=max .* needs query_reduction=Qheads; got Qproj. Set it",
+    ),
 }
 
 
@@ -358,6 +386,12 @@ def test_gates_that_make_no_sense_are_refused(name: str):
 )
 def test_which_gates_have_one_projection(config: PrefillGateConfig, one: bool):
     assert config.one_linear(head_dim=64) is one
+
+
+def test_pools_of_blocks_are_those_of_the_release():
+    """However they are written."""
+    assert PrefillGateConfig(q_pool_size=64, k_pool_size=64) == PrefillGateConfig()
+    assert DecodeGateConfig(block_size=32, k_pool_size=32) == DecodeGateConfig(block_size=32)
 
 
 WRONG_TYPES = [

@@ -1,0 +1,1 @@
+"""Scores of key blocks that are joined from several vectors per block."""

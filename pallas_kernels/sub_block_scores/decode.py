@@ -1,0 +1,231 @@
+"""The kernel of `score_sub_blocks` for one query vector per sequence, and what prepares its arrays: see README.md beside this."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
+
+from pallas_kernels.backends import Unsupported
+from pallas_kernels.mosaic.edge_tiles import store_inside
+from pallas_kernels.mosaic.flash_tiles import LOG2_E, MATRIX, ROW_VECTOR, accumulator, columns, tile
+from pallas_kernels.online_softmax import finite, log_sum_exp
+from pallas_kernels.precision import rounded
+
+BLOCKS = 64  # key blocks of a CTA, the rows of a matrix product
+ALIGNMENT = 8  # TMA moves blocks in groups of 8
+HEADS = 8  # query heads come in groups of this size, the smallest width of a matrix product
+RING = 64 * 1024  # bytes of keys in flight per CTA, three of which share a multiprocessor
+MAX_PRODUCTS = 128  # products per block, of all heads and key vectors, that registers hold
+_f32, _i32 = jnp.float32, jnp.int32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Parameters that the kernel is compiled for.
+
+    Attributes:
+      batch, kv_heads, group, dim: B, K, G, C.
+      blocks, per_block: Sb, and key vectors of a block.
+      largest: whether the largest products of blocks are returned besides their sums.
+      interpreted: whether JAX's interpreter runs the kernel.
+    """
+
+    batch: int
+    kv_heads: int
+    group: int
+    dim: int
+    blocks: int
+    per_block: int
+    largest: bool
+    interpreted: bool
+
+    @property
+    def width(self) -> int:
+        """Columns of a product: the heads of a group and padding."""
+        return -(-self.group // HEADS) * HEADS
+
+    @property
+    def block_tiles(self) -> int:
+        return -(-self.blocks // BLOCKS)
+
+    @property
+    def stages(self) -> int:
+        """Tiles of keys in flight."""
+        return min(self.per_block, RING // (2 * BLOCKS * self.dim))
+
+    @property
+    def padded_blocks(self) -> int:
+        """Blocks of the results; whole tiles in the interpreter, which does not run the stores that stop at the edge."""
+        return self.block_tiles * BLOCKS if self.interpreted else self.blocks
+
+
+def score_for_one_query(
+    static: tuple[int, str, str, float],
+    interpret: Any,
+    queries: Float32[Array, "B 1 H C"],
+    keys: Float[Array, "P Sw K C"],
+    seen: Int32[Array, "#B 1 2"],
+    first_row: Int32[Array, ""] | None,
+) -> Float32[Array, "B lists 1 Sb"]:
+    """As `score_sub_blocks`; static: `keys_per_block`, `join`, `heads` and `scale`.
+
+    Raises:
+      Unsupported: the kernel does not take these arguments.
+    """
+    per_block, (_, num_keys, kv_heads, dim) = static[0], keys.shape
+    call = _Call(
+        batch=len(queries),
+        kv_heads=kv_heads,
+        group=queries.shape[2] // kv_heads,
+        dim=dim,
+        blocks=num_keys // per_block,
+        per_block=per_block,
+        largest=static[1] == "max",
+        interpreted=interpret is not None,
+    )
+    if keys.dtype != jnp.bfloat16:
+        raise Unsupported(f"takes bfloat16 keys for one query vector; got {keys.dtype}.")
+    if num_keys % (ALIGNMENT * per_block):
+        whole = f"a multiple of {ALIGNMENT} blocks of {per_block} key vectors"
+        raise Unsupported(f"takes {whole} for one query vector; got {num_keys} vectors.")
+    if call.width * per_block > MAX_PRODUCTS:
+        raise Unsupported(f"takes at most {MAX_PRODUCTS} products per block; got {call.width} x {per_block}.")
+    first_row = jnp.int32(0) if first_row is None else first_row
+    return _score(call, static[1:], interpret, queries, keys, seen, first_row)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _score(
+    call: _Call,
+    static: tuple[str, str, float],
+    interpret: Any,
+    queries: Float32[Array, "B 1 H C"],
+    keys: BFloat16[Array, "P Sw K C"],
+    seen: Int32[Array, "#B 1 2"],
+    first_row: Int32[Array, ""],
+) -> Float32[Array, "B lists 1 Sb"]:
+    join, heads, scale = static
+    with jax.named_scope("split"):
+        grouped = (scale * LOG2_E * queries).reshape(call.batch, call.kv_heads, call.group, call.dim)
+        grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, call.width - call.group), (0, 0)))
+        high = rounded(grouped, jnp.bfloat16)
+        parts = jnp.stack([high, grouped - high]).astype(jnp.bfloat16)
+    # By head, as caches keep them: then this transposition cancels that of the caller.
+    keys = keys.swapaxes(1, 2).reshape(len(keys), call.kv_heads, call.blocks, call.per_block, call.dim)
+    bounds = jnp.broadcast_to(jnp.clip(seen[:, 0], 0, call.blocks * call.per_block), (call.batch, 2))
+    bounds = jnp.concatenate([bounds, (first_row + jnp.arange(call.batch))[:, None]], axis=1)
+    results = _kernel_of(call, interpret)(parts, keys, bounds)
+    sums, *largest = (x[:, :, : call.blocks, : call.group] / LOG2_E for x in results)
+    with jax.named_scope("normalise"):
+        lse = finite(log_sum_exp(sums, axis=2))[:, :, None]
+        shares = (largest[0] if join == "max" else sums) - lse  # [B, K, Sb, G]
+        if heads == "each":
+            shares = shares.transpose(0, 1, 3, 2).reshape(call.batch, -1, call.blocks)
+        elif heads == "max":
+            shares = shares.max(3)
+        else:
+            shares = log_sum_exp(shares - math.log(call.group), axis=3)
+    return shares[:, :, None]
+
+
+def _kernel_of(call: _Call, interpret: Any) -> Callable:
+    """The kernel from queries [2, B, K, width, C], keys [P, K, Sb, vectors, C] and bounds [B, 3], the first key vector that is seen, the
+    one after the last, and the row of the keys, to log2 of the sums of the blocks, and their largest products if asked for, [B, K, Sb, width]."""
+    result = jax.ShapeDtypeStruct((call.batch, call.kv_heads, call.padded_blocks, call.width), _f32)
+    return plgpu.kernel(
+        functools.partial(_kernel, call),
+        out_type=[result] * (1 + call.largest),
+        grid=(call.batch * call.block_tiles * call.kv_heads,),
+        grid_names=("cta",),
+        scratch_types=[
+            tile(2, call.width, call.dim, jnp.bfloat16),
+            tile(call.stages, BLOCKS, call.dim, jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=call.stages),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )
+
+
+def _kernel(call: _Call, queries_ref, keys_ref, bounds_ref, *refs) -> None:
+    *results, query_tile, key_tiles, queries_ready, keys_ready = refs
+    cta = lax.axis_index("cta")
+    rest, block = lax.div(cta, _i32(call.block_tiles)), lax.rem(cta, _i32(call.block_tiles)) * BLOCKS
+    sequence, head = lax.div(rest, _i32(call.kv_heads)), lax.rem(rest, _i32(call.kv_heads))
+    first, end, row = (bounds_ref[sequence, i] for i in range(3))
+
+    def load(vector: int) -> None:
+        source = keys_ref.at[row, head, pl.ds(block, BLOCKS), vector]
+        stage = vector % call.stages
+        plgpu.copy_gmem_to_smem(source, key_tiles.at[stage], keys_ready.at[stage])
+
+    def store(values: list[Array]) -> None:
+        for x, ref in zip(values, results, strict=True):
+            _store(call, x, block, ref.at[sequence, head])
+
+    def score() -> None:
+        for part in range(2):
+            plgpu.copy_gmem_to_smem(queries_ref.at[part, sequence, head], query_tile.at[part], queries_ready)
+        for vector in range(call.stages):
+            load(vector)
+        plgpu.barrier_wait(queries_ready)
+        products = []
+        for vector in range(call.per_block):
+            stage = vector % call.stages
+            plgpu.barrier_wait(keys_ready.at[stage])
+            x = _products(query_tile, key_tiles.at[stage])
+            if vector + call.stages < call.per_block:
+                load(vector + call.stages)
+            products.append(jnp.where(_seen(call, block, vector, first, end, x), x, -jnp.inf))
+        largest = functools.reduce(jnp.maximum, products)
+        base = jnp.where(largest > -jnp.inf, largest, 0)
+        total = functools.reduce(jnp.add, [jnp.exp2(x - base) for x in products])
+        sums = jnp.where(largest > -jnp.inf, base + jnp.log2(jnp.where(largest > -jnp.inf, total, 1)), -jnp.inf)
+        store([sums, largest][: len(results)])
+
+    def nothing() -> None:
+        empty = plgpu.layout_cast(jnp.full((BLOCKS, call.width), -jnp.inf, _f32), MATRIX)
+        store([empty] * len(results))
+
+    is_seen = (first < end) & (block * call.per_block < end) & ((block + BLOCKS) * call.per_block > first)
+    lax.cond(is_seen, score, nothing)
+
+
+def _products(query_tile: Any, key_tile: Any) -> Float32[Array, "64 width"]:
+    def multiply(result: Any) -> Array:
+        for part in (1, 0):  # small terms first, so that they are not rounded away
+            plgpu.wgmma(result, key_tile, query_tile.at[part].transpose((1, 0)))
+        return result[...]
+
+    return pl.run_scoped(multiply, accumulator((BLOCKS, query_tile.shape[1]), _f32))
+
+
+def _seen(call: _Call, block: Array, vector: int, first: Array, end: Array, like: Array) -> Bool[Array, "64 width"]:
+    """Which blocks' key vector of that number is seen."""
+    row = plgpu.broadcasted_iota(_i32, (BLOCKS,), 0, layout=ROW_VECTOR)
+    key = (block + row) * call.per_block + vector
+    return columns((key >= first) & (key < end), like)
+
+
+def _store(call: _Call, x: Float32[Array, "64 width"], block: Array, ref: Any) -> None:
+    """Stores the part of a tile that lies within [Sb, width]."""
+
+    def store_whole() -> None:
+        ref[pl.ds(block, BLOCKS)] = x
+
+    def store_to_edge() -> None:
+        store_inside(x, ref, block, _i32(0), layout=MATRIX, interpreted=False)
+
+    if call.padded_blocks % BLOCKS == 0:
+        store_whole()
+    else:
+        lax.cond(block + BLOCKS <= call.padded_blocks, store_whole, store_to_edge)
