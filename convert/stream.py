@@ -113,32 +113,32 @@ def _fill(
 
     All devices of this process are written to at once, in places of their own that are alike, so that one program serves them all.
     """
-    stacked = len(spec.shape) - len(source.tensors[keys[0]].shape)
+    info = source.tensors[keys[0]]
+    stacked = len(spec.shape) - len(info.shape)
     names = np.array(keys, dtype=object).reshape(spec.shape[:stacked])
     parts = _parts(spec, sharding)
-    devices = None if sharding is None else list(sharding.addressable_devices_indices_map(spec.shape))
     size = [p.stop - p.start for p in parts[0]]
-    local = None if devices is None else NamedSharding(Mesh(np.array(devices), (_DEVICES,)), PartitionSpec(_DEVICES))
-    buffer = jnp.zeros([size[0] * len(parts), *size[1:]], spec.dtype, device=local)
+    devices = [] if sharding is None else list(sharding.addressable_devices_indices_map(spec.shape))
+    local = Mesh(np.array(devices), (_DEVICES,)) if devices else None
+    by_device = None if local is None else NamedSharding(local, PartitionSpec(_DEVICES))
+    buffer = jnp.zeros([size[0] * len(parts), *size[1:]], spec.dtype, device=by_device)
     for indices in np.ndindex(*size[:stacked]):
-        for start, stop in _chunks(source.tensors[keys[0]], size[stacked], _distinct_rows(parts, stacked)):
-            pieces = _read(source, names, parts, indices, slice(start, stop))
-            rows = pieces[0] if local is None else _joined(pieces, local)
-            place = np.array((*indices, start, *[0] * (len(size) - stacked - 1)), np.int32)
+        for start, stop in _chunks(info, size[stacked], _distinct_rows(parts, stacked)):
+            read = _read(source, names, parts, indices, slice(start, stop))
+            pieces = [piece.reshape((1,) * stacked + piece.shape) for _, piece in read]
+            rows = pieces[0] if by_device is None else _joined(pieces, devices, by_device)
+            place = np.array((*indices, start, *[0] * (len(info.shape) - 1)), np.int32)
             buffer, finite = _write(buffer, rows, place, local)
             if not np.asarray(finite).all():  # also waits for the copy, so that pieces don't accumulate on the host
-                # Also the keys of other devices' parts, where tensors of several layers are written at once.
-                found = sorted(
-                    {names[tuple(p.start + i for p, i in zip(part, indices, strict=False))] for part in parts}
-                )
+                broken = read[int(np.argmin(finite))][0]
                 raise ValueError(
-                    f"{source.place}: weights must be finite in {spec.dtype}; {' or '.join(map(repr, found))} holds NaN or infinity. The "
-                    "checkpoint is damaged, or its values do not fit this dtype."
+                    f"{source.place}: weights must be finite in {spec.dtype}; {broken!r} holds NaN or infinity. The checkpoint is "
+                    "damaged, or its values do not fit this dtype."
                 )
-    if local is None:
+    if sharding is None:
         return buffer
-    by_device = {shard.device: shard.data for shard in buffer.addressable_shards}
-    return jax.make_array_from_single_device_arrays(spec.shape, sharding, [by_device[d] for d in devices or ()])
+    held = {shard.device: shard.data for shard in buffer.addressable_shards}
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, [held[device] for device in devices])
 
 
 _Part = tuple[slice, ...]  # of a parameter, with start and stop along each axis
@@ -161,8 +161,8 @@ def _distinct_rows(parts: Sequence[_Part], stacked: int) -> int:
 
 def _read(
     source: TensorSource, names: np.ndarray, parts: Sequence[_Part], indices: tuple[int, ...], rows: slice
-) -> list[np.ndarray]:
-    """The same rows of each device's part; those that several devices hold are read once.
+) -> list[tuple[str, np.ndarray]]:
+    """(name of the tensor, values) of the same rows of each device's part; those that several devices hold are read once.
 
     Args:
       indices: along the leading axes of the part.
@@ -172,19 +172,18 @@ def _read(
     pieces = []
     for part in parts:
         *leading, first = (p.start + i for p, i in zip(part, (*indices, rows.start), strict=False))
-        key = names[tuple(leading)]
+        key = str(names[tuple(leading)])
         if (key, first) not in read:
             read[key, first] = source.read(key, first, first + rows.stop - rows.start)
-        piece = read[key, first][(slice(None), *part[names.ndim + 1 :])]
-        pieces.append(piece.reshape((1,) * names.ndim + piece.shape))
+        pieces.append((key, read[key, first][(slice(None), *part[names.ndim + 1 :])]))
     return pieces
 
 
-def _joined(pieces: Sequence[np.ndarray], local: NamedSharding) -> jax.Array:
+def _joined(pieces: Sequence[np.ndarray], devices: Sequence[Any], sharding: NamedSharding) -> jax.Array:
     """One array whose parts are the pieces, each on its device."""
-    placed = [jax.device_put(piece, device) for piece, device in zip(pieces, local.mesh.devices.flat, strict=True)]
+    placed = [jax.device_put(piece, device) for piece, device in zip(pieces, devices, strict=True)]
     first, *others = pieces[0].shape
-    return jax.make_array_from_single_device_arrays((first * len(pieces), *others), local, placed)
+    return jax.make_array_from_single_device_arrays((first * len(pieces), *others), sharding, placed)
 
 
 def _chunks(info: TensorInfo, rows: int, pieces: int) -> Iterator[tuple[int, int]]:
@@ -196,9 +195,7 @@ def _chunks(info: TensorInfo, rows: int, pieces: int) -> Iterator[tuple[int, int
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write(
-    buffer: jax.Array, rows: jax.Array, place: jax.Array, local: NamedSharding | None
-) -> tuple[jax.Array, jax.Array]:
+def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array, local: Mesh | None) -> tuple[jax.Array, jax.Array]:
     """Writes rows into the buffer in place, on each device into its part; returns it and whether they are finite."""
 
     def write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -210,4 +207,4 @@ def _write(
         return write(buffer, rows, place)
     split = PartitionSpec(_DEVICES)
     specs = (split, split, PartitionSpec())
-    return jax.shard_map(write, mesh=local.mesh, in_specs=specs, out_specs=(split, split))(buffer, rows, place)
+    return jax.shard_map(write, mesh=local, in_specs=specs, out_specs=(split, split))(buffer, rows, place)

@@ -106,8 +106,8 @@ class Layout:
                 return sum((axes(n, size) for n in name), ())
             if name == HEADS:
                 name = TENSOR if size == self.num_heads else KV
-            known: dict[str | None, tuple[str, ...]] = {None: (), ROWS: rows, KV: (TENSOR,), TENSOR: self.tensor}
-            return known.get(name, (name,))
+            known: dict[str, tuple[str, ...]] = {ROWS: rows, KV: (TENSOR,), TENSOR: self.tensor}
+            return () if name is None else known.get(name, (name,))
 
         return P(*(axes(name, size) or None for name, size in zip(spec, shape, strict=False)))
 

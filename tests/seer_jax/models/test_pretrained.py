@@ -179,7 +179,11 @@ def test_a_mesh_of_one_device_takes_the_model(saved: Path):
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("data=2,tensor=2", (2, 32, 32)), ("fsdp=4", (2, 16, 32)), ("fsdp=2,tensor=2", (2, 16, 32))],
+    [
+        ("fsdp=2,tensor=2", (2, 16, 32)),
+        pytest.param("data=2,tensor=2", (2, 32, 32), marks=pytest.mark.slow),
+        pytest.param("fsdp=4", (2, 16, 32), marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_is_read_into_the_parts_of_a_mesh(
     saved: Path, text: str, part: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -195,7 +199,7 @@ def test_a_model_is_read_into_the_parts_of_a_mesh(
     monkeypatch.setattr("seer_jax.convert.stream.CHUNK_BYTES", 1500)
     places = saved / "base", [saved / "prefill", saved / "decode"]
     model = from_pretrained(*places, dtype=jnp.float32, mesh=make_mesh(text))
-    assert all(found == list(range(len(found))) for found in rows.values()), "a row is read twice, or out of order"
+    assert all(sorted(found) == list(range(len(found))) for found in rows.values()), "a row is read twice, or not"
     expected = place(tiny_model(), make_mesh(text))
     assert jax.tree.structure(model) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from seer_jax import Given, Sample, Threshold, TokenBudget, generate, parse_policy, stream
+from seer_jax import Given, Sample, Threshold, TokenBudget, TopK, generate, parse_policy, stream
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, QueryReduction
 from seer_jax.models.attention import prefill_attention
 from seer_jax.models.decoder import LayerContext, Segment, Transformer
 from seer_jax.selection.policies import Policy
@@ -173,7 +175,7 @@ def test_devices_exchange_two_sums_in_each_layer_and_no_queries_keys_or_values(t
         assert found.keys() == {"all-gather"} and len(found["all-gather"]) == 2 * 7 + 2, found
         assert all(shape.count(",") == 1 for shape in found["all-gather"]), found
         return
-    rows = BATCH // on(text).layout.size("data")
+    rows = BATCH // make_mesh(text).shape["data"]
     # In either pass two in a layer, and besides these the embedding and the shares of kept blocks.
     sums = [f"f32[{rows},{tokens},32]" for tokens in (WIDTH, 1)] * 3 + [f"f32[2,{rows}]"] * 2
     # Logits; where devices share a key/value head, the new token's queries of its group.
@@ -206,7 +208,9 @@ def test_generation_is_that_of_one_device(text: str):
 def test_streams_and_batches_that_devices_do_not_divide():
     """Three rows for two devices along data: each computes all of them."""
     rows = slice(0, 3)
-    request = REQUEST | dict(key=jax.vmap(functools.partial(jax.random.fold_in, REQUEST["key"]))(jnp.arange(3)))
+    request: dict[str, Any] = REQUEST | dict(
+        key=jax.vmap(functools.partial(jax.random.fold_in, REQUEST["key"]))(jnp.arange(3))
+    )
     parts = list(stream(on("data=2,tensor=2"), TOKENS[rows], LENGTHS[rows], chunk=5, **request))
     rows_made = [[token for part in parts for token in part[i]] for i in range(3)]
     assert rows_made == generated_alone().rows()[rows] and len(parts) == 3
@@ -218,12 +222,28 @@ def test_a_model_without_a_mesh_has_a_program_without_one():
     assert "shard_map" in str(jax.make_jaxpr(prefill_and_decode)(on("fsdp=4")))
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_exchanges_nothing():
     model = place(alone(), make_mesh("tensor=1"))
     program = jax.jit(prefill_and_decode).lower(model).compile()
     assert not collectives(program)
     for ours, theirs in zip(jax.tree.leaves(program(model)), jax.tree.leaves(decoded_alone()), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", [QueryReduction.AVG_PROJ, QueryReduction.HEADS])
+def test_other_gates_see_whole_groups_of_heads(reduction: QueryReduction):
+    """Gates with several queries and keys per block, and two projections, on devices that share key/value heads."""
+    model = tiny_model(LLAMA, gates=False)
+    model.add_gate(PrefillGateConfig(16, 16, force_double=True, q_pool_size=8, k_pool_size=4), rngs=nnx.Rngs(1))
+    model.add_gate(DecodeGateConfig(16, 16, query_reduction=reduction, k_pool_size=8), rngs=nnx.Rngs(2))
+    request: dict[str, Any] = dict(max_new_tokens=9, prefill=TopK(0.5), decode=TokenBudget(48), eos=())
+    with pytest.warns(RuntimeWarning, match="share 2 key/value heads"):
+        spread = place(model, make_mesh("tensor=4"))
+    got, expected = (generate(m, TOKENS, LENGTHS, **request) for m in (spread, model))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
@@ -238,17 +258,18 @@ def gradients(model: Transformer) -> list[np.ndarray]:
     weights, structure = jax.tree.flatten(model)
 
     def loss(weights: list[jax.Array]) -> jax.Array:
-        return jnp.square(jax.nn.logsumexp(jax.tree.unflatten(structure, weights)(TOKENS), axis=-1)).mean()
+        return jnp.square(jax.nn.logsumexp(jax.tree.unflatten(structure, weights)(jnp.asarray(TOKENS)), axis=-1)).mean()
 
     return list(map(np.asarray, jax.jit(jax.grad(loss))(weights)))
 
 
 @pytest.mark.slow
 def test_a_mesh_that_the_caller_has_set_does_not_matter():
-    expected = alone()(TOKENS)
+    tokens = jnp.asarray(TOKENS)
+    expected = alone()(tokens)
     for mesh in (make_mesh("tensor=4"), jax.make_mesh((4,), ("x",), devices=jax.devices("cpu")[:4])):
         with jax.set_mesh(mesh):
-            np.testing.assert_allclose(on("tensor=4")(TOKENS), expected, atol=1e-5, rtol=0)
+            np.testing.assert_allclose(on("tensor=4")(tokens), expected, atol=1e-5, rtol=0)
 
 
 def test_other_passes_are_refused():
