@@ -56,7 +56,7 @@ def score_sub_blocks(
       scale: factor on the products; 1 / sqrt(C) if None.
       first_row: where the B rows of keys begin among P rows, such as those of all layers of a cache, so that a layer's are read in
         place. None: keys has B rows.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; C 64 or 128; 1, 2, 4 or 8 keys per block; for one query vector
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; C 64 or 128; 1, 2, 4, 8 or 16 keys per block; for one query vector
         bfloat16 keys of a multiple of 8 blocks, otherwise as many query vectors per row as fit), or None for the fastest that takes
         these arguments on their device, "xla" for few products.
 

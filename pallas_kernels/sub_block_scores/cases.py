@@ -108,6 +108,7 @@ TINY = (
     Case("two-by-eight", 2, 2, 64, 20, 80, 2, 8),
     Case("one-by-four-max", 2, 1, 64, 17, 66, 1, 4, join="max"),
     Case("eight-by-two", 2, 1, 128, 130, 34, 8, 2, join="max"),
+    Case("sixteen-by-sixteen", 1, 1, 64, 50, 200, 16, 16),
     Case("later-rows", 2, 2, 64, 24, 72, 4, 4, offset=12),
     Case("packed", 1, 1, 64, 80, 80, 4, 4, segments=(3, 9, 8), lengths=(80, 42), batch=2),
     Case("large-products", 2, 1, 64, 32, 32, 4, 4, factor=60.0),

@@ -14,13 +14,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float32
 
 from pallas_kernels.mosaic.edge_tiles import store_inside
-from pallas_kernels.mosaic.flash_tiles import LOG2_E, MATRIX, ROW_VECTOR, columns, product, tile
+from pallas_kernels.mosaic.flash_tiles import MATRIX, ROW_VECTOR, columns, product, tile
 
 ROWS = 64  # rows of a tile, those of a warpgroup's matrix product
+COLUMNS = 8  # fewest blocks of a tile, since registers can be sliced at multiples of 8 columns
 STAGES = 2  # tiles of keys in flight per warpgroup
 SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that a CTA can use
 CACHE = 24 * 2**20  # bytes of keys that stay in L2 beside what else passes through it
 TINY = 2.0**-126  # smallest share of a block that is seen
+LN2 = math.log(2)
 _f32, _i32 = jnp.float32, jnp.int32
 
 
@@ -37,15 +39,16 @@ class Tuning:
     keys: int = 64
 
     @classmethod
-    def of(cls, vectors: int, dim: int) -> "Tuning | None":
+    def of(cls, vectors: int, dim: int, per_block: int) -> "Tuning | None":
         """The largest number of warpgroups that fits; None if none does. `vectors` are those of a row, for all heads that join."""
-        fitting = (cls(n) for n in (4, 2, 1))
+        keys = max(64, COLUMNS * per_block)
+        fitting = (cls(n, keys) for n in (4, 2, 1))
         return next((x for x in fitting if x.bytes(vectors, dim) <= SHARED_MEMORY), None)
 
     @classmethod
-    def most_vectors(cls, dim: int) -> int:
+    def most_vectors(cls, dim: int, per_block: int) -> int:
         """Query vectors per row that fit."""
-        return max(n for n in range(1, 64) if cls.of(n, dim) is not None)
+        return max(n for n in range(1, 64) if cls.of(n, dim, per_block) is not None)
 
     def bytes(self, vectors: int, dim: int) -> int:
         """Shared memory of a CTA, with room for barriers."""
@@ -171,8 +174,8 @@ def _kernel(call: Call, queries_ref, keys_ref, factor_ref, bounds_ref, seen_ref,
             plgpu.copy_gmem_to_smem(source, query_tile.at[vector], queries_ready)
 
     own = sequence if bounds_ref.shape[0] > 1 else _i32(0)
-    bounds = [bounds_ref[own, row_tile, i] for i in range(4)]
-    view = _View(call, row_tile, *bounds, seen_ref.at[own])
+    begin, end, full_begin, full_end = (bounds_ref[own, row_tile, i] for i in range(4))
+    view = _View(call, row_tile, begin, end, full_begin, full_end, seen_ref.at[own])
     kv_head = lax.div(index, _i32(call.lists // call.kv_heads))
     ring = _Ring(call, view, warpgroup, keys_ref.at[sequence, kv_head], key_tiles, keys_ready)
     ring.start()
@@ -367,7 +370,7 @@ def _write(multiply: _Products, sums: Any, target: Any, t: Array, keys: Any, mas
     best = _reduced(of_row, call.per_row, jnp.maximum)
     if not call.in_exponents:
         best = jnp.log2(best if masked else jnp.maximum(best, TINY))
-    _store(call, best / LOG2_E, multiply.view.row_tile, t, target)
+    _store(call, best * LN2, multiply.view.row_tile, t, target)
 
 
 def _reduced(of: Callable[[Array], Array], count: int, combine: Callable[[Array, Array], Array]) -> Array:

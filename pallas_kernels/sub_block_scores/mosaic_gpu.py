@@ -45,12 +45,12 @@ def score_sub_blocks(
     if vectors * num_heads // kv_heads <= FEW:
         got = f"{vectors} of {num_heads // kv_heads} heads"
         raise Unsupported(f"takes more than {FEW} query vectors per key head, or one for all heads; got {got}.")
-    if keys_per_block not in (1, 2, 4, 8):
-        raise Unsupported(f"takes 1, 2, 4 or 8 key vectors per block; got {keys_per_block}.")
+    if keys_per_block not in (1, 2, 4, 8, 16):
+        raise Unsupported(f"takes 1, 2, 4, 8 or 16 key vectors per block; got {keys_per_block}.")
     group = 1 if heads == "each" else num_heads // kv_heads
-    tuning = tuning or Tuning.of(group * queries_per_row, dim)
+    tuning = tuning or Tuning.of(group * queries_per_row, dim, keys_per_block)
     if tuning is None:
-        most = f"{Tuning.most_vectors(dim)} query vectors of {dim} elements"
+        most = f"{Tuning.most_vectors(dim, keys_per_block)} query vectors of {dim} elements"
         raise Unsupported(f"takes at most {most} per row, for all heads that join; got {group * queries_per_row}.")
     keys = own_rows(keys, first_row, len(queries))
     queries, scale = positive_scale(queries, scale)
@@ -89,6 +89,7 @@ def _score(
         queries, query_factor = _halves(call, _arranged_queries(call, queries))
         keys, key_factor = _halves(call, _arranged_keys(call, keys))
         factor = scale * LOG2_E * query_factor * jnp.repeat(key_factor, call.lists // kv_heads, axis=1)
+        factor = jnp.maximum(factor, jnp.finfo(_f32).tiny)  # 0 would make NaN of -inf, products that are not seen
         bounds, seen = _bounds(call, seen, vectors)
     scores = sub_block_kernel(call, interpret)(queries, keys, factor, bounds, seen)
     return scores[:, :, : call.rows, : call.blocks]

@@ -82,7 +82,7 @@ LARGE = Case("large", 32, 8, 64, 256, 256, 4, 4)
         ({}, True),
         ({"heads": 1, "kv_heads": 1}, False),
         ({"dim": 32}, False),
-        ({"per_block": 16}, False),
+        ({"per_block": 32}, False),
         ({"vectors": 1, "keys": 16384, "per_row": 1, "dtype": "bfloat16"}, True),
         ({"vectors": 1, "keys": 16384, "per_row": 1}, False),
     ],
@@ -99,7 +99,7 @@ def test_the_kernel_is_chosen_where_it_pays(changes: dict[str, Any], chosen: boo
     ("changes", "message"),
     [
         ({"dim": 32}, "takes vectors of 64 and 128 elements; got 32"),
-        ({"per_block": 16}, "takes 1, 2, 4 or 8 key vectors per block; got 16"),
+        ({"per_block": 32}, "takes 1, 2, 4, 8 or 16 key vectors per block; got 32"),
         ({"vectors": 4}, "takes more than 16 query vectors per key head, or one for all heads; got 4 of 4 heads"),
         ({"per_row": 16, "dim": 128}, "takes at most 11 query vectors of 128 elements per row, .*; got 16"),
         ({"heads": 512, "heads_join": "max"}, "takes at most 24 query vectors of 64 elements .*; got 256"),

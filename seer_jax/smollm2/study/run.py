@@ -73,6 +73,7 @@ def _measure(ground: Ground, name: str, say: Say) -> dict[str, Any]:
     )
     gates = {Phase.PREFILL: model.prefill_gate, Phase.DECODE: model.decode_gate}
     facts = {"meaning": variant.meaning, "settings": _settings(own), "costs": costs}
+    write_json(ground.config.output / name / FACTS, facts)  # also for scores that are stopped
     if isinstance(variant, Variant):
         score_gates(ground, name, gates, top_k=variant.top_k, say=say)
         return facts

@@ -54,10 +54,16 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], failed: Mapping[str, str] | N
             lines = [["-" if x is None else x for x in _cells(row)] for row in chosen]
             table = [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *lines)]
             parts.append("\n".join([f"**{phase}**", "", *table, ""]))
-    measured = {row["variant"]: row.get("measured") for row in rows if row.get("measured")}
-    parts += [f"{name}: {json.dumps(values)}\n" for name, values in measured.items()]
+    parts += [f"{line}\n" for line in dict.fromkeys(map(_legend, rows))]
     parts += [f"{name} failed: {reason}\n" for name, reason in (failed or {}).items()]
     return "\n".join(parts)
+
+
+def _legend(row: Mapping[str, Any]) -> str:
+    """What a variant is, and what was measured of it beside scores."""
+    target = row["settings"].get("target")
+    line = f"{row['variant']}: {row['meaning']}" + (f"; target {target}" if target else "")
+    return line + (f"; {json.dumps(row['measured'])}" if row["measured"] else "")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str | None]:

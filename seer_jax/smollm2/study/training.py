@@ -20,6 +20,7 @@ from seer_jax.smollm2.study.variants import BLOCK_SIZE, Text, Variant
 
 CHARACTERS_PER_TOKEN = 6  # at most, of the texts that are made
 REPORTS = 4  # lines of a run
+MANY_BLOCKS = 64  # of a cache, which has room for groups of blocks
 LAST_STEPS = 0.1  # share of the steps over which block recall at the end is averaged
 
 
@@ -128,13 +129,13 @@ def _cache_bytes(
     """Of a token, without what does not grow with tokens."""
 
     def leaves(capacity: int) -> list[jax.Array]:
-        gates = dict(decode_gate=decode_gate, prefill_gate=prefill_gate)
-        return jax.tree.leaves(Cache.create(model.config, 1, capacity, model.dtype, **gates))
+        cache = Cache.create(model.config, 1, capacity, model.dtype, decode_gate=decode_gate, prefill_gate=prefill_gate)
+        return jax.tree.leaves(cache)
 
     def size(blocks: int) -> int:
         return tree_bytes(jax.eval_shape(functools.partial(leaves, blocks * BLOCK_SIZE)))
 
-    return (size(2) - size(1)) / BLOCK_SIZE
+    return (size(2 * MANY_BLOCKS) - size(MANY_BLOCKS)) / (MANY_BLOCKS * BLOCK_SIZE)
 
 
 def _pages(config: StudyConfig) -> Iterator[str]:

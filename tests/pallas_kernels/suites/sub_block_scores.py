@@ -88,6 +88,17 @@ class Definition(IgnoresPadding):
         assert_accurate(self.run(**arguments), arguments, self.error)
         assert (self.run(**arguments)[0, :, 1] == -jnp.inf).all()
 
+    def test_heads_of_any_magnitude(self):
+        """Each head has its own magnitude; one is zero throughout."""
+        arguments = Case("heads", 4, 4, 64, 17, 20, 1, 4).arguments(KEY)
+        for name, sizes in (("queries", [1, 1e-30, 0, 1e14]), ("keys", [1, 1e-25, 1, 1e-13])):
+            arguments[name] *= jnp.asarray(sizes, "float32")[None, None, :, None]
+        got, (truth, _) = array(self.run(**arguments)), scores_by_hand(**arguments)
+        np.testing.assert_array_equal(got > -np.inf, truth > -np.inf)
+        for head, bound in enumerate((50.0, 0.0, 0.0, 500.0)):
+            near = truth[:, head] > -80
+            assert np.abs(got[:, head][near] - truth[:, head][near]).max() <= self.error * bound + 4e-6
+
 
 class Conformance(Definition):
     """Properties that backends have beyond those of the definition: its gradients, and transformations."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.devices import assume_hopper
 from seer_jax.evaluate import window as window_module
 from seer_jax.evaluate.window import AtOnce, decode_window
 from seer_jax.gates.configs import (
@@ -25,9 +26,12 @@ from seer_jax.gates.configs import (
 from seer_jax.gates.make import Gate, make_gate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models import attention
+from seer_jax.models.cache import Cache
 from seer_jax.models.config import RopeKind
 from seer_jax.models.decoder import Transformer
+from seer_jax.selection.context import DecodeContext
 from seer_jax.selection.rules import CumulativeMass
+from seer_jax.selection.scorers import LearnedGate
 from seer_jax.train.distillation import packed_decode_keys, packed_decode_logits, packed_prefill_logits
 from seer_jax.train.loss import row_kl
 from tests.seer_jax.conftest import LLAMA, tiny_model
@@ -207,3 +211,23 @@ def test_the_gradient_is_the_slope_of_the_loss(name: str):
     step = 1e-2
     ahead, behind = (loss(jax.tree.map(lambda x, d: x + s * step * d, gate, direction)) for s in (1, -1))  # noqa: B023
     np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=0.02, atol=2e-4)
+
+
+def test_finer_keys_are_scored_where_the_cache_keeps_them():
+    """On Hopper GPUs no array holds the keys of a single layer; blocks that the cache adds to fill a group have no score."""
+    config = dataclasses.replace(HEADS, block_size=64, k_pool_size=8, gate_dim=64)
+    batch, heads, capacity, layer = 8, LLAMA.num_kv_heads, 64 * 1021, jnp.int32(1)
+
+    def scores(q: jax.Array) -> jax.Array:
+        gate = jax.tree.map(lambda x: x[0], make_gate(config, LLAMA, rngs=nnx.Rngs(0)))
+        cache = Cache.create(LLAMA, batch, capacity, "bfloat16", decode_gate=config)
+        context = DecodeContext(q=q, q_rotated=q, cache=cache.view(layer), layer=layer, block_size=64, gate=gate)
+        return LearnedGate().decode_scores(context)
+
+    with assume_hopper():
+        traced = jax.jit(scores).trace(jax.ShapeDtypeStruct((batch, 1, LLAMA.num_heads, DIM), "bfloat16"))
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert traced.out_info.shape == (batch, heads, 1021)
+    assert "mosaic_gpu" in lowered
+    assert f"<{LLAMA.num_layers * batch}x{heads}x{8 * 1024}x64xbf16>" in lowered
+    assert f"<{batch}x{heads}x{8 * 1024}x64xbf16>" not in lowered
