@@ -55,11 +55,13 @@ class PrefillGateConfig:
     Attributes:
       block_size (b): tokens per block, a power of two from 16 to 128.
       gate_dim (C): channels of the gate's queries and keys, even. The release calls it gate_hidden_size.
-      q_pooling, k_pooling: how the tokens of a pool become one vector; several kinds are concatenated.
+      q_pooling: how the tokens of a pool become one query; several kinds are concatenated.
+      k_pooling: the same for keys.
       force_double: keep two projections where one would do.
-      q_pool_size, k_pool_size (s_q, s_k): tokens pooled to one query or key, a power of two up to the block size. None: the block size,
-        as in the release. Smaller pools give several queries per row of blocks, or several keys per block; each query's softmax over
-        the keys then becomes shares of the blocks, and a row takes the largest share among its queries.
+      q_pool_size (s_q): tokens pooled to one query, a power of two up to the block size. None: the block size, as in the release.
+        Smaller pools give several queries per row of blocks, which takes the largest of their shares of a block.
+      k_pool_size (s_k): tokens pooled to one key, likewise. Smaller pools give several keys per block, which are shares of the block
+        after each query's softmax over all keys.
       join: a block's share is the sum of its keys' shares, or the largest; where k_pool_size is below the block size.
     """
 
@@ -115,14 +117,17 @@ class DecodeGateConfig:
     """The gate of SeerAttention-R (arXiv 2506.08889, sec. 3): one choice of blocks per key/value head and query token.
 
     Attributes:
-      block_size (b), gate_dim (C), k_pooling: as those of a prefill gate.
+      block_size (b): tokens per block, a power of two from 16 to 128.
+      gate_dim (C): channels of the gate's queries and keys, even.
       query_reduction: how a group's query heads become one vector, or (Qheads) that each keeps a query of its own. Qavg needs
         gate_dim == head_dim.
+      k_pooling: how the tokens of a pool become one key; several kinds are concatenated.
       use_qk_norm: RMSNorm over C on the gate's queries and keys, before RoPE.
       use_rope: rotate queries at their token, keys at the first token of their pool.
       start_layer: layers before it attend densely while decoding; a policy can ask for more (dense_layers).
-      k_pool_size (s_k), join: as those of a prefill gate. The cache keeps b / s_k keys of C channels per completed block and
-        key/value head, beside the block's 2 b D channels of keys and values.
+      k_pool_size (s_k): tokens pooled to one key, as in a prefill gate. The cache keeps b / s_k keys of C channels per completed block
+        and key/value head, beside the block's 2 b D channels of keys and values.
+      join: a block's share is the sum of its keys' shares, or the largest; where k_pool_size is below the block size.
       heads: a group's share of a block is the mean of its query heads' shares, or the largest; with Qheads alone.
     """
 

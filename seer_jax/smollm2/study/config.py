@@ -27,7 +27,8 @@ class StudyConfig:
       micro_batch_size: rows at once.
       length: tokens per row and window.
       windows: number of windows, spread over the text.
-      thresholds, masses: values at which gates and baselines are scored.
+      thresholds: values at which gates and baselines are scored.
+      masses: the same for cumulative mass.
       densities: the same for top-k.
       phases: what is scored.
       learning_rate: at the end of the warmup.

@@ -73,7 +73,9 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str], mo
     text = capsys.readouterr().out
     assert f"usage: seer-jax {name}" in text
     assert [line for line in text.splitlines() if len(line) > 80 or re.search(r"seer-jax .*'\.\.\.' .", line)] == []
-    assert INTERNAL.findall(" ".join(re.sub("[│╭╮╰╯─]", "", text).split())) == []
+    plain = " ".join(re.sub("[│╭╮╰╯─]", "", text).split())
+    assert INTERNAL.findall(plain) == []
+    assert re.findall(r"(--[\w.-]+) (?:\{[^()]*\}|\[[^()]*\]|[A-Z|{}a-z]+) \((?:default|required)", plain) == []  # no word about it
 
 
 @pytest.mark.parametrize("name", ["generate", "eval"])
