@@ -13,8 +13,8 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
 # Warpgroups of an interpreted kernel that wait for each other each take one of XLA's threads, of which two cores would have too few.
 os.environ.setdefault("PJRT_NPROC", "4")
-# Two CPU devices, as a host with two GPUs has them.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Four CPU devices, as a host with four GPUs has them.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 # No test may write into the user's cache.
 os.environ["SEER_JAX_COMPILATION_CACHE"] = "off"
 # No test may reach for the network.

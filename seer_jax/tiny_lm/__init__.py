@@ -11,7 +11,7 @@ def path() -> Path:
 
 
 def gates() -> dict[str, Path]:
-    """Folders of its trained gates, "prefill" and "decode"; gates.json beside them records their training and quality."""
+    """Folders of its trained gates, "prefill" and "decode"; gates.json beside them records their training and the block scores that they hold."""
     return {kind: path() / "gates" / kind for kind in ("prefill", "decode")}
 
 

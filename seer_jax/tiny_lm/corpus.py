@@ -1,5 +1,11 @@
-"""Training text for the gates of the bundled model: source code of Python's standard library with pass keys inserted."""
+"""Text for the gates of the bundled model, from Python's standard library: training rows with pass keys, and held-out text to calibrate on.
 
+    python -m seer_jax.tiny_lm.corpus heldout.txt
+
+writes the held-out text of the running interpreter's standard library.
+"""
+
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int
 
+from seer_jax import tiny_lm
+from seer_jax.checks import listed
 from seer_jax.evaluate.passkey import (
     draw_name,
     draw_value,
@@ -18,10 +26,13 @@ from seer_jax.evaluate.passkey import (
 )
 from seer_jax.inference.text import Tokenizer
 
-HELD_OUT = ("argparse.py", "asyncio", "email", "http", "logging", "unittest", "xml", "json")  # the evaluation text
+# Neither the model nor its gates were trained on these; the evaluation text is a quarter of their files.
+HELD_OUT = ("argparse.py", "asyncio", "email", "http", "logging", "unittest", "xml", "json")
 NO_ORDINARY_CODE = ("test", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "dist-packages")
 END_OF_TEXT = "<|endoftext|>"
 LAST_START = 0.9  # keys are stated before this share of a row
+LONG_LINE = 40  # characters; shorter lines are alike in many files
+MOST_SHARED = 0.2  # long lines that a held-out file may share with the evaluation text
 
 
 def training_rows(
@@ -65,6 +76,35 @@ def source_files(library: Path) -> list[Path]:
     """The library's source files for training, sorted."""
     paths = sorted(library.rglob("*.py"))
     return [p for p in paths if p.relative_to(library).parts[0] not in (*HELD_OUT, *NO_ORDINARY_CODE)]
+
+
+def held_out_text(library: Path | None = None) -> str:
+    """Held-out files that the evaluation text does not contain, each after an end-of-text mark: for calibration.
+
+    Args:
+      library: folder of the standard library; None: the running interpreter's.
+
+    Raises:
+      ValueError: the library holds no source code.
+    """
+    library = library or Path(sysconfig.get_path("stdlib"))
+    scored, texts = set(_long_lines(tiny_lm.eval_text())), []
+    found = [path for name in HELD_OUT for path in (library / name, *library.joinpath(name).rglob("*.py"))]
+    for path in sorted(path for path in found if path.is_file()):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = _long_lines(text)
+        if lines and sum(line in scored for line in lines) <= MOST_SHARED * len(lines):
+            texts.append(END_OF_TEXT + text)
+    if not texts:
+        raise ValueError(
+            f"The standard library in {library} must have the source code of {listed(HELD_OUT)}; got none. Use an interpreter that "
+            "comes with its library's source."
+        )
+    return "".join(texts)
+
+
+def _long_lines(text: str) -> list[str]:
+    return [stripped for line in text.splitlines() if len(stripped := line.strip()) >= LONG_LINE]
 
 
 def _stream(tokenizer: Tokenizer, library: Path, rng: np.random.Generator, size: int) -> Int[np.ndarray, "size"]:
@@ -113,3 +153,7 @@ def _insert(
         )
     places = np.append(np.flatnonzero(ends_line[row[:room]]) + 1, room)
     return insert_lines(row[:room], [(int(places[int(share * len(places))]), line) for share, line in inserts])
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(held_out_text(), encoding="utf-8")

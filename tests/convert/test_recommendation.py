@@ -17,6 +17,7 @@ from seer_jax.convert.gate_config import policy_from_hf, policy_to_hf
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.inference.request import Request
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.hub import read_config
 from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
@@ -189,11 +190,16 @@ def test_it_is_used_where_no_policy_is_named(model: Transformer, tmp_path: Path)
 # ---------------------------------------------------------------------------------------------------- the release's keys
 
 
-def test_the_bundled_gates_recommend_what_their_model_card_says():
-    assert {kind: load_gates(folder).recommended for kind, folder in tiny_lm.gates().items()} == {
-        "prefill": CumulativeMass(0.95),
-        "decode": CumulativeMass(0.9),
-    }
+@pytest.mark.parametrize(("kind", "lists"), [("prefill", 8), ("decode", 2)])
+def test_the_bundled_gates_recommend_what_calibration_chose(kind: str, lists: int):
+    """A threshold per layer and head; the model card says which share of the blocks they keep."""
+    folder = tiny_lm.gates()[kind]
+    policy, made = load_gates(folder).recommended, read_config(folder)["seer_jax_calibration"]
+    assert isinstance(policy, Threshold)
+    assert np.shape(policy.threshold) == (8, lists) and policy.dense_last_rows == 2
+    assert made["target"] == {"over": 0.01} and "/" not in made["command"]
+    card = (tiny_lm.path() / "README.md").read_text(encoding="utf-8")
+    assert f"at {made['length']} tokens" in card and f"{made['density']:.1%}" in card
 
 
 def test_policies_of_the_release(tmp_path: Path):

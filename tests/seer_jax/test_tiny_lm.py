@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from seer_jax.models.decoder import Transformer
 from seer_jax.models.pretrained import from_pretrained
 from seer_jax.selection.rules import TopK
 from seer_jax.selection.scorers import LearnedGate, SinkWindow
-from seer_jax.tiny_lm.corpus import HELD_OUT, training_rows
+from seer_jax.tiny_lm.corpus import END_OF_TEXT, HELD_OUT, held_out_text, training_rows
 
 REFERENCE = json.loads((tiny_lm.path() / "reference.json").read_text())
 PASSKEY_SHA256 = "1098e6cd6ee88740585e66c782a3b44c4728ce2212ae186622c21961725cd6a2"
@@ -117,3 +118,18 @@ def test_training_text_keeps_away_from_the_evaluation(tokenizer: Tokenizer, text
     seen = {line for row in rows for line in tokenizer.decode(row.tolist()).splitlines()}
     assert not long_lines & seen
     assert all("What is the pass key of" in tokenizer.decode(row.tolist()) for row in rows)
+
+
+def test_calibration_text_is_neither_trained_on_nor_scored(tmp_path: Path):
+    scored = tiny_lm.eval_text().split(END_OF_TEXT)[1]
+    new = "".join(
+        f"def function_{i}(argument):  # of a file that nothing was trained on\n    return {i}\n" for i in range(9)
+    )
+    for name, text in {"json/decoder.py": scored, "json/tool.py": new, "argparse.py": new, "os.py": new}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert held_out_text(tmp_path) == 2 * (END_OF_TEXT + new)
+    (tmp_path / "argparse.py").unlink()
+    (tmp_path / "json/tool.py").unlink()
+    with pytest.raises(ValueError, match=r"must have the source code of argparse.py, .*; got none. Use an interpreter"):
+        held_out_text(tmp_path)

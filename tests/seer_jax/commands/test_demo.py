@@ -1,24 +1,40 @@
 """The demo, on the bundled model at a size of seconds: every stage runs, shows how far it is, and every file is there."""
 
+import dataclasses
 import io
 import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from seer_jax.commands import demo as command
 from seer_jax.commands.demo import DemoConfig, demo
+from seer_jax.commands.demo.levels import CALIBRATED, at_equal_shares, gains, level_at
 from seer_jax.commands.stages import Stages, StepClock
 from seer_jax.convert import load_gates
-from seer_jax.evaluate import Phase, Score, WindowScore, all_methods
+from seer_jax.evaluate import Phase, Score, SparsityLevel, WindowScore
+from seer_jax.evaluate.table import losses
+from seer_jax.selection.rules import Threshold
+from seer_jax.selection.scorers import LearnedGate
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+ROWS = [
+    (None, "dense"),
+    ("gate", "60% calibrated"),
+    ("gate", "60% one threshold"),
+    ("window", "60% top-k"),
+    ("random", "60% top-k"),
+    ("oracle", "60% calibrated"),
+]
 
 
 @pytest.mark.slow
@@ -26,20 +42,30 @@ def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
     pytest.importorskip("matplotlib")
     out = io.StringIO()
     config = DemoConfig(
-        output=tmp_path, densities=(0.5,), length=512, steps=2, windows=1, passkeys=1, decoded=16, new_tokens=4
+        output=tmp_path,
+        densities=(0.6,),
+        length=512,
+        steps=2,
+        windows=1,
+        calibration_windows=1,
+        passkeys=1,
+        decoded=16,
+        new_tokens=4,
     )
     scores = demo(config, console=Console(file=out, width=120))
-    assert {(s.phase, s.method) for s in scores} == {
-        (p, m) for p in Phase for m in (None, *(method.name for method in all_methods()))
-    }
+    assert [(s.method, s.level) for s in scores if s.phase is Phase.PREFILL] == ROWS
+    assert [(s.method, s.level) for s in scores if s.phase is Phase.DECODE] == ROWS
     assert all(s.perplexity > 1 and 0 <= s.passkey <= 1 and 0 < s.kept <= 1 for s in scores)
     written = json.loads((tmp_path / "scores.json").read_text())
     assert len(written["scores"]) == len(scores)
     assert written["config"]["steps"] == 2
-    assert {"command", "versions", "device", "estimators", "not_beaten", "narrow_leads", "texts"} <= written.keys()
+    facts = {"command", "versions", "device", "estimators", "not_beaten", "narrow_leads", "gains", "texts"}
+    assert facts <= written.keys() and len(written["gains"]) == 2
     assert (tmp_path / "block_maps.png").read_bytes().startswith(b"\x89PNG")
-    assert load_gates(tmp_path / "prefill_gate").config.block_size == config.tokens_per_block
-    assert load_gates(tmp_path / "decode_gate").config.block_size == config.tokens_per_block
+    gates = [load_gates(tmp_path / f"{phase}_gate") for phase in Phase]
+    assert [gate.config.block_size for gate in gates] == [config.tokens_per_block] * 2
+    recommended: list[Any] = [gate.recommended for gate in gates]
+    assert [np.shape(policy.threshold) for policy in recommended] == [(8, 8), (8, 2)]
     for words in ("learned gate", "sink+window", "oracle", "perplexity: how many", "continued greedily", "Took"):
         assert words in out.getvalue()
 
@@ -47,12 +73,20 @@ def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
 @pytest.mark.slow
 def test_the_bundled_gates_need_no_training(tmp_path: Path):
     out = io.StringIO()
-    config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.2,), windows=1, passkeys=1)
+    config = DemoConfig(output=tmp_path, bundled_gates=True, windows=1, calibration_windows=1, passkeys=1)
     scores = demo(config, console=Console(file=out, width=120))
-    of = {(s.phase, s.method): s for s in scores}
-    assert of[Phase.DECODE, "gate"].passkey == 1 > of[Phase.DECODE, "window"].passkey
+    of = {s.key: s for s in scores}
+    gate, window = of[Phase.DECODE, "gate", "20% calibrated"], of[Phase.DECODE, "window", "20% top-k"]
+    assert gate.passkey == 1 > window.passkey
+    assert gate.kept == pytest.approx(window.kept, abs=0.03)
     assert "Distilling" not in out.getvalue() and "--gates tiny-lm" in out.getvalue()
     assert not (tmp_path / "prefill_gate").exists()
+
+
+def levels_at(density: float) -> list[SparsityLevel]:
+    """The calibrated gate's alone."""
+    policy = Threshold(0.1, dense_last_rows=0)
+    return [SparsityLevel(level_at(density, CALIBRATED), policy, (phase,), (LearnedGate(),)) for phase in Phase]
 
 
 def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -61,15 +95,45 @@ def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "compare", compare)
+    monkeypatch.setattr(command, "calibrated_levels", lambda *_: levels_at(0.5))
     out, sizes = io.StringIO(), dict(length=512, windows=1, passkeys=1, decoded=16)
-    config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.1, 0.1, 0.2), **sizes)
+    config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.5,), **sizes)
     with pytest.raises(KeyboardInterrupt) as stop:
         demo(config, console=Console(file=out, width=200))
     assert stop.value.__notes__ == [f"Kept so far: {tmp_path / 'scores.json'}."]
-    assert "topk:0.1 is named 2 times" in out.getvalue()
-    assert "prefill: topk:0.1 and topk:0.2 choose equally many blocks at 512 tokens, 1 of 8" in out.getvalue()
     (score,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert score["perplexity"] == pytest.approx(math.e) and score["perplexity_stderr"] is None
+
+
+def score(method: str, level: str, losses: Sequence[float], phase: Phase = Phase.DECODE) -> Score:
+    return Score(phase, method, level, tuple(WindowScore(loss, 0.2) for loss in losses), (), 511, 1.0)
+
+
+COMPARED = [
+    score("gate", "20% calibrated", [1.0, 1.1]),
+    score("gate", "20% one threshold", [1.1, 1.2]),
+    score("window", "20% top-k", [1.3, 1.4]),
+    score("random", "20% top-k", [0.9, 1.0]),
+    score("oracle", "20% calibrated", [0.5, 0.6]),
+    score("gate", "40% calibrated", [0.5, 0.6]),
+]
+
+
+def test_the_calibrated_gate_is_held_against_baselines_of_the_same_share():
+    alike = at_equal_shares(COMPARED)
+    shares = [(one.method, one.level) for one in alike]
+    assert shares == [(m, "20% of the blocks") for m in ("gate", "window", "random")] + [("gate", "40% of the blocks")]
+    (line,) = losses(alike)
+    assert line.startswith("decode 20% of the blocks: random has perplexity 2.586, ours 2.858")
+
+
+def test_what_calibration_gains_is_told_share_by_share():
+    line = (
+        "decode 20%: perplexity -9.52% (-9.52% to -9.52%) over one threshold's, 20.0% of the blocks read against 20.0%"
+    )
+    assert gains(COMPARED) == [line]
+    single = [dataclasses.replace(one, windows=one.windows[:1]) for one in COMPARED]
+    assert gains(single) == [line.replace(" (-9.52% to -9.52%)", "")]
 
 
 BAD = [
@@ -77,6 +141,8 @@ BAD = [
     (dict(bundled_gates=True, length=2080), "multiple of block_size = 64.*got 2080"),
     (dict(densities=()), r"at least one share.*got none"),
     (dict(densities=(0.0,)), r"\(0, 1\]; got 0.0"),
+    (dict(densities=(0.2, 0.05)), r"densities must be at least 0.062 at 2048 tokens.*; got 0.05. Raise it"),
+    (dict(calibration_windows=0), "calibration_windows must be at least 1; got 0"),
     (dict(length=100), "length must be a multiple of block_size = 32.*got 100"),
     (dict(windows=0), "windows must be at least 1; got 0"),
     (dict(steps=1), "steps must be at least 2; got 1"),

@@ -353,7 +353,7 @@ def test_training_starts_at_random_where_no_channels_turn_alike():
             lambda: make_gate(
                 DecodeGateConfig(gate_dim=12, query_reduction=QueryReduction.AVG), MODEL, rngs=nnx.Rngs(0)
             ),
-            "needs gate_dim == head_dim; got 12 and 8",
+            "gate_dim must be the model's head dim, 8; got 12. Set DecodeGateConfig.gate_dim=8, or",
         ),
     ],
 )

@@ -143,12 +143,12 @@ def test_a_plan_compiles_what_then_runs(
         texts = [record.getMessage() for record in caplog.records]
         caplog.clear()
         return [
-            name for name in ("_run", "_begin", "_advance") for t in texts if f"XLA compilation of jit({name})" in t
+            name for name in ("_run", "_start", "_continue") for t in texts if f"XLA compilation of jit({name})" in t
         ]
 
     with jax.log_compiles(), caplog.at_level("WARNING"):
         plan(model, streamed=streamed, **sizes)
-        assert compiled() == (["_begin", "_advance"] if streamed else ["_run"])
+        assert compiled() == (["_start", "_continue"] if streamed else ["_run"])
         key = jax.random.key(0) if "sampling" in sizes else None
         (run_stream if streamed else run)(model, **sizes, key=key)
         assert compiled() == []

@@ -188,7 +188,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "convert": (ConvertConfig, "--gates prefill --output out"),
     "verify": (VerifyConfig, "--model base --reference reference.safetensors"),
     "train": (DistillConfig, TRAIN.partition(" ")[2]),
-    "demo": (DemoConfig, "--steps 2 --length 128 --windows 1 --passkeys 1 --new-tokens 1"),
+    "demo": (DemoConfig, "--steps 2 --length 128 --densities 0.8 --windows 1 --passkeys 1 --new-tokens 1"),
     "plot loss": (LossPlot, LOSS.partition("loss ")[2]),
     "plot speed": (SpeedPlot, SPEED.partition("speed ")[2]),
     "plot density": (DensityPlot, f"{MAPS}.png"),

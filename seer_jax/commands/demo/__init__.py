@@ -1,7 +1,9 @@
-"""Distil gates for the bundled model and compare them with other ways to choose blocks."""
+"""Distil gates for the bundled model, calibrate them, and compare them with other ways to choose blocks."""
 
 import dataclasses
+import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,22 @@ from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least, check_seed, listed
 from seer_jax.commands import PROGRAM, ExitCode
 from seer_jax.commands.arguments import parse
+from seer_jax.commands.demo.levels import (
+    CALIBRATED,
+    at_equal_shares,
+    calibrated_levels,
+    gains,
+    least_share,
+    level_at,
+    num_calibration_steps,
+)
 from seer_jax.commands.stages import Stages
 from seer_jax.convert import save_gates
 from seer_jax.evaluate.comparison import compare, plan_measurements
-from seer_jax.evaluate.levels import Phase, SparsityLevel, level_name
-from seer_jax.evaluate.notes import Row, equal_counts, repeated
+from seer_jax.evaluate.levels import Phase, SparsityLevel, gates_by_phase
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.record import environment, typed_command, write_scores
-from seer_jax.evaluate.rows import EvalRows, make_rows
+from seer_jax.evaluate.rows import EvalRows, make_rows, text_windows
 from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import losses, narrow_leads, print_scores, score_line
 from seer_jax.folder_lock import LOCK, locked
@@ -35,24 +45,25 @@ from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.outputs import check_matplotlib, check_output_folder
 from seer_jax.plots import block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.selection.policies import Dense, Policy
-from seer_jax.selection.rules import TopK
+from seer_jax.selection.scorers import LearnedGate
 from seer_jax.settings import check_types
-from seer_jax.tiny_lm.corpus import training_rows
+from seer_jax.tiny_lm.corpus import held_out_text, training_rows
 from seer_jax.train import DistillConfig, OptimizerConfig, distill
 
 PLOTTED_HEADS = 4
 BLOCK_SIZE, BUNDLED_BLOCK_SIZE = 32, 64
 # Few keys with many questions: the gates are trained on many questions whose answer is in a single block.
 KEYS_PER_ROW, QUESTIONS_PER_KEY = 2, 6
+DENSE_LAST_ROWS = 2  # of the saved policy: block rows at a prompt's end, which hold its question
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """Distils gates for the bundled model, compares them with other ways to choose blocks, and generates text with fewer blocks.
+    """Distils gates for the bundled model, calibrates them, compares them with other ways to choose blocks, and generates text.
 
     Attributes:
       output: folder for scores.json, block_maps.png and the gates.
-      densities: shares of the blocks to keep, in (0, 1].
+      densities: shares of the blocks to keep, in (0, 1]; the gates are calibrated for each, and recommend what was chosen for the largest.
       bundled_gates: use the gates that come with the model, for blocks of 64 tokens, instead of distilling new ones.
       block_size: tokens per block; None: 32, or the block size of the bundled gates. Short texts need small blocks: 64, the usual size,
         leaves three to choose at 10%.
@@ -60,6 +71,7 @@ class DemoConfig:
       steps: training steps of one row of text each.
       learning_rate: peak learning rate.
       windows: windows of held-out text for the perplexity.
+      calibration_windows: windows that thresholds are calibrated on, of held-out files that are not scored.
       passkeys: number of pass-key prompts; a multiple of 9 covers all depths equally.
       decoded: tokens at the end of each pass-key prompt that decoding appends, after dense attention over the others; windows are decoded
         whole.
@@ -68,13 +80,14 @@ class DemoConfig:
     """
 
     output: Path = Path("seer_demo")
-    densities: tuple[float, ...] = (0.1, 0.2, 0.4)
+    densities: tuple[float, ...] = (0.2,)
     bundled_gates: bool = False
     block_size: int | None = None
     length: int = 2048
     steps: int = 80
     learning_rate: float = 3e-3
     windows: int = 4
+    calibration_windows: int = 3
     passkeys: int = 9
     decoded: int = 64
     new_tokens: int = 40
@@ -94,9 +107,19 @@ class DemoConfig:
             raise ValueError(
                 f"length must be a multiple of block_size = {self.tokens_per_block}, at least four blocks; got {self.length}."
             )
-        check_at_least(1, self, "windows", "passkeys", "new_tokens")
+        if min(self.densities) < (least := least_share(self.length // self.tokens_per_block)):
+            raise ValueError(
+                f"densities must be at least {math.ceil(1000 * least) / 1000} at {self.length} tokens, as decoding always reads the first "
+                f"block and the token's own; got {min(self.densities)}. Raise it, or use longer texts."
+            )
+        check_at_least(1, self, "windows", "calibration_windows", "passkeys", "new_tokens")
         check_at_least(2, self, "steps")
         check_seed("seed", self.seed)
+
+    @property
+    def largest_share(self) -> str:
+        """The largest of the densities, as it is shown."""
+        return f"{100 * max(self.densities):g}% of the blocks"
 
     @property
     def tokens_per_block(self) -> int:
@@ -147,15 +170,15 @@ def _demo(config: DemoConfig, stages: Stages) -> list[Score]:
             seed=config.seed,
         )
     model = base if config.bundled_gates else _distil(config, stages, base, tokenizer)
-    scores = _compare(config, stages, model, rows)
+    levels = _calibrate(config, stages, model, tokenizer)
+    scores = _compare(config, stages, model, rows, levels)
     plot = None
     if plots:
         with stages.stage("Drawing block maps"):
-            plot = _draw(config, model, rows)
+            plot = _draw(config, model, rows, levels)
     with stages.stage("Generating, dense and sparse", 2) as advance:
-        density = sorted(config.densities)[len(config.densities) // 2]
         texts = {}
-        for name, policy in (("dense", Dense()), (f"{density:.0%} of the blocks", TopK(density))):
+        for name, policy in (("dense", Dense()), (config.largest_share, None)):
             texts[name] = _continue(config, model, tokenizer, rows.prompts[0], policy)
             advance(name)
     _report(config, stages, scores, texts, rows.prompts[0], plot)
@@ -196,17 +219,41 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
     )
     with stages.stage("Distilling the gates", config.steps) as advance:
         model = distill(settings, model=base, dataset=data, progress=lambda report: advance(report.summary)).model
-    for kind, gate in (("prefill", model.prefill_gate), ("decode", model.decode_gate)):
-        assert gate is not None
-        save_gates(gate, config.output / f"{kind}_gate", base_model=tiny_lm.NAME, hf_config=read_config(tiny_lm.path()))
+    _save(config, model)
     return model
 
 
-def _compare(config: DemoConfig, stages: Stages, model: Transformer, rows: EvalRows) -> list[Score]:
-    levels = [SparsityLevel(level_name(policy), policy) for policy in map(TopK, config.densities)]
-    notes = repeated(levels) + equal_counts(model, levels, tuple(Phase), rows=[Row(rows.length)])
-    for note in notes:
-        stages.say(note)
+def _save(config: DemoConfig, model: Transformer) -> None:
+    for phase, gate in gates_by_phase(model).items():
+        folder = config.output / f"{phase}_gate"
+        save_gates(gate, folder, base_model=tiny_lm.NAME, hf_config=read_config(tiny_lm.path()))
+
+
+def _calibrate(config: DemoConfig, stages: Stages, model: Transformer, tokenizer: Tokenizer) -> list[SparsityLevel]:
+    """Levels with thresholds for each share of the blocks; the gates recommend those of the largest from then on."""
+    with stages.stage("Preparing calibration text"):
+        text = np.array(tokenizer.encode(held_out_text(), special_tokens=False), np.int32)
+        windows = text_windows(text, config.length, config.calibration_windows)
+    steps = num_calibration_steps(len(windows), config.densities)
+    with stages.stage("Calibrating gates and oracle", steps) as advance:
+        levels = calibrated_levels(model, windows, config.densities, advance)
+    for phase, gate in gates_by_phase(model).items():
+        rows = {"dense_last_rows": DENSE_LAST_ROWS}
+        gate.recommended = dataclasses.replace(_gate_policy(levels, phase, max(config.densities)), **rows)
+    if not config.bundled_gates:
+        _save(config, model)
+    return levels
+
+
+def _gate_policy(levels: Sequence[SparsityLevel], phase: Phase, density: float) -> Any:
+    """The calibrated policy of the learned gate."""
+    own = (phase,), (LearnedGate(),), level_at(density, CALIBRATED)
+    return next(x.policy for x in levels if (x.phases, x.methods, x.name) == own)
+
+
+def _compare(
+    config: DemoConfig, stages: Stages, model: Transformer, rows: EvalRows, levels: Sequence[SparsityLevel]
+) -> list[Score]:
     measurements = len(plan_measurements(model, levels))
     workers = 2 if jax.default_backend() == "cpu" else 1
     scores = []
@@ -228,18 +275,18 @@ def _write(config: DemoConfig, stages: Stages, scores: list[Score], **facts: Any
     return path
 
 
-def _draw(config: DemoConfig, model: Transformer, rows: EvalRows) -> Path:
+def _draw(config: DemoConfig, model: Transformer, rows: EvalRows, levels: Sequence[SparsityLevel]) -> Path:
     density = min(config.densities)
-    maps = block_maps(model, rows.prompts[0].tokens, TopK(density, dense_last_rows=0))
+    maps = block_maps(model, rows.prompts[0].tokens, _gate_policy(levels, Phase.PREFILL, density))
     title = f"A pass-key prompt of {rows.length} tokens, blocks of {config.tokens_per_block}; the gate keeps {density:.0%} of the blocks"
     heads = far_sighted_heads(maps, PLOTTED_HEADS)
     return plot_block_maps(config.output / "block_maps.png", maps, heads, title=title)
 
 
 def _continue(
-    config: DemoConfig, model: Transformer, tokenizer: Tokenizer, prompt: PassKeyPrompt, policy: Policy
+    config: DemoConfig, model: Transformer, tokenizer: Tokenizer, prompt: PassKeyPrompt, policy: Policy | None
 ) -> str:
-    """A pass-key prompt without its answer, continued greedily."""
+    """A pass-key prompt without its answer, continued greedily; by what the gates recommend where no policy is given."""
     question: Int[np.ndarray, "T"] = prompt.tokens[: -prompt.answer_length]
     result = generate(model, question[None], max_new_tokens=config.new_tokens, prefill=policy, decode=policy)
     return tokenizer.decode_known(result.rows()[0])
@@ -256,11 +303,13 @@ def _report(
     """Prints table, text and paths, and writes scores.json."""
     stages.say("")
     print_scores(stages.console, scores)
-    not_beaten, narrow = losses(scores), narrow_leads(scores)
-    verdict = "The learned gate beats sink+window and random blocks at every density, in perplexity and in pass keys."
+    alike = at_equal_shares(scores)
+    not_beaten, narrow, gained = losses(alike), narrow_leads(alike), gains(scores)
+    verdict = "The calibrated gate beats sink+window and random blocks in perplexity and in pass keys."
     stages.say(
-        "\n" + "\n".join(["The learned gate does not win everywhere:", *not_beaten] if not_beaten else [verdict])
+        "\n" + "\n".join(["The calibrated gate does not win everywhere:", *not_beaten] if not_beaten else [verdict])
     )
+    stages.say("\n".join(["What thresholds per layer and head gain:", *gained]))
     if narrow:
         stages.say(
             "\n".join(["It leads by less than the 95% interval of the difference, which may be chance, in", *narrow])
@@ -268,7 +317,7 @@ def _report(
     stages.say(f"\nThe end of a prompt whose pass key of {prompt.name} is {prompt.answer}, continued greedily:")
     for name, text in texts.items():
         stages.say(f"[{name}]{text}")
-    path = _write(config, stages, scores, not_beaten=not_beaten, narrow_leads=narrow, texts=texts)
+    path = _write(config, stages, scores, not_beaten=not_beaten, narrow_leads=narrow, gains=gained, texts=texts)
     stages.say(f"\nTook {sum(stages.seconds.values()):.0f} s in all. Written:")
     stages.say(f"  {path}  all scores")
     if plot is not None:
@@ -276,8 +325,5 @@ def _report(
     gates = [tiny_lm.NAME]
     if not config.bundled_gates:
         gates = [str(config.output / f"{kind}_gate") for kind in ("prefill", "decode")]
-        stages.say(f"  {'  '.join(gates)}  the gates")
-    stages.say(
-        "Try the gates:\n"
-        f"  {PROGRAM} generate --gates {shlex.join(gates)} --prefill topk:0.5 --decode topk:0.5 --prompt 'def main('"
-    )
+        stages.say(f"  {'  '.join(gates)}  the gates, which recommend the thresholds for {config.largest_share}")
+    stages.say(f"Try the gates:\n  {PROGRAM} generate --gates {shlex.join(gates)} --prompt 'def main('")
