@@ -18,7 +18,7 @@ from seer_jax.models.dense_attention import dense_attention
 from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, RankingPolicy, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import SCORERS, LearnedGate, SinkWindow
+from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, SinkWindow
 from tests.products import rounded_products
 from tests.seer_jax.conftest import tiny_model
 from tests.seer_jax.selection.contexts import (
