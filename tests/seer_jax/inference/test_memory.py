@@ -123,13 +123,14 @@ def test_scratch_is_what_the_compiler_lays_out(streamed: bool):
     assert activations < small < wide - 3 * activations
 
 
-COMPILED: list[tuple[dict[str, Any], bool]] = [
-    (SPARSE, False),
-    (dict(prefill=Threshold(0.1), decode=Threshold(0.2), sampling=Sample(0.5)), True),
+DRAWN: dict[str, Any] = dict(prefill=Threshold(0.1), decode=Threshold(0.2), sampling=Sample(0.5))
+COMPILED = [
+    pytest.param(SPARSE, False, id="budget"),
+    pytest.param(DRAWN, True, id="threshold, drawn, put on a device", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("changes", "committed"), COMPILED, ids=["budget", "threshold, drawn, put on a device"])
+@pytest.mark.parametrize(("changes", "committed"), COMPILED)
 @pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_plan_compiles_what_then_runs(
     streamed: bool, changes: dict[str, Any], committed: bool, caplog: pytest.LogCaptureFixture
