@@ -1,7 +1,8 @@
 """Checkpoint tensors into the parameters of a module, a few rows at a time.
 
 Each parameter is one array on its device from the start; pieces of at most `CHUNK_BYTES` are read, checked and written into it in
-place. The host holds at most two pieces, however large the model is, and a sharded parameter is never whole in one place.
+place. The host holds at most two pieces, however large the model is, a sharded parameter is never whole in one place, and each process
+reads the rows that its devices hold, once.
 """
 
 import functools
@@ -14,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.precision import rounded
-from seer_jax.convert.formats.sources import TensorSource
+from seer_jax.convert.formats.sources import TensorInfo, TensorSource
 from seer_jax.convert.rules import Rule, Slot, expected_slots
 
 CHUNK_BYTES = 16 * 2**20
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 SHOWN = 8
+_DEVICES = "devices"
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
@@ -106,55 +109,102 @@ def _listed(names: Sequence[str]) -> str:
 def _fill(
     spec: jax.ShapeDtypeStruct, keys: Sequence[str], source: TensorSource, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """One parameter, from one tensor, or from one for each index along its leading axes."""
-    stacked = len(spec.shape) - len(source.tensors[keys[0]].shape)
+    """One parameter, from one tensor, or from one for each index along its leading axes.
+
+    All devices of this process are written to at once, in places of their own that are alike, so that one program serves them all.
+    """
+    info = source.tensors[keys[0]]
+    stacked = len(spec.shape) - len(info.shape)
     names = np.array(keys, dtype=object).reshape(spec.shape[:stacked])
-    if sharding is None:
-        return _fill_part(spec, names, source, tuple(slice(0, n) for n in spec.shape), None)
-    parts = []
-    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
-        part = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index or (), spec.shape, strict=True))
-        parts.append(_fill_part(spec, names, source, part, jax.sharding.SingleDeviceSharding(device)))
-    return jax.make_array_from_single_device_arrays(spec.shape, sharding, parts)
-
-
-def _fill_part(
-    spec: jax.ShapeDtypeStruct,
-    names: np.ndarray,
-    source: TensorSource,
-    part: tuple[slice, ...],
-    device: jax.sharding.Sharding | None,
-) -> jax.Array:
-    """The part of a parameter that one device holds, from the tensors of these names, an array over its leading axes."""
-    buffer = jnp.zeros([p.stop - p.start for p in part], spec.dtype, device=device)
-    rows, *columns = part[names.ndim :]
-    for indices, key in np.ndenumerate(names[(*part[: names.ndim], ...)]):
-        for start, stop in _chunks(source, key, rows):
-            data = source.read(key, start, stop)[(slice(None), *columns)]
-            place = np.zeros(buffer.ndim, np.int32)
-            place[: names.ndim + 1] = *indices, start - rows.start
-            buffer, finite = _write(buffer, data, place)
-            if not finite:  # also waits for the copy, so that pieces don't accumulate on the host
+    parts = _parts(spec, sharding)
+    size = [p.stop - p.start for p in parts[0]]
+    devices = [] if sharding is None else list(sharding.addressable_devices_indices_map(spec.shape))
+    local = Mesh(np.array(devices), (_DEVICES,)) if devices else None
+    by_device = None if local is None else NamedSharding(local, PartitionSpec(_DEVICES))
+    buffer = jnp.zeros([size[0] * len(parts), *size[1:]], spec.dtype, device=by_device)
+    for indices in np.ndindex(*size[:stacked]):
+        for start, stop in _chunks(info, size[stacked], _distinct_rows(parts, stacked)):
+            read = _read(source, names, parts, indices, slice(start, stop))
+            pieces = [piece.reshape((1,) * stacked + piece.shape) for _, piece in read]
+            rows = pieces[0] if by_device is None else _joined(pieces, devices, by_device)
+            place = np.array((*indices, start, *[0] * (len(info.shape) - 1)), np.int32)
+            buffer, finite = _write(buffer, rows, place, local)
+            if not np.asarray(finite).all():  # also waits for the copy, so that pieces don't accumulate on the host
+                broken = read[int(np.argmin(finite))][0]
                 raise ValueError(
-                    f"{source.place}: weights must be finite in {spec.dtype}; {key!r} holds NaN or infinity. The checkpoint is "
+                    f"{source.place}: weights must be finite in {spec.dtype}; {broken!r} holds NaN or infinity. The checkpoint is "
                     "damaged, or its values do not fit this dtype."
                 )
-    return buffer
+    if sharding is None:
+        return buffer
+    held = {shard.device: shard.data for shard in buffer.addressable_shards}
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, [held[device] for device in devices])
 
 
-def _chunks(source: TensorSource, key: str, rows: slice) -> Iterator[tuple[int, int]]:
-    info = source.tensors[key]
-    row_bytes = math.prod(info.shape[1:]) * (4 if info.dtype == "F32" else 2)
+_Part = tuple[slice, ...]  # of a parameter, with start and stop along each axis
+
+
+def _parts(spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> list[_Part]:
+    """What each device of this process holds."""
+    indices = [()] if sharding is None else sharding.addressable_devices_indices_map(spec.shape).values()
+    whole = [slice(None)] * len(spec.shape)
+    return [
+        tuple(slice(*i.indices(n)[:2]) for i, n in zip([*(index or ()), *whole], spec.shape, strict=False))
+        for index in indices
+    ]
+
+
+def _distinct_rows(parts: Sequence[_Part], stacked: int) -> int:
+    """How many pieces are read at once."""
+    return len({tuple((p.start, p.stop) for p in part[: stacked + 1]) for part in parts})
+
+
+def _read(
+    source: TensorSource, names: np.ndarray, parts: Sequence[_Part], indices: tuple[int, ...], rows: slice
+) -> list[tuple[str, np.ndarray]]:
+    """(name of the tensor, values) of the same rows of each device's part; those that several devices hold are read once.
+
+    Args:
+      indices: along the leading axes of the part.
+      rows: of the part.
+    """
+    read: dict[tuple[str, int], np.ndarray] = {}
+    pieces = []
+    for part in parts:
+        *leading, first = (p.start + i for p, i in zip(part, (*indices, rows.start), strict=False))
+        key = str(names[tuple(leading)])
+        if (key, first) not in read:
+            read[key, first] = source.read(key, first, first + rows.stop - rows.start)
+        pieces.append((key, read[key, first][(slice(None), *part[names.ndim + 1 :])]))
+    return pieces
+
+
+def _joined(pieces: Sequence[np.ndarray], devices: Sequence[Any], sharding: NamedSharding) -> jax.Array:
+    """One array whose parts are the pieces, each on its device."""
+    placed = [jax.device_put(piece, device) for piece, device in zip(pieces, devices, strict=True)]
+    first, *others = pieces[0].shape
+    return jax.make_array_from_single_device_arrays((first * len(pieces), *others), sharding, placed)
+
+
+def _chunks(info: TensorInfo, rows: int, pieces: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows of a part, of which so many pieces are on the host at once."""
+    row_bytes = math.prod(info.shape[1:]) * (4 if info.dtype == "F32" else 2) * pieces
     step = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(rows.start, rows.stop, step):
-        yield start, min(start + step, rows.stop)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Writes rows into the buffer in place; returns it and whether they are finite."""
-    # Without `rounded`, XLA on a GPU tests the values before their conversion.
-    finite = jnp.isfinite(rounded(rows.astype(jnp.float32), buffer.dtype)).all()
-    rows = rows.astype(buffer.dtype)
-    rows = rows.reshape((1,) * (buffer.ndim - rows.ndim) + rows.shape)
-    return jax.lax.dynamic_update_slice(buffer, rows, tuple(place)), finite
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(buffer: jax.Array, rows: jax.Array, place: jax.Array, local: Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """Writes rows into the buffer in place, on each device into its part; returns it and whether they are finite."""
+
+    def write(buffer: jax.Array, rows: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Without `rounded`, XLA on a GPU tests the values before their conversion.
+        finite = jnp.isfinite(rounded(rows.astype(jnp.float32), buffer.dtype)).all()
+        return jax.lax.dynamic_update_slice(buffer, rows.astype(buffer.dtype), tuple(place)), finite[None]
+
+    if local is None:
+        return write(buffer, rows, place)
+    split = PartitionSpec(_DEVICES)
+    specs = (split, split, PartitionSpec())
+    return jax.shard_map(write, mesh=local, in_specs=specs, out_specs=(split, split))(buffer, rows, place)

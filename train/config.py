@@ -41,7 +41,7 @@ class OptimizerConfig:
       warmup_steps: optimizer steps in which the learning rate rises, fewer than the run has. None: 20, or a tenth of the run's steps
         where that is less.
       weight_decay: decoupled, >= 0.
-      beta1: decay of Adam's mean of gradients, in [0, 1).
+      beta1: decay of Adam's mean of the gradients, in [0, 1).
       beta2: decay of Adam's mean of their squares, in [0, 1).
       eps: of Adam, > 0.
       clip_norm: bound on the gradient's global norm; None: none.

@@ -259,7 +259,8 @@ class TrainBench(BenchConfig):
     Attributes:
       kinds: which gates a step trains, one measurement each.
       batch_size: rows per step, worked off one at a time.
-      prefill, decode: configurations of the gates.
+      prefill: configuration of the prefill gate.
+      decode: configuration of the decode gate.
     """
 
     lengths: tuple[int, ...] = (65536, 131072)

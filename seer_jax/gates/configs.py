@@ -55,14 +55,14 @@ class PrefillGateConfig:
     Attributes:
       block_size (b): tokens per block, a power of two from 16 to 128.
       gate_dim (C): channels of the gate's queries and keys, even. The release calls it gate_hidden_size.
-      q_pooling: how the tokens of a pool become one query; several kinds are concatenated.
-      k_pooling: the same for keys.
+      q_pooling: how the query tokens of a pool become one vector; several kinds are concatenated.
+      k_pooling: likewise of keys.
       force_double: keep two projections where one would do.
-      q_pool_size (s_q): tokens pooled to one query, a power of two up to the block size. None: the block size, as in the release.
-        Smaller pools give several queries per row of blocks, which takes the largest of their shares of a block.
-      k_pool_size (s_k): tokens pooled to one key, likewise. Smaller pools give several keys per block, which are shares of the block
-        after each query's softmax over all keys.
-      join: a block's share is the sum of its keys' shares, or the largest; where k_pool_size is below the block size.
+      q_pool_size (s_q): tokens pooled to one query, a power of two up to the block size. None: the block size, as in the release. With
+        smaller pools a row of blocks has several queries, and takes the largest share that one of them gives a block.
+      k_pool_size (s_k): tokens pooled to one key, likewise. With smaller pools a block has several keys, and its share of a query's
+        softmax is made of theirs.
+      join: a block's share is the sum of its keys' shares, or the largest (max); where k_pool_size is below the block size.
     """
 
     block_size: int = 64
@@ -118,17 +118,18 @@ class DecodeGateConfig:
 
     Attributes:
       block_size (b): tokens per block, a power of two from 16 to 128.
-      gate_dim (C): channels of the gate's queries and keys, even.
+      gate_dim (C): channels of the gate's queries and keys, even. The release calls it gate_hidden_size.
+      k_pooling: how the key tokens of a pool become one vector; several kinds are concatenated.
       query_reduction: how a group's query heads become one vector, or (Qheads) that each keeps a query of its own. Qavg needs
         gate_dim == head_dim.
-      k_pooling: how the tokens of a pool become one key; several kinds are concatenated.
       use_qk_norm: RMSNorm over C on the gate's queries and keys, before RoPE.
       use_rope: rotate queries at their token, keys at the first token of their pool.
       start_layer: layers before it attend densely while decoding; a policy can ask for more (dense_layers).
-      k_pool_size (s_k): tokens pooled to one key, as in a prefill gate. The cache keeps b / s_k keys of C channels per completed block
-        and key/value head, beside the block's 2 b D channels of keys and values.
-      join: a block's share is the sum of its keys' shares, or the largest; where k_pool_size is below the block size.
-      heads: a group's share of a block is the mean of its query heads' shares, or the largest; with Qheads alone.
+      k_pool_size (s_k): tokens pooled to one key, a power of two up to the block size. None: the block size, as in the release. The
+        cache keeps b / s_k keys of C channels per completed block and key/value head, beside the block's 2 b D channels of keys and
+        values.
+      join: a block's share is the sum of its keys' shares, or the largest (max); where k_pool_size is below the block size.
+      heads: a group's share of a block is the mean of its query heads' shares, or the largest (max); with Qheads alone.
     """
 
     block_size: int = 64
@@ -150,8 +151,8 @@ class DecodeGateConfig:
         _check_join(self)
         if self.heads is not HeadJoin.MEAN and not self.has_head_queries:
             raise ValueError(
-                f"DecodeGateConfig.heads={self.heads} joins the query heads' own shares, so it needs query_reduction=Qheads; "
-                f"got {self.query_reduction}. Set it, or leave heads out."
+                f"DecodeGateConfig.heads={self.heads} joins the query heads' own shares, so query_reduction must be Qheads; "
+                f"got {self.query_reduction}. Set query_reduction=Qheads, or leave DecodeGateConfig.heads out."
             )
         if self.start_layer < 0:
             raise ValueError(
@@ -229,8 +230,8 @@ def _check_pool_size(config: Any, side: str) -> None:
         )
     if size == 1 and len(kinds) > 1:
         raise ValueError(
-            f"{name}.{field}=1 pools single tokens, which are the same under every kind of pooling, so {side}_pooling must name one "
-            f"kind; got {', '.join(kinds)}. Set {side}_pooling to avg."
+            f"{name}.{field}=1 pools single tokens, which are the same under every kind of pooling, so {name}.{side}_pooling must "
+            f"name one kind; got {', '.join(kinds)}. Set {name}.{side}_pooling=avg."
         )
     if size == config.block_size:
         object.__setattr__(config, field, None)
@@ -238,9 +239,10 @@ def _check_pool_size(config: Any, side: str) -> None:
 
 def _check_join(config: Any) -> None:
     if config.join is not Join.SUM and config.keys_per_block == 1:
+        name = type(config).__name__
         raise ValueError(
-            f"{type(config).__name__}.join={config.join} joins a block's keys, so k_pool_size must be below the block size, "
-            f"{config.block_size}; got {config.key_pool}. Set k_pool_size, or leave join out."
+            f"{name}.join={config.join} joins a block's keys, so {name}.k_pool_size must be below the block size, "
+            f"{config.block_size}; got {config.key_pool}. Set {name}.k_pool_size, or leave {name}.join out."
         )
 
 

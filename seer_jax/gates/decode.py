@@ -41,7 +41,8 @@ class DecodeGate(Recommending, nnx.Module):
         dim, gate_dim = model.head_dim, config.gate_dim
         if config.query_reduction is QueryReduction.AVG and gate_dim != dim:
             raise ValueError(
-                f"A gate that averages queries without projecting them needs gate_dim == head_dim; got {gate_dim} and {dim}."
+                f"query_reduction=Qavg takes averages of queries as they are, so DecodeGateConfig.gate_dim must be the model's head dim, "
+                f"{dim}; got {gate_dim}. Set DecodeGateConfig.gate_dim={dim}, or query_reduction=Qavgproj."
             )
         if config.start_layer >= layers:
             raise ValueError(f"start_layer must leave a sparse layer: below {layers}; got {config.start_layer}.")
@@ -62,11 +63,6 @@ class DecodeGate(Recommending, nnx.Module):
 
     @property
     def num_lists(self) -> int:
-        return self.model.num_kv_heads
-
-    @property
-    def num_key_heads(self) -> int:
-        """Heads of the compressed keys: K."""
         return self.model.num_kv_heads
 
     def queries(self, q: Float[Array, "B T H D"], positions: Int[Array, "#B T"]) -> Float32[Array, "B T heads C"]:

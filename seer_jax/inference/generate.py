@@ -276,7 +276,7 @@ def _begin(model: Transformer, job: _Job) -> _State:
 def _empty_cache(model: Transformer, job: _Job) -> Cache:
     # The gate's part of the cache costs time at every step: leave it out where it is not read.
     gate = model.decode_gate.config if job.decode.needs_gate and model.decode_gate is not None else None
-    return Cache.create(model.config, job.lengths.shape[0], job.capacity, model.dtype, decode_gate=gate)
+    return model.empty_cache(job.lengths.shape[0], job.capacity, gate)
 
 
 def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array | np.ndarray, ""]) -> _State:
@@ -316,11 +316,25 @@ def _draw(job: _Job, state: _State, logits: Float[Array, "B V"]) -> _State:
 
 @jax.jit
 def _run(model: Transformer, job: _Job) -> _State:
-    return dataclasses.replace(_advance(model, job, _begin(model, job), job.until), cache=None)
+    return _to_all(model, dataclasses.replace(_advance(model, job, _begin(model, job), job.until), cache=None))
 
 
-_start = jax.jit(_begin)
-_continue = jax.jit(_advance, donate_argnames="state")
+@jax.jit
+def _start(model: Transformer, job: _Job) -> _State:
+    return _to_all(model, _begin(model, job))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _continue(model: Transformer, job: _Job, state: _State, until: int | Int[Array | np.ndarray, ""]) -> _State:
+    return _to_all(model, _advance(model, job, state, until))
+
+
+def _to_all(model: Transformer, state: _State) -> _State:
+    """The state with everything but the cache on each device of the model's mesh, so that any host can read it."""
+    if model.layout is None:
+        return state
+    small = model.layout.replicated(dataclasses.replace(state, cache=None))
+    return dataclasses.replace(small, cache=state.cache)
 
 
 def _result(job: _Job, state: _State) -> Generated:

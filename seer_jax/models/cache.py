@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
@@ -17,6 +18,7 @@ from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.models.config import ModelConfig
 from seer_jax.selection.interfaces import LayerCache
+from seer_jax.sharding.table import HEADS, KV, ROWS
 
 BLOCKS_TOGETHER = 8  # the kernel that scores the keys of finer gates takes those of whole groups of so many blocks
 _MERGE = {Pool.MAX: jnp.maximum, Pool.MIN: jnp.minimum, Pool.AVG: jnp.add}
@@ -128,6 +130,12 @@ class Cache:
     def gate_arrays(self) -> list[Array]:
         """Everything that gates keep, for counting bytes."""
         return jax.tree.leaves((self.decode_gate, self.prefill_gate_keys))
+
+    def specs(self) -> list[P]:
+        """How each array is split over a mesh, in the names of `seer_jax.sharding.table`; in the order of `jax.tree.leaves`."""
+        of_tokens, of_gate, of_keys = P(None, ROWS, None, KV), P(None, ROWS, KV), P(None, ROWS, None, HEADS)
+        gate = [] if self.decode_gate is None else [of_gate] * len(jax.tree.leaves(self.decode_gate))
+        return [of_tokens, of_tokens, P(ROWS), *gate, *([] if self.prefill_gate_keys is None else [of_keys])]
 
     def with_lengths(self, lengths: Int[Array, "B"]) -> "Cache":
         """The same contents with other lengths; what lies behind them is not read, and is overwritten by later tokens.
@@ -250,12 +258,6 @@ class CacheView(LayerCache):
     @property
     def keys(self) -> Float[Array, "B S K D"]:
         return self.cache.keys[self.layer]
-
-    @property
-    def gate_keys(self) -> Float[Array, "B Sw K C"]:
-        rows, first = self.gate_key_rows
-        batch = len(self.lengths)
-        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(jnp.swapaxes(rows, 1, 2), first, batch), 1, 2)
 
     @property
     def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""]]:

@@ -1,6 +1,7 @@
 """The decoder: one module for all families, its layers stacked and scanned."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from seer_jax.gates.configs import GateConfig
+from seer_jax.gates.configs import DecodeGateConfig, GateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.make import make_gate
 from seer_jax.gates.prefill import PrefillGate
@@ -24,6 +25,10 @@ from seer_jax.models.layers import BaseParam, Projections, layer_view, rms_norm,
 from seer_jax.models.rope import rotate, same_rope
 from seer_jax.selection.context import DecodeContext, PrefillContext
 from seer_jax.selection.policies import Dense, Policy, check_policy
+from seer_jax.sharding.layout import Layout
+from seer_jax.sharding.on_mesh import OF_LAYERS_AND_ROWS, OF_ROWS, OF_VOCABULARY, Results, make_cache, on_mesh
+from seer_jax.sharding.shard import Shard
+from seer_jax.sharding.table import WEIGHTS
 
 
 class DecoderLayer(nnx.Module):
@@ -36,7 +41,9 @@ class DecoderLayer(nnx.Module):
         self.mlp = FAMILIES[config.family].mlp(config, dtype=dtype, rngs=rngs)
         self.config = config
 
-    def __call__(self, x: Float[Array, "B T E"], attend: Callable) -> tuple[Float[Array, "B T E"], Any]:
+    def __call__(
+        self, x: Float[Array, "B T E"], attend: Callable, shard: Shard | None = None
+    ) -> tuple[Float[Array, "B T E"], Any]:
         """`attend(q, k, v) -> (output, aux)` gets queries and keys before RoPE; returns (x, aux)."""
         eps = self.config.rms_norm_eps
         with jax.named_scope("qkv"):
@@ -45,13 +52,17 @@ class DecoderLayer(nnx.Module):
             attended, aux = attend(*projected)
 
         def finish(x: Float[Array, "B n E"], attended: Float[Array, "B n H D"]) -> Float[Array, "B n E"]:
-            x = x + self.self_attn.out(attended)
-            return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps))
+            x = x + summed(self.self_attn.out(attended))
+            return x + summed(self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps)))
+
+        def summed(x: Float[Array, "B n E"]) -> Float[Array, "B n E"]:
+            return x if shard is None else shard.sum_over_tensor(x)
 
         with jax.named_scope("mlp"):
             return update_tokens(finish, x, attended), aux
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """Consecutive layers that run alike, in one loop.
@@ -61,7 +72,7 @@ class Segment:
       policy: which blocks their attention keeps; arrays that it holds have a value for each layer of the model.
     """
 
-    num_layers: int
+    num_layers: int = dataclasses.field(metadata=dict(static=True))
     policy: Policy = Dense()
 
 
@@ -92,7 +103,12 @@ class Transformer(nnx.Module):
 
     Attributes:
       prefill_gate, decode_gate: None, or gates that `attach` set. A model can carry both.
+      layout: how the model lies on a mesh of devices; None: it is not spread.
+      shard: of the part of such a model that one device computes with, see `on_mesh`; None elsewhere.
     """
+
+    layout: Layout | None = None
+    shard: Shard | None = None
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
@@ -173,7 +189,14 @@ class Transformer(nnx.Module):
         Returns:
           (hidden states after the final norm, state, aux of all layers stacked).
         """
+        if self.layout is not None:
+            raise NotImplementedError(
+                "A model that is spread over a mesh reads and decodes tokens, and does nothing else yet; got another pass over its "
+                "layers. Load the model without a mesh."
+            )
         segments = [s for s in segments or (Segment(self.config.num_layers),) if s.num_layers]
+        # Weights that are gathered are copies, wherever they were read.
+        in_place = in_place and (self.shard is None or not self.shard.gathers)
         every = (None if in_place else self.layers, self.prefill_gate, self.decode_gate)
         # Where a loop takes some of the layers, it finds them by their index: a slice of the stack would be a copy of their weights.
         sliced = not in_place and len(segments) == 1
@@ -185,20 +208,21 @@ class Transformer(nnx.Module):
                     scanned = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), every)
                 layer, prefill_gate, decode_gate = scanned
                 layer = layer_view(self.layers, index) if in_place else layer
+                layer = layer if self.shard is None else self.shard.whole(layer)
                 context = LayerContext(index, segment.policy.of_layer(index), prefill_gate, decode_gate)
 
                 def hook(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                     out, new_state, aux = attend(context, state, q, k, v)
                     return out, (new_state, aux)
 
-                x, (state, aux) = layer(x, hook)
+                x, (state, aux) = layer(x, hook, self.shard)
                 return (index + 1, x, state), aux
 
             # The loop itself keeps both computations of a layer apart.
             step = jax.checkpoint(body, prevent_cse=False) if remat else body
             return jax.lax.scan(step, carry, every if sliced else None, segment.num_layers)
 
-        carry: tuple[jax.Array, jax.Array, Any] = (jnp.int32(0), self.embed_tokens[...][tokens], state)
+        carry: tuple[jax.Array, jax.Array, Any] = (jnp.int32(0), self.embed(tokens), state)
         parts = []
         for segment in segments:
             carry, aux = run(carry, segment)
@@ -226,24 +250,31 @@ class Transformer(nnx.Module):
         dense = policy.dense_first_layers(gate)
         return [Segment(dense), Segment(num_layers - dense, policy.stacked(num_layers, heads))]
 
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Hidden states before the first layer."""
+        table = self.embed_tokens[...]
+        return table[tokens] if self.shard is None else self.shard.embed(table, tokens)
+
     def logits(self, hidden: Float[Array, "*b E"]) -> Float[Array, "*b V"]:
-        """Output head, float32."""
-        return jnp.einsum("...e,ve->...v", hidden, self.head[...], preferred_element_type=jnp.float32)
+        """Output head, float32; a device's part of a model gives those of its part of the vocabulary."""
+        head = self.head[...]
+        if self.shard is not None:
+            head = self.shard.gathered(head, WEIGHTS["lm_head"])
+        return jnp.einsum("...e,ve->...v", hidden, head, preferred_element_type=jnp.float32)
 
     def hidden_states(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None = None, *, sparsity: Policy = Dense()
     ) -> tuple[Float[Array, "B T E"], Float[Array, "L B"]]:
         """Hidden states after the final norm, and the share of causal blocks that each layer and row kept."""
         tokens, lengths = self.check(tokens, lengths)
-
-        def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            context = self.prefill_context(layer, q, k, v, lengths)
-            out, kept = prefill_attention(layer.policy, context)
-            return out, state, kept
-
         segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads, "prefill")
-        hidden, _, kept = self.scan(tokens, attend, segments=segments)
-        return hidden, kept
+        return self.spread(_read, (OF_ROWS, OF_LAYERS_AND_ROWS), segments, tokens, lengths)
+
+    def spread(self, function: Callable[..., Any], results: Results, segments: Sequence[Segment], *args: Any) -> Any:
+        """function(model, segments, *args): of this model, or where it lies on a mesh of each device's part of it, see `on_mesh`."""
+        if self.layout is None:
+            return function(self, segments, *args)
+        return on_mesh(function, results, self, segments, *args)
 
     def prefill_context(
         self,
@@ -270,6 +301,7 @@ class Transformer(nnx.Module):
             layer=layer.index,
             block_size=layer.policy.tokens_per_block(layer.prefill_gate),
             gate=layer.prefill_gate,
+            shard=self.shard,
         )
 
     def __call__(
@@ -289,8 +321,9 @@ class Transformer(nnx.Module):
           ValueError: shapes, dtypes, tokens or lengths are wrong, the policy needs a gate that the model has not, or leaves none of
             its layers sparse.
         """
-        hidden, _ = self.hidden_states(tokens, lengths, sparsity=sparsity)
-        return self.logits(hidden)
+        tokens, lengths = self.check(tokens, lengths)
+        segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads, "prefill")
+        return self.spread(_read_logits, (OF_VOCABULARY,), segments, tokens, lengths)[0]
 
     def prefill(
         self,
@@ -312,19 +345,8 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"A prompt must fit the cache: got {tokens.shape[1]} tokens for {cache.capacity} slots. Make a larger cache."
             )
-
-        def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            context = self.prefill_context(layer, q, k, v, lengths)
-            out, kept = prefill_attention(layer.policy, context)
-            cache = cache.fill(layer.index, context.k_rotated, context.v)
-            if layer.decode_gate is not None:
-                cache = cache.fill_decode_gate(layer.index, layer.decode_gate, context.k, lengths)
-            return out, cache, kept
-
         segments = self.segments(sparsity, self.prefill_gate, self.config.num_heads, "prefill")
-        hidden, cache, kept = self.scan(tokens, attend, cache, segments=segments)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self.logits(last), cache.with_lengths(lengths), kept
+        return self.spread(_fill, (OF_ROWS, Cache, OF_LAYERS_AND_ROWS), segments, tokens, lengths, cache)
 
     def decode(
         self, tokens: Int[Array, "B"], cache: Cache, *, sparsity: Policy = Dense()
@@ -333,30 +355,18 @@ class Transformer(nnx.Module):
 
         The cache must have a free slot in every row (`generate` sees to that); an append beyond it would be lost.
         """
-
-        def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-            q_rotated, k_rotated = rotate(q, k, cache.lengths[:, None], self.config.rope)
-            cache = cache.append(layer.index, k_rotated[:, 0], v[:, 0])
-            context = DecodeContext(
-                q=q,
-                q_rotated=q_rotated,
-                cache=cache.view(layer.index),
-                layer=layer.index,
-                block_size=layer.policy.tokens_per_block(layer.decode_gate),
-                gate=layer.decode_gate,
-            )
-            out, kept = decode_attention(layer.policy, context)
-            return out, cache, (kept, k[:, 0])
-
         segments = self.segments(sparsity, self.decode_gate, self.config.num_kv_heads, "decode")
-        hidden, cache, aux = self.scan(tokens[:, None], attend, cache, segments=segments, in_place=True)
-        kept, keys = aux
-        return self.logits(hidden[:, 0]), cache.finish_step(self.decode_gate, keys), kept
+        return self.spread(_append, (OF_ROWS, Cache, OF_LAYERS_AND_ROWS), segments, tokens, cache)
 
     def make_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache that fits this model and its decode gate."""
         gate = None if self.decode_gate is None else self.decode_gate.config
-        return Cache.create(self.config, batch, capacity, self.dtype, decode_gate=gate)
+        return self.empty_cache(batch, capacity, gate)
+
+    def empty_cache(self, batch: int, capacity: int, decode_gate: DecodeGateConfig | None) -> Cache:
+        """A cache that fits this model, where its weights are; `decode_gate` as in `Cache.create`."""
+        create = Cache.create if self.layout is None else functools.partial(make_cache, self.layout)
+        return create(self.config, batch, capacity, self.dtype, decode_gate=decode_gate)
 
     def check(
         self, tokens: Int[Array | np.ndarray, "B T"], lengths: Int[Array | np.ndarray, "B"] | None
@@ -387,6 +397,89 @@ class Transformer(nnx.Module):
                 f"Each row must have 1 to T = {width} tokens (no empty prompt); got lengths {counts.min()} .. {counts.max()}."
             )
         return array, jnp.asarray(counts, jnp.int32)
+
+
+def _read(
+    model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B T E"], Float[Array, "L B"]]:
+    """See `Transformer.hidden_states`."""
+
+    def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        context = model.prefill_context(layer, q, k, v, lengths)
+        out, kept = prefill_attention(layer.policy, context)
+        return out, state, kept
+
+    hidden, _, kept = model.scan(tokens, attend, segments=segments)
+    return hidden, _of_all_heads(model, kept)
+
+
+def _read_logits(
+    model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B T V"]]:
+    """See `Transformer.__call__`."""
+    hidden, _ = _read(model, segments, tokens, lengths)
+    return (model.logits(hidden),)
+
+
+def _fill(
+    model: Transformer,
+    segments: Sequence[Segment],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    cache: Cache,
+) -> tuple[Float[Array, "B V"], Cache, Float[Array, "L B"]]:
+    """See `Transformer.prefill`."""
+
+    def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        context = model.prefill_context(layer, q, k, v, lengths)
+        out, kept = prefill_attention(layer.policy, context)
+        cache = cache.fill(layer.index, context.k_rotated, context.v)
+        if layer.decode_gate is not None:
+            cache = cache.fill_decode_gate(layer.index, layer.decode_gate, context.k, lengths)
+        return out, cache, kept
+
+    hidden, cache, kept = model.scan(tokens, attend, cache, segments=segments)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return _next_logits(model, last), cache.with_lengths(lengths), _of_all_heads(model, kept)
+
+
+def _append(
+    model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "B"], cache: Cache
+) -> tuple[Float[Array, "B V"], Cache, Float[Array, "L B"]]:
+    """See `Transformer.decode`."""
+    shard = model.shard
+
+    def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        # A list is chosen by all query heads of a group: devices that share the group's keys attend with all of them.
+        q = q if shard is None else shard.group(q)
+        q_rotated, k_rotated = rotate(q, k, cache.lengths[:, None], model.config.rope)
+        cache = cache.append(layer.index, k_rotated[:, 0], v[:, 0])
+        context = DecodeContext(
+            q=q,
+            q_rotated=q_rotated,
+            cache=cache.view(layer.index),
+            layer=layer.index,
+            block_size=layer.policy.tokens_per_block(layer.decode_gate),
+            gate=layer.decode_gate,
+            shard=shard,
+        )
+        out, kept = decode_attention(layer.policy, context)
+        return out if shard is None else shard.own_heads(out), cache, (kept, k[:, 0])
+
+    hidden, cache, aux = model.scan(tokens[:, None], attend, cache, segments=segments, in_place=True)
+    kept, keys = aux
+    return _next_logits(model, hidden[:, 0]), cache.finish_step(model.decode_gate, keys), _of_all_heads(model, kept)
+
+
+def _next_logits(model: Transformer, hidden: Float[Array, "B E"]) -> Float[Array, "B V"]:
+    """Logits of the whole vocabulary."""
+    logits = model.logits(hidden)
+    return logits if model.shard is None else model.shard.whole_vocabulary(logits)
+
+
+def _of_all_heads(model: Transformer, kept: Float[Array, "L B"]) -> Float[Array, "L B"]:
+    """Shares of blocks that all heads kept, from those of the heads that a device has."""
+    return kept if model.shard is None else model.shard.mean_over_tensor(kept)
 
 
 def _concrete(x: ArrayLike) -> Tracer | np.ndarray:

@@ -16,6 +16,7 @@ from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf
 from seer_jax.models.hub import HubSettings, Location, read_config, resolve, resolve_gates
+from seer_jax.sharding.layout import Layout
 
 if TYPE_CHECKING:
     from seer_jax.gates.decode import DecodeGate
@@ -41,7 +42,8 @@ def from_pretrained(
       gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" and "smollm2" stand for the gates of these models,
         the output folder of a training run for the gates that it wrote. None: the model attends densely.
       dtype: of the base weights, bfloat16 or float32; gates are float32 always.
-      mesh: the devices to load onto; one device for now. None: JAX's default device.
+      mesh: devices to spread the model over, of axes among data, fsdp and tensor; see `seer_jax.sharding.make_mesh`. Files are read
+        straight into the parts of the devices. None: JAX's default device.
       abstract: shapes in place of weights, for `plan_memory`: configurations are read, or downloaded, and nothing else.
       **hub: `revision` (of the base; a gate's is written "owner/name@revision"), `token` and `cache_dir` for hub ids, see
         `hub.HubSettings`.
@@ -52,18 +54,22 @@ def from_pretrained(
 
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: base or gates are not there, or can't be downloaded.
-      ValueError: a model or gate is not supported, damaged, or made for another model; or two gates are of one kind.
-      NotImplementedError: a mesh of several devices.
+      ValueError: a model or gate is not supported, damaged, or made for another model; two gates are of one kind; or the model can't be
+        split by the mesh.
+
+    Warns:
+      RuntimeWarning: the mesh axis tensor has more devices than the model key/value heads, which are copied then.
     """
     from seer_jax.convert import load_base, load_gates
     from seer_jax.convert.base import BASE_PATTERNS
     from seer_jax.convert.gates import GATE_PATTERNS
 
     dtype = DType.of(dtype)
-    sharding = None if mesh is None else _place_on(mesh)
     weights = (CONFIG,) if abstract else BASE_PATTERNS
     folder = resolve(base, (*weights, GENERATION_CONFIG, *SPECIAL_TOKEN_FILES), **hub)
     check_is_base(folder)
+    layout = None if mesh is None or mesh.size == 1 else Layout.of(mesh, config_from_hf(read_config(folder)))
+    sharding = _sharding(mesh, layout)
     model = _abstract_base(folder, dtype) if abstract else load_base(folder, dtype=dtype, sharding=sharding)
     model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config))
     of_gates: HubSettings = {**hub, "revision": None}
@@ -72,7 +78,11 @@ def from_pretrained(
         _abstract_gate(f, model.config) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders
     ]
     _check_one_of_each(loaded, folders)
-    return model.attach(*loaded)
+    model.attach(*loaded)
+    if layout is not None:
+        model = layout.placed(model) if abstract else model
+        model.layout = layout
+    return model
 
 
 def load_tokenizer(base: Location, **hub: Unpack[HubSettings]) -> Tokenizer:
@@ -114,12 +124,10 @@ def _abstract_gate(folder: Path, config: ModelConfig) -> "PrefillGate | DecodeGa
     return described_gate(hf, config, place=str(folder))
 
 
-def _place_on(mesh: jax.sharding.Mesh) -> Any:
-    if mesh.size != 1:
-        raise NotImplementedError(
-            f"A mesh must have one device for now; got {mesh.size} devices. Leave mesh out, or pass "
-            "jax.sharding.Mesh(jax.devices()[:1], ('data',))."
-        )
+def _sharding(mesh: jax.sharding.Mesh | None, layout: Layout | None) -> Any:
+    """Where each weight goes, for `load_base` and `load_gates`; a mesh of one device is that device, and asks for nothing more."""
+    if mesh is None or layout is not None:
+        return None if layout is None else layout.sharding
     place = jax.sharding.SingleDeviceSharding(mesh.devices.item())
     return lambda path, array: place
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import BlockIndices, select_blocks
 from seer_jax.selection.interfaces import LayerCache, LayerGate
+from seer_jax.sharding.shard import Shard
 
 PerHead = float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, "heads"]
 
@@ -34,6 +35,7 @@ class PrefillContext:
       gate: of this layer, or None.
       gate_keys: the gate's compressed keys, Sw of all Sb blocks, where they are known already, for example from a cache.
       prepared: what the policy's scorer made of the keys (`Scorer.prepare`), the same for all chunks of query rows.
+      shard: of the device whose rows and heads these are, where the model lies on a mesh; None: they are all.
     """
 
     q: Float[Array, "B T H D"]
@@ -48,6 +50,7 @@ class PrefillContext:
     gate: LayerGate | None = None
     gate_keys: Float32[Array, "B Sw heads C"] | None = None
     prepared: Any = None
+    shard: Shard | None = None
 
     @property
     def batch(self) -> int:
@@ -174,6 +177,7 @@ class DecodeContext:
       layer: index of the layer.
       block_size: b, tokens.
       gate: of this layer, or None.
+      shard: see `PrefillContext`.
     """
 
     q: Float[Array, "B 1 H D"]
@@ -182,6 +186,7 @@ class DecodeContext:
     layer: Int[Array, ""]
     block_size: int
     gate: LayerGate | None = None
+    shard: Shard | None = None
 
     @property
     def batch(self) -> int:

@@ -1,6 +1,6 @@
 """Run as a program: loads a model folder and prints how much host memory that took at most, as JSON.
 
-python peak_memory.py warm_up_folder folder dtype
+python peak_memory.py warm_up_folder folder dtype [mesh]
 """
 
 import json
@@ -9,7 +9,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from seer_jax.convert import load_base
+from seer_jax import Transformer, from_pretrained
+from seer_jax.sharding import make_mesh
 
 
 def status(field: str) -> int:
@@ -18,15 +19,21 @@ def status(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def main(warm_up: str, folder: str, dtype: str) -> None:
-    load_base(warm_up, dtype=jnp.dtype(dtype))  # imports, compiler and thread pools
+def main(warm_up: str, folder: str, dtype: str, mesh: str = "tensor=1") -> None:
+    def load(folder: str) -> Transformer:
+        return from_pretrained(folder, dtype=jnp.dtype(dtype), mesh=make_mesh(mesh))
+
+    load(warm_up)  # imports, compiler and thread pools
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
     before = status("VmRSS")
-    model = load_base(folder, dtype=jnp.dtype(dtype))
-    peak = status("VmHWM") - before
-    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    print(json.dumps({"peak": peak, "kept": kept}))
+    model = load(folder)
+    peak, stays = status("VmHWM") - before, status("VmRSS") - before
+    leaves = jax.tree.leaves(model)
+    parts = [[part.data.nbytes for part in leaf.addressable_shards] for leaf in leaves]
+    print(
+        json.dumps({"peak": peak, "stays": stays, "kept": sum(map(sum, parts)), "largest_part": max(map(max, parts))})
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main(folder: str) -> None:
                 "devices": len(jax.devices()),
                 "same": all((np.asarray(a) == np.asarray(b)).all() and a.dtype == b.dtype for a, b in pairs),
                 "shard": list(sharded.layers.self_attn.q_proj.weight.addressable_shards[0].data.shape),
-                "rows_of_one_layer": max(rows),
+                "rows_of_one_layer": sum(rows),
             }
         )
     )

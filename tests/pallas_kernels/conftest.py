@@ -17,15 +17,27 @@ for module in Path(__file__).parent.glob("suites/*.py"):
     pytest.register_assert_rewrite(f"tests.pallas_kernels.suites.{module.stem}")
 
 
-# Of the interpreter's tests, which take seconds each, these run always: what a kernel computes, and that padding stays out of it.
-INTERPRETED, ALWAYS = "TestMosaicGpuInterpreted", ("test_errs_no_more", "test_follows_the_rule", "test_padding")
+# Of the interpreter's tests, which take seconds each, and the definition's, which are XLA's too, these run always: what is computed, and
+# that padding stays out of it.
+ALWAYS = {
+    "TestMosaicGpuInterpreted": ("test_errs_no_more", "test_follows_the_rule[", "test_padding"),
+    "TestReference": (
+        "test_errs_no_more",
+        "test_follows_the_rule[",
+        "test_is_",
+        "test_skips_what",
+        "test_one_vector",
+        "test_padding_reaches",
+    ),
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves slow tests out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the interpreter's other tests slow."""
+    """Marks the others slow."""
     for item in items:
-        if getattr(getattr(item, "cls", None), "__name__", "") == INTERPRETED and not item.name.startswith(ALWAYS):
+        always = ALWAYS.get(getattr(getattr(item, "cls", None), "__name__", ""))
+        if always and not item.name.startswith(always):
             item.add_marker(pytest.mark.slow)
 
 

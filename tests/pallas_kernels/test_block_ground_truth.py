@@ -11,9 +11,22 @@ import pytest
 from pallas_kernels import attention_with_block_scores
 from pallas_kernels.block_ground_truth.cases import REAL, Case
 from pallas_kernels.cases import Heads
-from pallas_kernels.devices import assume_hopper
 from tests.pallas_kernels.suites import block_ground_truth as suite
-from tests.pallas_kernels.suites.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda, memory, shapes
+from tests.pallas_kernels.suites.comparison import (
+    assert_left_to_xla,
+    assert_lowers_for_cuda,
+    memory,
+    shapes,
+    slow_but,
+)
+
+# One of each kind: lengths, packed sequences, wide blocks with both kinds of scores, a chunk by mass.
+LOWERED = (
+    "llama-3.1-8b-8k-ragged-batch",
+    "qwen3-4b-32k-packed",
+    "llama-3.1-8b-8k-blocks-of-128",
+    "qwen3-4b-64k-chunk-by-mass",
+)
 
 
 class TestReference(suite.Definition):
@@ -37,7 +50,7 @@ class TestMosaicGpuInterpreted(suite.HalfPrecision):
     implementation = "mosaic_gpu"
 
 
-@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", slow_but(REAL, *LOWERED), ids=lambda case: case.name)
 def test_mosaic_gpu_lowers_for_cuda(case: Case):
     assert_lowers_for_cuda(attention_with_block_scores, case)
 
@@ -51,13 +64,9 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
     ],
 )
 def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str):
-    arguments = dataclasses.replace(Case("small", Heads(2, 1, 64), 64), **changes).arguments(KEY)
-    with assume_hopper():
-        with pytest.raises(NotImplementedError, match=message):
-            attention_with_block_scores(**arguments, implementation="mosaic_gpu")
-        assert_bitwise_equal(
-            attention_with_block_scores(**arguments), attention_with_block_scores(**arguments, implementation="xla")
-        )
+    assert_left_to_xla(
+        attention_with_block_scores, dataclasses.replace(Case("small", Heads(2, 1, 64), 64), **changes), message
+    )
 
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)

@@ -14,16 +14,16 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.block_sparse_attention import mosaic_gpu
 from pallas_kernels.block_sparse_attention.cases import REAL, Case
 from pallas_kernels.cases import Heads
-from pallas_kernels.devices import assume_hopper
 from pallas_kernels.sparse_rows import Tiling
 from tests.pallas_kernels.suites import block_sparse_attention as suite
 from tests.pallas_kernels.suites.comparison import (
     KEY,
-    assert_bitwise_equal,
+    assert_left_to_xla,
     assert_lowers_for_cuda,
     assert_within_rounding,
     memory,
     shapes,
+    slow_but,
 )
 
 
@@ -48,7 +48,13 @@ class TestMosaicGpuInterpreted(suite.HalfPrecision):
     implementation = "mosaic_gpu"
 
 
-@pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)
+# One for each kernel, a batch and a chunk.
+LOWERED = [
+    f"llama-3.1-8b-{of}" for of in ("32k", "32k-dense", "32k-group-lists", "32k-128", "8k-ragged-batch", "32k-chunk")
+]
+
+
+@pytest.mark.parametrize("case", slow_but(REAL, *LOWERED), ids=lambda case: case.name)
 def test_mosaic_gpu_lowers_for_cuda(case: Case):
     assert_lowers_for_cuda(block_sparse_attention, case, density=case.density, return_lse=True)
 
@@ -76,13 +82,9 @@ def test_each_kernel_that_skips_lowers_for_cuda(settings: dict[str, Any]):
     ],
 )
 def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str):
-    arguments = dataclasses.replace(Case("small", Heads(2, 1, 64), 64), **changes).arguments(KEY)
-    with assume_hopper():
-        with pytest.raises(NotImplementedError, match=message):
-            block_sparse_attention(**arguments, implementation="mosaic_gpu")
-        assert_bitwise_equal(
-            block_sparse_attention(**arguments), block_sparse_attention(**arguments, implementation="xla")
-        )
+    assert_left_to_xla(
+        block_sparse_attention, dataclasses.replace(Case("small", Heads(2, 1, 64), 64), **changes), message
+    )
 
 
 @pytest.mark.parametrize(

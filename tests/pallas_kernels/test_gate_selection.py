@@ -10,9 +10,9 @@ import pytest
 
 from pallas_kernels import select_blocks
 from pallas_kernels.devices import assume_hopper
-from pallas_kernels.gate_selection.cases import REAL, Case
+from pallas_kernels.gate_selection.cases import REAL, TINY, Case
 from tests.pallas_kernels.suites import gate_selection as suite
-from tests.pallas_kernels.suites.comparison import assert_lowers_for_cuda, shapes
+from tests.pallas_kernels.suites.comparison import assert_lowers_for_cuda, shapes, slow_but
 
 
 class TestReference(suite.Definition):
@@ -28,12 +28,19 @@ class TestMosaicGpu(suite.Conformance):
     implementation = "mosaic_gpu"
 
 
+OF_EACH_RULE = ("prefill-top-k-ties", "decode-budget-ties", "decode-mass", "decode-threshold")
+
+
 @pytest.mark.cpu
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicGpuInterpreted(suite.Conformance):
     """Except the code in MLIR, see warp_rows.py."""
 
     implementation = "mosaic_gpu"
+
+    @pytest.mark.parametrize("case", slow_but(TINY, *OF_EACH_RULE), ids=lambda case: case.name)
+    def test_follows_the_rule(self, case: Case):
+        super().test_follows_the_rule(case)
 
 
 # The largest take as long as all the others together.

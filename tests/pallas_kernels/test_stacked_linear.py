@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import stacked_linear
-from pallas_kernels.devices import assume_hopper
 from pallas_kernels.stacked_linear.cases import REAL, Case
 from tests.pallas_kernels.suites import stacked_linear as suite
-from tests.pallas_kernels.suites.comparison import KEY, assert_bitwise_equal, assert_lowers_for_cuda
+from tests.pallas_kernels.suites.comparison import assert_left_to_xla, assert_lowers_for_cuda
 
 
 class TestReference(suite.Definition):
@@ -47,11 +46,7 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
     ],
 )
 def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str):
-    arguments = dataclasses.replace(Case("small", 128, (64,)), **changes).arguments(KEY)
-    with assume_hopper():
-        with pytest.raises(NotImplementedError, match=message):
-            stacked_linear(**arguments, implementation="mosaic_gpu")
-        assert_bitwise_equal(stacked_linear(**arguments), stacked_linear(**arguments, implementation="xla"))
+    assert_left_to_xla(stacked_linear, dataclasses.replace(Case("small", 128, (64,)), **changes), message)
 
 
 @pytest.mark.usefixtures("unchecked")

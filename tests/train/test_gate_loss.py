@@ -25,6 +25,8 @@ from seer_jax.train.loss import (
 
 BLOCK = 16
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def random_rows(seed: int, *, empty: bool) -> tuple[np.ndarray, np.ndarray]:
     """Targets and logits [2, 3, 5, 7] with masked entries; with `empty`, some rows are masked wholly."""

@@ -33,6 +33,8 @@ class ProxyAttn(Scorer):
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B K Tb Sb"]:
         proxies = grouped(context.q_rotated, context.k.shape[2]).mean(3, dtype=jnp.float32)
+        if context.shard is not None:
+            proxies = context.shard.mean_of_group(proxies)
         scored = attention_with_block_scores(
             proxies.astype(context.q.dtype),
             context.k_rotated,

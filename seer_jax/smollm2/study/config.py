@@ -27,9 +27,9 @@ class StudyConfig:
       micro_batch_size: rows at once.
       length: tokens per row and window.
       windows: number of windows, spread over the text.
-      thresholds: values at which gates and baselines are scored.
-      masses: the same for cumulative mass.
-      densities: the same for top-k.
+      thresholds: at which gates and baselines are scored.
+      masses: cumulative masses, likewise.
+      densities: of top-k, likewise.
       phases: what is scored.
       learning_rate: at the end of the warmup.
       dtype: of the base model; None: bfloat16, or float32 on a CPU.

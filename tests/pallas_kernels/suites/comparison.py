@@ -150,6 +150,20 @@ def assert_lowers_for_cuda(operation: Callable[..., Any], case: Any, **settings:
     assert "mosaic_gpu" in lowered.as_text()
 
 
+def assert_left_to_xla(operation: Callable[..., Any], case: Any, message: str) -> None:
+    """The kernel refuses a case with this message; the operation's program for a GPU is XLA's then."""
+    arguments, static = shapes(case)
+
+    def program(**chosen: Any) -> str:
+        call = functools.partial(operation, **static, **chosen)
+        return jax.jit(lambda x: call(**x)).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    with assume_hopper():
+        with pytest.raises(NotImplementedError, match=message):
+            program(implementation="mosaic_gpu")
+        assert program() == program(implementation="xla")
+
+
 def compare_with_sharded(
     run: Callable[..., Any],
     arguments: dict[str, Any],

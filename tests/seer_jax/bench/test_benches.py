@@ -235,11 +235,14 @@ def test_lists_that_are_timed_are_those_of_the_model(policy: Policy):
     gate = jax.tree.map(lambda x: x[0], gate)
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((1, 150, heads, LLAMA.head_dim)), jnp.float32) for heads in (4, 2))
-    context = prefill_context(LLAMA, gate, q, k)
-    blocks = policy.blocks(policy.prepare(context))
-    assert blocks is not None
+
+    @jax.jit
+    def both(gate: PrefillGate, q: jax.Array, k: jax.Array) -> Any:
+        context = prefill_context(LLAMA, gate, q, k)
+        return policy.blocks(policy.prepare(context)), prefill_attention(policy, context)[1]
+
+    blocks, kept = both(gate, q, k)
     blocks.check(10)
-    _, kept = prefill_attention(policy, context)
     np.testing.assert_allclose(blocks.density().mean(), kept[0], rtol=1e-6)
     assert kept[0] < 1
 
@@ -247,7 +250,7 @@ def test_lists_that_are_timed_are_those_of_the_model(policy: Policy):
 @pytest.mark.parametrize(
     ("command", "module", "operation", "message"),
     [
-        ([*PREFILL, "--only", "attention"], attention_bench, block_sparse_attention, "attention, 128, 64x64, own, 0.3"),
+        pytest.param([*PREFILL, "--only", "attention"], attention_bench, block_sparse_attention, "attention, 128, 64x64, own, 0.3", marks=pytest.mark.slow),
         ([*DECODE, "--only", "kernel", "--densities", "0.5"], decode_bench, sparse_decode_attention, "decode kernel, 2 x 256, 0.5"),
     ],
 )  # fmt: skip

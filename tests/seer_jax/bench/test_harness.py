@@ -32,6 +32,7 @@ from seer_jax.bench.harness.sampled_check import AttentionCall, check_result
 from seer_jax.bench.prefill import FIRST_TOKEN
 from seer_jax.bench.prefill import PANELS as PREFILL_PANELS
 from seer_jax.inference.memory import GIB, DeviceMemory
+from tests.pallas_kernels.suites.comparison import slow_but
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 KEY = jax.random.key(0)
@@ -109,12 +110,16 @@ def result_of(call: AttentionCall) -> AttentionWithScores:
 
 @pytest.mark.parametrize(
     "case",
-    [
-        RAGGED,
-        Case("shared lists", HEADS, 200, density=0.3, lists=2),
-        Case("f32", HEADS, 200, density=0.3, dtype="float32"),
-        Case("chunk", HEADS, 77, 205, density=0.5, query_offset=128, block_size=128),
-    ],
+    slow_but(
+        [
+            RAGGED,
+            Case("shared lists", HEADS, 200, density=0.3, lists=2),
+            Case("f32", HEADS, 200, density=0.3, dtype="float32"),
+            Case("chunk", HEADS, 77, 205, density=0.5, query_offset=128, block_size=128),
+        ],
+        "ragged",
+        "chunk",
+    ),
     ids=lambda case: case.name,
 )
 def test_a_right_result_has_no_fault(case: Case):

@@ -128,7 +128,9 @@ def test_the_calibrated_gate_is_held_against_baselines_of_the_same_share():
 
 
 def test_what_calibration_gains_is_told_share_by_share():
-    line = "decode 20%: perplexity -9.52% (-9.52% to -9.52%) over one threshold's, 20.0% of the blocks read against 20.0%"
+    line = (
+        "decode 20%: perplexity -9.52% (-9.52% to -9.52%) over one threshold's, 20.0% of the blocks read against 20.0%"
+    )
     assert gains(COMPARED) == [line]
     single = [dataclasses.replace(one, windows=one.windows[:1]) for one in COMPARED]
     assert gains(single) == [line.replace(" (-9.52% to -9.52%)", "")]

@@ -115,6 +115,12 @@ USAGE = [
         "--optimizer.warmup-steps must be at least 0; got -1. *",
     ),
     ("train --decode.gate-dim 3", "**gate*dim must be even and positive, *; got 3. *"),
+    ("train --decode.k-pool-size 1", "--decode.k-pool-size 1 * got max, min, avg. Set --decode.k-pooling avg. *"),
+    (
+        "train --prefill.join max",
+        "* so --prefill.k-pool-size must be * Set --prefill.k-pool-size, or leave --prefill.join *",
+    ),
+    ("train --decode.heads max", "* Set --decode.query-reduction Qheads, or leave --decode.heads out. *"),
     (
         "bench prefil",
         "what to measure must be one of prefill, *; got 'prefil'. Did you mean prefill? See seer-jax bench --help.",

@@ -18,7 +18,7 @@ from seer_jax.inference.sampling import Sample, row_keys
 from seer_jax.selection.policies import Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import LearnedGate, Oracle, Random, Scorer, SinkWindow
-from tests.seer_jax.conftest import LLAMA, tiny_model
+from tests.seer_jax.conftest import LLAMA, QWEN2, QWEN3, tiny_model
 
 # With blocks of 16: less than one, exactly one, exactly two, and the width of the batch.
 LENGTHS = (7, 16, 32, 41)
@@ -52,6 +52,9 @@ def joined(pieces: list[list[list[int]]]) -> list[list[int]]:
     return [[token for piece in pieces for token in piece[row]] for row in range(len(pieces[0]))]
 
 
+@pytest.mark.parametrize(
+    "model", [QWEN2, pytest.param(QWEN3, marks=pytest.mark.slow)], ids=lambda c: c.family, indirect=True
+)
 def test_greedy_generation_is_the_argmax_of_full_forward_passes(model: Transformer):
     tokens, lengths = prompts()
     forward = jax.jit(lambda model, tokens, lengths: model(tokens, lengths))
@@ -178,14 +181,15 @@ def test_a_stream_gives_the_tokens_of_generate(chunk: int):
 
 def test_the_value_of_a_finished_stream_is_what_generate_returns():
     tokens, lengths = prompts()
-    pieces = stream(llama(), tokens, lengths, max_new_tokens=NEW, eos=NEVER, **SPARSE)
+    drawn: dict[str, Any] = dict(SPARSE, sampling=SAMPLE, key=jax.random.key(3))  # programs of the test above
+    pieces = stream(llama(), tokens, lengths, max_new_tokens=NEW, eos=NEVER, chunk=7, **drawn)
     while True:
         try:
             next(pieces)
         except StopIteration as stop:
             result = stop.value
             break
-    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(run(**SPARSE)), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(run(**drawn)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 

@@ -123,13 +123,14 @@ def test_scratch_is_what_the_compiler_lays_out(streamed: bool):
     assert activations < small < wide - 3 * activations
 
 
-COMPILED: list[tuple[dict[str, Any], bool]] = [
-    (SPARSE, False),
-    (dict(prefill=Threshold(0.1), decode=Threshold(0.2), sampling=Sample(0.5)), True),
+DRAWN: dict[str, Any] = dict(prefill=Threshold(0.1), decode=Threshold(0.2), sampling=Sample(0.5))
+COMPILED = [
+    pytest.param(SPARSE, False, id="budget"),
+    pytest.param(DRAWN, True, id="threshold, drawn, put on a device", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("changes", "committed"), COMPILED, ids=["budget", "threshold, drawn, put on a device"])
+@pytest.mark.parametrize(("changes", "committed"), COMPILED)
 @pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_plan_compiles_what_then_runs(
     streamed: bool, changes: dict[str, Any], committed: bool, caplog: pytest.LogCaptureFixture
@@ -142,12 +143,12 @@ def test_a_plan_compiles_what_then_runs(
         texts = [record.getMessage() for record in caplog.records]
         caplog.clear()
         return [
-            name for name in ("_run", "_begin", "_advance") for t in texts if f"XLA compilation of jit({name})" in t
+            name for name in ("_run", "_start", "_continue") for t in texts if f"XLA compilation of jit({name})" in t
         ]
 
     with jax.log_compiles(), caplog.at_level("WARNING"):
         plan(model, streamed=streamed, **sizes)
-        assert compiled() == (["_begin", "_advance"] if streamed else ["_run"])
+        assert compiled() == (["_start", "_continue"] if streamed else ["_run"])
         key = jax.random.key(0) if "sampling" in sizes else None
         (run_stream if streamed else run)(model, **sizes, key=key)
         assert compiled() == []

@@ -354,15 +354,15 @@ REFUSED_GATES = {
     ),
     "single tokens pooled three times": (
         lambda: DecodeGateConfig(k_pool_size=1),
-        "k_pool_size=1 .* so k_pooling must name one kind; got max, min, avg. Set k_pooling to avg",
+        "k_pool_size=1 .* so DecodeGateConfig.k_pooling must name one kind; got max, min, avg. Set DecodeGateConfig.k_pooling=avg",
     ),
     "join of one key": (
         lambda: PrefillGateConfig(q_pool_size=16, join=Join.MAX),
-        "join=max .* so k_pool_size must be below the block size, 64; got 64. Set k_pool_size, or",
+        "join=max .* so PrefillGateConfig.k_pool_size must be below the block size, 64; got 64. Set PrefillGateConfig.k_pool_size, or",
     ),
     "join of a reduced group": (
         lambda: DecodeGateConfig(heads=HeadJoin.MAX),
-        "heads=max .* needs query_reduction=Qheads; got Qproj. Set it",
+        "heads=max .* query_reduction must be Qheads; got Qproj. Set query_reduction=Qheads, or",
     ),
 }
 

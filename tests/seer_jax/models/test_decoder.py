@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -66,7 +66,12 @@ EVERYTHING = [
 ]
 
 
-@pytest.mark.parametrize("policy", EVERYTHING, ids=str)
+def slow(policies: Iterable[Policy], *these: Policy) -> list[Any]:
+    """Some of the policies, whose programs take seconds to compile, run with the slow tests."""
+    return [pytest.param(p, marks=pytest.mark.slow if p in these else ()) for p in policies]
+
+
+@pytest.mark.parametrize("policy", slow(EVERYTHING, *EVERYTHING[1:3], EVERYTHING[4]), ids=str)
 def test_a_policy_that_keeps_everything_is_dense(policy: Policy):
     model = tiny_model()
     tokens, lengths = batch()
@@ -84,7 +89,7 @@ SPARSE = [
     TopK(0.4, SinkWindow()),
     Dense(skip=1.0),
 ]
-QUICK = [pytest.param(p, marks=pytest.mark.slow if p in (SPARSE[1], SPARSE[2]) else ()) for p in SPARSE]
+QUICK = slow(SPARSE, SPARSE[1], SPARSE[2], SPARSE[6])
 
 
 @pytest.mark.parametrize("policy", [Dense(), *QUICK], ids=str)
@@ -146,15 +151,16 @@ def test_a_row_of_a_given_mask_that_keeps_nothing_keeps_its_diagonal():
     )
 
 
-@pytest.mark.parametrize(
-    "policy", [Dense(), Threshold(0.0), CumulativeMass(1.0), TopK(1.0), TokenBudget(96), TopK(1.0, Oracle())], ids=str
-)
+DECODED = [Dense(), Threshold(0.0), CumulativeMass(1.0), TopK(1.0), TokenBudget(96), TopK(1.0, Oracle())]
+
+
+@pytest.mark.parametrize("policy", slow(DECODED, *DECODED[2:4]), ids=str)
 def test_decoding_equals_prefill_for_ragged_rows_across_block_boundaries(policy: Policy):
     """Each step's logits equal those of the dense forward pass over the same tokens."""
     decode_equals_prefill(tiny_model(), policy)
 
 
-@pytest.mark.parametrize("policy", [Dense(), TokenBudget(96)], ids=str)
+@pytest.mark.parametrize("policy", slow([Dense(), TokenBudget(96)], Dense()), ids=str)
 def test_decoding_equals_prefill_in_every_family(model: Transformer, policy: Policy):
     decode_equals_prefill(model, policy)
 
@@ -195,7 +201,10 @@ def test_compressed_keys_made_while_decoding_equal_those_of_prefill(dtype: str, 
         np.testing.assert_allclose(ours, theirs, atol=tolerance)
 
 
-@pytest.mark.parametrize("policy", [TokenBudget(32), TokenBudget(48, Oracle()), TokenBudget(32, Random())], ids=str)
+CAPS = [TokenBudget(32), TokenBudget(48, Oracle()), TokenBudget(32, Random())]
+
+
+@pytest.mark.parametrize("policy", slow(CAPS, CAPS[2]), ids=str)
 def test_a_decode_budget_is_a_hard_cap(policy: TokenBudget):
     model = tiny_model()
     tokens, _ = batch(3)

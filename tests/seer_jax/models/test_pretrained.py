@@ -12,6 +12,8 @@ import pytest
 
 from seer_jax import Greedy, Sample, from_pretrained, load_generation_settings, load_tokenizer, tiny_lm
 from seer_jax.convert import load_base, save_base, save_gates
+from seer_jax.convert.formats.sources import SafetensorsSource
+from seer_jax.sharding import make_mesh, place
 from seer_jax.train.data.tokens import ModelTokenizer
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
 
@@ -175,6 +177,39 @@ def test_a_mesh_of_one_device_takes_the_model(saved: Path):
     assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(model))
 
 
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("fsdp=2,tensor=2", (2, 16, 32)),
+        pytest.param("data=2,tensor=2", (2, 32, 32), marks=pytest.mark.slow),
+        pytest.param("fsdp=4", (2, 16, 32), marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_is_read_into_the_parts_of_a_mesh(
+    saved: Path, text: str, part: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    rows: dict[str, list[int]] = {}
+    read = SafetensorsSource.read
+
+    def noted(self: SafetensorsSource, name: str, start: int, stop: int) -> np.ndarray:
+        rows.setdefault(name, []).extend(range(start, stop))
+        return read(self, name, start, stop)
+
+    monkeypatch.setattr(SafetensorsSource, "read", noted)
+    monkeypatch.setattr("seer_jax.convert.stream.CHUNK_BYTES", 1500)
+    places = saved / "base", [saved / "prefill", saved / "decode"]
+    model = from_pretrained(*places, dtype=jnp.float32, mesh=make_mesh(text))
+    assert all(sorted(found) == list(range(len(found))) for found in rows.values()), "a row is read twice, or not"
+    expected = place(tiny_model(), make_mesh(text))
+    assert jax.tree.structure(model) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
+        assert ours.sharding == theirs.sharding
+        np.testing.assert_array_equal(ours, theirs)
+    assert model.layers.self_attn.q_proj.weight.addressable_shards[-1].data.shape == part
+    shapes = from_pretrained(*places, dtype=jnp.float32, mesh=make_mesh(text), abstract=True)
+    assert [x.sharding for x in jax.tree.leaves(shapes)] == [x.sharding for x in jax.tree.leaves(model)]
+
+
 def test_the_tokenizer_is_found_beside_the_model():
     assert load_tokenizer(str(TINY_LM)).decode(load_tokenizer(TINY_LM).encode("def")) == "def"
 
@@ -201,7 +236,7 @@ def test_what_does_not_fit_is_refused(saved: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         load_tokenizer(tmp_path / "absent")
     mesh = jax.sharding.Mesh(jax.devices()[:1] * 2, ("data",))
-    with pytest.raises(NotImplementedError, match="must have one device for now; got 2 devices"):
+    with pytest.raises(ValueError, match="devices of a mesh must differ; got 2, of which 1 differ"):
         from_pretrained(saved / "base", mesh=mesh)
     folder = shutil.copytree(saved / "base", tmp_path / "base")
     (folder / "generation_config.json").write_text("[]")

@@ -86,6 +86,11 @@ def test_generation_goes_on_as_a_forward_pass_does(model: Transformer):
     best = model(jnp.asarray(text), sparsity=POLICY).argmax(-1)
     np.testing.assert_array_equal(best[:, LENGTH - 1 : -1], result.tokens)
     assert (result.decode_kept < 0.5).all()
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_alike(model: Transformer):
+    result = generate(model, TOKENS, max_new_tokens=NEW, eos=(), prefill=POLICY, decode=POLICY)
     pieces = list(stream(model, TOKENS, max_new_tokens=NEW, eos=(), prefill=POLICY, decode=POLICY))
     assert [token for piece in pieces for token in piece[0]] == result.rows()[0]
 
