@@ -123,11 +123,16 @@ def _own_config(values: Any) -> GateConfig:
         ) from error
 
 
+def gate_settings(config: GateConfig) -> dict[str, Any]:
+    """Every setting of a gate as JSON has it, its kind among them."""
+    kind = next(name for name, of in _KINDS.items() if isinstance(config, of))
+    return {"kind": kind} | json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def gate_config_to_hf(config: GateConfig) -> dict[str, Any]:
     """The keys that describe a gate: the release's where it has such gates, otherwise our own."""
     if config.finer_than_release():
-        kind = next(name for name, of in _KINDS.items() if isinstance(config, of))
-        return {GATE_KEY: {"kind": kind} | json.loads(json.dumps(dataclasses.asdict(config)))}
+        return {GATE_KEY: gate_settings(config)}
     hf: dict[str, Any] = {"gate_block_size": config.block_size, "gate_hidden_size": config.gate_dim}
     k_pooling = "K" + "".join(config.k_pooling)
     if isinstance(config, PrefillGateConfig):

@@ -24,6 +24,7 @@ from seer_jax.convert.gate_config import (
     TRAINING_KEY,
     gate_config_from_hf,
     gate_config_to_hf,
+    gate_settings,
     policy_from_hf,
     policy_to_hf,
     without_gate_keys,
@@ -266,12 +267,16 @@ def _check_written_for(folder: Path, written: object, gate: PrefillGate | Decode
         return
     try:
         found = dict(parse_json(str(written), "it"))
+        of_weights = gate_config_from_hf(found)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{folder}: {_WRITTEN_FOR} in the metadata of the weights must be a JSON object; {error}."
+            f"{folder}: {_WRITTEN_FOR} in the metadata of the weights must be a JSON object that describes a gate; {error}"
         ) from error
-    expected = _description(gate)
-    differing = [name for name in expected if name in found and found[name] != expected[name]]
+    models = [name for name in _MUST_AGREE if name in found]
+    expected = gate_settings(gate.config) | {name: getattr(gate.model, name) for name in models}
+    found = gate_settings(of_weights) | {name: found[name] for name in models}
+    names = expected if expected["kind"] == found["kind"] else ("kind",)
+    differing = [name for name in names if expected[name] != found[name]]
     if differing:
         listed = "; ".join(
             f"{name} is {expected[name]!r} in config.json, {found[name]!r} in the weights" for name in differing

@@ -65,11 +65,6 @@ class DecodeGate(Recommending, nnx.Module):
     def num_lists(self) -> int:
         return self.model.num_kv_heads
 
-    @property
-    def num_key_heads(self) -> int:
-        """Heads of the compressed keys: K."""
-        return self.model.num_kv_heads
-
     def queries(self, q: Float[Array, "B T H D"], positions: Int[Array, "#B T"]) -> Float32[Array, "B T heads C"]:
         """The gate's queries, one per token and key/value head, with HEADS per token and query head; q before RoPE."""
         if self.config.has_head_queries:

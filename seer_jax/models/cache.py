@@ -260,12 +260,6 @@ class CacheView(LayerCache):
         return self.cache.keys[self.layer]
 
     @property
-    def gate_keys(self) -> Float[Array, "B Sw K C"]:
-        rows, first = self.gate_key_rows
-        batch = len(self.lengths)
-        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(jnp.swapaxes(rows, 1, 2), first, batch), 1, 2)
-
-    @property
     def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""]]:
         if self.cache.decode_gate is None:
             raise ValueError(

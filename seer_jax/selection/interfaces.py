@@ -65,14 +65,9 @@ class LayerCache(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def gate_keys(self) -> Float[Array, "B Sw K C"]:
-        """The decode gate's compressed keys; raises ValueError where the cache keeps none."""
-
-    @property
-    def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""] | None]:
-        """Rows of all layers with `gate_keys` among them, and the number of the first of these, so that they can be read in place.
-        None: the rows are `gate_keys`."""
-        return self.gate_keys, None
+    def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""]]:
+        """The decode gate's compressed keys of all layers, and the number of this layer's first row, so that its B rows can be read in
+        place; raises ValueError where the cache keeps none."""
 
     @property
     @abc.abstractmethod

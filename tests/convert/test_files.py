@@ -186,7 +186,9 @@ def test_weights_under_the_configuration_of_another_gate_are_refused(tmp_path: P
     for number in (0, 1):
         KINDS["gates"].save(tmp_path / str(number), number)
     os.replace(tmp_path / "1" / "config.json", tmp_path / "0" / "config.json")
-    message = r"config\.json and weights must be of one gate; seerattn_gate_block_size is 32 in config\.json, 16 in the weights\. Save"
+    message = (
+        r"config\.json and weights must be of one gate; block_size is 32 in config\.json, 16 in the weights\. Save"
+    )
     with pytest.raises(ValueError, match=message):
         load_gates(tmp_path / "0")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -461,3 +462,40 @@ def test_wrong_gate_configurations_are_refused(name: str):
     keys, message = WRONG_GATES[name]
     with pytest.raises(ValueError, match=message):
         gate_config_from_hf(keys)
+
+
+RELEASED = DecodeGateConfig(gate_dim=8)
+# Configurations of config.json and of the weights, and what is said of them. All but the last have weights of the same shapes.
+EXCHANGED = {
+    "a release's for a finer": (
+        RELEASED,
+        HEADS,
+        "query_reduction is 'Qproj' in config.json, 'Qheads' in the weights. Save",
+    ),
+    "a finer for a release's": (
+        dataclasses.replace(RELEASED, k_pool_size=16),
+        RELEASED,
+        "k_pool_size is 16 in config.json, None in the weights. Save",
+    ),
+    "another finer": (
+        dataclasses.replace(HEADS, k_pool_size=8, join=Join.MAX),
+        dataclasses.replace(HEADS, k_pool_size=16),
+        "k_pool_size is 8 in config.json, 16 in the weights; join is 'max' in config.json, 'sum' in the weights. Save",
+    ),
+    "another kind": (
+        PREFILL_CONFIGS[0],
+        HEADS,
+        "gate; kind is 'prefill' in config.json, 'decode' in the weights. Save",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_a_configuration_of_another_gate_is_refused(name: str, tmp_path: Path):
+    *configs, message = EXCHANGED[name]
+    described, weights = tmp_path / "described", tmp_path / "weights"
+    for folder, config in zip((described, weights), configs, strict=True):
+        save_gates(make_gate(config), folder, base_model="base")
+    os.replace(described / "config.json", weights / "config.json")
+    with pytest.raises(ValueError, match=message):
+        load_gates(weights)
