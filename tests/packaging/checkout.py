@@ -1,5 +1,6 @@
 """Where the checkout keeps what it installs."""
 
+import functools
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ PACKAGES |= {"convert": "seer_jax.convert"}
 RECIPE = Path("seer_jax/tiny_lm/recipe")  # data: scripts that run in an environment of their own
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Returns every module's name and file."""
     found = {}

@@ -24,7 +24,7 @@ def imports(module: str, path: Path, *, in_functions: bool = True, for_checkers:
             found |= {f"{_base(node, module, path)}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not in_functions:
             continue
-        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING") and not for_checkers:
+        elif not for_checkers and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             waiting += node.orelse
             continue
         waiting += ast.iter_child_nodes(node)

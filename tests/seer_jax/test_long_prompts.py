@@ -41,7 +41,7 @@ def scratch_bytes(config: ModelConfig, tokens: int) -> tuple[int, int]:
 
 
 @pytest.mark.usefixtures("unchecked")  # shapes stand for arrays
-@pytest.mark.parametrize("policy", [Dense(), TokenBudget(1024)], ids=str)
+@pytest.mark.parametrize("policy", [pytest.param(Dense(), marks=pytest.mark.slow), TokenBudget(1024)], ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_new_tokens_copy_no_cache(rows: int, policy: Policy):
     model = tiny_model()

@@ -81,7 +81,13 @@ TRANSFORMS: dict[str, Callable] = {
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        pytest.param(transform, marks=pytest.mark.slow if name in ("scan", "checkpoint") else (), id=name)
+        for name, transform in TRANSFORMS.items()
+    ],
+)
 def test_programs_take_cudnn_on_gpus_and_chunks_elsewhere(probes: list[Any], transform: Callable):
     """Gradients alone have no use for the output, so that the mark is in none of their programs."""
     call, x = transform(dense_attention), arrays()
