@@ -73,10 +73,11 @@ def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
 @pytest.mark.slow
 def test_the_bundled_gates_need_no_training(tmp_path: Path):
     out = io.StringIO()
-    config = DemoConfig(output=tmp_path, bundled_gates=True, windows=1, calibration_windows=1, passkeys=1)
+    sizes = dict(length=1024, windows=1, calibration_windows=1, passkeys=1)
+    config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.4,), **sizes)
     scores = demo(config, console=Console(file=out, width=120))
     of = {s.key: s for s in scores}
-    gate, window = of[Phase.DECODE, "gate", "20% calibrated"], of[Phase.DECODE, "window", "20% top-k"]
+    gate, window = of[Phase.DECODE, "gate", "40% calibrated"], of[Phase.DECODE, "window", "40% top-k"]
     assert gate.passkey == 1 > window.passkey
     assert gate.kept == pytest.approx(window.kept, abs=0.03)
     assert "Distilling" not in out.getvalue() and "--gates tiny-lm" in out.getvalue()
