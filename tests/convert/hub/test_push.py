@@ -57,7 +57,9 @@ def test_a_gate_is_pushed_as_one_commit(api: type[Api]):
     assert files["config.json"] == str(GATES["decode"] / "config.json")
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: seer-jax\n") and "# Decode gate for tiny-lm" in card
-    assert "seer-jax generate --gates owner/gates --prompt" in card and "Recommended policy: `mass:0.9`." in card
+    assert (
+        "seer-jax generate --gates owner/gates --prompt" in card and "Recommended policy: `threshold:[8 x 2]`." in card
+    )
 
 
 def test_a_card_says_how_a_gate_sees_finer(tmp_path: Path):

@@ -80,6 +80,7 @@ def test_the_model_reads_the_blocks_that_it_ranks_best(model: Transformer):
     assert np.abs(np.asarray(sparse) - model(jnp.asarray(TOKENS)))[:, 4 * BLOCK :].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_generation_goes_on_as_a_forward_pass_does(model: Transformer):
     result = generate(model, TOKENS, max_new_tokens=NEW, eos=(), prefill=POLICY, decode=POLICY)
     text = np.concatenate([TOKENS, np.asarray(result.tokens)], axis=1)
@@ -121,6 +122,7 @@ def test_it_is_a_method_of_comparisons(model: Transformer):
     assert [method.name for method in all_methods()][-2:] == ["earliest", "oracle"]
 
 
+@pytest.mark.slow
 def test_it_has_block_maps(model: Transformer):
     maps = block_maps(model, jnp.asarray(TOKENS[0]), POLICY)
     np.testing.assert_array_equal(maps.kept, np.broadcast_to(kept_blocks(LENGTH), maps.kept.shape))

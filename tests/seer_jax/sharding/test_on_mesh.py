@@ -27,6 +27,7 @@ from tests.seer_jax.conftest import LLAMA, tiny_model
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 MESHES = ["data=2,tensor=2", "fsdp=4", "tensor=4"]
+FIRST_FAST = [MESHES[0], *(pytest.param(text, marks=pytest.mark.slow) for text in MESHES[1:])]
 BIASED = dataclasses.replace(LLAMA, qkv_bias=True, o_bias=True, mlp_bias=True)
 BATCH, WIDTH = 4, 112
 TOKENS = np.random.default_rng(0).integers(0, 63, (BATCH, WIDTH)).astype(np.int32)
@@ -101,7 +102,7 @@ def known(policy: Policy) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("text", MESHES)
+@pytest.mark.parametrize("text", FIRST_FAST)
 def test_lists_and_logits_are_those_of_one_device(text: str):
     assert_same_lists(text, known(PER_HEAD))
 
@@ -111,10 +112,7 @@ PREFILL_SCORERS = [name for name, kind in SCORERS.items() if "prefill" in kind.p
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("proxyattn", "random") else pytest.param(name, marks=pytest.mark.slow)
-        for name in PREFILL_SCORERS
-    ],
+    [name if name == "proxyattn" else pytest.param(name, marks=pytest.mark.slow) for name in PREFILL_SCORERS],
 )
 def test_scorers_rank_as_on_one_device(name: str):
     assert_same_lists("tensor=4", known(parse_policy(f"topk:0.5:{name}")))
@@ -143,7 +141,7 @@ def decoded_alone() -> tuple:
     return jax.jit(prefill_and_decode)(alone())
 
 
-@pytest.mark.parametrize("text", MESHES)
+@pytest.mark.parametrize("text", FIRST_FAST)
 def test_prefill_and_decoding_are_those_of_one_device(text: str):
     got, expected = compiled(text)(on(text)), decoded_alone()
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -196,7 +194,8 @@ def generated_alone() -> Any:
     return generate(alone(), TOKENS, LENGTHS, **REQUEST)
 
 
-@pytest.mark.parametrize("text", ["data=2,tensor=2", *(pytest.param(t, marks=pytest.mark.slow) for t in MESHES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", MESHES)
 def test_generation_is_that_of_one_device(text: str):
     got, expected = generate(on(text), TOKENS, LENGTHS, **REQUEST), generated_alone()
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):

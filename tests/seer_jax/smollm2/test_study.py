@@ -134,6 +134,7 @@ def test_mixed_texts_are_seeded(text: Text, tmp_path: Path):
             assert document.index(f"# The pass key of {name} is {value}") < document.index(line)
 
 
+@pytest.mark.slow
 def test_heads_that_are_local_read_the_first_block_and_the_latest():
     model = tiny_model()
 
