@@ -153,6 +153,7 @@ VARIANTS: dict[str, Variant | Untrained] = {
             _prefill(16, 1, gate_dim=16, k_pooling=(Pool.AVG,)),
             _decode(1, gate_dim=16, k_pooling=(Pool.AVG,)),
         ),
+        _changed("no-norm", "without RMSNorm in the decode gate", decode=_decode(8, use_qk_norm=False)),
         _changed("steps-x3", "trained three times as long", times=3),
         _changed("with-code", "trained on documentation and code", text=Text.CODE),
         _changed("with-pass-keys", "trained on documentation with pass keys in it", text=Text.PASS_KEYS),
