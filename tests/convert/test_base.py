@@ -526,13 +526,14 @@ def run(script: str, *args: str | Path, **environment: str) -> dict:
 def test_the_host_holds_little_more_than_the_model(mesh: str, devices: int, tmp_path: Path):
     tied: dict[str, Any] = dict(num_heads=8, num_kv_heads=4, head_dim=128, tie_word_embeddings=True)
     small, _ = sparse_folder(tmp_path / "small", ModelConfig("llama", 64, 128, 64, 1, **tied))
-    large, largest = sparse_folder(tmp_path / "large", ModelConfig("llama", 49152, 1024, 49152, 1, **tied))
+    large, largest = sparse_folder(tmp_path / "large", ModelConfig("llama", 49152, 2048, 49152, 1, **tied))
     flags = f"--xla_force_host_platform_device_count={devices}"
     memory = run("peak_memory.py", small, large, "bfloat16", mesh, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     assert memory["kept"] > 4 * largest > 4 * 100e6
     assert memory["largest_part"] == pytest.approx(largest / devices)
     assert memory["peak"] <= memory["stays"] + 1.3 * memory["largest_part"], memory
-    assert memory["stays"] <= memory["kept"] + 100e6, memory  # programs, which do not grow with the model
+    programs = 150e6  # compiled ones and thread pools, which do not grow with the model
+    assert memory["stays"] <= memory["kept"] + programs < memory["kept"] + largest, memory
 
 
 @pytest.mark.slow

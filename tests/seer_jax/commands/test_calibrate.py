@@ -78,7 +78,8 @@ def test_calibrated_gates_are_used_by_default(
     told = f"generate --model {saved / 'base'} --gates {output / 'prefill_gate'} --prompt ..."
     assert use == f"Use them at about 64 tokens, the length that they were calibrated at: seer-jax {told}"
     if is_whole:
-        assert re.search(r"\nHeld-out text, prefill: 3/3  top-k: \S+% of the blocks, [+-]\d+\.\d\d% over dense\n", said)
+        shown = r"[+-]\S+% \([+-]\S+% to [+-]\S+%\)"
+        assert re.search(rf"\nHeld-out text, prefill: 3/3  top-k: \S+% of the blocks, {shown} over dense\n", said)
         assert cli.main([*shlex.split(told), "--max-new-tokens", "1"]) == 0
         assert "threshold:[2 x 4]" in capsys.readouterr().err
     assert cli.main(words) == 1
