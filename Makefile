@@ -13,13 +13,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 ENVIRONMENT := .venv/.installed$(if $(EXTRA),-$(subst $(comma),-,$(EXTRA)))
 
-.PHONY: help demo test test-slow test-gpu check format lock clean environment browser
+.PHONY: help demo test test-slow test-kernels test-gpu check format lock clean environment browser
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo        make the environment and run the main job on the bundled model"
 	@echo "make test        make the environment and run the tests (9 minutes on 2 cores)"
-	@echo "make test-slow   run the tests that take longest (15 minutes on 2 cores)"
+	@echo "make test-slow   run the longer tests of all but the kernels (20 minutes on 2 cores)"
+	@echo "make test-kernels run every test of the kernels (10 minutes on 2 cores)"
 	@echo "make test-gpu    run all tests on an NVIDIA GPU"
 	@echo "make browser     install Chromium for the tests of pages where there is none (apt-get, as root)"
 	@echo "make check       lint, format and types"
@@ -35,9 +36,12 @@ demo: $(ENVIRONMENT)
 test: $(ENVIRONMENT)
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)
 
-# Then the suites that XLA's own backends inherit, compiled as users' programs are: elsewhere most optimizations are left out.
 test-slow: $(ENVIRONMENT)
-	$(PYTEST) -n 2 --dist worksteal -m slow $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal -m slow --ignore=tests/pallas_kernels $(ARGS)
+
+# At last the suites that XLA's own backends inherit, compiled as users' programs are: before, most optimizations are left out.
+test-kernels: $(ENVIRONMENT)
+	$(PYTEST) -n 2 --dist worksteal -m "" tests/pallas_kernels $(ARGS)
 	SEER_JAX_TEST_OPTIMIZED=1 $(PYTEST) -n 2 --dist worksteal -m "" -k TestXla tests/pallas_kernels $(ARGS)
 
 # The GPU comes first; its host's CPU is there for the tests about arrays of several devices.

@@ -30,6 +30,8 @@ import pytest
 from tests.browser import find_browser
 from tests.packaging.checkout import PACKAGES, RECIPE, ROOT
 
+DEVICES = 4  # of tests that are marked mesh
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not the first device, so that code which takes the first one, whatever its arguments say, meets arrays of another.
 jax.config.update("jax_default_device", jax.devices()[-1])
@@ -51,7 +53,7 @@ hypothesis.settings.load_profile("seer_jax")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that are for another device, and outside of CI those that need a browser where there is none."""
+    """Skips the tests that are for another device or for more of them, and outside of CI those that need a browser where there is none."""
     if find_browser() is None and not os.environ.get("CI"):
         for item in items:
             if item.get_closest_marker("browser"):
@@ -61,6 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker(other):
             item.add_marker(skip)
+        elif item.get_closest_marker("mesh") and jax.device_count() < DEVICES:
+            item.add_marker(pytest.mark.skip(reason=f"for {DEVICES} devices"))
 
 
 def pytest_collection_finish() -> None:

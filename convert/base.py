@@ -1,5 +1,6 @@
 """Base models: Hugging Face safetensors folders in and out, and GGUF files in."""
 
+import collections
 import dataclasses
 import fnmatch
 import json
@@ -23,12 +24,14 @@ from seer_jax.folders import check_is_base
 from seer_jax.gguf.header import is_gguf
 from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
 from seer_jax.inference.text import TOKENIZER_CONFIG, TOKENIZER_PATTERNS, Tokenizer
+from seer_jax.lora import merge_lora
 from seer_jax.models.config import DType, ModelConfig
 from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, read_optional, resolve
 from seer_jax.models.layers import BaseParam
 from seer_jax.outputs import not_written
+from seer_jax.sharding.processes import ending_together, is_first
 
 BASE_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 TEXT_PATTERNS = (
@@ -97,10 +100,10 @@ def save_base(
     """Writes the base weights (without gates) as a folder that transformers and `load_base` read.
 
     The files replace those of an earlier model in the folder as one step: a process that is killed leaves the old model, the new one,
-    or a folder that loading refuses.
+    or a folder that loading refuses. Of several processes that share a model all must call; the first one writes.
 
     Args:
-      model: its weights are written in their own dtype.
+      model: its weights are written in their own dtype; an adapter that it carries is merged into them.
       folder: created if it does not exist.
       hf_config: the `config.json` to write, for example of the model this one was trained from; None: one is made from the
         configuration.
@@ -113,16 +116,30 @@ def save_base(
       FileNotFoundError: the folder of `tokenizer` has none; see also `hub.resolve`.
     """
     check_model(model)
-    folder = Path(folder)
+    folder, model = Path(folder), merge_lora(model)
     hf = dict(config_to_hf(model.config) if hf_config is None else hf_config)
     expected, got = (_without_eos(config_from_hf(c)) for c in (config_to_hf(model.config), hf))
     if expected != got:
         raise ValueError(f"hf_config must describe the model, {expected}; got {got}. Leave it out, and one is made.")
     hf["torch_dtype"] = str(model.dtype)
     hf.pop("dtype", None)
-    source = None if tokenizer is None else _tokenizer_folder(tokenizer)
+    source = None if tokenizer is None else tokenizer_folder(tokenizer)
+    tensors = tensors_of(model, BaseParam, base_rules(model.config))
+    if model.layout is not None and jax.process_count() > 1:
+        tensors = ((key, model.layout.everywhere(tensor)) for key, tensor in tensors)
+    with ending_together():
+        if is_first():
+            _write_base(folder, hf, tensors, source, shard_bytes)
+        else:
+            collections.deque(tensors, maxlen=0)  # each comes from the devices of all processes
+
+
+def _write_base(
+    folder: Path, hf: dict[str, Any], tensors: Iterator[tuple[str, jax.Array]], source: Path | None, shard_bytes: int
+) -> None:
+    """See `save_base`."""
     with replacing_files(folder) as files:
-        _write_shards(files, tensors_of(model, BaseParam, base_rules(model.config)), shard_bytes)
+        _write_shards(files, tensors, shard_bytes)
         if source is not None and is_gguf(source):
             _write_text_files(files, source)
         elif source is not None and source.resolve() != folder.resolve():
@@ -151,7 +168,12 @@ def _remove_weights(files: Replacement) -> None:
     files.remove(*files.folder.glob(_SHARDS), files.folder / _INDEX)
 
 
-def _tokenizer_folder(location: Location) -> Path:
+def tokenizer_folder(location: Location) -> Path:
+    """The folder or GGUF file of a model's tokenizer, see `hub.resolve`.
+
+    Raises:
+      FileNotFoundError: the model has none.
+    """
     folder = resolve(location, TEXT_PATTERNS)
     if not is_gguf(folder) and not any(path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)):
         raise FileNotFoundError(

@@ -144,7 +144,7 @@ def gate_config_to_hf(config: GateConfig) -> dict[str, Any]:
         hf |= {
             "q_head_pooling_type": config.query_reduction.value,
             "k_seq_pooling_type": k_pooling,
-            "use_qk_norm": config.use_qk_norm,
+            "use_qk_norm": config.normalizes,
             "use_rope": config.use_rope,
             "start_layer": config.start_layer,
         }

@@ -157,6 +157,7 @@ def save_gates(
     policy: Policy | None = None,
     dtype: Any = jnp.float32,
     training: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
     copies: Iterable[Path] = (),
     force: bool = False,
 ) -> Path:
@@ -174,6 +175,7 @@ def save_gates(
       policy: recommended with the gate; None: `gate.recommended`.
       dtype: of the file, float32 (exact) or bfloat16 (rounded, half the size).
       training: how far the gate is trained, JSON, for readers of the folder; it becomes `seer_jax_training` in `config.json`.
+      calibration: how the policy was found, likewise; it becomes `seer_jax_calibration`.
       copies: files to copy into the folder in the same step, such as the base model's; a `config.json` among them is left out.
       force: the gate replaces one whose weights are in the other format.
 
@@ -209,8 +211,9 @@ def save_gates(
     policy = gate.recommended if policy is None else policy
     if policy is not None:
         hf |= policy_to_hf(policy, gate.config)
-    if training is not None:
-        hf[TRAINING_KEY] = dict(training)
+    hf |= {
+        key: dict(told) for key, told in ((TRAINING_KEY, training), (CALIBRATION_KEY, calibration)) if told is not None
+    }
     arrays = {key: np.asarray(x.astype(dtype)) for key, x in tensors_of(gate, GateParam, gate_rules(gate.config))}
     with replacing_files(folder) as files:
         files.remove(folder / other.file_name)

@@ -2,13 +2,18 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.passes import read_layers
+from seer_jax.models.decoder.stack import Segment
+from seer_jax.sharding.on_mesh import OF_VOCABULARY, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +117,15 @@ def verify_logits(model: Transformer, path: str | os.PathLike[str], bounds: Boun
 
 @jax.jit
 def _logits_at(model: Transformer, ids: jax.Array, positions: jax.Array) -> jax.Array:
-    hidden, _ = model.hidden_states(ids)
-    return model.logits(hidden[:, positions])
+    segments = [Segment(model.config.num_layers)]
+    return model.everywhere(model.spread(_read_logits, (OF_VOCABULARY,), segments, ids, Split(positions, P()))[0])
+
+
+def _read_logits(
+    model: Transformer, segments: Sequence[Segment], ids: jax.Array, positions: jax.Array
+) -> tuple[jax.Array]:
+    hidden, _ = read_layers(model, segments, ids, jnp.full(len(ids), ids.shape[1], jnp.int32))
+    return (model.logits(hidden[:, positions]),)
 
 
 def _reference(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

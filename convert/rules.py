@@ -77,6 +77,12 @@ DECODE_GATE_RULES = (
     Rule(f"{_GATE}attngate_knorm.weight", "k_norm"),
 )
 
+LORA_RULES = tuple(
+    Rule(f"base_model.model.{_LAYER}{name}.{key}.weight", f"layers.{name}.lora.{path}")
+    for name in _LINEARS
+    for key, path in (("lora_A", "a"), ("lora_B", "b"))
+)
+
 # Buffers that older versions of transformers saved though they follow from the configuration.
 ROTARY_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 # A tied head is the embedding; some checkpoints hold it all the same.

@@ -53,8 +53,7 @@ def load_parameters[M: nnx.Module](
     """
     graph, state = nnx.split(module)
     parameters = _by_path(state)
-    slots = expected_slots(rules, {path: spec.shape for path, spec in parameters.items()})
-    _check(slots, source, ignored)
+    slots = check_tensors(module, rules, source, ignored=ignored)
     by_path: dict[str, list[str]] = {path: [] for path in parameters}
     for key, slot in slots.items():
         by_path[slot.path].append(key)  # in the order of layers, and of experts within a layer
@@ -64,6 +63,19 @@ def load_parameters[M: nnx.Module](
     }
     nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(arrays, sep="."))
     return nnx.merge(graph, state)
+
+
+def check_tensors(
+    module: nnx.Module, rules: Sequence[Rule], source: TensorSource, *, ignored: Iterable[str] = ()
+) -> dict[str, Slot]:
+    """Where each tensor of a checkpoint goes, by its name, from their names, shapes and dtypes alone; arguments as in `load_parameters`.
+
+    Raises:
+      ValueError: tensors are missing or left over, or one has the wrong shape or a dtype that is no float of 16 or 32 bits.
+    """
+    slots = expected_slots(rules, {path: spec.shape for path, spec in _by_path(nnx.state(module)).items()})
+    _check(slots, source, ignored)
+    return slots
 
 
 def _by_path(state: Any) -> dict[str, Any]:

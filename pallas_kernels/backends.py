@@ -78,9 +78,9 @@ class Operation:
       package: the operation's folder, as a module name.
       preferred: backends that `implementation=None` tries, fastest first; the last one takes all arguments on all devices.
       others: backends that run only by name.
-      gradients: name of a function of the last preferred backend that differentiates backends that need a GPU. It takes the
-        cotangents of the results and the operation's arguments, and returns the gradients in the leading arguments. None: the
-        gradients of such backends are JAX's own, if any.
+      gradients: name of a function that differentiates backends that need a GPU: the backend's own if its module has one, otherwise
+        that of the last preferred backend. It takes the cotangents of the results and the operation's arguments, and returns the
+        gradients in the leading arguments. None: the gradients of such backends are JAX's own, if any.
       gradients_use_results: whether that function takes the results before the cotangents.
     """
 
@@ -123,6 +123,10 @@ class Operation:
     def function(self, backend: Backend, name: str | None = None) -> Callable[..., Any]:
         """A function of a backend's module, by default the operation itself."""
         return getattr(importlib.import_module(f"{self.package}.{backend.name}"), name or self.name)
+
+    def has(self, backend: Backend, name: str) -> bool:
+        """Whether a backend's module has a function of this name."""
+        return hasattr(importlib.import_module(f"{self.package}.{backend.name}"), name)
 
     def _named(self, name: str) -> Backend:
         for backend in self.preferred + self.others:
@@ -204,11 +208,28 @@ def _forward_rule(call: _Call, *arrays: jax.Array) -> tuple[Any, tuple]:
 
 def _backward_rule(call: _Call, residuals: tuple, cotangents: Any) -> tuple:
     arrays, results = residuals
-    operation = call.operation
-    args, kwargs = call.arguments(arrays)
-    before = (results,) if operation.gradients_use_results else ()
-    gradients = operation.function(operation.preferred[-1], operation.gradients)(*before, cotangents, *args, **kwargs)
+    before = (results,) if call.operation.gradients_use_results else ()
+    differentiate = _differentiate_when_lowered if call.open_device else functools.partial(_differentiate, call.backend)
+    gradients = differentiate(call, (*before, cotangents), *arrays)
     return *gradients, *(None,) * (len(arrays) - len(gradients))
+
+
+def _differentiate(backend: Backend, call: _Call, operands: tuple, *arrays: jax.Array) -> tuple:
+    """Gradients by a backend's function if it has one, otherwise by that of the last preferred backend."""
+    operation, (args, kwargs) = call.operation, call.arguments(arrays)
+    name, last = operation.gradients or "", operation.preferred[-1]
+    function = operation.function(backend if operation.has(backend, name) else last, name)
+    return function(*operands, *args, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _differentiate_when_lowered(call: _Call, operands: tuple, *arrays: jax.Array) -> tuple:
+    chosen, default = (
+        functools.partial(_differentiate, backend, call) for backend in (call.backend, call.operation.preferred[-1])
+    )
+    if not call.operation.has(call.backend, call.operation.gradients or ""):
+        return default(operands, *arrays)
+    return jax.lax.platform_dependent(operands, *arrays, cuda=chosen, default=default)
 
 
 _execute_differentiably.defvjp(_forward_rule, _backward_rule)

@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from pallas_kernels import devices
 from pallas_kernels.online_softmax import OnlineSoftmax, dot, finite
+from pallas_kernels.row_chunks import scan_chunks, with_chunk_elements
 
 _NOWHERE = 2**30  # a key position beyond every limit
-# Elements of a chunk's key tile and of its scores: the capacity of a CPU's cache; on other devices, enough to keep them busy.
-_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**19, 2**25
 
 
 class SparseRows(NamedTuple):
@@ -62,7 +60,7 @@ def attend_sparse_rows(
 ) -> tuple[Float[Array, "R M D"], Float32[Array, "R M"]]:
     """Returns the output of each query, in q's dtype, and its lse; 0 and -inf if it sees no key.
 
-    Reverse-mode differentiable in q, k and v; gradients are summed in float32.
+    Reverse-mode differentiable in q, k and v if no two rows read the same keys, as in decode; gradients are summed in float32.
     """
     return _attend(q, k, v, rows, tiling)
 
@@ -80,15 +78,8 @@ def attend_sparse_rows_skipping(
     The M queries of a row form equal tiles. A tile skips a block if each of its queries that sees a key of it has its largest score
     there below its largest score so far plus `threshold` (at most 0). Also returns the number of blocks that each tile did not skip.
     """
-    return _with_chunk_size(_attend_chunks_skipping, tiling, q, k, v, rows, threshold)
 
-
-def _attend_chunks_skipping(tiling, chunk_elements, q, k, v, rows, threshold):
-    order, chunks = _sorted_chunks(rows, tiling, chunk_elements, q, threshold)
-
-    def chunk(operands):
-        rows, q, threshold = operands
-
+    def chunk(_, rows, q, threshold):
         def step(i, carry):
             state, kept = carry
             source, scores = _scores(q, k, rows, i, tiling)
@@ -100,9 +91,9 @@ def _attend_chunks_skipping(tiling, chunk_elements, q, k, v, rows, threshold):
         start = OnlineSoftmax.empty(*q.shape), jnp.zeros(threshold.shape, jnp.int32)
         state, kept = jax.lax.fori_loop(0, _num_steps(rows, tiling), step, start)
         out, lse = state.finish()
-        return out.astype(q.dtype), lse, kept
+        return (), (out.astype(q.dtype), lse, kept)
 
-    return _unsort(order, jax.lax.map(chunk, chunks), len(q))
+    return _in_chunks(chunk, tiling, q, rows, threshold)[1]
 
 
 def _needed(
@@ -122,24 +113,16 @@ def _needed(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, rows, tiling):
-    return _with_chunk_size(_attend_chunks, tiling, q, k, v, rows)
-
-
-def _attend_chunks(tiling, chunk_elements, q, k, v, rows):
-    order, chunks = _sorted_chunks(rows, tiling, chunk_elements, q)
-
-    def chunk(operands):
-        rows, q = operands
-
+    def chunk(_, rows, q):
         def step(i, state):
             source, scores = _scores(q, k, rows, i, tiling)
             return state.add(scores, _vectors(v, source))
 
         state = jax.lax.fori_loop(0, _num_steps(rows, tiling), step, OnlineSoftmax.empty(*q.shape))
         out, lse = state.finish()
-        return out.astype(q.dtype), lse
+        return (), (out.astype(q.dtype), lse)
 
-    return _unsort(order, jax.lax.map(chunk, chunks), len(q))
+    return _in_chunks(chunk, tiling, q, rows)[1]
 
 
 def _forward(q, k, v, rows, tiling):
@@ -147,87 +130,113 @@ def _forward(q, k, v, rows, tiling):
     return (out, lse), (q, k, v, rows, out, lse)
 
 
-def attend_sparse_rows_gradients(
-    tiling: Tiling, residuals: tuple[Array, Array, Array, SparseRows, Array, Array], cotangents: tuple[Array, Array]
-) -> tuple[Float[Array, "R M D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """Gradients in q, k and v: walks the lists again and recomputes the weights from lse.
+def sparse_rows_query_gradients(
+    tiling: Tiling,
+    q: Float[Array, "R M D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    rows: SparseRows,
+    d_out: Float[Array, "R M D"],
+    lse: Float32[Array, "R M"],
+    inner: Float32[Array, "R M"],
+) -> Float[Array, "R M D"]:
+    """Gradients in q: walks the lists again and recomputes the weights from lse.
 
     Args:
-      tiling: as in `attend_sparse_rows`.
-      residuals: (q, k, v, rows, out, lse), arguments and results of `attend_sparse_rows`.
-      cotangents: gradients in (out, lse).
+      tiling, q, k, v, rows: as in `attend_sparse_rows`.
+      d_out: gradients in its output.
+      lse: its lse, finite.
+      inner: sum of each query's weights times their gradients; see `inner_products`.
     """
+
+    def chunk(_, rows, q, d_out, lse, inner):
+        def step(i, d_q):
+            source, _, d_scores = _score_gradients(rows, q, d_out, lse, inner, k, v, i, tiling)
+            return d_q + dot("xqs,xsd->xqd", d_scores, _vectors(k, source))
+
+        zeros = jnp.zeros(q.shape, jnp.float32)
+        return (), jax.lax.fori_loop(0, _num_steps(rows, tiling), step, zeros).astype(q.dtype)
+
+    return _in_chunks(chunk, tiling, q, rows, d_out, lse, inner)[1]
+
+
+def inner_products(
+    out: Float[Array, "*rows D"],
+    lse: Float32[Array, "*rows"],
+    d_out: Float[Array, "*rows D"],
+    d_lse: Float32[Array, "*rows"],
+) -> Float32[Array, "*rows"]:
+    """Sum of each query's weights times their gradients, for d scores = weights * (d weights - inner).
+
+    That is the derivative of softmax, with lse as a second output. 0 for queries that see no key.
+    """
+    inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+    return jnp.where(lse > -jnp.inf, inner, 0)
+
+
+def _score_gradients(
+    rows: SparseRows,
+    q: Float[Array, "X M D"],
+    d_out: Float[Array, "X M D"],
+    lse: Float32[Array, "X M"],
+    inner: Float32[Array, "X M"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    step: Array,
+    tiling: Tiling,
+) -> tuple[Int32[Array, "X W"], Float[Array, "X M W"], Float[Array, "X M W"]]:
+    """Indices of the key vectors of a step, the weights and the gradients of the scores, both in q's dtype."""
+    source, scores = _scores(q, k, rows, step, tiling)
+    weights = jnp.exp(scores - lse[..., None])
+    d_weights = dot("xqd,xsd->xqs", d_out, _vectors(v, source))
+    d_scores = jnp.where(weights > 0, tiling.scale * weights * (d_weights - inner[..., None]), 0)
+    return source, weights.astype(q.dtype), d_scores.astype(q.dtype)
+
+
+def _backward(
+    tiling: Tiling, residuals: tuple[Array, Array, Array, SparseRows, Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None]:
+    """Gradients for rows of which no two read the same keys: the order in which rows are added to them is then none of a GPU's choice."""
     q, k, v, rows, out, lse = residuals
     d_out, d_lse = cotangents
     seen = lse > -jnp.inf
     # Queries that see no key may hold anything, as may their cotangents: they take no part.
     q, d_out = (jnp.where(seen[..., None], x, 0) for x in (q, d_out))
-    # d scores = weights * (d_weights - inner): the derivative of softmax, with lse as a second output.
-    inner = jnp.where(seen, dot("rmd,rmd->rm", d_out, out) - d_lse, 0)
-    d_q, d_k, d_v = _with_chunk_size(_gradient_chunks, tiling, q, k, v, rows, d_out, finite(lse), inner)
-    return jnp.where(seen[..., None], d_q, 0), d_k, d_v
+    inner = inner_products(out, lse, d_out, d_lse)
 
-
-def _gradient_chunks(tiling, chunk_elements, q, k, v, rows, d_out, lse, inner):
-    order, chunks = _sorted_chunks(rows, tiling, chunk_elements, q, d_out, lse, inner)
-
-    def chunk(carry, operands):
-        rows, q, d_out, lse, inner = operands
-
+    def chunk(sums, rows, q, d_out, lse, inner):
         def step(i, carry):
             d_q, d_k, d_v = carry
-            source, scores = _scores(q, k, rows, i, tiling)
-            weights = jnp.exp(scores - lse[..., None])
-            d_weights = dot("xqd,xsd->xqs", d_out, _vectors(v, source))
-            d_scores = jnp.where(weights > 0, tiling.scale * weights * (d_weights - inner[..., None]), 0).astype(
-                q.dtype
-            )
+            source, weights, d_scores = _score_gradients(rows, q, d_out, lse, inner, k, v, i, tiling)
             d_q += dot("xqs,xsd->xqd", d_scores, _vectors(k, source))
             d_k = d_k.at[source].add(dot("xqs,xqd->xsd", d_scores, q))
-            d_v = d_v.at[source].add(dot("xqs,xqd->xsd", weights.astype(q.dtype), d_out))
+            d_v = d_v.at[source].add(dot("xqs,xqd->xsd", weights, d_out))
             return d_q, d_k, d_v
 
-        d_q = jnp.zeros(q.shape, jnp.float32)
-        d_q, *carry = jax.lax.fori_loop(0, _num_steps(rows, tiling), step, (d_q, *carry))
-        return tuple(carry), d_q.astype(q.dtype)
+        carry = jnp.zeros(q.shape, jnp.float32), *sums
+        d_q, *sums = jax.lax.fori_loop(0, _num_steps(rows, tiling), step, carry)
+        return tuple(sums), d_q.astype(q.dtype)
 
     zeros = jnp.zeros((k.size // k.shape[-1], k.shape[-1]), jnp.float32)
-    (d_k, d_v), d_q = jax.lax.scan(chunk, (zeros, zeros), chunks)
-    d_k, d_v = (x.reshape(k.shape).astype(k.dtype) for x in (d_k, d_v))
-    return _unsort(order, d_q, len(q)), d_k, d_v
-
-
-def _backward(tiling, residuals, cotangents):
-    return *attend_sparse_rows_gradients(tiling, residuals, cotangents), None
+    sums, d_q = _in_chunks(chunk, tiling, q, rows, d_out, finite(lse), inner, carry=(zeros, zeros))
+    d_k, d_v = (x.reshape(k.shape).astype(k.dtype) for x in sums)
+    return jnp.where(seen[..., None], d_q, 0), d_k, d_v, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _with_chunk_size(function: Callable[..., Any], tiling: Tiling, *operands: Any) -> Any:
-    """Calls a function of (tiling, elements of a chunk, operands) for the device, which may be known only at lowering."""
-    if devices.has_only_cpus():
-        return function(tiling, _CPU_ELEMENTS, *operands)
-    on_cpus, on_others = (functools.partial(function, tiling, n) for n in (_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS))
-    return jax.lax.platform_dependent(*operands, cpu=on_cpus, default=on_others)
-
-
-def _sorted_chunks(
-    rows: SparseRows, tiling: Tiling, chunk_elements: int, q: Array, *others: Array
-) -> tuple[Array, Any]:
-    """Sorts rows by the length of their lists and splits them into chunks [n, X, ...]; the last chunk is padded."""
+def _in_chunks(
+    function: Callable[..., Any], tiling: Tiling, q: Array, rows: SparseRows, *arrays: Array, carry: Any = ()
+) -> tuple[Any, Any]:
+    """function(carry, rows, q, *arrays) -> (carry, results) over chunks of rows, see `scan_chunks`; with lists of whole steps."""
     rows = rows._replace(indices=jnp.pad(rows.indices, ((0, 0), (0, -rows.indices.shape[1] % tiling.blocks_per_step))))
-    size = min(len(q), tiling.rows_per_chunk(chunk_elements, *q.shape[1:]))
-    order = jnp.pad(jnp.argsort(rows.counts), (0, -len(q) % size), constant_values=len(q))
-    counts = rows.counts.at[order].get(mode="fill", fill_value=0)  # padding has empty lists
-    rows, *arrays = jax.tree.map(lambda x: x.at[order].get(mode="clip"), (rows, q, *others))
-    operands = (rows._replace(counts=counts), *arrays)
-    return order, jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), operands)
 
+    def run(elements: int, carry: Any, rows: SparseRows, *arrays: Array) -> Any:
+        most = tiling.rows_per_chunk(elements, *q.shape[1:])
+        return scan_chunks(function, carry, rows, *arrays, rows_per_chunk=most)
 
-def _unsort(order: Array, chunked: Any, num_rows: int) -> Any:
-    inverse = jnp.argsort(order)[:num_rows]
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[inverse], chunked)
+    return with_chunk_elements(run, carry, rows, q, *arrays)
 
 
 def _num_steps(rows: SparseRows, tiling: Tiling) -> Array:

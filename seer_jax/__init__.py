@@ -10,6 +10,9 @@ if typing.TYPE_CHECKING:  # imported when they are first used, see `__getattr__`
     from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
     from seer_jax.gates.decode import DecodeGate
     from seer_jax.gates.prefill import PrefillGate
+    from seer_jax.inference.conversation import Conversation
+    from seer_jax.inference.conversation.shared_prefix import Continued, generate_each
+    from seer_jax.inference.engine import Engine
     from seer_jax.inference.generate import Generated, generate, plan_memory, stream
     from seer_jax.inference.memory import MemoryPlan
     from seer_jax.inference.prompts import pad_prompts
@@ -45,11 +48,14 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "train" / "__init__
     __path__.append(str(_CHECKOUT))
 
 __all__ = [
+    "Continued",
+    "Conversation",
     "CumulativeMass",
     "DType",
     "DecodeGate",
     "DecodeGateConfig",
     "Dense",
+    "Engine",
     "FlexPrefill",
     "Generated",
     "Given",
@@ -85,6 +91,7 @@ __all__ = [
     "__version__",
     "from_pretrained",
     "generate",
+    "generate_each",
     "load_generation_settings",
     "load_tokenizer",
     "pad_prompts",

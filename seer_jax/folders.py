@@ -1,4 +1,4 @@
-"""What a folder holds: base weights, a gate, or a training run with the gates that it wrote."""
+"""What a folder holds: base weights, a gate, a LoRA adapter, or a training run with what it wrote."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,9 @@ from typing import Any
 
 GATE_WEIGHTS = "attn_gate_weights"  # name of a gate's weight file, before its suffix
 GATE_FOLDERS = ("prefill_gate", "decode_gate")  # where a training run writes its gates
+ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter
+ADAPTER_FOLDER = "adapter"  # where a run of fine-tuning writes its adapter
+MODEL_FOLDER = "model"  # where a run of fine-tuning writes its model
 GATE_KEYS = (
     "seerattn_gate_type",
     "seerattn_k_seq_pooling_type",
@@ -23,6 +26,11 @@ def holds_gate(folder: Path) -> bool:
 def holds_base(folder: Path) -> bool:
     """Whether weights of a base model are there."""
     return any(folder.glob("model*.safetensors")) or (folder / "model.safetensors.index.json").is_file()
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a LoRA adapter is there."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def files_of(place: Path, patterns: Iterable[str]) -> list[Path]:
@@ -44,9 +52,12 @@ def contents(folder: Path) -> str:
         found.append("base weights")
     if holds_gate(folder):
         found.append(f"a gate of {_base_model(folder)}")
+    if holds_adapter(folder):
+        found.append("a LoRA adapter")
     if _is_run(folder):
         gates = [path.name for path in gates_of_run(folder)]
-        found.append(f"a training run {f'with gates in {" and ".join(gates)}' if gates else 'without gates so far'}")
+        with_gates = f"with gates in {' and '.join(gates)}" if gates else "without gates so far"
+        found.append("a training run " + (f"with a model in {MODEL_FOLDER}" if _model_of(folder) else with_gates))
     if not found:
         names = sorted(path.name for path in folder.iterdir())
         found.append(f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''}" if names else "nothing")
@@ -62,6 +73,15 @@ def check_is_base(folder: Path, *, with_gates: bool = True) -> None:
     """
     if folder.is_file() or holds_base(folder) or (folder / "tokenizer.json").is_file():
         return
+    if trained := _model_of(folder) or (_model_of(folder.parent) if holds_adapter(folder) else None):
+        raise ValueError(f"{folder} must hold a base model; got {contents(folder)}. Give model={trained}.")
+    run_adapter = folder / ADAPTER_FOLDER
+    if adapter := next(
+        (f for f in (folder, run_adapter) if holds_adapter(f) and (f is folder or _is_run(folder))), None
+    ):
+        raise ValueError(
+            f"{folder} must hold a base model; got {contents(folder)}. Give model={_adapted_base(adapter) or '...'} and adapter={folder}."
+        )
     gates, values = gates_of_run(folder), _config(folder)
     if _is_run(folder):
         base, gates_too = values.get("model", "..."), bool(gates)
@@ -88,6 +108,22 @@ def check_is_gate(folder: Path) -> None:
         f"A gate folder must hold {GATE_WEIGHTS}.safetensors or {GATE_WEIGHTS}.pth; {folder} has neither but "
         f"{contents(folder)}. {remedy}"
     )
+
+
+def _model_of(folder: Path) -> Path | None:
+    """The model that a run of fine-tuning wrote."""
+    model = folder / MODEL_FOLDER
+    return model if _is_run(folder) and holds_base(model) else None
+
+
+def _adapted_base(folder: Path) -> str | None:
+    """The base model that an adapter names."""
+    try:
+        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    return named if isinstance(named, str) and named else None
 
 
 def _is_run(folder: Path) -> bool:

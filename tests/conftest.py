@@ -12,7 +12,7 @@ import pytest
 def compile_quickly() -> Iterator[None]:
     """For tests that compile many programs and run each for a moment.
 
-    On a GPU, and where SEER_JAX_TEST_OPTIMIZED is set (make test-slow), the programs are what users run.
+    On a GPU, and where SEER_JAX_TEST_OPTIMIZED is set (make test-kernels), the programs are what users run.
     """
     quickly = jax.default_backend() == "cpu" and not os.environ.get("SEER_JAX_TEST_OPTIMIZED")
     jax.config.update("jax_disable_most_optimizations", quickly)

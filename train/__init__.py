@@ -1,6 +1,7 @@
-"""Training: distillation of gates, and of all weights by the language-model loss."""
+"""Training: distillation of gates, and fine-tuning of all weights or of LoRA adapters by the language-model loss."""
 
 from seer_jax.gates.configs import TrainedGates
+from seer_jax.lora import LoraConfig
 from seer_jax.train.api import distill, finetune
 from seer_jax.train.config import (
     DistillConfig,
@@ -21,6 +22,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "FinetuneConfig",
+    "LoraConfig",
     "OptimizerConfig",
     "PackedDataset",
     "Packing",

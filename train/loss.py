@@ -1,8 +1,13 @@
 """Losses of the gates and of the language model, and block recall."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
+
+from seer_jax.sharding.shard import Shard
+from seer_jax.sharding.vocabulary import log_probabilities, score_targets
 
 RECALL_ROWS = 128  # block recall sorts rows, so it looks at a sample of them
 LM_CHUNK = 512  # tokens whose logits are held at once
@@ -80,9 +85,18 @@ def decode_rows(
     return (segment_ids > 0) & (positions >= jnp.maximum(first, block_size))
 
 
-def row_weights(rows: Bool[Array, "B R"]) -> Float32[Array, "B R"]:
-    """The same weight for each row that counts; they sum to 1, or to 0 where no row counts."""
-    return rows / jnp.maximum(rows.sum(), 1).astype(jnp.float32)
+def row_weights(rows: Bool[Array, "B R"], shard: Shard | None = None) -> Float32[Array, "B R"]:
+    """The same weight for each row that counts; they sum to 1, or to 0 where no row counts.
+
+    Args:
+      rows: that count.
+      shard: of the device that has these rows of the batch; the weights then sum to 1 over all devices. Those that share rows, each
+        with some of the heads, share their weights: the sum of what they report is the mean over all heads.
+    """
+    count = rows.sum()
+    if shard is None:
+        return rows / jnp.maximum(count, 1).astype(jnp.float32)
+    return rows / (jnp.maximum(shard.sum_over_rows(count), 1).astype(jnp.float32) * shard.sharing)
 
 
 def block_recall(
@@ -138,6 +152,7 @@ def lm_loss(
     head: Float[Array, "V E"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    shard: Shard | None = None,
 ) -> Float32[Array, ""]:
     """Weighted sum of cross-entropies, in nats; logits exist for a chunk of tokens at a time, forward and backward.
 
@@ -146,21 +161,56 @@ def lm_loss(
       head: output head.
       targets: token to predict at each position.
       weights: of each position.
+      shard: of the device, which has the head of its part of the vocabulary; None: the head is whole.
     """
-    pad = -hidden.shape[1] % min(LM_CHUNK, hidden.shape[1])
-    size = min(LM_CHUNK, hidden.shape[1])
+
+    def chunk_loss(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        return (weights * score_targets(_logits(hidden, head), targets, shard)[0]).sum()
+
+    return _sum_over_chunks(chunk_loss, hidden, targets, weights)
+
+
+def distillation_loss(
+    hidden: Float[Array, "B T E"],
+    teacher: Float[Array, "B T E"],
+    head: Float[Array, "V E"],
+    weights: Float[Array, "B T"],
+    shard: Shard | None = None,
+) -> Float32[Array, ""]:
+    """Weighted sum of KL(p || q) over the vocabulary, in nats, of the distributions p = softmax(teacher head^T) and
+    q = softmax(hidden head^T); logits are float32 and exist for a chunk of tokens at a time, forward and backward.
+
+    Args:
+      hidden: after the final norm.
+      teacher: likewise, a constant.
+      head: output head of both.
+      weights: of each position.
+      shard: see `lm_loss`.
+    """
+
+    def chunk_loss(hidden: jax.Array, teacher: jax.Array, weights: jax.Array) -> jax.Array:
+        log_p, log_q = (log_probabilities(_logits(x, head), shard) for x in (teacher, hidden))
+        divergence = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+        return (weights * (divergence if shard is None else shard.sum_over_tensor(divergence))).sum()
+
+    return _sum_over_chunks(chunk_loss, hidden, jax.lax.stop_gradient(teacher), weights)
+
+
+def _logits(hidden: Float[Array, "B n E"], head: Float[Array, "V E"]) -> Float32[Array, "B n V"]:
+    return jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _sum_over_chunks(function: Callable[..., jax.Array], *arrays: Shaped[Array, "B T ..."]) -> Float32[Array, ""]:
+    """Sum of a function of tokens, `LM_CHUNK` of them at a time; 0 of padding must add 0. Chunks are computed anew in the backward pass."""
+    tokens = arrays[0].shape[1]
+    size = min(LM_CHUNK, tokens)
+    pad = -tokens % size
 
     def chunks(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def chunk_loss(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = jnp.einsum("bte,ve->btv", hidden, head, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return (weights * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum()
-
     def body(total: jax.Array, chunk: tuple) -> tuple[jax.Array, None]:
-        return total + chunk_loss(*chunk), None
+        return total + jax.checkpoint(function)(*chunk), None
 
-    return jax.lax.scan(body, jnp.float32(0), (chunks(hidden), chunks(targets), chunks(weights)))[0]
+    return jax.lax.scan(body, jnp.float32(0), tuple(map(chunks, arrays)))[0]

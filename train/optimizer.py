@@ -1,7 +1,11 @@
 """The optimizer: AdamW with warmup, cosine decay and clipping."""
 
+from typing import Any
+
+import jax
 import optax
 
+from seer_jax.folders import GATE_FOLDERS
 from seer_jax.train.config import OptimizerConfig
 
 
@@ -18,8 +22,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with schedule and clipping. Initialise it with the trained weights alone: its state is twice their size."""
+def make_optimizer(config: OptimizerConfig, steps: int, *, gate_scale: float = 1.0) -> optax.GradientTransformation:
+    """AdamW with schedule and clipping. Initialise it with the trained weights alone: its state is twice their size.
+
+    Args:
+      gate_scale: learning rate of gates as a multiple of the others'.
+    """
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.beta1,
@@ -27,4 +35,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    parts = [adamw] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm), adamw]
+    if gate_scale != 1:
+        parts.append(optax.masked(optax.scale(gate_scale), _gates))
+    return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+def _gates(weights: dict[str, Any]) -> dict[str, Any]:
+    """Which weights are those of gates."""
+    return {name: jax.tree.map(lambda _, is_gate=name in GATE_FOLDERS: is_gate, part) for name, part in weights.items()}

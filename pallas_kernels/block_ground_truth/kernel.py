@@ -20,6 +20,7 @@ CONSUMERS = 2  # warpgroups that compute
 KEYS = 128  # keys of a tile
 STAGES = 2  # tiles in a ring buffer, a power of two
 BLOCKS = 64  # key blocks of which scores are finished at a time
+ROW_BLOCKS = 4096  # key blocks of a row of scores that two consumers can keep in shared memory beside the tiles
 COLUMN_VECTOR = MATRIX.reduce(0)  # one element per column
 
 
@@ -93,6 +94,11 @@ class Call:
         return KEYS // self.block_size
 
     @property
+    def divided_later(self) -> bool:
+        """Whether rows of block scores are too long for the shared memory: they are stored without division by their sums."""
+        return self.block_scores and self.key_blocks > ROW_BLOCKS
+
+    @property
     def block_tiles(self) -> int:
         """Tiles of key blocks in a row of scores."""
         return -(-self.key_blocks // BLOCKS)
@@ -118,7 +124,7 @@ class Call:
 
     def scratch(self, dtype: Any) -> list[Any]:
         """Shared memory, in the order of `_Scratch` and `Rings`."""
-        row = self.block_tiles * BLOCKS if self.block_scores else 1
+        row = self.block_tiles * BLOCKS if self.block_scores and not self.divided_later else 1
         return [
             tile(CONSUMERS, QUERIES, self.head_dim, dtype),
             plgpu.SMEM((CONSUMERS, 3, QUERIES), jnp.float32),
@@ -480,20 +486,35 @@ class _Weight:
 def _block_scores(
     call: Call, span: _Span, slot: Any, vectors: Any, row: Any, target: Any, number: Array, every: Array
 ) -> None:
-    """Stores row `number` of a head's block scores [T / 64, Sb]: each block's weight for the query that has most, divided by their sum."""
+    """Stores row `number` of a head's block scores [T / 64, Sb]: each block's weight for the query that has most, divided by their sum
+    unless `Call.divided_later`."""
     first, own = span.blocks(call.block_size)
     begin, end = lax.div(first, i32(BLOCKS)), lax.div(own + BLOCKS, i32(BLOCKS))
     weight = _Weight(call.slot_scale, *(plgpu.load(vectors.at[i], layout=COLUMN_VECTOR) for i in range(2)))
 
-    def largest(t: Array, sums: Array) -> Array:
-        here = pl.ds(t * BLOCKS, BLOCKS)
-        weights = weight.of(plgpu.load(slot.at[here], layout=MATRIX, optimized=False), 1)
+    def scores_of(t: Array) -> Array:
+        weights = weight.of(plgpu.load(slot.at[pl.ds(t * BLOCKS, BLOCKS)], layout=MATRIX, optimized=False), 1)
         block = t * BLOCKS + plgpu.broadcasted_iota(jnp.int32, (BLOCKS,), 0, layout=ROW_VECTOR)
-        scores = jnp.where((block >= first) & (block <= own), weights.max(axis=1), 0.0)
-        row[here] = scores
+        return jnp.where((block >= first) & (block <= own), weights.max(axis=1), 0.0)
+
+    def largest(t: Array, sums: Array) -> Array:
+        scores = scores_of(t)
+        row[pl.ds(t * BLOCKS, BLOCKS)] = scores
         return sums + scores
 
+    def store(of: Callable[[Array], Array]) -> None:
+        @pl.loop(i32(0), every)
+        def _(t: Array) -> None:
+            scores = lax.cond((t >= begin) & (t < end), lambda: of(t), lambda: zeros)
+
+            @pl.when(number < target.shape[0])
+            def _():
+                store_inside(scores, target.at[number], t * BLOCKS, layout=ROW_VECTOR, interpreted=call.interpreted)
+
     zeros = plgpu.layout_cast(jnp.full((BLOCKS,), 0, jnp.float32), ROW_VECTOR)
+    if call.divided_later:
+        store(scores_of)
+        return
     vectors[2] = lax.fori_loop(begin, end, largest, zeros)
     plgpu.commit_smem()
     sums = plgpu.load(vectors.at[2], layout=COLUMN_VECTOR)
@@ -502,18 +523,7 @@ def _block_scores(
     if call.block_size > QUERIES:
         # Two rows form one, which is divided once they are combined.
         factor = zeros + 1
-
-    @pl.loop(i32(0), every)
-    def _(t: Array) -> None:
-        scores = lax.cond(
-            (t >= begin) & (t < end),
-            lambda: plgpu.load(row.at[pl.ds(t * BLOCKS, BLOCKS)], layout=ROW_VECTOR) * factor,
-            lambda: zeros,
-        )
-
-        @pl.when(number < target.shape[0])
-        def _():
-            store_inside(scores, target.at[number], t * BLOCKS, layout=ROW_VECTOR, interpreted=call.interpreted)
+    store(lambda t: plgpu.load(row.at[pl.ds(t * BLOCKS, BLOCKS)], layout=ROW_VECTOR) * factor)
 
 
 def _token_scores(

@@ -13,7 +13,7 @@ from pallas_kernels.devices import interpreter
 from pallas_kernels.mosaic.flash_tiles import LOG2_E, QUERIES, positive_scale
 
 TOKENS = 8  # TMA moves tokens in groups of 8
-MAX_KEY_BLOCKS = 4096  # two rows of scores must fit in the shared memory beside the tiles
+MAX_KEY_BLOCKS = 16384  # 1M tokens in blocks of 64, where workspace slots take 1 GiB
 
 
 def attention_with_block_scores(
@@ -80,7 +80,9 @@ def _attend(
     taken = jax.new_ref(jnp.zeros(call.slots, jnp.int32))
     out, lse, *scores = ground_truth_kernel(call, q.dtype, interpret)(q, k, v, bounds, scalars, taken)
     token = scores.pop()[:, :, :rows, :key_blocks] if asked[1] else None
-    block = _per_block(scores.pop()[..., :key_blocks], rows, block_size) if asked[0] else None
+    block = None
+    if asked[0]:
+        block = _per_block(scores.pop()[..., :key_blocks], rows, block_size, divide=call.divided_later)
     return out[:, :rows], lse[:, :rows], block, token
 
 
@@ -106,13 +108,15 @@ def _bounds(
     return jnp.stack([first, jnp.maximum(end, position)], axis=2).astype(jnp.int32)
 
 
-def _per_block(scores: Float32[Array, "B H n Sb"], rows: int, block_size: int) -> Float32[Array, "B H Tb Sb"]:
-    """The kernel's rows, one per 64 queries, combined to one per block."""
+def _per_block(
+    scores: Float32[Array, "B H n Sb"], rows: int, block_size: int, *, divide: bool
+) -> Float32[Array, "B H Tb Sb"]:
+    """The kernel's rows, one per 64 queries, combined to one per block, and divided by their sums where the kernel did not."""
     batch, heads, _, key_blocks = scores.shape
     scores = scores[:, :, : -(-rows // QUERIES)]
-    if block_size == QUERIES:
-        return scores
     per_block = block_size // QUERIES
+    if per_block == 1 and not divide:
+        return scores
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, -scores.shape[2] % per_block), (0, 0)))
     scores = scores.reshape(batch, heads, -1, per_block, key_blocks).max(3)
     total = scores.sum(-1, keepdims=True)

@@ -1,5 +1,6 @@
 """`block_sparse_attention`: causal attention over a list of key blocks per query block."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.checks import check_attention_inputs, check_integers, check_lists, resolve_scale
+from pallas_kernels.checks import check_attention_inputs, check_integers, check_lists, check_range, resolve_scale
 
 _run = Operation(
     "block_sparse_attention",
@@ -22,13 +23,14 @@ _run = Operation(
 
 def block_sparse_attention(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
     blocks: BlockIndices,
     *,
     scale: float | None = None,
     query_offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
     lengths: Int[Array, "B"] | None = None,
+    cache_rows: Int[Array, "B"] | None = None,
     density: float | None = None,
     skip_threshold: float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, "H"] | None = None,
     return_lse: bool = False,
@@ -52,15 +54,21 @@ def block_sparse_attention(
     the output moves by at most 2 n lambda b max|v|. A query's first block is never skipped, nor is the one that holds its largest
     score.
 
+    Reverse-mode differentiable in q, k and v, by output and lse, without `skip_threshold`. The backward recomputes the weights from
+    lse, in memory that grows with T b and with one bit (XLA: one byte) per head and pair of blocks. No sum is made in an order that
+    changes: two runs give the same gradients bit by bit.
+
     Args:
       q: queries; H is a multiple of K, and query head h reads key/value head h // (H / K).
       k, v: keys and values at positions 0 to S - 1, of q's dtype: float32, bfloat16 or float16; finite in the listed blocks.
-        Beyond `lengths` they may hold anything, NaN and infinity too.
+        Beyond `lengths` they may hold anything, NaN and infinity too. P is B unless `cache_rows` is given.
       blocks: lists of key blocks, counts [B, Hs, Tb] and indices [B, Hs, Tb, N] with Hs in {1, K, H}. Rows are blocks of b
         queries counted from the first query, for every `query_offset`.
       scale: factor on the scores; 1 / sqrt(D) if None.
       query_offset: position of the first query, in tokens from the first key; one for the batch or one per sequence.
       lengths: number of keys of each sequence, right-padded up to S; S if None or more.
+      cache_rows: row of k and v that each sequence reads, 0 to P - 1; None: its own index. If the caches of all layers are one
+        array of L * B rows, a layer reads its rows layer * B + arange(B) without a copy. Without gradients.
       density: expected share of the visible blocks that are listed, 0 to 1; None if unknown. Decides only which kernel is used,
         not the results.
       skip_threshold: lambda, in [0, 1]; one for all heads or one per query head. 0 skips nothing, None neither. Its value may
@@ -76,8 +84,8 @@ def block_sparse_attention(
       kept [B, H, ceil(T / min(b, 64))] int32.
 
     Raises:
-      ValueError: shapes or dtypes that do not match, a threshold outside [0, 1], or an unknown implementation.
-      NotImplementedError: the named implementation cannot do this, or gradients with `skip_threshold`.
+      ValueError: shapes or dtypes that do not match, a threshold or cache row out of its domain, or an unknown implementation.
+      NotImplementedError: the named implementation cannot do this, or gradients with `skip_threshold` or `cache_rows`.
 
     Source: SeerAttention, arXiv 2410.13276 (its block-sparse FlashAttention kernel); `skip_threshold`: BLASST, arXiv 2512.12087.
 
@@ -88,7 +96,7 @@ def block_sparse_attention(
     ((1, 128, 4, 64), 64.0)
     """
     name = "block_sparse_attention"
-    check_attention_inputs(name, q, k, v, query_axes="B T H D")
+    check_attention_inputs(name, q, k, v, query_axes="B T H D", same_batch=cache_rows is None)
     check_lists(name, blocks)
     batch, num_queries, heads, head_dim = q.shape
     kv_heads, num_rows = k.shape[2], -(-num_queries // blocks.block_size)
@@ -107,9 +115,14 @@ def block_sparse_attention(
     if lengths is None:
         lengths = jnp.full((batch,), k.shape[1], jnp.int32)
     check_integers(name, "lengths", lengths, "[B]", (batch,))
+    if cache_rows is not None:
+        check_integers(name, "cache_rows", cache_rows, "[B]", (batch,))
+        check_range(name, "cache_rows", cache_rows, len(k) - 1, "the rows of k and v")
+        cache_rows = cache_rows.astype(jnp.int32)
+        q, k, v = _without_gradients("cache_rows", q, k, v)
     if skip_threshold is not None:
         skip_threshold = _checked_threshold(name, skip_threshold, heads)
-        q, k, v = _without_gradients(q, k, v)
+        q, k, v = _without_gradients("skip_threshold", q, k, v)
     elif return_kept:
         raise ValueError(
             f"{name}: return_kept counts the blocks that skip_threshold leaves; got None. Use skip_threshold=0.0 to skip nothing."
@@ -126,6 +139,7 @@ def block_sparse_attention(
         density=density,
         padded=padded,
         skip_threshold=skip_threshold,
+        cache_rows=cache_rows,
     )
     others = *((lse,) if return_lse else ()), *((kept,) if return_kept else ())
     return (out, *others) if others else out
@@ -143,14 +157,14 @@ def _checked_threshold(name: str, value: Any, heads: int) -> Float32[Array, "H"]
     return jnp.broadcast_to(array, (heads,)).astype(jnp.float32)
 
 
-@jax.custom_vjp
-def _without_gradients(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _without_gradients(setting: str, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     return q, k, v
 
 
-def _refuse_gradients(*_: Array) -> Any:
+def _refuse_gradients(setting: str, *_: Array) -> Any:
     raise NotImplementedError(
-        "block_sparse_attention: skip_threshold has no gradients. Use skip_threshold=None where gradients are taken."
+        f"block_sparse_attention: {setting} has no gradients. Use {setting}=None where gradients are taken."
     )
 
 

@@ -140,7 +140,7 @@ class InputRefs:
 
     Attributes:
       q, k, v, counts, indices: see api.py.
-      offsets: [B, 2], query_offset and length.
+      offsets: [B, 2 or 3], query_offset, length and, if sequences read rows of a cache, the row of k and v.
       edge: [B, b, K, D], the values of the block that holds a sequence's last key, with zeros beyond that key; None where every
         sequence has as many keys as the array.
       log2_thresholds: [H], log2(lambda); None where no block is skipped.
@@ -161,6 +161,10 @@ class InputRefs:
         names = sizes.inputs
         return cls(**dict(zip(names, arguments[: len(names)], strict=True))), arguments[len(names) :]
 
+    def cache_row(self, sequence: Array) -> Array:
+        """The row of k and v that a sequence reads."""
+        return self.offsets[sequence, 2] if self.offsets.shape[1] > 2 else sequence
+
     def load_values(self, queries: QueryTile, block: Array, blocks: BlockList, target: Any, barrier: Any) -> None:
         """Starts the copy of a block of values.
 
@@ -169,7 +173,7 @@ class InputRefs:
         b, sequence, head = target.shape[0], queries.sequence, queries.kv_head
 
         def load_inner() -> None:
-            plgpu.copy_gmem_to_smem(self.v.at[sequence, pl.ds(block * b, b), head], target, barrier)
+            plgpu.copy_gmem_to_smem(self.v.at[self.cache_row(sequence), pl.ds(block * b, b), head], target, barrier)
 
         if self.edge is None:
             load_inner()

@@ -10,8 +10,8 @@ from pallas_kernels.blocks import BlockIndices
 
 def block_sparse_attention(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
     blocks: BlockIndices,
     *,
     scale: float,
@@ -20,9 +20,12 @@ def block_sparse_attention(
     density: float | None = None,
     padded: bool = True,
     skip_threshold: Float32[Array, "H"] | None = None,
+    cache_rows: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], Int32[Array, "B H tiles"] | None]:
     """See the function of this name in api.py. `density` and `padded` have no effect."""
     (_, num_queries, heads, _), num_keys, b = q.shape, k.shape[1], blocks.block_size
+    if cache_rows is not None:
+        k, v = k[cache_rows], v[cache_rows]
     inside = (jnp.arange(num_keys)[None] < lengths[:, None])[..., None, None]
     k, v = (jnp.where(inside, x.astype(jnp.float32), 0) for x in (k, v))  # padding may hold anything
     k, v = (jnp.repeat(x, heads // k.shape[2], axis=2) for x in (k, v))

@@ -32,12 +32,12 @@ def single_warpgroup_kernel(sizes: Sizes, c: float, interpret: Any, dtype: Any) 
         queries = QueryTile(sequence, kv_head * sizes.group + in_group, kv_head, block * QUERIES, block)
         plgpu.copy_gmem_to_smem(queries.of(refs.q), q_tile, q_ready)
         blocks = BlockList.read(sizes, refs, queries)
-        first = blocks.entry(0)
+        first, row = blocks.entry(0), refs.cache_row(sequence)
 
         def load_k(t: Array, key_block: Array) -> None:
             @pl.when(t < blocks.count)
             def _():
-                plgpu.copy_gmem_to_smem(refs.k.at[sequence, pl.ds(key_block * b, b), kv_head], k_tile, k_ready)
+                plgpu.copy_gmem_to_smem(refs.k.at[row, pl.ds(key_block * b, b), kv_head], k_tile, k_ready)
 
         def load_v(t: Array, key_block: Array) -> None:
             @pl.when(t < blocks.count)

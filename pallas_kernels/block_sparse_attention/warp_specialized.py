@@ -216,14 +216,14 @@ def warp_specialized_kernel(sizes: Sizes, config: WarpSpecialized, c: float, int
     def produce(ring: int, refs: InputRefs, rings: Rings) -> None:
         queries = queries_of(i32(ring))
         blocks = BlockList.read(sizes, refs, queries)
-        tiles = num_tiles(blocks)
+        tiles, row = num_tiles(blocks), refs.cache_row(queries.sequence)
 
         @pl.loop(i32(0), tiles)
         def _(t: Array) -> None:
             numbers = tile_entries(blocks, t)  # before the waits, since it comes from L2
 
             def load_keys(block: Array, part: Any, ready: Any) -> None:
-                keys = refs.k.at[queries.sequence, pl.ds(block * b, b), queries.kv_head]
+                keys = refs.k.at[row, pl.ds(block * b, b), queries.kv_head]
                 plgpu.copy_gmem_to_smem(keys, part, ready)
 
             def load_values(block: Array, part: Any, ready: Any) -> None:

@@ -1,20 +1,23 @@
 """`block_sparse_attention` in XLA, for any device: its time is proportional to the number of listed blocks."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
+from pallas_kernels.block_sparse_attention.gradients.xla import key_gradients
 from pallas_kernels.block_sparse_attention.skipping import log_threshold, tile_queries
 from pallas_kernels.blocks import BlockIndices
+from pallas_kernels.online_softmax import finite
 from pallas_kernels.sparse_rows import (
     SparseRows,
     Tiling,
     attend_sparse_rows,
-    attend_sparse_rows_gradients,
     attend_sparse_rows_skipping,
+    inner_products,
+    sparse_rows_query_gradients,
 )
 
 _KEYS_PER_STEP = 128  # fills matrix units; more would waste work on short lists
@@ -23,8 +26,8 @@ _KEYS_PER_STEP = 128  # fills matrix units; more would waste work on short lists
 @functools.partial(jax.jit, static_argnames=("scale", "density", "padded"))
 def block_sparse_attention(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
     blocks: BlockIndices,
     *,
     scale: float,
@@ -33,16 +36,17 @@ def block_sparse_attention(
     density: float | None = None,
     padded: bool = True,
     skip_threshold: Float32[Array, "H"] | None = None,
+    cache_rows: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], Int32[Array, "B H tiles"] | None]:
     """See the function of this name in api.py. `density` and `padded` have no effect.
 
     A skipped block is computed and left out, since rows are computed many at a time: skipping saves no time here.
     """
-    folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
-    tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
     if skip_threshold is None:
-        out, lse = attend_sparse_rows(folding.fold(q), k, v, rows, tiling)
-        return folding.unfold(out), folding.unfold(lse[..., None])[..., 0], None
+        attended: Any = _attend(scale, q, k, v, blocks, query_offset, lengths, cache_rows)
+        return *attended, None
+    folding, rows = _fold_rows(q, k, blocks, query_offset, lengths, cache_rows)
+    tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
     threshold = folding.fold_tiles(log_threshold(skip_threshold))
     out, lse, kept = attend_sparse_rows_skipping(folding.fold(q), k, v, rows, threshold, tiling)
     return folding.unfold(out), folding.unfold(lse[..., None])[..., 0], folding.unfold_tiles(kept)
@@ -53,8 +57,8 @@ def block_sparse_attention_gradients(
     results: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], None],
     cotangents: tuple[Float[Array, "B T H D"], Float32[Array, "B T H"], None],
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
     blocks: BlockIndices,
     *,
     scale: float,
@@ -63,15 +67,51 @@ def block_sparse_attention_gradients(
     density: float | None = None,
     padded: bool = True,
     skip_threshold: None = None,
+    cache_rows: None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
     """Gradients in q, k and v, from the results (out, lse, None) of any implementation and the gradients in those."""
     (out, lse, _), (d_out, d_lse, _) = results, cotangents
+    seen = lse > -jnp.inf
+    # Queries that see no key may hold anything, as may their cotangents: they take no part.
+    q, d_out = (jnp.where(seen[..., None], x, 0) for x in (q, d_out))
+    inner, lse = inner_products(out, lse, d_out, d_lse), finite(lse)
+    d_k, d_v = key_gradients(scale, q, k, v, blocks, query_offset, lengths, d_out, lse, inner)
     folding, rows = _fold_rows(q, k, blocks, query_offset, lengths)
-    lse, d_lse = (folding.fold(x[..., None], fill)[..., 0] for x, fill in ((lse, -jnp.inf), (d_lse, 0)))
-    residuals = folding.fold(q), k, v, rows, folding.fold(out), lse
     tiling = Tiling(blocks.block_size, scale, _KEYS_PER_STEP)
-    d_q, d_k, d_v = attend_sparse_rows_gradients(tiling, residuals, (folding.fold(d_out), d_lse))
-    return folding.unfold(d_q), d_k, d_v
+    of_queries = (folding.fold(x[..., None])[..., 0] for x in (lse, inner))
+    d_q = sparse_rows_query_gradients(tiling, folding.fold(q), k, v, rows, folding.fold(d_out), *of_queries)
+    return jnp.where(seen[..., None], folding.unfold(d_q), 0), d_k, d_v
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    scale: float,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "P S K D"],
+    v: Float[Array, "P S K D"],
+    blocks: BlockIndices,
+    query_offset: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    cache_rows: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B T H D"], Float32[Array, "B T H"]]:
+    folding, rows = _fold_rows(q, k, blocks, query_offset, lengths, cache_rows)
+    out, lse = attend_sparse_rows(folding.fold(q), k, v, rows, Tiling(blocks.block_size, scale, _KEYS_PER_STEP))
+    return folding.unfold(out), folding.unfold(lse[..., None])[..., 0]
+
+
+def _forward_rule(scale: float, *arguments: Any) -> tuple[Any, Any]:
+    results = _attend(scale, *arguments)
+    return results, (results, arguments)
+
+
+def _backward_rule(scale: float, residuals: Any, cotangents: Any) -> tuple:
+    results, (q, k, v, blocks, query_offset, lengths, _) = residuals
+    rest = dict(scale=scale, query_offset=query_offset, lengths=lengths)
+    gradients = block_sparse_attention_gradients((*results, None), (*cotangents, None), q, k, v, blocks, **rest)
+    return *gradients, None, None, None, None
+
+
+_attend.defvjp(_forward_rule, _backward_rule)
 
 
 class _Folding(NamedTuple):
@@ -123,10 +163,11 @@ class _Folding(NamedTuple):
 
 def _fold_rows(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
+    k: Float[Array, "P S K D"],
     blocks: BlockIndices,
     query_offset: Int[Array, "B"],
     lengths: Int[Array, "B"],
+    cache_rows: Int[Array, "B"] | None = None,
 ) -> tuple[_Folding, SparseRows]:
     """The reshaping of queries into rows, and the keys that each row sees."""
     (batch, length, heads, _), kv_heads, b = q.shape, k.shape[2], blocks.block_size
@@ -139,7 +180,8 @@ def _fold_rows(
     visible = (token < length)[None] & (position < lengths[:, None])
     limit = jnp.where(visible, position + 1, 0)
     limit = limit.reshape(batch, 1, num_rows, 1, b)
-    start = jnp.arange(batch)[:, None] * (k.shape[1] * kv_heads) + jnp.arange(lists)[None] * kv_heads // lists
+    row = jnp.arange(batch) if cache_rows is None else cache_rows
+    start = row[:, None] * (k.shape[1] * kv_heads) + jnp.arange(lists)[None] * kv_heads // lists
     return folding, SparseRows(
         counts=jnp.broadcast_to(blocks.counts, folding.axes).reshape(-1),
         indices=jnp.broadcast_to(blocks.indices, (*folding.axes, blocks.width)).reshape(-1, blocks.width),

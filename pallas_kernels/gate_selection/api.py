@@ -50,7 +50,7 @@ def select_blocks(
         makes kernels faster. Broadcasts to [..., R, 1]; None: every block is visible. Causal prefill passes r + 1 for row r.
       width: N of the result. If None, the smallest that holds any selection: min(top_k, Sb) for an int top_k without keep,
         min(max_blocks, Sb) for an int max_blocks, otherwise Sb. Pass less if rows are known to select less.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; Sb up to 4096), or None for the fastest that takes these
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; Sb up to 16384), or None for the fastest that takes these
         arguments on their device.
 
     Returns:

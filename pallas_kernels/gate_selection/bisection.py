@@ -1,6 +1,7 @@
 """Cutoffs by bisection: the lowest of the top entries of each row. For `mosaic_gpu.py`.
 
-Rows are tiles [4, W] of one row per warp, in the layout `ROW_PER_WARP`; [4] has one element per row, in the layout `ROW_VECTOR`.
+Rows are tiles [4, W] of one row per warp, or of the quarters of one row (`RowParts`), in the layout `ROW_PER_WARP`; [4] has one element per
+warp, that of its row, in the layout `ROW_VECTOR`.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
-from pallas_kernels.gate_selection.warp_rows import LANES, ROW_VECTOR, WARPS, drop_repeats, own_row
+from pallas_kernels.gate_selection.row_parts import RowParts
+from pallas_kernels.gate_selection.warp_rows import LANES, ROW_VECTOR, WARPS, own_row
 
 ALL = 2**20  # more columns than any row has
 
@@ -27,7 +29,7 @@ def best(
     measure: Callable[[Array], Array],
     *,
     weighted: bool,
-    interpreted: bool,
+    parts: RowParts,
 ) -> tuple[Float32[Array, "4 W"], Float32[Array, "4"]]:
     """Smallest set of top entries whose measure reaches the goal: all above -inf if they do not reach it; among equals, the first.
 
@@ -36,28 +38,28 @@ def best(
       goal: at least 1 if entries are counted.
       measure: measure of the entries from a cutoff on, non-increasing in the cutoff.
       weighted: whether the measure of an entry is its value; otherwise it is 1.
-      interpreted: whether JAX's interpreter runs the kernel.
+      parts: what the warps hold.
 
     Returns:
       (x with -inf in place of superfluous ties, cutoff): the set is that of the entries from the cutoff on.
     """
-    b = _bisect(x, goal, measure, weighted, interpreted)
+    b = _bisect(x, goal, measure, weighted, parts)
     tied = (b.held > goal) & (_pattern(b.high) <= _pattern(b.low) + 1)  # a single value is left, with too many entries
 
     def drop() -> Array:
         wanted = _round_up((goal - b.above) / b.low if weighted else goal - b.above)
-        return drop_repeats(x, b.low, jnp.where(tied, wanted, ALL), interpreted)
+        return parts.drop_repeats(x, b.low, jnp.where(tied, wanted, ALL))
 
-    return lax.cond(any_row(tied, interpreted), drop, lambda: x), b.low
+    return lax.cond(any_row(tied, parts.interpreted), drop, lambda: x), b.low
 
 
-def count(x: Float32[Array, "4 W"], cutoff: Float32[Array, "4"]) -> Float32[Array, "4"]:
+def count(x: Float32[Array, "4 W"], parts: RowParts, cutoff: Float32[Array, "4"]) -> Float32[Array, "4"]:
     """Number of entries from the cutoff on. Adding a sign bit takes one instruction, adding a comparison two."""
     # Subtracting -0.0 from a zero of either sign gives +0.0, which has no sign bit.
     cutoff = jnp.where(cutoff == 0, -0.0, cutoff)
     sign = lax.bitcast_convert_type(x - cutoff[:, None], _i32)
     below = lax.shift_right_logical(sign, jnp.full(x.shape, 31, _i32)).sum(axis=1)
-    return (x.shape[1] - below).astype(_f32)
+    return parts.joined((x.shape[1] - below).astype(_f32), jnp.sum)
 
 
 def any_row(rows: Bool[Array, "4"], interpreted: bool) -> Bool[Array, ""]:
@@ -89,10 +91,10 @@ def _bisect(
     goal: Float32[Array, "4"],
     measure: Callable[[Array], Array],
     weighted: bool,
-    interpreted: bool,
+    parts: RowParts,
 ) -> _Bracket:
     """Brackets the cutoff of `best`. If the measure of `low` exceeds the goal at the end, `low` is the only value in the bracket."""
-    top, bottom = x.max(axis=1), _least(x)
+    top, bottom = parts.max(x), parts.joined(_least(x), jnp.min)
     above_top = next_up(jnp.where(top > -jnp.inf, top, 0.0))
     bracket = _Bracket(low=bottom, high=above_top, held=measure(bottom), above=full(0.0))
 
@@ -101,7 +103,7 @@ def _bisect(
         several = _pattern(b.high) > _pattern(b.low) + 1
         if weighted:
             several &= b.held - b.above > 1.5 * b.low  # every entry in the bracket measures `low` or more
-        return any_row((b.held > goal) & several, interpreted)
+        return any_row((b.held > goal) & several, parts.interpreted)
 
     def halve(state: tuple[Array, _Bracket]) -> tuple[Array, _Bracket]:
         step, b = state

@@ -57,13 +57,13 @@ def append_to_lists(
     lists_ref,
     interpreted: bool,
 ) -> Int32[Array, "4"]:
-    """Appends the block numbers of chosen columns to four lists, in column order.
+    """Appends the block numbers of chosen columns to four lists, in column order, or from four lengths on to one list.
 
     Args:
       chosen, number: which columns, and their block numbers, in the layout `ROW_PER_WARP`.
       length: lengths of the lists so far, in the layout `ROW_VECTOR`.
       first: rows before this one are not written.
-      lists_ref: [4, N] in global memory; entries beyond N are dropped.
+      lists_ref: [4, N], or [1, N] for one list, in global memory; entries beyond N are dropped.
       interpreted: whether JAX's interpreter runs this.
 
     Returns:
@@ -77,7 +77,8 @@ def append_to_lists(
 
             @pl.when(row >= first)
             def _(row=row):
-                lists_ref[row] = lists_ref[row].at[position[row]].set(number[row], mode="drop")
+                own = row % lists_ref.shape[0]
+                lists_ref[own] = lists_ref[own].at[position[row]].set(number[row], mode="drop")
 
         return length + chosen.sum(axis=1, dtype=jnp.int32)
     types = ROW_PER_WARP, ROW_PER_WARP, ROW_VECTOR, SCALAR, plgpu.RefType()
@@ -87,9 +88,9 @@ def append_to_lists(
 
 
 def write_counts(counts: Int32[Array, "4"], first: Int32[Array, ""], counts_ref, interpreted: bool) -> None:
-    """Stores the counts of the rows from `first` on in counts_ref [4]."""
+    """Stores the counts of the rows from `first` on in counts_ref [4]; in counts_ref [1] that of the one row that all warps have."""
     if interpreted:
-        for row in range(WARPS):
+        for row in range(counts_ref.shape[0]):
 
             @pl.when(row >= first)
             def _(row=row):
@@ -127,7 +128,7 @@ def _append_to_lists(
     lists: ir.Value,
 ) -> mgpu.FragmentedArray:
     del ctx
-    row, written = _row(first)
+    row, written = _row(first, ir.MemRefType(lists.type))
     width = _constant(ir.MemRefType(lists.type).shape[1])
     positions = _RunningCount(_scalar(length.registers.item()))
     for chose, block in zip(chosen.registers.flat, number.registers.flat, strict=True):
@@ -143,14 +144,18 @@ def _write_counts(
     ctx: mgpu.LaunchContext, values: mgpu.FragmentedArray, first: mgpu.FragmentedArray, counts: ir.Value
 ) -> None:
     del ctx
-    row, written = _row(first)
-    one_lane = arith.cmpi(arith.CmpIPredicate.eq, _lane(), _constant(0))
+    kind = ir.MemRefType(counts.type)
+    row, written = _row(first, kind)
+    thread = _lane() if kind.shape[0] == WARPS else mgpu.thread_idx()
+    one_lane = arith.cmpi(arith.CmpIPredicate.eq, thread, _constant(0))
     with mgpu.when(arith.andi(written, one_lane)):
         memref.store(_scalar(values.registers.item()), counts, [row])
 
 
-def _row(first: mgpu.FragmentedArray) -> tuple[ir.Value, ir.Value]:
-    """Row of this warp, and whether it is written."""
+def _row(first: mgpu.FragmentedArray, rows: ir.MemRefType) -> tuple[ir.Value, ir.Value]:
+    """Row of this warp among those of a reference [4, ...] or [1, ...], and whether it is written."""
+    if rows.shape[0] == 1:
+        return arith.constant(ir.IndexType.get(), 0), arith.constant(ir.IntegerType.get_signless(1), 1)
     warp = arith.remui(arith.divui(mgpu.thread_idx(), _constant(LANES)), _constant(WARPS))
     written = arith.cmpi(arith.CmpIPredicate.sge, warp, first.registers.item())
     return arith.index_cast(ir.IndexType.get(), warp), written

@@ -1,12 +1,14 @@
-"""`select_blocks` in XLA, for any device: sorts for `top_k` and `mass` alone, and turns masks into lists by a running count."""
+"""`select_blocks` in XLA, for any device: sorts for `mass` and short rows of `top_k` alone, and turns masks into lists by a running count."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from pallas_kernels.blocks import BlockIndices
+
+LONG = 4096  # columns from which a number of blocks is found by bisection: a sort of 16384 takes a GPU longer than attention to a tenth of them
 
 
 def select_blocks(
@@ -53,7 +55,11 @@ def _select(
         chosen = _best_by_mass(jnp.where(allowed, _softmax(logits), -jnp.inf), mass)
     elif number is not None:
         priority = jnp.where(keep, jnp.inf, logits) if counts_keep else logits
-        chosen = _best(priority, number, jax.lax.top_k(priority, most)[0])
+        number = jnp.clip(number, 1, most)
+        if priority.shape[-1] > LONG:
+            chosen = _best(priority, number, _nth_largest(priority, number))
+        else:
+            chosen = _best(priority, number, _entry(jax.lax.top_k(priority, most)[0], number))
     else:
         chosen = allowed
     chosen = chosen if counts_keep else chosen | keep
@@ -76,15 +82,33 @@ def _best_by_mass(
     weights = jnp.maximum(descending, 0)
     better = jnp.cumsum(weights, axis=-1) - weights
     number = ((better < mass) | (mass >= 1)).sum(-1, keepdims=True)
-    return _best(probabilities, number, descending)
+    number = jnp.clip(number, 1, descending.shape[-1])
+    return _best(probabilities, number, _entry(descending, number))
+
+
+def _entry(descending: Float32[Array, "*lists R most"], number: Int32[Array, "..."]) -> Float32[Array, "*lists R 1"]:
+    """Entry `number` of each row, counted from 1."""
+    return jnp.take_along_axis(descending, jnp.broadcast_to(number, (*descending.shape[:-1], 1)) - 1, axis=-1)
+
+
+def _nth_largest(x: Float32[Array, "*lists R Sb"], number: Int32[Array, "..."]) -> Float32[Array, "*lists R 1"]:
+    """Entry `number` of each row in descending order, bit by bit: the largest pattern that so many entries reach."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits >= sign, ~bits, bits | sign)  # patterns that are ordered like the floats
+
+    def take(i: Int32[Array, ""], found: UInt32[Array, "*lists R 1"]) -> UInt32[Array, "*lists R 1"]:
+        more = found | (sign >> i.astype(jnp.uint32))
+        return jnp.where((order >= more).sum(-1, keepdims=True) >= number, more, found)
+
+    found = jax.lax.fori_loop(0, 32, take, jnp.zeros((*x.shape[:-1], 1), jnp.uint32))
+    return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)
 
 
 def _best(
-    priority: Float32[Array, "*lists R Sb"], number: Int32[Array, "..."], descending: Float32[Array, "*lists R most"]
+    priority: Float32[Array, "*lists R Sb"], number: Int32[Array, "..."], worst: Float32[Array, "*lists R 1"]
 ) -> Bool[Array, "*lists R Sb"]:
-    """The top `number` entries of each row above -inf, ties to the lower index; `descending` holds the top values in order."""
-    number = jnp.broadcast_to(jnp.clip(number, 1, descending.shape[-1]), (*priority.shape[:-1], 1))
-    worst = jnp.take_along_axis(descending, number - 1, axis=-1)
+    """The top `number` entries of each row above -inf, ties to the lower index; `worst` is the last of them."""
     above = priority > worst
     ties = (priority == worst) & (priority > -jnp.inf)
     return above | (ties & (jnp.cumsum(ties, axis=-1) <= number - above.sum(-1, keepdims=True)))

@@ -55,7 +55,7 @@ def sparse_decode_attention(
       out [B, H, D] of q's dtype, or (out, lse [B, H] float32).
 
     Raises:
-      ValueError: shapes or dtypes that do not match, lengths outside 0 to S, or an unknown implementation.
+      ValueError: shapes or dtypes that do not match, lengths or cache rows out of their domain, or an unknown implementation.
       NotImplementedError: the named implementation cannot do this.
 
     Source: SeerAttention-R, arXiv 2506.08889 (its block-sparse decoding kernel).
@@ -71,7 +71,9 @@ def sparse_decode_attention(
     batch, _, head_dim = q.shape
     if cache_rows is None:
         cache_rows = jnp.arange(batch)
-    check_integers(name, "cache_rows", cache_rows, "[B]", (batch,))
+    else:
+        check_integers(name, "cache_rows", cache_rows, "[B]", (batch,))
+        check_range(name, "cache_rows", cache_rows, len(k) - 1, "the rows of k and v")
     if blocks is not None:
         check_lists(name, blocks)
         check_shape(name, "blocks.counts", blocks.counts, "[B, K]", (batch, k.shape[2]))

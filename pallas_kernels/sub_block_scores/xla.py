@@ -77,7 +77,7 @@ def _score(
 ) -> Float32[Array, "B lists rows Sb"]:
     (batch, vectors, num_heads, _), (_, num_keys, kv_heads, _) = queries.shape, keys.shape
     if vectors * num_heads // kv_heads <= FEW:
-        return _join(settings, _few_products(settings.scale, queries, keys), seen)
+        return _join(settings, _few_products(queries * settings.scale, keys), seen)
     chunks, keys = _Chunks.of(settings, queries, keys), _by_head(keys)
     lists, blocks = num_heads if settings.heads == "each" else kv_heads, -(-num_keys // settings.keys_per_block)
 
@@ -190,16 +190,30 @@ def _rows(
     return _join(settings, products.reshape(batch, kv_heads, -1, vectors, num_keys), seen)
 
 
-def _few_products(
-    scale: float, queries: Float32[Array, "B u H C"], keys: Float[Array, "B Sw K C"]
-) -> Float32[Array, "B K G u Sw"]:
+@jax.custom_batching.custom_vmap
+def _few_products(queries: Float32[Array, "B u H C"], keys: Float[Array, "B Sw K C"]) -> Float32[Array, "B K G u Sw"]:
     """A sum of products, which XLA fuses with the conversion of the keys; a matrix product may copy them first, in float32.
 
     By key head: caches hold the keys of a head together, and this transposition cancels that of the caller.
     """
     batch, vectors, _, dim = queries.shape
-    grouped = (queries * scale).reshape(batch, vectors, keys.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)
+    grouped = queries.reshape(batch, vectors, keys.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)
     return (grouped[..., None, :] * _by_head(keys)[:, :, None, None]).sum(-1)
+
+
+@_few_products.def_vmap
+def _many_products(
+    number: int, batched: list[bool], queries: Float32[Array, "n B u H C"], keys: Float[Array, "*n B Sw K C"]
+) -> tuple[Float32[Array, "n B K G u Sw"], bool]:
+    """Of many tokens that share their keys: a matrix product, since a fused sum would read the keys again for each of them."""
+    if batched == [True, False]:
+        kv_heads = keys.shape[2]
+        grouped = queries.reshape(*queries.shape[:3], kv_heads, -1, queries.shape[-1])
+        return precise_einsum("nbukgc,bkwc->nbkguw", grouped, _by_head(keys)), True
+    queries, keys = (
+        x if b else jnp.broadcast_to(x, (number, *x.shape)) for x, b in zip((queries, keys), batched, strict=True)
+    )
+    return jax.lax.map(lambda pair: _few_products(*pair), (queries, keys)), True
 
 
 def _join(

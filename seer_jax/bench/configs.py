@@ -22,7 +22,30 @@ class ModelShape(enum.StrEnum):
     """Shapes of models to measure; tiny is for trying the command on a CPU."""
 
     LLAMA_3_1_8B = "llama-3.1-8b"
+    LLAMA_3_2_1B = "llama-3.2-1b"
+    LLAMA_3_2_3B = "llama-3.2-3b"
+    QWEN3_32B = "qwen3-32b"
+    LLAMA_3_1_70B = "llama-3.1-70b"
     TINY = "tiny"
+
+
+class FinetuningStep(enum.StrEnum):
+    """What a step of fine-tuning trains, and how attention works: densely, or sparsely on the lists of a gate that trains along."""
+
+    FULL = "full"
+    LORA = "lora"
+    SPARSE_FULL = "sparse-full"
+    SPARSE_LORA = "sparse-lora"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters train, not the base weights."""
+        return self in (FinetuningStep.LORA, FinetuningStep.SPARSE_LORA)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a gate trains along."""
+        return self in (FinetuningStep.SPARSE_FULL, FinetuningStep.SPARSE_LORA)
 
 
 PrefillPart = Literal["attention", "cases", "selection", "model"]
@@ -30,18 +53,53 @@ DecodePart = Literal["kernel", "layer", "model"]
 Scores = Literal["blocks", "tokens", "both", "neither"]
 Statistic = Literal["max", "mass"]
 
+_LLAMA_3_1_8B = ModelConfig(
+    family="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope=RopeConfig(theta=5e5, kind=RopeKind.LLAMA3, factor=8.0, original_max_position=8192),
+    max_position_embeddings=131072,
+)
 MODELS = {
-    ModelShape.LLAMA_3_1_8B: ModelConfig(
-        family="llama",
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
+    ModelShape.LLAMA_3_1_8B: _LLAMA_3_1_8B,
+    ModelShape.LLAMA_3_2_1B: dataclasses.replace(
+        _LLAMA_3_1_8B,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        head_dim=64,
+        tie_word_embeddings=True,
+        rope=dataclasses.replace(_LLAMA_3_1_8B.rope, factor=32.0),
+    ),
+    ModelShape.LLAMA_3_2_3B: dataclasses.replace(
+        _LLAMA_3_1_8B,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_layers=28,
+        num_heads=24,
+        tie_word_embeddings=True,
+        rope=dataclasses.replace(_LLAMA_3_1_8B.rope, factor=32.0),
+    ),
+    ModelShape.QWEN3_32B: ModelConfig(
+        family="qwen3",
+        vocab_size=151936,
+        hidden_size=5120,
+        intermediate_size=25600,
+        num_layers=64,
+        num_heads=64,
         num_kv_heads=8,
         head_dim=128,
-        rope=RopeConfig(theta=5e5, kind=RopeKind.LLAMA3, factor=8.0, original_max_position=8192),
+        qk_norm=True,
+        rope=RopeConfig(theta=1e6, kind=RopeKind.YARN, factor=4.0, original_max_position=32768),
         max_position_embeddings=131072,
+    ),
+    ModelShape.LLAMA_3_1_70B: dataclasses.replace(
+        _LLAMA_3_1_8B, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64
     ),
     ModelShape.TINY: ModelConfig(
         family="llama",
@@ -156,8 +214,10 @@ class PrefillBench(PolicyBench):
       variants: measure every configuration that the implementation offers.
       skip_thresholds: of the attention, in [0, 1]: listed blocks whose largest weight is below that share of the row's largest so far are
         skipped; each threshold is measured beside none.
+      backward: measure the attention's gradients as well, forward and backward together, beside dense attention's.
       peak: of the attention's inputs; 0: queries and keys are standard normal vectors. Above, each is a quarter of one plus the peak times
         one that all of its block share: scores are about peak^2 times a standard normal number for each pair of blocks.
+      chunk: tokens of the whole model's prompts that are read at a time; None: all.
     """
 
     phase = "prefill"
@@ -167,11 +227,17 @@ class PrefillBench(PolicyBench):
     only: tuple[PrefillPart, ...] = get_args(PrefillPart)
     variants: bool = False
     skip_thresholds: tuple[float, ...] = ()
+    backward: bool = False
     peak: float = 0.0
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         self._check_inputs(1)
         self._check_policies()
+        if self.chunk is not None and (self.chunk < 1 or self.chunk % self.gate.block_size):
+            raise ValueError(
+                f"chunk must be a multiple of {self.gate.block_size} tokens, whole blocks of the gate; got {self.chunk}."
+            )
         if not self.densities and "attention" in self.only:
             raise ValueError("densities must name some where the attention is measured; got none.")
         if self.plot is not None and "attention" not in self.only:
@@ -180,6 +246,10 @@ class PrefillBench(PolicyBench):
             raise ValueError("variants must be those of a named implementation; got variants without implementation.")
         if wrong := [str(value) for value in self.skip_thresholds if not 0 <= value <= 1]:
             raise ValueError(f"skip_thresholds must lie in [0, 1]; got {', '.join(wrong)}.")
+        if self.backward and "attention" not in self.only:
+            raise ValueError(
+                "only must name attention where backward is measured; got none of it. Leave backward out, or add attention."
+            )
         if not 0 <= self.peak < math.inf:
             raise ValueError(f"peak must be a number of at least 0; got {self.peak}.")
         if (self.skip_thresholds or self.peak) and "attention" not in self.only:
@@ -254,10 +324,13 @@ class GroundTruthBench(BenchConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TrainBench(BenchConfig):
-    """Measures a step of distillation on this machine, beside a dense forward of the same tokens.
+    """Measures a step of distillation, and of fine-tuning, on this machine, beside a dense forward of the same tokens.
 
     Attributes:
-      kinds: which gates a step trains, one measurement each.
+      kinds: which gates a step of distillation trains, one measurement each.
+      finetune: steps of fine-tuning, one measurement each: of all weights (full) or adapters of rank 16 (lora), with dense attention, or sparse
+        on the lists of a prefill gate that trains along.
+      density: share of the blocks that sparse fine-tuning keeps, in (0, 1].
       batch_size: rows per step, worked off one at a time.
       prefill: configuration of the prefill gate.
       decode: configuration of the decode gate.
@@ -265,12 +338,16 @@ class TrainBench(BenchConfig):
 
     lengths: tuple[int, ...] = (65536, 131072)
     kinds: tuple[TrainedGates, ...] = tuple(TrainedGates)
+    finetune: tuple[FinetuningStep, ...] = ()
+    density: float = 0.1
     batch_size: int = 1
     prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)
     decode: DecodeGateConfig = dataclasses.field(default_factory=DecodeGateConfig)
 
     def __post_init__(self) -> None:
         self._check_inputs(2, whole=True)
-        if not self.kinds:
-            raise ValueError(f"kinds must name some of {', '.join(TrainedGates)}; got none.")
+        if not self.kinds and not self.finetune:
+            raise ValueError(f"kinds must name some of {', '.join(TrainedGates)}, or `finetune` a step; got none.")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be a share in (0, 1]; got {self.density}.")
         check_at_least(1, self, "batch_size")

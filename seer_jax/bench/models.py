@@ -14,23 +14,53 @@ from seer_jax.inference.memory import tree_bytes
 from seer_jax.models.cache import Cache
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
+from seer_jax.sharding.layout import Layout, weights_of
+from seer_jax.sharding.on_mesh import cache_shardings
 
 
-def random_model(config: ModelConfig, *gates: GateConfig, seed: int = 0) -> Transformer:
-    """A bfloat16 model with untrained gates, whose weights are normal with variance 1 / fan-in."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+def random_model(config: ModelConfig, *gates: GateConfig, seed: int = 0, layout: Layout | None = None) -> Transformer:
+    """A bfloat16 model with untrained gates, whose weights are normal with variance 1 / fan-in.
+
+    Args:
+      layout: of a mesh to spread it over; each weight is drawn on one device, the same ones as without a mesh, and then moved.
+    """
+    model = abstract_model(config)
+    leaves, structure = weights_of(model)
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
-    drawn = [
-        jnp.ones(leaf.shape, leaf.dtype)
-        if "norm" in jax.tree_util.keystr(path)
-        else large_random_array(key, leaf.shape, leaf.dtype, leaf.shape[-1] ** -0.5)
-        for key, (path, leaf) in zip(keys, leaves, strict=True)
-    ]
-    model = nnx.merge(graph, jax.tree.unflatten(structure, drawn))
+
+    def draw(key: Any, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        norm = "norm" in path
+        x = (
+            jnp.ones(leaf.shape, leaf.dtype)
+            if norm
+            else large_random_array(key, leaf.shape, leaf.dtype, leaf.shape[-1] ** -0.5)
+        )
+        return x if layout is None else _moved(x, layout.sharding(path, x))
+
+    model = jax.tree.unflatten(structure, [draw(key, *leaf) for key, leaf in zip(keys, leaves, strict=True)])
     for gate in gates:
         model.add_gate(gate, rngs=nnx.Rngs(seed))
+    if layout is not None:
+        model = layout.placed(model)
+        model.layout = layout
     return model
+
+
+def abstract_model(config: ModelConfig, *gates: GateConfig, dtype: DTypeLike = jnp.bfloat16) -> Transformer:
+    """A model with gates, of shapes."""
+
+    def build() -> Transformer:
+        model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
+        for gate in gates:
+            model.add_gate(gate, rngs=nnx.Rngs(0))
+        return model
+
+    return nnx.eval_shape(build)
+
+
+def _moved(x: jax.Array, sharding: Any) -> jax.Array:
+    """An array at its place, after which that of before is free."""
+    return jax.block_until_ready(jax.device_put(x, sharding))
 
 
 def random_cache(
@@ -42,20 +72,25 @@ def random_cache(
     *,
     gate_scale: float = 1.0,
     seed: int = 0,
+    layout: Layout | None = None,
 ) -> Cache:
     """A cache of `capacity` - 1 random tokens a row.
 
     Args:
       gate_scale: standard deviation of the compressed keys, and so of the logits that a gate with norms gives.
+      layout: of a mesh to spread it over, see `random_model`.
     """
     abstract = abstract_cache(config, batch, capacity, dtype, gate)
+    leaves, structure = jax.tree.flatten(abstract)
+    specs = {} if layout is None else dict(zip(map(id, leaves), cache_shardings(layout, abstract), strict=True))
     scales = {id(leaf): gate_scale for leaf in abstract.gate_key_arrays}
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), 4)
-    drawn = {
-        id(leaf): large_random_array(key, leaf.shape, leaf.dtype, scales.get(id(leaf), 1.0))
-        for key, leaf in zip(keys, (*abstract.gate_arrays, *abstract.token_arrays), strict=False)
-    }
-    return jax.tree.map(lambda leaf: drawn.get(id(leaf), jnp.full(batch, capacity - 1, jnp.int32)), abstract)
+    drawn = {}
+    for key, leaf in zip(keys, (*abstract.gate_arrays, *abstract.token_arrays), strict=False):
+        x = large_random_array(key, leaf.shape, leaf.dtype, scales.get(id(leaf), 1.0))
+        drawn[id(leaf)] = x if layout is None else _moved(x, specs[id(leaf)])
+    made = [drawn.get(id(leaf), jnp.full(batch, capacity - 1, jnp.int32)) for leaf in leaves]
+    return jax.tree.unflatten(structure, made)
 
 
 def abstract_cache(

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Int
 
 from seer_jax.bench.configs import PrefillBench, gate_settings
+from seer_jax.bench.gradients.measured import GRADIENTS, GradientBench
 from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, not_finite, run_program
 from seer_jax.bench.harness.plots import Panel
 from seer_jax.bench.harness.report import DENSITY, MILLISECONDS, PROGRAM, SPEEDUP, Table, report
@@ -22,7 +23,7 @@ FIRST_TOKEN = Table("model", "Whole model, time to first token", (DENSITY, MILLI
 
 def bench_prefill(config: PrefillBench) -> list[Measurement]:
     """Measures and reports, see `report`."""
-    return report(config, measure_prefill(config), (ATTENTION, ODD_CASES, SELECTION, FIRST_TOKEN), PANELS)
+    return report(config, measure_prefill(config), (ATTENTION, ODD_CASES, GRADIENTS, SELECTION, FIRST_TOKEN), PANELS)
 
 
 def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
@@ -42,6 +43,9 @@ def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
             attention.setdefault((case.num_queries, case.density), m.results.get("milliseconds"))
         for pair in odd_cases(config) if "cases" in config.only else ():
             yield bench.pair(*pair)
+    if config.backward:
+        gradients = GradientBench(config.implementation, config.seed)
+        yield from (gradients.measure(case) for case in aligned_cases(config) if case.skip_threshold is None)
     if "selection" in config.only:
         yield from measure_selection(config, attention)
     if "model" in config.only:
@@ -56,19 +60,22 @@ def first_token(config: PrefillBench) -> Iterator[Measurement]:
         tokens = jax.random.randint(jax.random.key(config.seed), (1, length), 0, model.config.vocab_size)
 
         def prefill(cache: Cache, model: Transformer, tokens: Int[Array, "B T"]) -> tuple[Cache, tuple[Array, Array]]:
-            logits, cache, kept = model.prefill(tokens, None, cache, sparsity=policy)
+            logits, cache, kept = model.prefill(tokens, None, cache, sparsity=policy, chunk=config.chunk)
             return cache, (logits, kept)
 
         def run() -> Outcome:
-            program = run_program(prefill, model.make_cache(1, length), model, tokens)
+            room = length if config.chunk is None else -(-length // config.chunk) * config.chunk
+            program = run_program(prefill, model.make_cache(1, room), model, tokens)
             logits, kept = program.outputs
             results = {**program.timing._asdict(), "density": float(kept.mean()), **program.results}
             return Outcome(results, program.note, not_finite(logits=logits))
 
         kept = policy.expected_density
         settings = dict(model=config.shape.value, length=length, density=kept, dtype=str(model.dtype))
+        settings |= {} if config.chunk is None else {"chunk": config.chunk}
         settings |= gate_settings(config.gate)
         case = f"{length}, " + ("dense" if kept is None else f"{kept:g}")
+        case += "" if config.chunk is None else f", chunks of {config.chunk}"
         return measure(FIRST_TOKEN.name, case, settings, run)
 
     policies = Dense(), TopK(config.model_density)

@@ -92,10 +92,11 @@ class TrainedCase(Case):
 @functools.cache
 def _trained_lists(tokens: int, heads: int, density: float) -> BlockIndices:
     """By top-k, of the last of all layers' heads, one layer after the other; repeated where the model has fewer."""
+    from seer_jax.models.hub import named_gates
     from seer_jax.models.pretrained import from_pretrained, load_tokenizer
     from seer_jax.plots import block_maps
 
-    model = from_pretrained(tiny_lm.path(), [tiny_lm.gates()["prefill"]], dtype="float32")
+    model = from_pretrained(tiny_lm.path(), [named_gates("tiny-lm-release")["prefill"]], dtype="float32")
     assert model.prefill_gate is not None
     text = tiny_lm.eval_text()
     ids = load_tokenizer(tiny_lm.path()).encode(text, special_tokens=False)[:tokens]

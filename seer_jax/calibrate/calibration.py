@@ -17,7 +17,7 @@ from seer_jax.calibrate.levels import GRIDS, Curves
 from seer_jax.calibrate.sensitivity import output_gradients
 from seer_jax.calibrate.target import Quantity, Target
 from seer_jax.evaluate.levels import Phase, gates_by_phase
-from seer_jax.evaluate.scoring import score_prompts, score_windows
+from seer_jax.evaluate.scoring import row_batches, score_each, score_prompts, score_windows
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.rules import RankingPolicy, Threshold, TopK
@@ -148,12 +148,14 @@ class Statistics:
         model.segments(probe, gate, config.num_heads if phase is Phase.PREFILL else config.num_kv_heads, phase)
         check_windows(windows.shape[1], probe.tokens_per_block(gate))
         found: list[dict[str, Curves]] = []
-        for number, window in enumerate(windows, 1):
-            tokens = jnp.asarray(window, jnp.int32)[None]
+        for batch, count in row_batches(model, windows):
+            tokens = jnp.asarray(batch)
             gradients = output_gradients(model, tokens)
             curves = collect_curves(model, tokens, gradients, scorer, phase=phase, rules=tuple(rules))
-            found.append({rule: jax.tree.map(np.float64, jax.device_get(curves[rule])) for rule in rules})
-            progress(f"window {number} of {len(windows)}")
+            of_rows = jax.tree.map(np.float64, jax.device_get(curves))
+            for row in range(count):
+                found.append(jax.tree.map(lambda x, row=row: x[row], of_rows))
+                progress(f"window {len(found)} of {len(windows)}")
         halves = [_mean(found[first::2] or found) for first in (0, 1)]
         return cls(model, windows, phase, scorer, _mean(found), halves, probe.dense_first_layers(gate))
 
@@ -240,8 +242,10 @@ def losses(
     policy = by_list(model, policy, phase)
     # Dense attention computes the same in either phase.
     score = score_prompts if phase is Phase.PREFILL or policy.is_dense else score_windows
-    found = [jax.device_get(score(model, jnp.asarray(window, jnp.int32)[None], policy)) for window in windows]
-    return np.array([x.nll.mean(dtype=np.float64) for x in found]), np.array([float(x.kept.mean()) for x in found])
+    found = score_each(score, model, windows, policy)
+    if found is None:
+        return np.zeros(0), np.zeros(0)
+    return np.asarray(found.nll).mean(-1, dtype=np.float64), np.asarray(found.kept, np.float64)
 
 
 def by_list(model: Transformer, policy: Policy, phase: Phase) -> Policy:

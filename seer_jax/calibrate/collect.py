@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.devices import default_device
@@ -16,11 +17,14 @@ from seer_jax.evaluate.levels import Phase
 from seer_jax.evaluate.window import Token, token_contexts
 from seer_jax.models.attention import ROWS_AT_ONCE
 from seer_jax.models.cache import Cache
-from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.stack import LayerContext, Segment
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import Scorer
+from seer_jax.sharding.on_mesh import OF_ROWS, Split
+from seer_jax.sharding.table import KV, ROWS, TENSOR
 
 # Of the attention map that exist at once; why GPUs take more: `evaluate.window.AtOnce`.
 ELEMENTS, ELEMENTS_ON_GPUS = 2**25, 2**27
@@ -34,22 +38,39 @@ _Choose = Callable[[Context, Policy], Any]  # arrays [1, X, rows, Sb] of a promp
 @functools.partial(jax.jit, static_argnames=("phase", "rules"))
 def collect_curves(
     model: Transformer,
-    tokens: Int[Array, "1 T"],
-    gradients: Float[Array, "L T H D"],
+    tokens: Int[Array, "B T"],
+    gradients: Float[Array, "B L T H D"],
     scorer: Scorer,
     *,
     phase: Phase,
     rules: tuple[str, ...] = tuple(GRIDS),
 ) -> dict[str, Curves]:
-    """Curves of each rule, `[L, heads, N]`, where every row of a window is sparse and its layers' inputs are those of dense attention.
+    """Curves of each rule, `[B, L, heads, N]`, where every row of a window is sparse and its layers' inputs are those of dense attention.
 
     Args:
-      tokens: a window whose length is a multiple of the block size, at most `MAX_BLOCKS` blocks.
+      tokens: windows whose length is a multiple of the block size, at most `MAX_BLOCKS` blocks.
       gradients: see `output_gradients`.
       scorer: what ranks the blocks.
       phase: heads are H lists of each block row at prefill, K lists of each token while decoding.
       rules: names in `GRIDS`.
     """
+    heads = TENSOR if phase is Phase.PREFILL else KV
+    arguments = tokens, Split(gradients, P(ROWS, None, None, heads)), Split(scorer, P())
+    collect = functools.partial(_collect, phase, rules)
+    (curves,) = model.spread(collect, (P(ROWS, None, heads),), [Segment(model.config.num_layers)], *arguments)
+    return model.everywhere(curves)
+
+
+def _collect(
+    phase: Phase,
+    rules: tuple[str, ...],
+    model: Transformer,
+    segments: Sequence[Segment],
+    tokens: Int[Array, "B T"],
+    gradients: Float[Array, "B L T H D"],
+    scorer: Scorer,
+) -> tuple[dict[str, Curves]]:
+    """See `collect_curves`. While decoding, the gradients are those of whole groups of heads."""
     heads = _num_lists(model, phase)
 
     def look(context: Context, policy: Policy) -> tuple[jax.Array, jax.Array]:
@@ -66,20 +87,28 @@ def collect_curves(
 
     def attend(layer: LayerContext, state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         part = _Layer.of(model, layer, q, k, v, phase)
-        return part.out[None], state, part.curves(part.reader(look), state[layer.index], rules)
+        return part.attended, state, part.curves(part.reader(look), state[layer.index], rules)
 
-    _, _, curves = model.scan(tokens, attend, gradients)
-    return curves
+    def read(row: tuple[jax.Array, jax.Array]) -> Any:
+        return model.scan(row[0][None], attend, row[1], segments=segments)[2]
+
+    return (jax.lax.map(read, (tokens, gradients)),)
 
 
 @functools.partial(jax.jit, static_argnames="phase")
-def kept_mass(model: Transformer, tokens: Int[Array, "1 T"], policy: Policy, *, phase: Phase) -> Float32[Array, "L"]:
-    """Share of the true attention mass that lies in the blocks that a policy keeps, mean over tokens and heads, in each layer.
+def kept_mass(model: Transformer, tokens: Int[Array, "B T"], policy: Policy, *, phase: Phase) -> Float32[Array, "B L"]:
+    """Share of the true attention mass that lies in the blocks that a policy keeps, mean over tokens and heads, in each row and layer.
 
     The layers' inputs are those of dense attention.
     """
     gate = model.prefill_gate if phase is Phase.PREFILL else model.decode_gate
+    segments = model.segments(policy, gate, _num_lists(model, phase), phase)
+    return model.everywhere(model.spread(functools.partial(_kept_mass, phase), (OF_ROWS,), segments, tokens)[0])
 
+
+def _kept_mass(
+    phase: Phase, model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "B T"]
+) -> tuple[Float32[Array, "B L"]]:
     def masks(context: Context, policy: Policy) -> jax.Array:
         context = policy.prepare(context) if isinstance(context, PrefillContext) else context
         blocks = policy.blocks(context)
@@ -89,10 +118,10 @@ def kept_mass(model: Transformer, tokens: Int[Array, "1 T"], policy: Policy, *, 
     def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         part = _Layer.of(model, layer, q, k, v, phase)
         kept = jnp.float32(1) if layer.policy.is_dense else part.kept_mass(part.reader(masks))
-        return part.out[None], state, kept
+        return part.attended, state, kept
 
-    _, _, kept = model.scan(tokens, attend, segments=model.segments(policy, gate, _num_lists(model, phase), phase))
-    return kept
+    kept = jax.lax.map(lambda row: model.scan(row[None], attend, segments=segments)[2], tokens)
+    return (kept if model.shard is None else model.shard.mean_over_tensor(kept),)
 
 
 def _num_lists(model: Transformer, phase: Phase) -> int:
@@ -104,8 +133,9 @@ class _Layer:
     """Attention of one layer of a window.
 
     Attributes:
-      q, k, v: after RoPE.
-      out: dense attention.
+      q, k, v: after RoPE; while decoding with all query heads of a group, though devices may share them.
+      out: dense attention of these heads.
+      attended: of the heads that the device has.
       block_size: b.
       row: tokens that share a list: b at prefill, 1 while decoding.
       reader: of what a function of the contexts chooses.
@@ -115,6 +145,7 @@ class _Layer:
     k: Float[Array, "T K D"]
     v: Float[Array, "T K D"]
     out: Float[Array, "T H D"]
+    attended: Float[Array, "1 T h D"]
     block_size: int
     row: int
     reader: Callable[[_Choose], _Read]
@@ -122,6 +153,8 @@ class _Layer:
     @classmethod
     def of(cls, model: Transformer, layer: LayerContext, q: Array, k: Array, v: Array, phase: Phase) -> "_Layer":
         """Of one layer of `Transformer.scan`; q and k before RoPE."""
+        shard = model.shard if phase is Phase.DECODE else None
+        q = q if shard is None else shard.group(q)
         context = model.prefill_context(layer, q, k, v, jnp.full(1, q.shape[1], jnp.int32))
         out = dense_attention(context.q_rotated, context.k_rotated, context.v)
         if phase is Phase.PREFILL:
@@ -130,8 +163,9 @@ class _Layer:
         else:
             b = layer.policy.tokens_per_block(layer.decode_gate)
             reader = functools.partial(_decode_reader, model, layer, context)
+        own = out if shard is None else shard.own_heads(out)
         row = b if phase is Phase.PREFILL else 1
-        return cls(context.q_rotated[0], context.k_rotated[0], context.v[0], out[0], b, row, reader)
+        return cls(context.q_rotated[0], context.k_rotated[0], context.v[0], out[0], own, b, row, reader)
 
     @property
     def num_blocks(self) -> int:
@@ -230,7 +264,8 @@ def _decode_reader(model: Transformer, layer: LayerContext, context: PrefillCont
     gate = None if layer.decode_gate is None else layer.decode_gate.config
     tokens = context.q.shape[1]
     cache = Cache.create(dataclasses.replace(model.config, num_layers=1), 1, tokens, model.dtype, decode_gate=gate)
-    _, context_of = token_contexts(layer, cache, context.k, context.k_rotated, context.v)
+    assert context.k is not None
+    _, context_of = token_contexts(layer, cache, context.k, context.k_rotated, context.v, model.shard)
     every = Token(context.q[0], context.q_rotated[0], jnp.arange(tokens))
 
     def read(first: Int[Array, ""], size: int) -> Any:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from seer_jax.calibrate.calibration import Calibration, by_list, losses
 from seer_jax.calibrate.collect import kept_mass
-from seer_jax.evaluate.scoring import perplexity
+from seer_jax.evaluate.scoring import perplexity, row_batches
 from seer_jax.evaluate.statistics.intervals import Interval, interval_of_mean
 from seer_jax.evaluate.table import figure_table
 from seer_jax.models.decoder import Transformer
@@ -118,8 +118,16 @@ def held_out_report(
     rows = []
     for title, policy in policies.items():
         every, (found, kept) = by_list(model, policy, phase), losses(model, windows, policy, phase)
-        masses = [float(kept_mass(model, jnp.asarray(w, jnp.int32)[None], every, phase=phase).mean()) for w in windows]
-        rows.append(HeldOut(title, policy, float(kept.mean()), float(np.mean(masses)), tuple((found - dense).tolist())))
+        batches = [kept_mass(model, jnp.asarray(x), every, phase=phase)[:n] for x, n in row_batches(model, windows)]
+        rows.append(
+            HeldOut(
+                title,
+                policy,
+                float(kept.mean()),
+                float(np.concatenate(batches).mean()),
+                tuple((found - dense).tolist()),
+            )
+        )
         progress(f"{title}: {rows[-1].kept:.1%} of the blocks, {rows[-1].shown} over dense")
     return Report(calibration, perplexity(dense), tuple(rows))
 

@@ -1,39 +1,55 @@
 """How the loss of a text depends on the output of each attention head: one backward pass of dense attention."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Int
 
-from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.stack import LayerContext, Segment
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.models.rope import rotate
+from seer_jax.sharding.on_mesh import OF_ROWS, Split
+from seer_jax.sharding.table import ROWS, TENSOR
+from seer_jax.sharding.vocabulary import score_targets
 
 HEAD_CHUNK = 512  # tokens whose logits exist at once
+OF_QUERY_HEADS = P(ROWS, None, None, TENSOR)  # [B, L, T, H, D]
 
 
 @jax.jit
-def output_gradients(model: Transformer, tokens: Int[Array, "1 T"]) -> Float[Array, "L T H D"]:
-    """d(sum over t of -log p(token t | the tokens before)) / d(output of head h at token s), with dense attention.
+def output_gradients(model: Transformer, tokens: Int[Array, "B T"]) -> Float[Array, "B L T H D"]:
+    """d(sum over t of -log p(token t | the tokens before)) / d(output of head h at token s), with dense attention, for each row.
 
     Args:
-      tokens: a window of text, no padding.
+      tokens: windows of text, no padding.
 
     Returns:
-      In the model's dtype.
+      In the model's dtype, on a mesh with the rows and heads where those of the model are.
     """
-    config = model.config
+    config, segments = model.config, [Segment(model.config.num_layers)]
+
+    def loss(shifts: jax.Array) -> jax.Array:
+        return model.spread(_losses, (OF_ROWS,), segments, tokens, Split(shifts, OF_QUERY_HEADS))[0].sum()
+
+    shape = len(tokens), config.num_layers, tokens.shape[1], config.num_heads, config.head_dim
+    return jax.grad(loss)(jnp.zeros(shape, model.dtype))
+
+
+def _losses(
+    model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "B T"], shifts: Float[Array, "B L T H D"]
+) -> tuple[Float32[Array, "B"]]:
+    """Loss of each row where the outputs of heads are shifted."""
     positions = jnp.arange(tokens.shape[1])[None]
 
     def attend(layer: LayerContext, shifts: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        out = dense_attention(*rotate(q, k, positions, config.rope), v)
-        return out + shifts[layer.index][None], shifts, None
+        out = dense_attention(*rotate(q, k, positions, model.config.rope), v)
+        return out + shifts[:, layer.index], shifts, None
 
-    def loss(shifts: jax.Array) -> jax.Array:
-        hidden, _, _ = model.scan(tokens, attend, shifts, remat=True)
-        return _total_loss(model, hidden[0, :-1], tokens[0, 1:])
-
-    shape = config.num_layers, tokens.shape[1], config.num_heads, config.head_dim
-    return jax.grad(loss)(jnp.zeros(shape, model.dtype))
+    hidden, _, _ = model.scan(tokens, attend, shifts, segments=segments, remat=True)
+    return (jax.lax.map(lambda x: _total_loss(model, x[0][:-1], x[1][1:]), (hidden, tokens)),)
 
 
 def _total_loss(model: Transformer, hidden: Float[Array, "n E"], targets: Int[Array, "n"]) -> Float[Array, ""]:
@@ -45,8 +61,7 @@ def _total_loss(model: Transformer, hidden: Float[Array, "n E"], targets: Int[Ar
 
     @jax.checkpoint
     def chunk(x: tuple[jax.Array, jax.Array]) -> jax.Array:
-        log_p = jax.nn.log_softmax(model.logits(x[0]), axis=-1)
-        nll = -jnp.take_along_axis(log_p, jnp.maximum(x[1], 0)[:, None], axis=-1)[:, 0]
+        nll, _ = score_targets(model.logits(x[0]), jnp.maximum(x[1], 0), model.shard)
         return jnp.where(x[1] >= 0, nll, 0).sum()
 
     return jax.lax.map(chunk, (parts, wanted)).sum()

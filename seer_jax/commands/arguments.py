@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from jax.sharding import Mesh
+
 from seer_jax import smollm2, tiny_lm
 from seer_jax.commands import PROGRAM
 from seer_jax.commands.errors.options import Options
@@ -21,6 +23,7 @@ from seer_jax.selection.notation import parse_policy, policy_syntax, write_polic
 from seer_jax.selection.policies import Policy
 from seer_jax.selection.scorers import SCORERS, Scorer
 from seer_jax.settings import parse_number
+from seer_jax.sharding.mesh import check_mesh, make_mesh
 
 MOST_COLUMNS = 100  # of prose; longer lines are hard to read
 
@@ -41,6 +44,63 @@ class HubOptions:
     def hub(self) -> HubSettings:
         """For the functions that take names of models. A token comes from HF_TOKEN or `hf auth login`."""
         return HubSettings(revision=self.revision, cache_dir=self.cache_dir)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshOptions:
+    """Over which devices a model is spread.
+
+    Attributes:
+      mesh: devices to spread the model over, such as data=2,tensor=4: sizes of the axes data (rows), fsdp (rows, and weights, which are
+        gathered a layer at a time) and tensor (heads); -1 takes all that are left. None: one device.
+    """
+
+    mesh: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None:
+            check_mesh(self.mesh)
+
+    @property
+    def devices(self) -> Mesh | None:
+        """The mesh.
+
+        Raises:
+          ValueError: JAX has too few devices for it.
+        """
+        return None if self.mesh is None else make_mesh(self.mesh)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What is added to the weights of a model.
+
+    Attributes:
+      adapter: folder or hub id of a LoRA adapter in PEFT's layout, or the output folder of a run that trained one, for the base model; it
+        stays beside the weights. None: none.
+    """
+
+    adapter: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(HubOptions, MeshOptions, AdapterOptions):
+    """How a model is downloaded, its adapter, and over which devices it is spread."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """For `from_pretrained`, beside the names of model and gates and the dtype."""
+        return {"mesh": self.devices, "adapter": self.adapter, **self.hub}
+
+    def describe_adapter(self) -> dict[str, dict[str, Any]]:
+        """Name and fingerprint of the adapter, under "adapter", for records; {} without one."""
+        if self.adapter is None:
+            return {}
+        from seer_jax.convert.adapters import ADAPTER_PATTERNS, resolve_adapter
+        from seer_jax.evaluate.record import describe_folder
+
+        folder = resolve_adapter(self.adapter, cache_dir=self.cache_dir)
+        return {"adapter": describe_folder(self.adapter, folder, ADAPTER_PATTERNS)}
 
 
 # By the command: the options that this process has read.
@@ -131,27 +191,34 @@ def _without_alias(word: str, aliases: Mapping[str, str]) -> str:
     return f"{aliases.get(name, name)}{equals}{value}"
 
 
-def model_of(model: str | None, gates: Sequence[str], hub: HubSettings) -> str:
-    """The base model of a command: the one that is named, otherwise the one that its gates name, otherwise the bundled one.
+def model_of(model: str | None, gates: Sequence[str], hub: HubSettings, adapter: str | None = None) -> str:
+    """The base model of a command: the one that is named, otherwise the one that its adapter names, otherwise the one that its gates
+    name, otherwise the bundled one.
 
-    What was chosen for the user, or does not fit the gates' own word, is told on standard error.
+    What was chosen for the user, or does not fit the word of the adapter, or of the gates where there is none, is told on standard
+    error.
 
     Raises:
-      FileNotFoundError: the gates name a model that is not there.
+      FileNotFoundError: adapter or gates name a model that is not there.
     """
-    from seer_jax.convert import base_model
+    from seer_jax.convert import adapted_model, base_model
 
-    named = base_model(gates, **{**hub, "revision": None}) if gates else None
+    of_others: HubSettings = {**hub, "revision": None}
+    if adapter is not None:
+        named, by, verb = adapted_model(adapter, **of_others), "adapter", "names"
+    else:
+        named, by, verb = (base_model(gates, **of_others) if gates else None), "gates", "name"
     if model is None:
         if named is not None and named != tiny_lm.NAME:
             if not is_name(named):
                 raise FileNotFoundError(
-                    f"The gates name the base model {named!r}, which is not there. Give model=... too."
+                    f"The {by} {verb} the base model {named!r}, which is not there. Give model=... too."
                 )
-            print(f"model: {named} (base model of the gates)", file=sys.stderr)
+            print(f"model: {named} (base model of the {by})", file=sys.stderr)
         return named or tiny_lm.NAME
     if named is not None and _last(named) != _last(model):
-        print(f"model: {model}, but the gates name {named} as their base model", file=sys.stderr)
+        its = "its" if adapter is not None else "their"
+        print(f"model: {model}, but the {by} {verb} {named} as {its} base model", file=sys.stderr)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Time operations and models on this machine: bench prefill|decode|ground-truth|train."""
+"""Time operations and models on this machine: bench prefill|decode|ground-truth|train|scaling|serving."""
 
 import sys
 from collections.abc import Callable
@@ -7,10 +7,14 @@ from seer_jax.bench import (
     DecodeBench,
     GroundTruthBench,
     PrefillBench,
+    ScalingBench,
+    ServingBench,
     TrainBench,
     bench_decode,
     bench_ground_truth,
     bench_prefill,
+    bench_scaling,
+    bench_serving,
     bench_training,
 )
 from seer_jax.bench.harness.measurement import Measurement
@@ -24,6 +28,8 @@ BENCHES: dict[str, tuple[type, Callable[..., list[Measurement]], str]] = {
     "decode": (DecodeBench, bench_decode, "attention kernel, layer with its gate and whole model, on new tokens"),
     "ground-truth": (GroundTruthBench, bench_ground_truth, "dense attention with the scores that gates are trained on"),
     "train": (TrainBench, bench_training, "a step of distillation and a dense forward pass of the same tokens"),
+    "scaling": (ScalingBench, bench_scaling, "prefill, decoding and steps of training over the devices of a mesh"),
+    "serving": (ServingBench, bench_serving, "requests that come at random times, in slots and one after the other"),
 }
 
 

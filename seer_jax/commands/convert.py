@@ -3,13 +3,15 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from seer_jax.commands import ExitCode
-from seer_jax.commands.arguments import HubOptions, parse
-from seer_jax.convert import push_gates
+from seer_jax.commands.arguments import AdapterOptions, HubOptions, parse
+from seer_jax.convert import load_adapter, push_gates
 from seer_jax.convert.base import BASE_PATTERNS, TEXT_PATTERNS, load_base, save_base
+from seer_jax.convert.gate_config import CALIBRATION_KEY, TRAINING_KEY
 from seer_jax.convert.gates import GATE_PATTERNS, GateFormat, load_gates, save_gates
 from seer_jax.folders import check_is_base, check_is_gate
 from seer_jax.gguf.header import is_gguf
@@ -25,11 +27,12 @@ _SAME = "output must differ from the folders that are read; got {}. Choose anoth
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertConfig(HubOptions):
-    """Writes gates in another format, alone or together with their base model; without gates, a base model as a Hugging Face folder.
+class ConvertConfig(HubOptions, AdapterOptions):
+    """Writes gates in another format, alone or together with their base model; without gates, a base model as a Hugging Face folder, an
+    adapter merged into it.
 
     Attributes:
-      gates: folder or hub id of the gates. None: the model alone is written, with its tokenizer, for example from a GGUF file.
+      gates: folder or hub id of a gate. None: the model alone is written, with its tokenizer, for example from a GGUF file.
       output: folder to write; it must differ from the folders that are read.
       format: format of the weight file; the PyTorch release reads pth.
       model: folder, GGUF file or hub id of the base model, against which the gates are checked. None: with include_base the
@@ -57,6 +60,10 @@ class ConvertConfig(HubOptions):
                 raise ValueError(_SAME.format(self.output))
         if self.gates is None:
             self._check_model_alone()
+        elif self.adapter is not None:
+            raise ValueError(
+                f"adapter must come without `gates`, as it is merged into a model that is written alone; got {self.adapter}. Leave one out."
+            )
         if self.model is None and self.revision is not None and not self.include_base:
             raise ValueError(
                 f"revision must come with the `model` that it is of; got {self.revision!r} alone. Leave it out."
@@ -92,7 +99,7 @@ def convert(config: ConvertConfig) -> Path:
         return _convert_model(config)
     source = resolve_gate(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
     check_is_gate(source)
-    hf = read_config(source)
+    told = hf = read_config(source)
     base, base_model = None, hf.get("base_model") or ""
     name = config.model or (base_model if config.include_base else None)
     if config.include_base and not name:
@@ -117,9 +124,16 @@ def convert(config: ConvertConfig) -> Path:
         hf_config=hf,
         format=config.format,
         dtype=config.dtype or DType.FLOAT32,
+        training=_object(told.get(TRAINING_KEY)),
+        calibration=_object(told.get(CALIBRATION_KEY)),
         copies=copied,
         force=config.force,
     )
+
+
+def _object(told: Any) -> dict[str, Any] | None:
+    """What a file says for people, where it is a JSON object."""
+    return told if isinstance(told, dict) else None
 
 
 def _convert_model(config: ConvertConfig) -> Path:
@@ -131,7 +145,13 @@ def _convert_model(config: ConvertConfig) -> Path:
     host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     model = load_base(base, dtype=config.dtype or DType.BFLOAT16, sharding=lambda path, array: host)
     has_text = is_gguf(base) or any(next(base.glob(pattern), None) for pattern in TOKENIZER_PATTERNS)
-    save_base(model, config.output, hf_config=read_config(base), tokenizer=base if has_text else None)
+    hf = read_config(base)
+    if config.adapter is not None:
+        from seer_jax.train.finetuning import describe
+
+        model = load_adapter(config.adapter, model, base=config.model, cache_dir=config.cache_dir)
+        hf = describe(model.config, hf)
+    save_base(model, config.output, hf_config=hf, tokenizer=base if has_text else None)
     return config.output
 
 

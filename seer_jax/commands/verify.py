@@ -5,12 +5,15 @@ import sys
 from pathlib import Path
 
 from seer_jax.commands import PROGRAM, ExitCode
-from seer_jax.commands.arguments import HubOptions, parse
+from seer_jax.commands.arguments import ModelOptions, parse
+from seer_jax.convert import load_adapter
 from seer_jax.convert.base import BASE_PATTERNS, load_base
 from seer_jax.convert.logits import Bounds, LogitsReport, verify_logits
 from seer_jax.folders import check_is_base
 from seer_jax.models.config import DType
-from seer_jax.models.hub import resolve
+from seer_jax.models.families import config_from_hf
+from seer_jax.models.hub import read_config, resolve
+from seer_jax.sharding.layout import Layout
 
 _FLOAT32_BOUNDS = (
     "the usual bounds are those of float32. With --dtype bfloat16 pass --bounds.relative-error 3e-2 --bounds.kl 1e-2, or compare in "
@@ -19,7 +22,7 @@ _FLOAT32_BOUNDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyConfig(HubOptions):
+class VerifyConfig(ModelOptions):
     """Compares the logits of a model with dense attention with a reference.
 
     Attributes:
@@ -47,6 +50,11 @@ def run(words: list[str]) -> int:
 
 def verify(config: VerifyConfig) -> LogitsReport:
     """Runs the comparison; the report's `passed` says whether the errors are within the bounds."""
-    folder = resolve(config.model, BASE_PATTERNS, **config.hub)
+    devices, folder = config.devices, resolve(config.model, BASE_PATTERNS, **config.hub)
     check_is_base(folder, with_gates=False)
-    return verify_logits(load_base(folder, dtype=config.dtype), config.reference, config.bounds)
+    layout = None if devices is None else Layout.of(devices, config_from_hf(read_config(folder)))
+    model = load_base(folder, dtype=config.dtype, sharding=None if layout is None else layout.sharding)
+    model.layout = layout
+    if config.adapter is not None:
+        model = load_adapter(config.adapter, model, base=config.model, cache_dir=config.cache_dir)
+    return verify_logits(model, config.reference, config.bounds)

@@ -13,7 +13,15 @@ from seer_jax.evaluate.levels import Phase, SparsityLevel, gates_by_phase
 from seer_jax.evaluate.passkey import PassKeyPrompt
 from seer_jax.evaluate.rows import EvalRows
 from seer_jax.evaluate.score import PromptScore, Score, WindowScore
-from seer_jax.evaluate.scoring import TokenScores, read_prompts, score_decoded, score_prompts, score_windows
+from seer_jax.evaluate.scoring import (
+    TokenScores,
+    concatenate_scores,
+    read_prompts,
+    score_decoded,
+    score_each,
+    score_prompts,
+    score_windows,
+)
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer
 from seer_jax.selection.notation import policy_to_json
@@ -153,8 +161,10 @@ def compare(
       levels: how many blocks are kept; a level that names methods is measured with them alone.
       methods: registered scorers that rank the blocks; None: `all_methods()`.
       phases: what is sparse.
-      batch_size: pass-key prompts that are decoded at a time. Rows are read one by one, since each fills the device.
-      workers: measurements at a time. Two keep the cores of a CPU busy while one of them compiles; the results are the same.
+      batch_size: pass-key prompts that are decoded at a time. Rows are read one by one, since each fills the device, on a mesh one by
+        each of the devices along data and fsdp.
+      workers: measurements at a time. Two keep the cores of a CPU busy while one of them compiles; the results are the same. 1 on a
+        mesh, whose devices must all run the programs in one order.
       done: scores of an earlier comparison of the same model on the same rows; they are yielded as they are and not measured again.
       beyond_context: allow rows of more tokens than the model's context.
 
@@ -162,11 +172,14 @@ def compare(
       Scores in the order of `plan_measurements`, as soon as they are measured.
 
     Raises:
-      ValueError: see `plan_measurements` and `check_context`; or there are no workers or no rows at a time.
+      ValueError: see `plan_measurements` and `check_context`; or there are no workers or no rows at a time, or several workers for a
+        model on a mesh.
     """
     for name, count in (("batch_size", batch_size), ("workers", workers)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1; got {count}.")
+    if workers > 1 and model.layout is not None:
+        raise ValueError(f"workers must be 1 for a model on a mesh; got {workers}. Leave it out.")
     check_context(model, rows.length, beyond_context=beyond_context)
     planned = plan_measurements(model, levels, methods=methods, phases=phases)
     return _compare(model, rows, planned, batch_size, workers, {score.key: score for score in done})
@@ -186,8 +199,8 @@ def _compare(
         read, caches = _read_prompts(model, rows, batch_size)
     dense = None
     if any(one.method is None for one in todo):
-        prompts = _each(score_prompts, model, rows.prompt_tokens, Dense()) if read is None else read
-        dense = _RowScores(_each(score_prompts, model, rows.windows, Dense()), prompts)
+        prompts = score_each(score_prompts, model, rows.prompt_tokens, Dense()) if read is None else read
+        dense = _RowScores(score_each(score_prompts, model, rows.windows, Dense()), prompts)
 
     def measure(one: Measurement) -> Score:
         begun = time.monotonic()
@@ -195,9 +208,14 @@ def _compare(
             assert dense is not None
             return _score(rows, dense, started, one)
         if one.phase is Phase.PREFILL:
-            parts = [_each(score_prompts, model, tokens, one.policy) for tokens in (rows.windows, rows.prompt_tokens)]
+            parts = [
+                score_each(score_prompts, model, tokens, one.policy) for tokens in (rows.windows, rows.prompt_tokens)
+            ]
         else:
-            parts = [_each(score_windows, model, rows.windows, one.policy), _decode_prompts(model, caches, one.policy)]
+            parts = [
+                score_each(score_windows, model, rows.windows, one.policy),
+                _decode_prompts(model, caches, one.policy),
+            ]
         return _score(rows, _RowScores(*parts), begun, one)
 
     measured = _mapped(measure, todo, workers)
@@ -227,28 +245,17 @@ class _RowScores(NamedTuple):
 _Caches = list[tuple[Cache, np.ndarray]]  # of a batch of prompts, and the tokens that come next
 
 
-def _each(
-    score: Callable[..., TokenScores], model: Transformer, tokens: np.ndarray, policy: Policy
-) -> TokenScores | None:
-    """Scores of rows, one after the other."""
-    return _concatenate([jax.device_get(score(model, row[None], policy)) for row in tokens.astype(np.int32)])
-
-
 def _read_prompts(model: Transformer, rows: EvalRows, batch_size: int) -> tuple[TokenScores | None, _Caches]:
     """Dense attention: scores of the whole prompts, and the caches of all but their last tokens."""
     first, tokens = rows.length - rows.decoded, rows.prompt_tokens
     batches = [tokens[i : i + batch_size] for i in range(0, len(tokens), batch_size)]
     read = [read_prompts(model, batch, keep=first) for batch in batches]
     caches = [(cache, batch[:, first:]) for (_, cache), batch in zip(read, batches, strict=True)]
-    return _concatenate([jax.device_get(scores) for scores, _ in read]), caches
+    return concatenate_scores([jax.device_get(scores) for scores, _ in read]), caches
 
 
 def _decode_prompts(model: Transformer, caches: _Caches, policy: Policy) -> TokenScores | None:
-    return _concatenate([jax.device_get(score_decoded(model, cache, tokens, policy)) for cache, tokens in caches])
-
-
-def _concatenate(parts: Sequence[TokenScores]) -> TokenScores | None:
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts) if parts else None
+    return concatenate_scores([jax.device_get(score_decoded(model, cache, tokens, policy)) for cache, tokens in caches])
 
 
 def _score(rows: EvalRows, scores: _RowScores, started: float, one: Measurement) -> Score:

@@ -2,17 +2,23 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from seer_jax.evaluate.window import decode_window
+from seer_jax.evaluate.window import decode_rows
 from seer_jax.models.attention import prefill_attention
 from seer_jax.models.cache import Cache
-from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.passes import read_layers
+from seer_jax.models.decoder.stack import LayerContext, Segment
 from seer_jax.selection.policies import Dense, Policy
+from seer_jax.sharding.on_mesh import OF_LAYERS_AND_ROWS, OF_ROWS
+from seer_jax.sharding.table import DATA, FSDP
+from seer_jax.sharding.vocabulary import score_targets
 
 HEAD_CHUNK = 256  # tokens whose logits exist at once
 
@@ -47,8 +53,14 @@ def score_prompts(model: Transformer, tokens: Int[Array, "B T"], policy: Policy 
       tokens: rows of T tokens, no padding.
       policy: which key blocks the attention keeps.
     """
-    hidden, kept = model.hidden_states(tokens, sparsity=policy)
-    return TokenScores(*_score_rows(model, hidden, tokens), kept.mean(0))
+    tokens, _ = model.check(tokens, None)
+    segments = model.segments(policy, model.prefill_gate, model.config.num_heads, "prefill")
+    return model.everywhere(TokenScores(*model.spread(_score_prompts, (OF_ROWS,) * 3, segments, tokens)))
+
+
+def _score_prompts(model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "B T"]) -> tuple[Array, ...]:
+    hidden, kept = read_layers(model, segments, tokens, jnp.full(len(tokens), tokens.shape[1], jnp.int32))
+    return (*score_rows(model, hidden, tokens), kept.mean(0))
 
 
 @jax.jit
@@ -62,39 +74,41 @@ def score_windows(model: Transformer, tokens: Int[Array, "B T"], policy: Policy 
     Returns:
       `kept` is the share of the causal blocks: the sum over tokens of kept blocks over that of visible ones.
     """
-    window = decode_window(model, tokens, policy)
-    nll, best = _score_rows(model, window.hidden, tokens)
+    tokens, _ = model.check(tokens, None)
+    segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads, "decode")
+    nll, best, kept = model.spread(_score_windows, (OF_ROWS, OF_ROWS, OF_LAYERS_AND_ROWS), segments, tokens)
     visible = jnp.arange(tokens.shape[1]) // policy.tokens_per_block(model.decode_gate) + 1.0
-    return TokenScores(nll, best, jnp.einsum("lbt,t->b", window.kept, visible) / (len(window.kept) * visible.sum()))
+    share = jnp.einsum("lbt,t->b", kept, visible) / (len(kept) * visible.sum())
+    return model.everywhere(TokenScores(nll, best, share))
 
 
-def _score_rows(
+def _score_windows(model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "B T"]) -> tuple[Array, ...]:
+    hidden, kept, _ = decode_rows(None, model, segments, tokens)
+    return (*score_rows(model, hidden, tokens), kept)
+
+
+def score_rows(
     model: Transformer, hidden: Float[Array, "B T E"], tokens: Int[Array, "B T"]
 ) -> tuple[Float32[Array, "B n"], Bool[Array, "B n"]]:
-    """Scores of tokens 1 .. T-1."""
-    nll, best = _score(model, hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1))
+    """-log p of tokens 1 .. T-1 of each row, and whether each is the most likely one; see `Transformer.spread` for the model."""
+    nll, best = score_tokens(model, hidden[:, :-1].reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1))
     shape = (tokens.shape[0], -1)
     return nll.reshape(shape), best.reshape(shape)
 
 
-def _score(
+def score_tokens(
     model: Transformer, hidden: Float[Array, "n E"], targets: Int[Array, "n"]
 ) -> tuple[Float32[Array, "n"], Bool[Array, "n"]]:
     """Scores of the targets; logits exist for a chunk of tokens at a time, never for a whole prompt."""
     count, size = len(targets), min(HEAD_CHUNK, len(targets))
 
     def chunk(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return _score_logits(model.logits(x[0]), x[1])
+        return score_targets(model.logits(x[0]), x[1], model.shard)
 
     pad = -count % size
     chunks = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, size, hidden.shape[-1]), jnp.pad(targets, (0, pad))
     nll, best = jax.lax.map(chunk, (chunks[0], chunks[1].reshape(-1, size)))
     return nll.reshape(-1)[:count], best.reshape(-1)[:count]
-
-
-def _score_logits(logits: Float32[Array, "n V"], targets: Int[Array, "n"]) -> tuple[Array, Array]:
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1) == targets
 
 
 @functools.partial(jax.jit, static_argnames="keep")
@@ -108,6 +122,18 @@ def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, keep: int) ->
       tokens: rows of T tokens, no padding.
       keep: tokens in the cache, at most T.
     """
+    tokens, _ = model.check(tokens, None)
+    like = model.make_cache(1, 1)  # of which arrays the cache is made, and how they are split
+    results = (*(OF_ROWS,) * 3, tuple(like.specs()))
+    segments = [Segment(model.config.num_layers)]
+    *scores, cache = model.spread(functools.partial(_read_rows, keep), results, segments, tokens)
+    return model.everywhere(TokenScores(*scores)), jax.tree.unflatten(jax.tree.structure(like), cache)
+
+
+def _read_rows(
+    keep: int, model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "B T"]
+) -> tuple[Array, Array, Array, tuple[Array, ...]]:
+    """Scores of the tokens, and the arrays of the cache."""
     whole, kept = (jnp.full(1, n, jnp.int32) for n in (tokens.shape[1], keep))
 
     def attend(layer: LayerContext, cache: Cache, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
@@ -119,15 +145,17 @@ def read_prompts(model: Transformer, tokens: Int[Array, "B T"], *, keep: int) ->
         return out, cache, share
 
     def read(row: Int[Array, "T"]) -> tuple[tuple, Cache]:
-        hidden, cache, share = model.scan(row[None], attend, model.make_cache(1, len(row)))
+        hidden, cache, share = model.scan(row[None], attend, model.make_cache(1, len(row)), segments=segments)
+        if model.shard is not None:
+            share = model.shard.mean_over_tensor(share)
         # Slots after the first tokens are overwritten before they are read.
-        return (*_score(model, hidden[0, :-1], row[1:]), share.mean()), cache.with_lengths(kept)
+        return (*score_tokens(model, hidden[0, :-1], row[1:]), share.mean()), cache.with_lengths(kept)
 
     def join(x: Array) -> Array:  # [rows, L, 1, ...] or, of lengths, [rows, 1]
         return x[:, 0] if x.ndim == 2 else jnp.swapaxes(x[:, :, 0], 0, 1)
 
     scores, caches = jax.lax.map(read, tokens)
-    return TokenScores(*scores), jax.tree.map(join, caches)
+    return *scores, tuple(map(join, jax.tree.leaves(caches)))
 
 
 @jax.jit
@@ -142,7 +170,39 @@ def score_decoded(model: Transformer, cache: Cache, tokens: Int[Array, "B n"], p
 
     def step(cache: Cache, pair: tuple[jax.Array, jax.Array]) -> tuple[Cache, tuple[jax.Array, ...]]:
         logits, cache, kept = model.decode(pair[0], cache, sparsity=policy)
-        return cache, (*_score_logits(logits, pair[1]), kept.mean(0))
+        return cache, (*score_targets(logits, pair[1], None), kept.mean(0))
 
     _, (nll, best, kept) = jax.lax.scan(step, cache, (tokens[:, :-1].T, tokens[:, 1:].T))
-    return TokenScores(nll.T, best.T, kept.mean(0))
+    return model.everywhere(TokenScores(nll.T, best.T, kept.mean(0)))
+
+
+def score_each(
+    score: Callable[..., TokenScores], model: Transformer, tokens: Int[np.ndarray, "n T"], policy: Policy
+) -> TokenScores | None:
+    """Scores of rows, one after the other, on a mesh as many at a time as it has devices for them; None without rows.
+
+    Args:
+      score: `score_prompts` or `score_windows`.
+    """
+    found = []
+    for batch, count in row_batches(model, tokens):
+        scores = jax.device_get(score(model, batch, policy))
+        found.append(jax.tree.map(lambda x, count=count: x[:count], scores))
+    return concatenate_scores(found)
+
+
+def concatenate_scores(parts: Sequence[TokenScores]) -> TokenScores | None:
+    """Scores of all rows of parts; None of none."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts) if parts else None
+
+
+def row_batches(model: Transformer, tokens: Int[np.ndarray, "n T"]) -> Iterator[tuple[Int[np.ndarray, "B T"], int]]:
+    """Rows for passes that fill the devices: one row, on a mesh one for each of the devices that have rows of their own.
+
+    Yields:
+      (rows, how many of them are new: the last batch repeats its last row).
+    """
+    size = 1 if model.layout is None else model.layout.size(DATA, FSDP)
+    for first in range(0, len(tokens), size):
+        batch = tokens[first : first + size].astype(np.int32)
+        yield np.pad(batch, ((0, size - len(batch)), (0, 0)), mode="edge"), len(batch)

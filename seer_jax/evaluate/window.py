@@ -2,25 +2,32 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.checks import BLOCK_SIZES
 from pallas_kernels.devices import default_device
 from pallas_kernels.online_softmax import OnlineSoftmax, dot
 from seer_jax.models.cache import Cache
-from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.stack import LayerContext, Segment
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.models.rope import rotate
 from seer_jax.selection.context import DecodeContext
 from seer_jax.selection.policies import Dense, Policy
+from seer_jax.sharding.on_mesh import OF_LAYERS_AND_ROWS, OF_ROWS
+from seer_jax.sharding.shard import Shard
+from seer_jax.sharding.table import KV, ROWS
 
 MOST_TILES = 8
 Observe = Callable[[DecodeContext], Any]
+Look = Callable[[DecodeContext, Policy], Any]  # also at the policy of the layer
+OF_LISTS = P(None, ROWS, None, KV)  # [L, B, T, K, ...]
 
 
 class AtOnce(NamedTuple):
@@ -86,28 +93,63 @@ def decode_window(
       observe: called with the context of each token and layer, whatever the policy keeps there; returns a pytree of arrays, for example
         a scorer's scores of one row: `lambda context: Oracle().decode_scores(context)[0]`, which gives `observed` the shape
         [L, B, T, K, Sb]. It is traced under `jax.vmap` over tokens that share their keys, so that what depends on keys alone is
-        computed once for a chunk. With `policy=Dense()` it sees what gates are distilled from.
+        computed once for a chunk. With `policy=Dense()` it sees what gates are distilled from. On a mesh the context is that of the
+        key/value heads of one device, and what it returns must have these heads first.
 
     Raises:
       ValueError: the policy is none, or does not fit the model.
+      NotImplementedError: the model lies on a mesh, and `observe` returns arrays without heads.
     """
     tokens, _ = model.check(tokens, None)
     segments = model.segments(policy, model.decode_gate, model.config.num_kv_heads, "decode")
+    decode = functools.partial(decode_rows, None if observe is None else lambda context, policy: observe(context))
+    return DecodedWindow(*model.spread(decode, (OF_ROWS, OF_LAYERS_AND_ROWS, OF_LISTS), segments, tokens))
+
+
+def decode_rows(
+    look: Look | None,
+    model: Transformer,
+    segments: Sequence[Segment],
+    tokens: Int[Array, "B T"],
+    *,
+    dense: bool = False,
+) -> tuple[Float[Array, "B T E"], Float32[Array, "L B T"], Any]:
+    """The fields of `DecodedWindow`, for `Transformer.spread`.
+
+    Args:
+      look: as `observe` of `decode_window`, and gets the layer's policy too.
+      model, segments, tokens: see `Transformer.spread`.
+      dense: attend to every block, whatever the policies keep: these are for `look` alone.
+    """
     gate = None if model.decode_gate is None else model.decode_gate.config
     layer = dataclasses.replace(model.config, num_layers=1)
 
     def decode(row: Int[Array, "T"]) -> tuple[Array, Any]:
         cache = Cache.create(layer, 1, len(row), model.dtype, decode_gate=gate)  # of one layer after the other
-        hidden, _, aux = model.scan(row[None], functools.partial(_attend, model, observe), cache, segments=segments)
+        attend = functools.partial(_attend, model, look, dense)
+        hidden, _, aux = model.scan(row[None], attend, cache, segments=segments)
         return hidden[0], aux
 
     hidden, aux = jax.lax.map(decode, tokens)
     kept, observed = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), aux)
-    return DecodedWindow(hidden, kept, observed)
+    if model.shard is None:
+        return hidden, kept, observed
+    heads = model.config.num_kv_heads
+    if wrong := [x.shape[3:] for x in jax.tree.leaves(observed) if x.shape[3:4] != (heads,)]:
+        raise NotImplementedError(
+            f"What `observe` returns of a model on a mesh must be arrays with the {heads} key/value heads of its device first, which are "
+            f"joined with those of the others; got shape {wrong[0]}. Return values per head, or load the model without a mesh."
+        )
+    return hidden, model.shard.mean_over_tensor(kept), observed
 
 
 def token_contexts(
-    layer: LayerContext, cache: Cache, k: Float[Array, "1 T K D"], k_rotated: Float[Array, "1 T K D"], v: Array
+    layer: LayerContext,
+    cache: Cache,
+    k: Float[Array, "1 T K D"],
+    k_rotated: Float[Array, "1 T K D"],
+    v: Array,
+    shard: Shard | None,
 ) -> tuple[Cache, Callable[[Token], DecodeContext]]:
     """The contexts that the tokens of one window would have in a layer if each were appended to the cache.
 
@@ -116,6 +158,7 @@ def token_contexts(
       cache: of one layer and one row with T slots; what it held is lost.
       k, k_rotated: before and after RoPE.
       v: values.
+      shard: see `DecodeContext`; queries must be those of whole groups of heads then (`Shard.group`).
 
     Returns:
       (the filled cache, a function that gives the context of one token).
@@ -134,27 +177,36 @@ def token_contexts(
             layer=layer.index,
             block_size=layer.policy.tokens_per_block(layer.decode_gate),
             gate=layer.decode_gate,
+            shard=shard,
         )
 
     return cache, context_of
 
 
 def _attend(
-    model: Transformer, observe: Observe | None, layer: LayerContext, cache: Cache, q: Array, k: Array, v: Array
+    model: Transformer,
+    look: Look | None,
+    dense: bool,
+    layer: LayerContext,
+    cache: Cache,
+    q: Array,
+    k: Array,
+    v: Array,
 ) -> tuple[Float[Array, "1 T H D"], Cache, Any]:
     """Attention of one layer of one window; q and k before RoPE."""
-    positions = jnp.arange(q.shape[1], dtype=jnp.int32)
+    shard, positions = model.shard, jnp.arange(q.shape[1], dtype=jnp.int32)
     q_rotated, k_rotated = rotate(q, k, positions[None], model.config.rope)
-    cache, context_of = token_contexts(layer, cache, k, k_rotated, v)
+    cache, context_of = token_contexts(layer, cache, k, k_rotated, v, shard)
     keys, values = jnp.swapaxes(k_rotated[0], 0, 1), jnp.swapaxes(v[0], 0, 1)
     block_size = layer.policy.tokens_per_block(layer.decode_gate)
+    dense = dense or layer.policy.is_dense
 
     def choose(token: Token) -> tuple[Any, Any]:
         """Blocks that the token keeps, `[K, Sb]`, and what is observed of it."""
         context = context_of(token)
-        blocks = layer.policy.blocks(context)
+        blocks = None if dense else layer.policy.blocks(context)
         mask = None if blocks is None else blocks.to_mask(context.num_key_blocks)[0]
-        return mask, None if observe is None else observe(context)
+        return mask, None if look is None else look(context, layer.policy)
 
     def attend(tokens: Token) -> tuple[Any, Any, Any]:
         with jax.named_scope("choose"):
@@ -165,13 +217,18 @@ def _attend(
             out = _attend_blocks(tokens, keys, values, mask, block_size)
         return out, mask.sum((1, 2)) / mask.shape[1] / (tokens.position // block_size + 1), observed
 
-    if layer.policy.is_dense and observe is None:
+    if dense and look is None:
         out = kept = observed = None
     else:
-        out, kept, observed = _map_chunks(attend, Token(q[0], q_rotated[0], positions))
+        # A list is chosen by all query heads of a group: devices that share the group's keys attend with all of them.
+        grouped = q if shard is None else shard.group(q)
+        rotated = q_rotated if grouped is q else rotate(grouped, k, positions[None], model.config.rope)[0]
+        out, kept, observed = _map_chunks(attend, Token(grouped[0], rotated[0], positions))
     if out is None or kept is None:
-        out, kept = dense_attention(q_rotated, k_rotated, v)[0], jnp.ones(len(positions), jnp.float32)
-    return out[None], cache, (kept, observed)
+        out, kept = dense_attention(q_rotated, k_rotated, v), jnp.ones(len(positions), jnp.float32)
+    else:
+        out = out[None] if shard is None else shard.own_heads(out[None])
+    return out, cache, (kept, observed)
 
 
 def _map_chunks(function: Callable[[Token], Any], tokens: Token) -> Any:

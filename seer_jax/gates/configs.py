@@ -122,7 +122,8 @@ class DecodeGateConfig:
       k_pooling: how the key tokens of a pool become one vector; several kinds are concatenated.
       query_reduction: how a group's query heads become one vector, or (Qheads) that each keeps a query of its own. Qavg needs
         gate_dim == head_dim.
-      use_qk_norm: RMSNorm over C on the gate's queries and keys, before RoPE.
+      use_qk_norm: RMSNorm over C on the gate's queries and keys, before RoPE. None: as in the release, True; False with Qheads, whose
+        queries and keys start as the model's own, which unit lengths would only flatten.
       use_rope: rotate queries at their token, keys at the first token of their pool.
       start_layer: layers before it attend densely while decoding; a policy can ask for more (dense_layers).
       k_pool_size (s_k): tokens pooled to one key, a power of two up to the block size. None: the block size, as in the release. The
@@ -136,7 +137,7 @@ class DecodeGateConfig:
     gate_dim: int = 128
     query_reduction: QueryReduction = QueryReduction.PROJ
     k_pooling: tuple[Pool, ...] = (Pool.MAX, Pool.MIN, Pool.AVG)
-    use_qk_norm: bool = True
+    use_qk_norm: bool | None = None
     use_rope: bool = True
     start_layer: int = 0
     k_pool_size: int | None = None
@@ -145,6 +146,8 @@ class DecodeGateConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.use_qk_norm is not self.has_head_queries:  # as by default
+            object.__setattr__(self, "use_qk_norm", None)
         _check_gate_sizes(self)
         _check_pooling("Key", self.k_pooling)
         _check_pool_size(self, "k")
@@ -163,6 +166,11 @@ class DecodeGateConfig:
     def has_head_queries(self) -> bool:
         """Whether each query head has a query of its own."""
         return self.query_reduction is QueryReduction.HEADS
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether queries and keys get an RMSNorm."""
+        return not self.has_head_queries if self.use_qk_norm is None else self.use_qk_norm
 
     @property
     def key_pool(self) -> int:

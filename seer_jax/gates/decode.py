@@ -58,8 +58,8 @@ class DecodeGate(Recommending, nnx.Module):
         self.linear_k = GateParam(
             make(rngs.params(), (layers, kv_heads, len(config.k_pooling) * dim, gate_dim), config.k_pooling)
         )
-        self.q_norm = GateParam(jnp.ones((layers, gate_dim), jnp.float32)) if config.use_qk_norm else None
-        self.k_norm = GateParam(jnp.ones((layers, gate_dim), jnp.float32)) if config.use_qk_norm else None
+        self.q_norm = GateParam(jnp.ones((layers, gate_dim), jnp.float32)) if config.normalizes else None
+        self.k_norm = GateParam(jnp.ones((layers, gate_dim), jnp.float32)) if config.normalizes else None
 
     @property
     def num_lists(self) -> int:

@@ -12,6 +12,7 @@ from seer_jax.text_files import read_text
 
 Message = Mapping[str, Any]
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates, where a model has several
+ANSWER = "the-answer-that-was-given-before"  # stands for an answer in a conversation that is rendered
 REASONING = (
     "reasoning_content",
     "thinking",

@@ -1,29 +1,40 @@
-"""Generation: a prompt is read in one pass, then tokens follow one by one, all in one compiled program.
+"""Generation: a prompt is read in one pass or in chunks, then tokens follow one by one, all in one compiled program.
 
 The cache has a fixed size, so a program is compiled once per batch size, policy, and prompt width and number of new tokens, both
-rounded up (`prompts.bucket`). Everything that depends on values (lengths, tokens, logits that are not finite) is checked on the host,
+rounded up (`prompts.bucket`); where prompts are read in chunks, once per size of the cache (`request.chunked_capacity`) in place of the prompt width. Everything that depends on values (lengths, tokens, logits that are not finite) is checked on the host,
 before or after. Where the device tells its memory, what the program takes of it is checked before it runs.
 """
 
 import dataclasses
 import functools
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from seer_jax.checks import whole_number
-from seer_jax.inference.memory import MemoryPlan, abstract_argument, available_memory, laid_out_bytes, tree_bytes
+from seer_jax.inference.memory import (
+    MemoryPlan,
+    abstract_argument,
+    available_memory,
+    device_bytes,
+    laid_out_bytes,
+    tree_bytes,
+)
 from seer_jax.inference.prompts import Lengths, Prompts, check_prompts
 from seer_jax.inference.request import ProgramSizes, Request, RequestSettings
 from seer_jax.inference.sampling import Greedy, Sample, Sampling, row_keys
 from seer_jax.models.cache import Cache
-from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder import Transformer, check_weights
 from seer_jax.selection.policies import Lists, Policy
+from seer_jax.sharding.layout import Layout
+from seer_jax.sharding.mesh import make_abstract_mesh
+from seer_jax.sharding.planned import planned_model, planned_policy, planned_rows
 
 
 @jax.tree_util.register_dataclass
@@ -68,8 +79,8 @@ def generate(
       model: with a decode gate where `decode` ranks by it, a prefill gate where `prefill` does.
       tokens: integers [B, T] in [0, vocab_size), right-padded with anything; see `pad_prompts`.
       lengths: tokens of each prompt, integers [B] in [1, T]; None: all T.
-      **settings: `max_new_tokens`, and optionally `prefill`, `decode`, `sampling`, `key`, `eos`, `cache_capacity` and
-        `beyond_context`; see `Request`.
+      **settings: `max_new_tokens`, and optionally `prefill`, `decode`, `sampling`, `key`, `eos`, `cache_capacity`, `beyond_context`
+        and `prefill_chunk`; see `Request`.
 
     Returns:
       See `Generated`.
@@ -124,14 +135,58 @@ def stream(
 
 def _stream(model: Transformer, job: "_Job", chunk: int) -> Generator[list[list[int]], None, Generated]:
     _check_memory(model, job, streamed=True)
-    state, shown, most = _start(model, job), 0, int(job.until)
+    return (yield from _stream_from(model, job, _start(model, job), chunk))
+
+
+def _stream_from(
+    model: Transformer, job: "_Job", state: "_State", chunk: int, keep: Callable[["_State"], None] = lambda state: None
+) -> Generator[list[list[int]], None, Generated]:
+    """Yields what a state has, and goes on from it; `keep` gets each state, in place of the one before, whose cache is gone."""
+    shown, most = 0, int(job.until)
     while True:
+        keep(state)
         rows, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
         yield [row[shown:n].tolist() for row, n in zip(rows, lengths, strict=True)]
         shown = int(state.step)
         if shown == most or np.asarray(state.ended).all():
             return _result(job, state)
         state = _continue(model, job, state, min(shown + chunk, most))
+
+
+def stream_behind(
+    model: Transformer,
+    request: Request,
+    tokens: Sequence[int],
+    cache: Cache,
+    start: int,
+    sizes: ProgramSizes,
+    *,
+    chunk: int,
+    keep: Callable[[Cache, list[int]], None],
+) -> Generator[list[list[int]], None, Generated]:
+    """As `stream` of one row, behind the first `start` tokens, which a cache has; see `Conversation`.
+
+    Args:
+      request: checked against the model.
+      tokens: from position `start` on.
+      cache: with these `start` tokens; it is given away.
+      start: a multiple of the block sizes.
+      sizes: with `chunk`; its width has room for the tokens.
+      chunk: new tokens at a time.
+      keep: gets the cache and the new tokens so far, before they are yielded.
+    """
+    prompts, counts = check_prompts([tokens], None, vocab_size=model.config.vocab_size)
+    request.require_key()
+    keys = None if request.key is None or isinstance(request.sampling, Greedy) else row_keys(request.key, 1)
+    prompts = np.pad(prompts, ((0, 0), (0, sizes.width - prompts.shape[1])))
+    job = _Job.of(model, request, prompts, counts, keys, sizes)
+
+    def hand_over(state: _State) -> None:
+        assert state.cache is not None
+        keep(state.cache, np.asarray(state.tokens)[0, : int(state.lengths[0])].tolist())
+
+    state = _resume(model, job, cache, np.asarray(start, np.int32))
+    return _stream_from(model, job, state, chunk, hand_over)
 
 
 def plan_memory(
@@ -142,26 +197,29 @@ def plan_memory(
     streamed: bool = False,
     compiled: bool = True,
     available: int | None = None,
+    mesh: str | Mesh | AbstractMesh | None = None,
     **settings: Unpack[RequestSettings],
 ) -> MemoryPlan:
-    """What `generate` would take of its device's memory. Nothing is allocated.
+    """What `generate` would take of its device's memory, on a mesh of the memory of each device. Nothing is allocated.
 
     Args:
-      model: with weights, or of shapes alone (`from_pretrained(..., abstract=True)`).
+      model: with weights, or of shapes alone (`from_pretrained(..., abstract=True)`), on a mesh or not.
       batch: B, rows.
       prompt_width: T, tokens of the longest prompt.
       streamed: of `stream` in place of `generate`: the larger of its two programs.
       compiled: compile the program, which a later `generate` or `stream` with the same shapes need not do again, and read
         off what it takes besides weights and cache. False: at once, without scratch.
-      available: bytes that there are for weights, cache and scratch; None: what the device tells.
+      available: bytes that there are for weights, cache and scratch, on a mesh on each device; None: what the device tells.
+      mesh: devices over which a model that is not on a mesh would be spread, such as "tensor=8". They need not be there: scratch is then
+        that of one device's part, compiled for the device that is here. None: as the model lies.
       **settings: see `Request`; a key need not be given.
 
     Returns:
       See `MemoryPlan`; its `check` raises where the plan does not fit.
 
     Raises:
-      ValueError: a size is below 1, the tokens don't fit the cache or the model's context, or a policy needs a gate that the model
-        has not or leaves none of its layers sparse.
+      ValueError: a size is below 1, the tokens don't fit the cache or the model's context, a policy needs a gate that the model
+        has not or leaves none of its layers sparse, or the model can't be split by the mesh.
     """
     for name, size in (("batch", batch), ("prompt_width", prompt_width)):
         whole_number(name, size)
@@ -173,7 +231,10 @@ def plan_memory(
         prompts = jnp.zeros((batch, sizes.width), jnp.int32), jnp.zeros(batch, jnp.int32)
         return _Job.of(model, request, *prompts, keys, sizes)
 
-    call = _abstract_call(model, jax.eval_shape(make_job))
+    job = jax.eval_shape(make_job)
+    if mesh is not None:
+        model, job = _planned_part(model, job, _layout_of(model, mesh))
+    call = _abstract_call(model, job)
     plan = _compiled_plan(*call, streamed) if compiled else _plan_of_shapes(*call)
     return plan.on(available_memory(model)) if available is None else dataclasses.replace(plan, available=available)
 
@@ -186,7 +247,7 @@ class _Job:
     Attributes:
       until: new tokens that are asked for, at most `max_new_tokens`.
       eos: with `request.NO_TOKEN` after the last one.
-      max_new_tokens, capacity: see `ProgramSizes`.
+      max_new_tokens, capacity, chunk: see `ProgramSizes`.
     """
 
     tokens: Int[Array | np.ndarray, "B T"]
@@ -199,6 +260,7 @@ class _Job:
     sampling: Sampling
     max_new_tokens: int = dataclasses.field(metadata=dict(static=True))
     capacity: int = dataclasses.field(metadata=dict(static=True))
+    chunk: int | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     @classmethod
     def of(
@@ -228,6 +290,7 @@ class _Job:
             sampling=request.sampling,
             max_new_tokens=sizes.new_tokens,
             capacity=sizes.capacity,
+            chunk=sizes.chunk,
         )
 
 
@@ -256,9 +319,16 @@ class _State:
 
 def _begin(model: Transformer, job: _Job) -> _State:
     """Reads the prompts and draws the first token of each row."""
-    batch = job.lengths.shape[0]
     cache = _empty_cache(model, job)
-    logits, cache, kept = model.prefill(job.tokens, job.lengths, cache, sparsity=job.prefill)
+    logits, cache, kept = model.prefill(job.tokens, job.lengths, cache, sparsity=job.prefill, chunk=job.chunk)
+    return _first_token(model, job, logits, cache.without_prefill_gate_keys(), kept)
+
+
+def _first_token(
+    model: Transformer, job: _Job, logits: Float[Array, "B V"], cache: Cache, kept: Float[Array, "L B"]
+) -> _State:
+    """The state with the first token of each row, from what `Transformer.prefill` returns."""
+    batch = job.lengths.shape[0]
     filler = jnp.maximum(job.eos[0], 0)
     state = _State(
         cache=cache,
@@ -276,7 +346,9 @@ def _begin(model: Transformer, job: _Job) -> _State:
 def _empty_cache(model: Transformer, job: _Job) -> Cache:
     # The gate's part of the cache costs time at every step: leave it out where it is not read.
     gate = model.decode_gate.config if job.decode.needs_gate and model.decode_gate is not None else None
-    return model.empty_cache(job.lengths.shape[0], job.capacity, gate)
+    prefill_gate = model.prefill_gate if job.chunk is not None and job.prefill.needs_gate else None
+    kept = None if prefill_gate is None else prefill_gate.config
+    return model.empty_cache(job.lengths.shape[0], job.capacity, gate, kept)
 
 
 def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Array | np.ndarray, ""]) -> _State:
@@ -289,8 +361,10 @@ def _advance(model: Transformer, job: _Job, state: _State, until: int | Int[Arra
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False)
         logits, cache, kept = model.decode(last, state.cache, sparsity=job.decode)
         cache = cache.with_lengths(jnp.where(state.ended, state.cache.lengths, cache.lengths))
-        kept_steps = state.decode_kept_steps.at[state.step - 1].set(jnp.where(state.ended[None], 0.0, kept))
-        return _draw(job, dataclasses.replace(state, cache=cache, decode_kept_steps=kept_steps), logits)
+        drawn = _draw(job, dataclasses.replace(state, cache=cache), logits)
+        made = drawn.lengths > state.lengths  # not by rows that have ended, nor by those that fail here
+        kept_steps = state.decode_kept_steps.at[state.step - 1].set(jnp.where(made[None], kept, 0.0))
+        return dataclasses.replace(drawn, decode_kept_steps=kept_steps)
 
     return jax.lax.while_loop(lambda state: (state.step < until) & ~state.ended.all(), step, state)
 
@@ -317,6 +391,16 @@ def _draw(job: _Job, state: _State, logits: Float[Array, "B V"]) -> _State:
 @jax.jit
 def _run(model: Transformer, job: _Job) -> _State:
     return _to_all(model, dataclasses.replace(_advance(model, job, _begin(model, job), job.until), cache=None))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _resume(model: Transformer, job: _Job, cache: Cache, start: Int[Array | np.ndarray, ""]) -> _State:
+    """As `_start`, behind the first `start` tokens, which the cache has; it goes on to keep the prefill gate's keys."""
+    assert job.chunk is not None
+    tokens, lengths = job.tokens, job.lengths
+    read = model.extend(tokens, lengths, cache, start=start, sparsity=job.prefill, chunk=job.chunk)
+    logits, cache, kept = read
+    return _to_all(model, _first_token(model, job, logits, cache, kept))
 
 
 @jax.jit
@@ -371,9 +455,39 @@ def _abstract_call(model: Transformer, job: _Job) -> tuple[Any, tuple[jax.ShapeD
     return structure, tuple(map(abstract_argument, leaves))
 
 
+def _layout_of(model: Transformer, mesh: str | Mesh | AbstractMesh) -> Layout:
+    """How a model would lie on a mesh."""
+    if model.layout is not None:
+        raise ValueError(
+            f"mesh must be left out for a model that lies on one, {dict(model.layout.mesh.shape)}; got {mesh}. Load the model without a mesh."
+        )
+    return Layout.of(make_abstract_mesh(mesh) if isinstance(mesh, str) else mesh, model.config)
+
+
+def _planned_part(model: Transformer, job: _Job, layout: Layout) -> tuple[Transformer, _Job]:
+    """What one device of a mesh has of a model and a job, of shapes."""
+    config, rows = model.config, layout.rows(job.lengths.shape[0])
+
+    def of_policy(policy: Policy, heads: int) -> Policy:
+        stacked = jax.eval_shape(lambda policy: policy.stacked(config.num_layers, heads), policy)
+        return planned_policy(layout, rows, stacked)
+
+    part = dataclasses.replace(
+        job,
+        tokens=planned_rows(layout, rows, job.tokens),
+        lengths=planned_rows(layout, rows, job.lengths),
+        keys=planned_rows(layout, rows, job.keys),
+        prefill=of_policy(job.prefill, config.num_heads),
+        decode=of_policy(job.decode, config.num_kv_heads),
+    )
+    return planned_model(model, layout, rows), part
+
+
 @functools.lru_cache(maxsize=256)
 def _plan_of_shapes(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> MemoryPlan:
     model, job = jax.tree.unflatten(structure, leaves)
+    if model.layout is not None:
+        model, job = _planned_part(model, job, model.layout)
     gates = tree_bytes((model.prefill_gate, model.decode_gate))
     cache = jax.eval_shape(functools.partial(_empty_cache, model, job))
     return MemoryPlan(
@@ -381,6 +495,7 @@ def _plan_of_shapes(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) ->
         gates=gates,
         cache=tree_bytes(cache.token_arrays),
         gate_cache=tree_bytes(cache.gate_arrays),
+        devices=1 if model.shard is None else model.shard.layout.mesh.size,
     )
 
 
@@ -404,15 +519,14 @@ def _bytes_of_stream(model: Transformer, job: _Job) -> int | None:
     if any(x.sharding is not None for x in jax.tree.leaves((model, job))):  # then results stay where arguments were put
         state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, start.output_shardings)
     rest = laid_out_bytes(_continue.lower(model, job, state, 0).compile())
-    return None if rest is None else max(first, tree_bytes(state) + rest)
+    return None if rest is None else max(first, device_bytes(state) + rest)
 
 
 def _make_job(model: Transformer, tokens: Prompts, lengths: Lengths | None, request: Request) -> _Job:
     prompts, counts = check_prompts(tokens, lengths, vocab_size=model.config.vocab_size)
     request.require_key()
     sizes = request.sizes(model, prompts.shape[1], int(counts.max()))
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model)):
-        raise ValueError("model must have weights to generate; got one of shapes alone. Load it without abstract=True.")
+    check_weights(model)
     prompts = np.pad(prompts, ((0, 0), (0, sizes.width - prompts.shape[1])))
     # Without keys where none is used: the program is that of the plan then, and of calls without a key.
     key = None if isinstance(request.sampling, Greedy) else request.key

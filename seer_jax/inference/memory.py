@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from pallas_kernels.devices import default_device
 from seer_jax.inference.host_memory import host_memory
+from seer_jax.sharding.on_mesh import cache_shardings
 
 GIB = 2**30
 FRACTION, USUAL_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75  # of a GPU's memory, that JAX takes
@@ -18,23 +20,25 @@ LOWER = "Take fewer rows at a time, shorter prompts, fewer new tokens or a small
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What a generation takes on its device, in bytes; printed as a table in GiB.
+    """What a generation takes on its device, or on each device of a mesh, in bytes; printed as a table in GiB.
 
     Attributes:
       weights: of the base model.
       gates: weights of its gates.
       cache: keys and values of the prompts and the new tokens.
-      gate_cache: what the decode gate keeps of the past: compressed keys, and the pools of unfinished blocks.
+      gate_cache: what gates keep of the past: compressed keys and the pools of unfinished blocks of the decode gate, and where prompts are read
+        in chunks the compressed keys of the prefill gate, until the prompts are read.
       scratch: everything else that the compiler lays out for the program: activations, results, copies. None: not compiled.
       available: what the device has for all of this: its limit less what else is in use on it. None: the device does not
         tell.
       held_back: what the device has beside its limit, which JAX's settings keep from this process.
+      devices: of the mesh; everything else is of each of them.
 
     >>> print(MemoryPlan(weights=16 * 2**30, gates=2**25, cache=2**32, gate_cache=2**26, available=20 * 2**30))
     weights                 16.000 GiB
     gates                    0.031 GiB
     cache, keys and values   4.000 GiB
-    cache, decode gate       0.062 GiB
+    cache, keys of gates     0.062 GiB
     scratch                not compiled
     total                   20.094 GiB
     available               20.000 GiB
@@ -48,6 +52,7 @@ class MemoryPlan:
     scratch: int | None = None
     available: int | None = None
     held_back: int = 0
+    devices: int = 1
 
     def on(self, memory: "DeviceMemory | None") -> "MemoryPlan":
         """The plan held against a device's memory; None: the device does not tell."""
@@ -73,8 +78,9 @@ class MemoryPlan:
         """
         if self.missing:
             parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in self._parts() if size is not None)
+            needs = "needs" if self.devices == 1 else f"each of {self.devices} devices needs"
             raise MemoryError(
-                f"The generation must fit in device memory: needs {self.total / GIB:.3f} GiB ({parts}), "
+                f"The generation must fit in device memory: {needs} {self.total / GIB:.3f} GiB ({parts}), "
                 f"{(self.available or 0) / GIB:.3f} GiB available. {lower}, or free other memory of the device."
                 f"{self._more()}"
             )
@@ -93,8 +99,10 @@ class MemoryPlan:
         lines = [*self._parts(), ("total", self.total)]
         lines += [] if self.available is None else [("available", self.available)]
         lines += [("missing", self.missing)] if self.missing else []
+        head = [] if self.devices == 1 else [f"each of {self.devices} devices"]
         return "\n".join(
-            f"{name:<22} " + ("not compiled" if size is None else f"{size / GIB:>7.3f} GiB") for name, size in lines
+            head
+            + [f"{name:<22} " + ("not compiled" if size is None else f"{size / GIB:>7.3f} GiB") for name, size in lines]
         )
 
     def _parts(self) -> list[tuple[str, int | None]]:
@@ -102,7 +110,7 @@ class MemoryPlan:
             ("weights", self.weights),
             ("gates", self.gates),
             ("cache, keys and values", self.cache),
-            ("cache, decode gate", self.gate_cache),
+            ("cache, keys of gates", self.gate_cache),
             ("scratch", self.scratch),
         ]
 
@@ -152,20 +160,50 @@ def available_memory(model: Any) -> DeviceMemory | None:
     """What a model's device has for the model and a generation; in use is only what is not the model's.
 
     Args:
-      model: a pytree of arrays, or of shapes, for which the default device counts.
+      model: a pytree of arrays, or of shapes: where they would be put, otherwise the default device counts. That stands also for the
+        devices of a mesh that is only planned, unless it is a CPU.
 
     Returns:
-      None where the device does not tell, or the model lies on several.
+      Of the device, or of that one of several which has the least free. None where one does not tell.
     """
-    arrays = [x for x in jax.tree.leaves(model) if isinstance(x, jax.Array)]
-    devices = {device for x in arrays for device in x.devices()} or {default_device()}
-    memory = device_memory(*devices) if len(devices) == 1 else None
-    return None if memory is None else memory._replace(in_use=max(memory.in_use - tree_bytes(arrays), 0))
+    leaves = jax.tree.leaves(model)
+    shardings = [x.sharding for x in leaves if getattr(x, "sharding", None) is not None]
+    devices = {device for sharding in shardings for device in sharding.addressable_devices} or {default_device()}
+    if getattr(model, "shard", None) is not None and _is_cpu(default_device()):
+        return None
+    own = dict.fromkeys(devices, 0)
+    for x in leaves:
+        for part in x.addressable_shards if isinstance(x, jax.Array) else ():
+            own[part.device] += part.data.nbytes
+    told = {device: device_memory(device) for device in devices}
+    free = [_without(memory, own[device]) for device, memory in told.items() if memory is not None]
+    if len(free) < len(devices):
+        return None
+    if all(map(_is_cpu, devices)):  # they share the memory of their host
+        shared = _without(next(iter(told.values())), sum(own.values()))
+        return shared._replace(limit=shared.limit // len(devices), in_use=shared.in_use // len(devices))
+    return min(free, key=lambda memory: memory.free)
+
+
+def _is_cpu(device: Any) -> bool:
+    return device.platform == "cpu"
+
+
+def _without(memory: Any, size: int) -> DeviceMemory:
+    """The memory of a device, in use only what is besides `size` bytes of it."""
+    return memory._replace(in_use=max(memory.in_use - size, 0))
 
 
 def tree_bytes(tree: Any) -> int:
     """Bytes of a pytree's arrays or shapes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device has of a pytree's arrays or shapes, which are split by their shardings where they have one."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [x.shape if x.sharding is None else x.sharding.shard_shape(x.shape) for x in leaves]
+    return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(shapes, leaves, strict=True))
 
 
 def abstract_argument(x: Any) -> jax.ShapeDtypeStruct:
@@ -183,3 +221,37 @@ def laid_out_bytes(program: jax.stages.Compiled) -> int | None:
     if memory is None:
         return None
     return memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def cache_bytes(model: Any, batch: int, capacity: int) -> int:
+    """Bytes that one device has of a `Transformer`'s empty cache."""
+    return bytes_of_cache(model, jax.eval_shape(lambda: model.make_cache(batch, capacity)))
+
+
+def bytes_of_cache(model: Any, cache: Any) -> int:
+    """Bytes that one device has of a cache of a `Transformer`, which may be one of shapes."""
+    if model.layout is None:
+        return tree_bytes(cache)
+    pairs = zip(jax.tree.leaves(cache), cache_shardings(model.layout, cache), strict=True)
+    return sum(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize for x, sharding in pairs)
+
+
+def check_room(subject: str, model: Any, parts: Mapping[str, int], lower: str) -> None:
+    """Checks that a job fits the memory of its device, or of each device of a mesh, as far as that is told.
+
+    Args:
+      subject: the job, such as "The evaluation".
+      model: of shapes, on a mesh or not; see `available_memory`.
+      parts: bytes on each device by what they are for.
+      lower: what takes less memory, for the remedy.
+
+    Raises:
+      MemoryError: it does not fit.
+    """
+    memory, needed = available_memory(model), sum(parts.values())
+    if memory is not None and needed > memory.free:
+        needs = "needs" if model.layout is None else f"each of {model.layout.mesh.size} devices needs"
+        listed = ", ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items())
+        raise MemoryError(
+            f"{subject} must fit in device memory: {needs} {needed / GIB:.3f} GiB ({listed}), {memory.free / GIB:.3f} GiB available. {lower}"
+        )

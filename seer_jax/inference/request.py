@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -14,6 +15,10 @@ from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling, check_ke
 from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.selection.policies import Dense, Policy, check_policy
 
+# Prompts up to so many tokens are read at once, as all block rows of theirs are chosen at once; longer ones in chunks. A chunk of 8192
+# tokens keeps a large GPU busy in every layer, and takes 1/16 of the activations of 128k tokens.
+WHOLE_PROMPT, PREFILL_CHUNK = 32768, 8192
+CAPACITIES_PER_OCTAVE = 4  # of caches for prompts in chunks
 CACHE_MULTIPLE = 64  # tokens; caches of a model without a decode gate are rounded up to this
 EOS_MULTIPLE = 8  # programs take multiples of so many EOS tokens
 NO_TOKEN = -1  # fills them up
@@ -30,6 +35,7 @@ class RequestSettings(TypedDict, total=False):
     eos: int | Sequence[int] | np.ndarray | None
     cache_capacity: int | None
     beyond_context: bool
+    prefill_chunk: int | None
 
 
 class ProgramSizes(NamedTuple):
@@ -41,6 +47,7 @@ class ProgramSizes(NamedTuple):
       capacity: tokens that the cache has room for in each row.
       asked_width, asked_capacity: what they would be if the cache alone were rounded up, to whole blocks. Masks of the caller's
         own cover these.
+      chunk: tokens of the prompts that are read at a time; None: all at once.
     """
 
     width: int
@@ -48,6 +55,7 @@ class ProgramSizes(NamedTuple):
     capacity: int
     asked_width: int
     asked_capacity: int
+    chunk: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +64,8 @@ class Request:
 
     Attributes:
       max_new_tokens: N >= 1.
-      prefill: which blocks attention keeps while the prompts are read; None: what the model's prefill gate recommends, else `Dense()`.
-      decode: which cached blocks each new token attends to; None: what the model's decode gate recommends, else `Dense()`.
+      prefill: which blocks attention keeps while the prompts are read; None: what the model's prefill gate recommends, otherwise `Dense()`.
+      decode: which cached blocks each new token attends to; None: what the model's decode gate recommends, otherwise `Dense()`.
       sampling: how tokens are drawn.
       key: a PRNG key, or one for each row, where `sampling` draws at random. A row's tokens depend on its own key and
         prompt, never on its neighbours; row i of a single key uses `fold_in(key, i)`.
@@ -65,6 +73,9 @@ class Request:
       cache_capacity: S, tokens that the cache has room for in each row, rounded up to whole blocks; None: enough for the prompts and
         all new tokens, whose numbers are rounded up to those that programs are compiled for (`bucket`).
       beyond_context: allow more tokens than the model's context (`ModelConfig.context`).
+      prefill_chunk: tokens of the prompts that are read at a time, a multiple of the block size: a program takes as much memory beside
+        its cache whatever the length of the prompts, and one program serves prompts of all lengths that its cache has room for. 0: all at
+        once. None: all at once up to 32768 tokens, and above that 8192 at a time where the policy for prompts allows it.
     """
 
     max_new_tokens: int
@@ -75,6 +86,7 @@ class Request:
     eos: int | Sequence[int] | np.ndarray | None = None
     cache_capacity: int | None = None
     beyond_context: bool = False
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         whole_number("max_new_tokens", self.max_new_tokens)
@@ -91,6 +103,9 @@ class Request:
             _token_ids(self.eos)
         if self.cache_capacity is not None:
             whole_number("cache_capacity", self.cache_capacity)
+        if self.prefill_chunk is not None:
+            must = "an integer of at least 0 (0: the whole prompt at once)"
+            whole_number("prefill_chunk", self.prefill_chunk, must, least=0)
         if not isinstance(self.beyond_context, bool | np.bool_):
             raise ValueError(f"beyond_context must be True or False; got {self.beyond_context!r}.")
 
@@ -120,6 +135,8 @@ class Request:
         )
         model.segments(prefill, model.prefill_gate, model.config.num_heads, "prefill")
         model.segments(decode, model.decode_gate, model.config.num_kv_heads, "decode")
+        if self.prefill_chunk:
+            model.check_chunk(self.prefill_chunk, prefill, keeps_decode_keys=decode.needs_gate)
         return dataclasses.replace(self, prefill=prefill, decode=decode)
 
     def require_key(self) -> None:
@@ -152,6 +169,13 @@ class Request:
                 "beyond_context=True."
             )
 
+    def chunk(self, width: int) -> int | None:
+        """Tokens of prompts of `width` tokens that are read at a time; None: all. See `prefill_chunk`."""
+        if self.prefill_chunk is not None:
+            return int(self.prefill_chunk) or None
+        assert self.prefill is not None
+        return PREFILL_CHUNK if width > WHOLE_PROMPT and self.prefill.reads_in_chunks else None
+
     def sizes(self, model: Transformer, width: int, longest: int) -> ProgramSizes:
         """What the program is compiled for.
 
@@ -167,6 +191,11 @@ class Request:
         multiple = CACHE_MULTIPLE if model.decode_gate is None else model.decode_gate.config.block_size
         new = int(self.max_new_tokens)
         new_tokens = new if new == 1 else bucket(new)  # a single one needs no decoding
+        chunk = self.chunk(width)
+        if chunk is not None and self.cache_capacity is None:
+            asked = -(-(width + new - 1) // multiple) * multiple
+            capacity = chunked_capacity(width + new_tokens - 1, math.lcm(chunk, multiple))
+            return ProgramSizes(capacity, new_tokens, capacity, width, asked, chunk)
         if self.cache_capacity is None:
             wide = bucket(width)
             capacity, asked = (-(-(size - 1) // multiple) * multiple for size in (wide + new_tokens, width + new))
@@ -178,7 +207,24 @@ class Request:
                 f"cache_capacity={self.cache_capacity}. Raise it, leave it out, or lower max_new_tokens."
             )
         capacity = -(-int(self.cache_capacity) // multiple) * multiple
+        if chunk is not None:
+            whole = math.lcm(chunk, multiple)
+            rounded = -(-capacity // whole) * whole
+            return ProgramSizes(rounded, new_tokens, rounded, width, capacity, chunk)
         return ProgramSizes(min(bucket(width), capacity), new_tokens, capacity, width, capacity)
+
+
+def chunked_capacity(tokens: int, chunk: int) -> int:
+    """The room of a cache for `tokens` tokens, of prompts that are read in chunks: of a few sizes, since each has a program of its own.
+
+    Whole chunks, up to 8 any number of them, above that quarters of the power of two below: at most a quarter more.
+
+    >>> [chunked_capacity(n, 8192) // 8192 for n in (1, 65536, 65537, 131072, 131073)]
+    [1, 8, 10, 16, 20]
+    """
+    chunks = -(-tokens // chunk)
+    step = max(1, 2 ** ((chunks - 1).bit_length() - 1) // CAPACITIES_PER_OCTAVE) if chunks > 1 else 1
+    return -(-chunks // step) * step * chunk
 
 
 def _token_ids(eos: Any) -> Int[np.ndarray, "E"]:

@@ -91,7 +91,7 @@ class Sample(Sampling):
         vocab_size = logits.shape[-1]
         best, tokens = jax.lax.top_k(scaled, min(self.top_k or vocab_size, vocab_size))
         if self.top_p is not None:
-            best = jnp.where(_nucleus(best, self.top_p), best, -jnp.inf)
+            best = jnp.where(nucleus(best, self.top_p), best, -jnp.inf)
         chosen = draw(keys, best)
         return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
@@ -112,7 +112,7 @@ def row_keys(key: Keys, batch: int) -> Key[Array, "B"]:
     return key
 
 
-def _nucleus(best: Float[Array, "B N"], top_p: float | Float[Array, ""]) -> jax.Array:
+def nucleus(best: Float[Array, "B N"], top_p: float | Float[Array, ""] | Float[Array, "B 1"]) -> jax.Array:
     """Which of the logits, sorted from the best down, belong to the smallest set whose mass reaches top_p."""
     mass = jnp.cumsum(jax.nn.softmax(best, axis=-1), axis=-1)
     before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))

@@ -147,6 +147,36 @@ class Tokenizer:
         """Tokens of a conversation, see `render_chat`; the template writes all special tokens itself."""
         return self.encode(self.render_chat(messages, **variables), special_tokens=False)
 
+    def encode_turn(
+        self, message: str, so_far: Sequence[int], *, system: str | None = None, **variables: Any
+    ) -> list[int]:
+        """Tokens of a user's message behind a conversation, up to the beginning of the answer.
+
+        Args:
+          message: its text.
+          so_far: tokens of the conversation, which ends with an answer; none: the message begins it.
+          system: system message, where the message begins the conversation.
+          **variables: see `render_chat`.
+
+        Raises:
+          ValueError: the model has no chat template, or its template shows no answers.
+        """
+        user = dict(role="user", content=message)
+        if not len(so_far):
+            return self.encode_chat(
+                [*([] if system is None else [dict(role="system", content=system)]), user], **variables
+            )
+        # What the template writes behind an answer does not depend on what comes before the answer.
+        earlier = [dict(role="user", content="question"), dict(role="assistant", content=chat.ANSWER)]
+        _, answered, tail = self.render_chat([*earlier, user], **variables).partition(chat.ANSWER)
+        if not answered:
+            raise ValueError(
+                f"The chat template of {self.place} must show earlier answers; it leaves them out. Use `generate`."
+            )
+        tokens = self.encode(tail, special_tokens=False)
+        ended = tokens[:1] == list(so_far[-1:]) and tokens[0] in self.end_of_turn()
+        return tokens[ended:]
+
     def end_of_turn(self) -> tuple[int, ...]:
         """The token with which the chat template ends an answer, such as <|im_end|>; () where it ends with none, or there is no template.
 

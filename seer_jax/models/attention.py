@@ -16,36 +16,63 @@ from seer_jax.selection.policies import Policy
 # Block rows of queries whose scores and lists exist at once: at 64 tokens per block, a prompt of 32k tokens is one chunk. Fewer leave a
 # large GPU idle between the kernels of one chunk and the next.
 ROWS_AT_ONCE = 512
+# Against a cache, whose size must not decide how much memory a chunk of the prompt takes, so many rows times blocks, and at least so
+# many rows: those of 8192 tokens up to 64k tokens, and fewer above.
+SCORES_AT_ONCE, FEWEST_ROWS = 2**17, 16
+
+
+class PromptAttention(NamedTuple):
+    """Attention of the queries of a prompt or of a chunk of it.
+
+    Fields:
+      out: output.
+      kept, visible: blocks that were kept, and blocks that could be, in each row of the batch, summed over block rows and lists.
+    """
+
+    out: Float[Array, "B T H D"]
+    kept: Float32[Array, "B"]
+    visible: Float32[Array, "B"]
 
 
 def prefill_attention(policy: Policy, context: PrefillContext) -> tuple[Float[Array, "B T H D"], Float32[Array, "B"]]:
+    """As `attend_prompt`, with the share of the causal blocks that was kept, and not skipped, in each row of the batch."""
+    attended = attend_prompt(policy, context)
+    return attended.out, share(attended.kept, attended.visible)
+
+
+def attend_prompt(policy: Policy, context: PrefillContext) -> PromptAttention:
     """Attention of a prompt's queries to its keys.
 
-    Scores and lists are made for `ROWS_AT_ONCE` block rows at a time, so that they take memory O(H * rows * Sb), whatever T is.
+    Scores and lists are made for some block rows at a time, so that they take memory O(H * rows * Sb), whatever T is.
 
     Args:
       policy: of this layer; which blocks are kept.
       context: of this layer.
-
-    Returns:
-      (output, share of the causal blocks that was kept, and not skipped, in each row of the batch).
     """
     if policy.is_dense and context.is_whole:
         out = dense_attention(context.q_rotated, context.k_rotated, context.v, lengths=context.lengths)
-        return out, jnp.ones(context.batch, jnp.float32)
+        every = jnp.ones(context.batch, jnp.float32)
+        return PromptAttention(out, every, every)
     context = policy.prepare(context)
-    attend = _attend_rows if context.num_rows <= ROWS_AT_ONCE else _attend_in_chunks
-    attended = attend(policy, context)
-    return attended.out, kept_share(attended.kept, attended.visible)
+    at_once = ROWS_AT_ONCE
+    if context.cached is not None:
+        at_once = min(ROWS_AT_ONCE, max(FEWEST_ROWS, SCORES_AT_ONCE // context.num_key_blocks))
+    if context.num_rows <= at_once:
+        out, *counts = _attend_rows(policy, context)
+    else:
+        out, *counts = _attend_in_chunks(policy, context, at_once)
+    # The sums are float32: at 512k tokens and 64 heads a prompt has 2^31 blocks, too many for int32.
+    return PromptAttention(out, *(x.astype(jnp.float32).sum(-1) for x in counts))
+
+
+def share(kept: Float32[Array, "*rows B"], visible: Float32[Array, "*rows B"]) -> Float32[Array, "*rows B"]:
+    """Blocks kept over blocks visible; 0 where there were none."""
+    return kept / jnp.maximum(visible, 1)
 
 
 def kept_share(kept: Int[Array, "B Tb"], visible: Int[Array, "B Tb"]) -> Float32[Array, "B"]:
-    """Blocks kept over blocks visible, each counted by block row and summed over lists.
-
-    The sums are float32: at 512k tokens and 64 heads a prompt has 2^31 blocks, too many for int32. 0 for a sequence that ends before
-    these rows.
-    """
-    return kept.astype(jnp.float32).sum(-1) / jnp.maximum(visible.astype(jnp.float32).sum(-1), 1)
+    """Blocks kept over blocks visible, each counted by block row and summed over lists. 0 for a sequence that ends before these rows."""
+    return share(kept.astype(jnp.float32).sum(-1), visible.astype(jnp.float32).sum(-1))
 
 
 class _Attended(NamedTuple):
@@ -60,12 +87,14 @@ def _attend_rows(policy: Policy, context: PrefillContext) -> _Attended:
     lists, visible = policy.blocks(context), context.visible[:, 0, :, 0].astype(jnp.int32)
     blocks = _every_block(context) if lists is None else lists
     skips = policy.skip is not None
+    keys, values, rows = context.cached or (context.k_rotated, context.v, None)
     with jax.named_scope("sparse_attention"):
         out = block_sparse_attention(
             context.q_rotated,
-            context.k_rotated,
-            context.v,
+            keys,
+            values,
             blocks,
+            cache_rows=rows,
             query_offset=context.offset,
             lengths=context.lengths,
             density=policy.expected_density,
@@ -95,17 +124,17 @@ def _every_block(context: PrefillContext) -> BlockIndices:
     """Lists that keep every visible block."""
     return BlockIndices.all_causal(
         context.q.shape[1],
-        context.k.shape[1],
+        context.num_keys,
         block_size=context.block_size,
         query_offset=jnp.broadcast_to(jnp.asarray(context.offset), (context.batch,)),
         batch=context.batch,
     )
 
 
-def _attend_in_chunks(policy: Policy, context: PrefillContext) -> _Attended:
-    """As `_attend_rows`, a chunk of block rows at a time."""
+def _attend_in_chunks(policy: Policy, context: PrefillContext, at_once: int) -> _Attended:
+    """As `_attend_rows`, at most `at_once` block rows at a time."""
     rows, tokens, b = context.num_rows, context.q.shape[1], context.block_size
-    size = -(-rows // -(-rows // ROWS_AT_ONCE))  # chunks as equal as whole rows allow
+    size = -(-rows // -(-rows // at_once))  # chunks as equal as whole rows allow
     whole = tokens // (size * b)
 
     def attend(first: int | Int[Array, ""], num_tokens: int, results: _Attended) -> _Attended:

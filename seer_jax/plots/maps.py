@@ -1,20 +1,26 @@
 """Block maps of a text: the true attention of every layer and head by blocks, a scorer's prediction, and the blocks that a policy keeps."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float32, Int
 
 from pallas_kernels import BlockIndices, attention_with_block_scores
-from seer_jax.evaluate.window import decode_window
-from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.evaluate.window import OF_LISTS, decode_rows
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.stack import LayerContext, Segment
 from seer_jax.selection.context import DecodeContext
-from seer_jax.selection.policies import Dense
+from seer_jax.selection.policies import Policy
 from seer_jax.selection.rules import RankingPolicy
 from seer_jax.selection.scorers import Oracle
+from seer_jax.sharding.on_mesh import OF_LAYERS_AND_ROWS, OF_ROWS
+from seer_jax.sharding.table import TENSOR
 
 LOCAL = 2  # blocks up to the row's own that any window would keep
 ROWS = 128  # tokens whose decode maps are kept, by default
@@ -108,27 +114,34 @@ def _checked(model: Transformer, tokens: Any, policy: RankingPolicy) -> Int[Arra
 
 @jax.jit
 def _block_maps(model: Transformer, tokens: Int[Array, "T"], policy: RankingPolicy) -> BlockMaps:
-    heads, gate, count = model.config.num_heads, model.prefill_gate, len(tokens)
+    gate, count = model.prefill_gate, len(tokens)
     policy.check(model.config.num_layers, gate, "prefill")
-    stacked, dense_layers = policy.stacked(model.config.num_layers, heads), policy.dense_first_layers(gate)
+    segments = [Segment(model.config.num_layers, policy.stacked(model.config.num_layers, model.config.num_heads))]
     block_size = policy.tokens_per_block(gate)
-    lengths = jnp.full(1, count, jnp.int32)
+    read = functools.partial(_read_maps, policy.dense_first_layers(gate))
+    true, scores, kept = model.spread(read, (P(None, TENSOR),) * 3, segments, tokens[None])
+    last = jnp.minimum((jnp.arange(true.shape[-2]) + 1) * block_size, count) - 1
+    return model.everywhere(BlockMaps(true, scores, kept, _density(kept, last // block_size + 1), last, block_size))
+
+
+def _read_maps(
+    dense_layers: int, model: Transformer, segments: Sequence[Segment], tokens: Int[Array, "1 T"]
+) -> tuple[Array, ...]:
+    """True attention, scores and kept blocks of each layer and head."""
+    heads, lengths = model.config.num_heads, jnp.full(1, tokens.shape[1], jnp.int32)
 
     def attend(layer: LayerContext, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        of_layer = stacked.of_layer(layer.index)
-        assert isinstance(of_layer, RankingPolicy)
-        context = of_layer.prepare(model.prefill_context(layer, q, k, v, lengths))
+        assert isinstance(layer.policy, RankingPolicy)
+        context = layer.policy.prepare(model.prefill_context(layer, q, k, v, lengths))
         scored = attention_with_block_scores(context.q_rotated, context.k_rotated, v, block_size=context.block_size)
         assert scored.block_scores is not None
-        scores = of_layer.scorer.prefill_scores(context)
+        scores = layer.policy.scorer.prefill_scores(context)
         visible = jnp.arange(scores.shape[-1])[None, None, None] < context.visible
-        kept = of_layer.select(scores, context).to_mask(scores.shape[-1]) | (visible & (layer.index < dense_layers))
+        kept = layer.policy.select(scores, context).to_mask(scores.shape[-1]) | (visible & (layer.index < dense_layers))
         maps = scored.block_scores, _softmax(scores, visible), kept
         return scored.output, state, tuple(_by_head(x[0], heads) for x in maps)
 
-    true, scores, kept = model.scan(tokens[None], attend)[2]
-    last = jnp.minimum((jnp.arange(true.shape[-2]) + 1) * block_size, count) - 1
-    return BlockMaps(true, scores, kept, _density(kept, last // block_size + 1), last, block_size)
+    return model.scan(tokens, attend, segments=segments)[2]
 
 
 def _by_head(maps: Array, heads: int) -> Array:
@@ -142,11 +155,10 @@ def _decode_block_maps(
 ) -> BlockMaps:
     gate, oracle = model.decode_gate, Oracle()
     policy.check(model.config.num_layers, gate, "decode")
-    stacked = policy.stacked(model.config.num_layers, model.config.num_kv_heads)
+    segments = [Segment(model.config.num_layers, policy.stacked(model.config.num_layers, model.config.num_kv_heads))]
     dense_layers, block_size = policy.dense_first_layers(gate), policy.tokens_per_block(gate)
 
-    def observe(context: DecodeContext) -> tuple:
-        of_layer = stacked.of_layer(context.layer)
+    def look(context: DecodeContext, of_layer: Policy) -> tuple:
         assert isinstance(of_layer, RankingPolicy)
         column = jnp.arange(context.num_key_blocks)[None, None]
         visible, completed = column <= context.current, column < context.current
@@ -158,10 +170,12 @@ def _decode_block_maps(
             x[0] for x in (_softmax(oracle.decode_scores(context), visible), _softmax(scores, completed), kept)
         )
 
-    observed = decode_window(model, tokens[None], Dense(), observe=observe).observed
+    results = OF_ROWS, OF_LAYERS_AND_ROWS, OF_LISTS
+    observed = model.spread(functools.partial(decode_rows, look, dense=True), results, segments, tokens[None])[2]
     true, scores, kept = (jnp.swapaxes(x[:, 0], 1, 2) for x in observed)  # [L, K, T, Sb]
     density = _density(kept, jnp.arange(len(tokens)) // block_size + 1)
-    return BlockMaps(true[:, :, rows], scores[:, :, rows], kept[:, :, rows], density, rows, block_size)
+    shown = true[:, :, rows], scores[:, :, rows], kept[:, :, rows]
+    return model.everywhere(BlockMaps(*shown, density, rows, block_size))
 
 
 def _softmax(scores: Float32[Array, "1 Hs R Sb"] | Float32[Array, "1 K Sb"], among: Bool[Array, "..."]) -> Array:

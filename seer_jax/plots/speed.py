@@ -102,9 +102,8 @@ def _place(line: Any) -> tuple[str, int, int] | None:
         return None
     if settings.get("lists") != settings.get("heads") and "lists" in settings:
         return None
-    if settings.get("skip_threshold") is not None or settings.get(
-        "peak"
-    ):  # blocks are skipped by weights, not by lists
+    # Blocks are skipped by weights, not by lists.
+    if settings.get("skip_threshold") is not None or settings.get("peak"):
         return None
     tokens, batch = settings.get(TABLES[line["table"]][2]), settings.get("batch", 1)
     figures = [results.get(name) for name in ("density", "speedup")]

@@ -6,7 +6,7 @@ Sb = ceil(S/b).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +20,42 @@ from seer_jax.sharding.shard import Shard
 PerHead = float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, "heads"]
 
 
+class CachedKeys(NamedTuple):
+    """Keys after RoPE and values where they lie in a cache, so that attention reads them without a copy.
+
+    Fields:
+      keys, values: of all layers.
+      rows: row of both that each sequence reads.
+    """
+
+    keys: Float[Array, "P S K D"]
+    values: Float[Array, "P S K D"]
+    rows: Int[Array, "B"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillContext:
     """Queries at positions offset .. offset + T - 1 of a prompt, and its keys at positions 0 .. S - 1, in one layer.
 
     Attributes:
-      q, k: before RoPE, after q/k norm where the family has them; `[B, T, H, D]` and `[B, S, K, D]`.
+      q, k: before RoPE, after q/k norm where the family has them; `[B, T, H, D]` and `[B, S, K, D]`. k is None where the prompt is read
+        in chunks, which keep keys after RoPE alone.
       q_rotated, k_rotated: after RoPE.
       v: values.
-      lengths: tokens of each row that count; the rest is right padding.
+      lengths: tokens of each row that count; the rest is right padding, or comes with later chunks.
+      prompt_lengths: tokens of each whole prompt, where later chunks may follow; None: `lengths`.
       layer: index of the layer.
       block_size: b, tokens.
       offset: position of the first query, a multiple of b.
       gate: of this layer, or None.
       gate_keys: the gate's compressed keys, Sw of all Sb blocks, where they are known already, for example from a cache.
+      cached: the same keys and values where a cache has them; None: they are arrays of their own.
       prepared: what the policy's scorer made of the keys (`Scorer.prepare`), the same for all chunks of query rows.
       shard: of the device whose rows and heads these are, where the model lies on a mesh; None: they are all.
     """
 
     q: Float[Array, "B T H D"]
-    k: Float[Array, "B S K D"]
+    k: Float[Array, "B S K D"] | None
     q_rotated: Float[Array, "B T H D"]
     k_rotated: Float[Array, "B S K D"]
     v: Float[Array, "B S K D"]
@@ -49,6 +65,8 @@ class PrefillContext:
     offset: int | Int[Array, ""] = 0
     gate: LayerGate | None = None
     gate_keys: Float32[Array, "B Sw heads C"] | None = None
+    prompt_lengths: Int[Array, "B"] | None = None
+    cached: "CachedKeys | None" = None
     prepared: Any = None
     shard: Shard | None = None
 
@@ -65,12 +83,22 @@ class PrefillContext:
     @property
     def num_key_blocks(self) -> int:
         """Sb."""
-        return -(-self.k.shape[1] // self.block_size)
+        return -(-self.num_keys // self.block_size)
+
+    @property
+    def num_keys(self) -> int:
+        """S."""
+        return self.k_rotated.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.k_rotated.shape[2]
 
     @property
     def is_whole(self) -> bool:
         """Whether the queries are those of all keys."""
-        return isinstance(self.offset, int) and self.offset == 0 and self.q.shape[1] == self.k.shape[1]
+        return isinstance(self.offset, int) and self.offset == 0 and self.q.shape[1] == self.num_keys
 
     @property
     def required_gate(self) -> LayerGate:
@@ -90,7 +118,7 @@ class PrefillContext:
     @property
     def key_positions(self) -> Int[Array, "1 S"]:
         """Of the keys."""
-        return jnp.arange(self.k.shape[1])[None]
+        return jnp.arange(self.num_keys)[None]
 
     @property
     def valid_queries(self) -> Bool[Array, "B T"]:
@@ -104,8 +132,9 @@ class PrefillContext:
 
     @property
     def last(self) -> Int[Array, "B 1 1 1"]:
-        """Block row that holds a sequence's last token."""
-        return ((self.lengths - 1) // self.block_size)[:, None, None, None]
+        """Block row that holds a prompt's last token."""
+        lengths = self.lengths if self.prompt_lengths is None else self.prompt_lengths
+        return ((lengths - 1) // self.block_size)[:, None, None, None]
 
     @property
     def visible(self) -> Int[Array, "B 1 Tb 1"]:
@@ -143,7 +172,7 @@ class PrefillContext:
     def of_mask(self, mask: Bool[Array, "B Hs Tb Sb"]) -> BlockIndices:
         """Lists of a mask of the caller: causal, and with their own block for rows that would keep none."""
         _check_mask(
-            mask, self.batch, {1, self.k.shape[2], self.q.shape[2]}, (self.num_key_blocks,) * 2, "[B, Hs, Tb, Sb]"
+            mask, self.batch, {1, self.num_kv_heads, self.q.shape[2]}, (self.num_key_blocks,) * 2, "[B, Hs, Tb, Sb]"
         )
         mask = jax.lax.dynamic_slice_in_dim(mask, self.first_row, self.num_rows, axis=2)
         mask &= self._column < self.visible

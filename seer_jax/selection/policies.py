@@ -34,6 +34,7 @@ class Policy(abc.ABC):
       skip: see `check_skip`; None for policies without it.
       is_dense: whether every block is read and computed in every layer.
       needs_gate: whether it works with a learned gate alone.
+      reads_in_chunks: whether it can choose the blocks of a row while the rest of the prompt is still to come.
       expected_density: share of the blocks that the lists will hold, where that is known beforehand: a hint for kernels.
       per_head: names of the fields that may hold a value for each layer and head.
     """
@@ -64,8 +65,30 @@ class Policy(abc.ABC):
         return False
 
     @property
+    def reads_in_chunks(self) -> bool:
+        return False
+
+    @property
     def expected_density(self) -> float | None:
         return None
+
+    def check_chunks(self) -> None:
+        """Raises ValueError where prompts can't be read in chunks under the policy."""
+        if not self.reads_in_chunks:
+            raise ValueError(
+                f"A policy for prompts that are read in chunks must choose a row's blocks by its own queries and the keys before it; got {self}, "
+                "which looks at the whole prompt. Leave prefill_chunk out, or use another policy."
+            )
+
+    def rows_alike(self, length: int, other: int, block_size: int) -> int:
+        """How many of the first block rows choose alike in prompts of two lengths that share them; 0 where that is not known.
+
+        Args:
+          length, other: of the prompts, tokens.
+          block_size: b.
+        """
+        del length, other, block_size
+        return 0
 
     def tokens_per_block(self, gate: LayerGate | None) -> int:
         """b: the gate's where there is one, so that all scorers are compared at the same size."""
@@ -238,6 +261,13 @@ class Dense(Policy):
     def is_dense(self) -> bool:
         return self.skip is None
 
+    @property
+    def reads_in_chunks(self) -> bool:
+        return True
+
+    def rows_alike(self, length: int, other: int, block_size: int) -> int:
+        return -(-min(length, other) // block_size)
+
     def blocks(self, context: Context) -> None:
         return None
 
@@ -269,6 +299,10 @@ class Given(Policy):
 
     def tokens_per_block(self, gate: LayerGate | None) -> int:
         return self.block_size
+
+    @property
+    def reads_in_chunks(self) -> bool:
+        return True
 
     def blocks(self, context: Context) -> BlockIndices:
         return context.of_mask(jnp.asarray(self.mask))
@@ -304,4 +338,5 @@ class Given(Policy):
             )
         if before == after:
             return self
-        return dataclasses.replace(self, mask=np.pad(self.mask, [(0, 0)] * 3 + [(0, after - before)] * axes))
+        pad = np.pad if isinstance(self.mask, np.ndarray) else jnp.pad
+        return dataclasses.replace(self, mask=pad(self.mask, [(0, 0)] * 3 + [(0, after - before)] * axes))

@@ -94,6 +94,16 @@ class RankingPolicy(Policy):
     def needs_gate(self) -> bool:
         return self.scorer.needs_gate
 
+    @property
+    def reads_in_chunks(self) -> bool:
+        return self.scorer.reads_in_chunks
+
+    def rows_alike(self, length: int, other: int, block_size: int) -> int:
+        if not self.reads_in_chunks:
+            return 0
+        last = (min(length, other) - 1) // block_size
+        return max(0, last + 1 - getattr(self, "dense_last_rows", 0))
+
     def prepare(self, context: PrefillContext) -> PrefillContext:
         with jax.named_scope("prepare_keys"):
             return dataclasses.replace(context, prepared=self.scorer.prepare(context))
@@ -220,6 +230,10 @@ class TopK(RankingPolicy):
     def blocks_per_row(self, num_blocks: int) -> int:
         """k of a prompt of `num_blocks` blocks."""
         return max(1, _floor((1 - math.sqrt(1 - self.density)) * num_blocks))
+
+    def rows_alike(self, length: int, other: int, block_size: int) -> int:
+        alike = len({self.blocks_per_row(-(-n // block_size)) for n in (length, other)}) == 1
+        return super().rows_alike(length, other, block_size) if alike else 0
 
     def blocks_per_token(self, num_blocks: int) -> int:
         """How many of `num_blocks` visible blocks a new token keeps."""

@@ -6,6 +6,6 @@ of a layer is that of a single device. Rows of a batch are split over `data` and
 """
 
 from seer_jax.sharding.layout import Layout, place
-from seer_jax.sharding.mesh import make_mesh
+from seer_jax.sharding.mesh import make_abstract_mesh, make_mesh
 
-__all__ = ["Layout", "make_mesh", "place"]
+__all__ = ["Layout", "make_abstract_mesh", "make_mesh", "place"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from seer_jax.models.config import ModelConfig
 from seer_jax.sharding.table import AXES, COPIES, DATA, FSDP, GATES, HEADS, KV, ROWS, TENSOR, WEIGHTS
@@ -22,20 +22,20 @@ class Layout:
 
     Attributes:
       mesh: axes data, fsdp and tensor; where there are fewer key/value heads than `tensor` devices, the last one is two axes,
-        `tensor` of different heads and `copies` of the same one. All of type Auto.
+        `tensor` of different heads and `copies` of the same one. All of type Auto. Without devices where memory is planned.
       num_heads, num_kv_heads: H and K of the whole model.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     num_heads: int
     num_kv_heads: int
 
     @classmethod
-    def of(cls, mesh: Mesh, config: ModelConfig) -> "Layout":
+    def of(cls, mesh: Mesh | AbstractMesh, config: ModelConfig) -> "Layout":
         """The layout of a model on a mesh.
 
         Args:
-          mesh: of axes among data, fsdp and tensor, with any axis types.
+          mesh: of axes among data, fsdp and tensor, with any axis types; without devices for `plan_memory`.
           config: of the model.
 
         Raises:
@@ -50,16 +50,14 @@ class Layout:
                 f"A mesh must have axes among {', '.join(AXES)}; got {', '.join(map(str, sizes))}. Rename {', '.join(map(str, other))}, or "
                 'make the mesh by seer_jax.sharding.make_mesh("data=2,tensor=2").'
             )
-        if len(set(mesh.devices.flat)) < mesh.size:
+        if isinstance(mesh, Mesh) and len(set(mesh.devices.flat)) < mesh.size:
             raise ValueError(
                 f"The devices of a mesh must differ; got {mesh.size}, of which {len(set(mesh.devices.flat))} differ. Make the mesh by "
                 'seer_jax.sharding.make_mesh("data=2,tensor=2").'
             )
         data, fsdp, tensor = (sizes.get(axis, 1) for axis in AXES)
         _check_splits(config, fsdp, tensor)
-        order = [mesh.axis_names.index(axis) for axis in AXES if axis in sizes]
-        order += [i for i in range(len(mesh.axis_names)) if i not in order]
-        devices, kv_heads = mesh.devices.transpose(order), config.num_kv_heads
+        kv_heads = config.num_kv_heads
         names, shape = AXES, (data, fsdp, tensor)
         if kv_heads < tensor:
             names, shape = (*AXES, COPIES), (data, fsdp, kv_heads, tensor // kv_heads)
@@ -69,8 +67,7 @@ class Layout:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        auto = Mesh(devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
-        return cls(auto, config.num_heads, kv_heads)
+        return cls(_auto_mesh(mesh, shape, names), config.num_heads, kv_heads)
 
     @property
     def copies(self) -> int:
@@ -137,6 +134,10 @@ class Layout:
         """A pytree of traced arrays with all of them on every device."""
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P()))
 
+    def everywhere(self, tree: Any) -> Any:
+        """A pytree of arrays with all of them on every device, so that each process can read them; all processes must call."""
+        return jax.jit(self.replicated)(tree)
+
     def placed(self, model: Any) -> Any:
         """A model or gate-carrying module with its weights on the mesh, as they come: arrays are moved, shapes get their sharding."""
 
@@ -146,6 +147,22 @@ class Layout:
 
         leaves, structure = weights_of(model)
         return jax.tree.unflatten(structure, [place(path, x) for path, x in leaves])
+
+    def spread(self, model: Any) -> Any:
+        """A `Transformer` that is in memory, spread over the mesh."""
+        spread = self.placed(model)
+        spread.layout = self
+        return spread
+
+
+def _auto_mesh(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], names: tuple[str, ...]) -> Mesh | AbstractMesh:
+    """A mesh with its axes in the order of AXES, the last of which may be two, and all of type Auto."""
+    types = (AxisType.Auto,) * len(names)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(shape, names, axis_types=types)
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
+    order += [i for i in range(len(mesh.axis_names)) if i not in order]
+    return Mesh(mesh.devices.transpose(order).reshape(shape), names, axis_types=types)
 
 
 def place(model: Any, mesh: Mesh) -> Any:
@@ -158,10 +175,7 @@ def place(model: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: see `Layout.of`.
     """
-    layout = Layout.of(mesh, model.config)
-    spread = layout.placed(model)
-    spread.layout = layout
-    return spread
+    return Layout.of(mesh, model.config).spread(model)
 
 
 def weights_of(module: Any) -> tuple[list[tuple[str, Any]], Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from seer_jax.sharding.table import AXES
 
@@ -40,10 +40,40 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     count = math.prod(sizes.values())
     if count > len(every):
         raise ValueError(
-            f"A mesh must fit the {len(every)} devices that JAX has here ({every[0].platform}); got {text!r}, which is "
+            f"A mesh must fit the {len(every)} device{'s' * (len(every) > 1)} that JAX has here ({every[0].platform}); got {text!r}, which is "
             f"{count} devices. Lower a size; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={count} makes as many."
         )
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=every[:count])
+
+
+def make_abstract_mesh(text: str) -> AbstractMesh:
+    """The mesh of `make_mesh`, without devices: for `plan_memory`.
+
+    Args:
+      text: as in `make_mesh`, but no size may be -1.
+
+    Raises:
+      ValueError: the text is none of this.
+
+    >>> make_abstract_mesh("tensor=8").shape
+    OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 8})
+    """
+    return AbstractMesh(tuple(mesh_sizes(text).values()), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Size of each axis of a mesh without devices; raises ValueError as `make_abstract_mesh`."""
+    sizes = _sizes(text)
+    if -1 in sizes.values():
+        raise ValueError(
+            f"A mesh that is planned must have a size for each axis; got {text!r}. Write for example tensor=8."
+        )
+    return sizes
+
+
+def check_mesh(text: str) -> None:
+    """Raises ValueError where a text describes no mesh, whatever devices there are; see `make_mesh`."""
+    _sizes(text)
 
 
 def _sizes(text: str) -> dict[str, int]:

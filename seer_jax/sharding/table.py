@@ -44,6 +44,13 @@ WEIGHTS: dict[str, PartitionSpec] = {
     "q_norm": _WHOLE,
     "k_norm": _WHOLE,
 }
+# Adapters are split as the weight [L, out, in] that they belong to: A [L, r, in] by its inputs, B [L, out, r] by its outputs.
+WEIGHTS |= {
+    path.removesuffix("weight") + name: split
+    for path, spec in WEIGHTS.items()
+    if path.endswith(".weight")
+    for name, split in (("lora.a", P(None, None, *spec[2:])), ("lora.b", P(None, spec[1])))
+}
 GATES = ("prefill_gate.", "decode_gate.")
 # Biases of sums over tensor: one device of it adds them.
 ADDED_ONCE = ("layers.self_attn.o_proj.bias", "layers.mlp.down_proj.bias")

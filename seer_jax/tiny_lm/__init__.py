@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
-NAME = "tiny-lm"  # stands for the model and for its gates wherever a model is named, see `seer_jax.models.hub`
+NAME = "tiny-lm"  # stands for the model and for gates of it, see `seer_jax.models.hub`
+# A folder for each kind; gates.json there records their training and the block scores that they hold.
+GATES = Path(__file__).parent / "gates"
 
 
 def path() -> Path:
     """Folder of the model: a Hugging Face checkpoint, held-out text, words for pass keys and reference figures."""
     return Path(__file__).parent
-
-
-def gates() -> dict[str, Path]:
-    """Folders of its trained gates, "prefill" and "decode"; gates.json beside them records their training and the block scores that they hold."""
-    return {kind: path() / "gates" / kind for kind in ("prefill", "decode")}
 
 
 def eval_text() -> str:

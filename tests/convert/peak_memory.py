@@ -1,6 +1,6 @@
 """Run as a program: loads a model folder and prints how much host memory that took at most, as JSON.
 
-python peak_memory.py warm_up_folder folder dtype [mesh]
+python peak_memory.py warm_up_folder folder dtype [mesh [number port]]; with a number it is one of two processes whose devices make the mesh.
 """
 
 import json
@@ -19,7 +19,11 @@ def status(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def main(warm_up: str, folder: str, dtype: str, mesh: str = "tensor=1") -> None:
+def main(warm_up: str, folder: str, dtype: str, mesh: str = "tensor=1", number: str = "", port: str = "") -> None:
+    if number:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", 2, int(number))
+
     def load(folder: str) -> Transformer:
         return from_pretrained(folder, dtype=jnp.dtype(dtype), mesh=make_mesh(mesh))
 

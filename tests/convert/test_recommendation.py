@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seer_jax import from_pretrained, tiny_lm
+from seer_jax import from_pretrained
 from seer_jax.convert import GateFormat, load_gates, recommended_policy, save_base, save_gates
 from seer_jax.convert.gate_config import policy_from_hf, policy_to_hf
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
 from seer_jax.inference.request import Request
 from seer_jax.models.decoder import Transformer
-from seer_jax.models.hub import read_config
+from seer_jax.models.hub import GATES, named_gates, read_config
 from seer_jax.selection.notation import policy_to_json
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
@@ -190,16 +190,22 @@ def test_it_is_used_where_no_policy_is_named(model: Transformer, tmp_path: Path)
 # ---------------------------------------------------------------------------------------------------- the release's keys
 
 
-@pytest.mark.parametrize(("kind", "lists"), [("prefill", 8), ("decode", 2)])
-def test_the_bundled_gates_recommend_what_calibration_chose(kind: str, lists: int):
-    """A threshold per layer and head; the model card says which share of the blocks they keep."""
-    folder = tiny_lm.gates()[kind]
-    policy, made = load_gates(folder).recommended, read_config(folder)["seer_jax_calibration"]
-    assert isinstance(policy, Threshold)
-    assert np.shape(policy.threshold) == (8, lists) and policy.dense_last_rows == 2
-    assert made["target"] == {"over": 0.01} and "/" not in made["command"]
-    card = (tiny_lm.path() / "README.md").read_text(encoding="utf-8")
-    assert f"at {made['length']} tokens" in card and f"{made['density']:.1%}" in card
+@pytest.mark.parametrize("name", GATES)
+def test_gates_with_a_name_recommend_what_calibration_chose(name: str):
+    """A value per layer and head; the model card says which share of the blocks they keep."""
+    model = GATES[name][0]
+    for kind, folder in named_gates(name).items():
+        hf = read_config(folder)
+        heads = hf["num_attention_heads" if kind == "prefill" else "num_key_value_heads"]
+        policy, made = load_gates(folder).recommended, hf["seer_jax_calibration"]
+        assert isinstance(policy, Threshold | CumulativeMass)
+        assert (
+            np.shape(getattr(policy, policy.value)) == (hf["num_hidden_layers"], heads) and policy.dense_last_rows == 2
+        )
+        assert made["target"] == {"over": 0.01}
+        assert not any(word.startswith("/") for word in made["command"].split())
+        card = (model.GATES.parent / "README.md").read_text(encoding="utf-8")
+        assert f"at {made['length']} tokens" in card and f"{made['density']:.1%}" in card
 
 
 def test_policies_of_the_release(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -121,6 +122,17 @@ def test_links_lead_somewhere(name: str):
     assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_and_paragraphs_are_whole(name: str):
+    """Rows of a table follow each other, and paragraphs begin where sentences do: what a merge that put a line elsewhere breaks."""
+    text = re.sub(r"^```.*?^```$", "", text_of(name), flags=re.MULTILINE | re.DOTALL)
+    blocks = [block.splitlines() for block in re.split(r"\n(?:[ \t]*\n)+", text) if block.strip()]
+    assert [block[0] for block in blocks if len({line.startswith("|") for line in block}) > 1] == []
+    # A sentence may go on after an example.
+    after_prose = [block[0] for before, block in itertools.pairwise(blocks) if not before[0].startswith("    ")]
+    assert [first for first in after_prose if re.match("[a-z]+ [a-z]", first)] == []
+
+
 def test_every_module_is_listed():
     """The files in docs/architecture.md are those that are there; a listed folder stands for its files where none of them is listed."""
     _, *sections = re.split(r"^\*\*`(\w+)/`\*\*", text_of("docs/architecture.md"), flags=re.MULTILINE)
@@ -151,13 +163,11 @@ def examples(name: str) -> list[str]:
 WITH_PYTHON = [name for name in NAMES if examples(name) and name.startswith(("README", "docs/"))]
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("README.md", 1), *(pytest.param(name, len(examples(name)), marks=pytest.mark.slow) for name in WITH_PYTHON)],
-)
-def test_python_examples_run(name: str, count: int, tmp_path: Path):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_python_examples_run(name: str, tmp_path: Path):
     """One after the other, as a reader would type them; README's leave no file behind. Its second one trains."""
-    run_examples(name, slice(count), tmp_path)
+    run_examples(name, slice(None), tmp_path)
     assert name != "README.md" or not list(tmp_path.iterdir()), "the examples leave files behind"
 
 

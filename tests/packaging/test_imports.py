@@ -17,10 +17,11 @@ from tests.packaging.imports import below, circle, graph, imports
 # A module may import from its own package and from those before it.
 ORDER = ["pallas_kernels", "seer_jax", "seer_jax.convert", "seer_jax.train", "seer_jax.commands"]
 # These lead to the packages after the library's own, and only from inside functions: loading a model reads its files; the benchmark of
-# training and the study of gates train.
+# training, the study of gates and the extension of contexts train.
 MAY_LEAD_FURTHER = {
     "seer_jax.models.pretrained": "seer_jax.convert",
     "seer_jax.bench.training": "seer_jax.train",
+    "seer_jax.smollm2.extension.training": "seer_jax.train",
     "seer_jax.smollm2.study.training": "seer_jax.train",
 }
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "jaxtyping", "pallas_kernels"}

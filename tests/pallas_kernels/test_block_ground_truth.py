@@ -55,12 +55,19 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
     assert_lowers_for_cuda(attention_with_block_scores, case)
 
 
+@pytest.mark.parametrize("block_size", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_mosaic_gpu_lowers_for_a_million_tokens(block_size: int):
+    case = Case("million", Heads(2, 1, 128), 2**20, num_queries=8192, block_size=block_size, token_scores=True)
+    assert_lowers_for_cuda(attention_with_block_scores, case)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"dtype": "float32"}, "takes bfloat16 and float16; got float32"),
         ({"heads": Heads(2, 1, 32)}, "takes head dims 64 and 128; got 32"),
         ({"block_size": 32}, "takes blocks of 64 and 128 tokens; got 32"),
+        ({"length": 2**20 + 64, "num_queries": 64}, "takes at most 16384 key blocks; got 16385"),
     ],
 )
 def test_mosaic_gpu_leaves_the_rest_to_xla(changes: dict[str, Any], message: str):

@@ -13,6 +13,9 @@ from pallas_kernels import BlockIndices, block_sparse_attention
 from pallas_kernels.backends import Implementation
 from pallas_kernels.block_sparse_attention import mosaic_gpu
 from pallas_kernels.block_sparse_attention.cases import REAL, Case
+from pallas_kernels.block_sparse_attention.gradients import key_gradients, transposed
+from pallas_kernels.block_sparse_attention.gradients.mosaic_gpu import key_order
+from pallas_kernels.block_sparse_attention.gradients.transposed import listed_by
 from pallas_kernels.cases import Heads
 from pallas_kernels.sparse_rows import Tiling
 from tests.pallas_kernels.suites import block_sparse_attention as suite
@@ -24,6 +27,7 @@ from tests.pallas_kernels.suites.comparison import (
     memory,
     shapes,
     slow_but,
+    with_fillers,
 )
 
 
@@ -60,9 +64,74 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
 
 
 @pytest.mark.parametrize("settings", [{}, {"density": 1.0}, {"lists": 1}, {"block_size": 128}], ids=str)
-def test_each_kernel_lowers_for_cuda_with_padding(settings: dict[str, Any]):
+@pytest.mark.parametrize("cached", [False, True], ids=["padded", "cached"])
+def test_each_kernel_lowers_for_cuda_with_padding(settings: dict[str, Any], cached: bool):
     case = Case("padded", Heads(2, 1, 64), 520, batch=2, lengths=(520, 301), **settings)
-    assert_lowers_for_cuda(block_sparse_attention, case, density=case.density)
+    rows = {"cache_rows": jnp.asarray([1, 0])} if cached else {}
+    assert_lowers_for_cuda(block_sparse_attention, case, density=case.density, **rows)
+
+
+@pytest.mark.parametrize(
+    "case", slow_but(REAL, "llama-3.1-8b-32k", "llama-3.1-8b-8k-ragged-batch"), ids=lambda case: case.name
+)
+def test_gradients_lower_for_cuda(case: Case):
+    assert_lowers_for_cuda(gradients, case, density=case.density)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lists": 1}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({}, {"block_size": 128}))], ids=str
+)
+def test_gradients_lower_for_cuda_with_padding(settings: dict[str, Any]):
+    case = Case("padded", Heads(2, 1, 64), 523, batch=2, lengths=(520, 301), dtype="float16", **settings)
+    assert_lowers_for_cuda(gradients, case)
+
+
+def gradients(q: jax.Array, k: jax.Array, v: jax.Array, **rest: Any) -> Any:
+    """Of the sum of the outputs, in q, k and v."""
+
+    def loss(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        q, k, v = qkv
+        out = block_sparse_attention(q, k, v, **rest)
+        assert isinstance(out, jax.Array)
+        return out.astype("float32").sum()
+
+    return jax.grad(loss)((q, k, v))
+
+
+@pytest.mark.parametrize(("repeat", "num_rows", "num_blocks"), [(1, 5, 3), (1, 40, 7), (2, 33, 40)])
+def test_transposed_lists(repeat: int, num_rows: int, num_blocks: int):
+    """Bits from the most significant one of each word on; rows that do not count are not there."""
+    mask = jax.random.bernoulli(KEY, 0.4, (2, 3, num_rows, num_blocks))
+    rows = jnp.arange(num_rows)[None] < jnp.asarray([[num_rows], [num_rows - 2]])
+    blocks = with_fillers(BlockIndices.from_mask(mask, block_size=64), -7)
+    words = np.asarray(listed_by(blocks, rows, num_key_blocks=num_blocks, repeat=repeat)).view(np.uint32)
+    assert words.shape == (2, 3, num_blocks, -(-num_rows * repeat // 32))
+    bits = (words[..., None] >> np.arange(31, -1, -1, dtype=np.uint32)) & 1
+    bits = bits.reshape(*words.shape[:3], -1)
+    truth = np.asarray(mask & rows[:, None, :, None]).repeat(repeat, axis=2).swapaxes(2, 3)
+    np.testing.assert_array_equal(bits[..., : num_rows * repeat], truth)
+    assert not bits[..., num_rows * repeat :].any()
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("settings", [{}, {"lists": 1}], ids=str)
+def test_columns_of_several_words(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """As those of long sequences, but of two bits each; some words are empty."""
+    for module in (transposed, key_gradients):
+        monkeypatch.setattr(module, "WORD", 2)
+    case = Case("words", Heads(3, 1, 64), 450, density=0.3, **settings)
+    jax.clear_caches()  # of programs with whole words
+    suite.compare_gradients(case, "mosaic_gpu")
+    jax.clear_caches()
+
+
+def test_long_columns_start_first():
+    """Those of attention sinks; all others in the order of their heads."""
+    counts = jnp.asarray([[[900, 20, 10, 5], [12, 800, 10, 4]]] * 2)
+    order = key_order(counts.at[1].set(9))
+    assert order.tolist() == [0, 5, 1, 2, 3, 4, 6, 7, *range(8, 16)]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +263,9 @@ def zeros(*shape: int, dtype: str = "float32") -> jax.Array:
         ({"query_offset": 0.5}, r"query_offset must hold integers; got float32"),
         ({"query_offset": jnp.zeros(3, int)}, r"query_offset must have shape \[B\] = \(2,\); got \(3,\)"),
         ({"lengths": jnp.ones(2)}, r"lengths must hold integers; got float32"),
+        ({"cache_rows": jnp.zeros(3, int)}, r"cache_rows must have shape \[B\] = \(2,\); got \(3,\)"),
+        ({"cache_rows": jnp.array([0, 2])}, r"cache_rows must lie in \[0, 1\], the rows of k and v; got 2"),
+        ({"cache_rows": jnp.array([-1, 0])}, r"cache_rows must lie in \[0, 1\], the rows of k and v; got -1"),
         ({"lengths": jnp.ones((1, 2), int)}, r"lengths must have shape \[B\] = \(2,\); got \(1, 2\)"),
         ({"skip_threshold": 1.5}, r"skip_threshold must lie in \[0, 1\]; got 1.5"),
         ({"skip_threshold": float("nan")}, r"skip_threshold must lie in \[0, 1\]; got nan"),
@@ -216,16 +288,17 @@ def test_refuses(changes: dict[str, Any], message: str):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_skipping_has_no_gradients(implementation: Implementation):
+@pytest.mark.parametrize(("setting", "value"), [("skip_threshold", 0.1), ("cache_rows", jnp.zeros(1, jnp.int32))])
+def test_settings_without_gradients(setting: str, value: Any, implementation: Implementation):
     arguments = suite.named("own-lists").arguments(KEY)
 
     def loss(q: jax.Array) -> Any:
-        changed: dict[str, Any] = arguments | {"q": q}
-        out = block_sparse_attention(**changed, skip_threshold=0.1, implementation=implementation)
+        changed: dict[str, Any] = arguments | {"q": q, setting: value}
+        out = block_sparse_attention(**changed, implementation=implementation)
         assert isinstance(out, jax.Array)
         return out.sum()
 
-    with pytest.raises(NotImplementedError, match=r"skip_threshold has no gradients\. Use skip_threshold=None"):
+    with pytest.raises(NotImplementedError, match=rf"{setting} has no gradients\. Use {setting}=None"):
         jax.grad(loss)(arguments["q"])
 
 

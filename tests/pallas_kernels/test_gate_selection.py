@@ -2,17 +2,20 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import select_blocks
 from pallas_kernels.devices import assume_hopper
+from pallas_kernels.gate_selection import mosaic_gpu
 from pallas_kernels.gate_selection.cases import REAL, TINY, Case
 from tests.pallas_kernels.suites import gate_selection as suite
-from tests.pallas_kernels.suites.comparison import assert_lowers_for_cuda, shapes, slow_but
+from tests.pallas_kernels.suites.comparison import assert_lowers_for_cuda, assert_same_lists, shapes, slow_but
 
 
 class TestReference(suite.Definition):
@@ -41,6 +44,60 @@ class TestMosaicGpuInterpreted(suite.Conformance):
     @pytest.mark.parametrize("case", slow_but(TINY, *OF_EACH_RULE), ids=lambda case: case.name)
     def test_follows_the_rule(self, case: Case):
         super().test_follows_the_rule(case)
+
+
+@pytest.fixture(scope="class")
+def quartered(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All rows are quartered, as if a warp's registers held none."""
+    with pytest.MonkeyPatch.context() as patch:
+        jax.clear_caches()  # of programs whose rows are not
+        patch.setattr(mosaic_gpu, "WARP_KEY_BLOCKS", 0)
+        yield
+        jax.clear_caches()
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("quartered", "interpreted")
+class TestMosaicGpuQuartersInterpreted(suite.Conformance):
+    """The kernel for rows that are too long for a warp, on short ones."""
+
+    implementation = "mosaic_gpu"
+
+
+def quartered_call(monkeypatch: pytest.MonkeyPatch, columns: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Rows with ties over all quarters, of a length of their own, with kept blocks that exceed a cap in one of them; and their logits."""
+    monkeypatch.setattr(mosaic_gpu, "WARP_KEY_BLOCKS", 0)
+    rng = np.random.default_rng(0)
+    logits = np.round(2 * rng.normal(size=(2, columns))).astype(np.float32)
+    keep = rng.random((2, columns)) < np.array([[0.01], [0.2]])
+    visible = np.array([[columns], [columns // 2 + 3]])
+    return dict(keep=jnp.asarray(keep), visible=jnp.asarray(visible), block_size=64, max_blocks=20), logits
+
+
+@pytest.mark.cpu
+@pytest.mark.usefixtures("interpreted")
+def test_quarters_of_a_row_choose_together(monkeypatch: pytest.MonkeyPatch):
+    arguments, logits = quartered_call(monkeypatch, 301)
+    got, truth = (
+        select_blocks(jnp.asarray(logits), **arguments, implementation=of) for of in ("mosaic_gpu", "reference")
+    )
+    assert_same_lists(got, truth)
+
+
+def test_quarters_lower_for_cuda(monkeypatch: pytest.MonkeyPatch):
+    arguments, logits = quartered_call(monkeypatch, 302)
+
+    def program(x: jax.Array) -> jax.Array:
+        return select_blocks(x, **arguments, implementation="mosaic_gpu").indices
+
+    with assume_hopper():
+        assert "mosaic_gpu" in jax.jit(program).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.slow
+def test_rows_of_a_million_tokens_lower_for_cuda():
+    assert_lowers_for_cuda(select_blocks, Case("1m-threshold", (1, 2, 8, 16384), threshold=5e-4))
 
 
 # The largest take as long as all the others together.
@@ -90,9 +147,31 @@ def test_mosaic_gpu_under_vmap_runs_once_for_all_lists():
 
 def test_mosaic_gpu_leaves_longer_rows_to_xla():
     with assume_hopper():
-        with pytest.raises(NotImplementedError, match="takes rows of at most 4096 key blocks; got 4097"):
-            select_blocks(jnp.zeros((1, 4097)), block_size=64, implementation="mosaic_gpu")
-        assert select_blocks(jnp.zeros((1, 4097)), block_size=64).counts[0] == 4097
+        with pytest.raises(NotImplementedError, match="takes rows of at most 16384 key blocks; got 16385"):
+            select_blocks(jnp.zeros((1, 16385)), block_size=64, implementation="mosaic_gpu")
+        assert select_blocks(jnp.zeros((1, 16385)), block_size=64).counts[0] == 16385
+
+
+@pytest.mark.parametrize("rule", ["top_k", "max_blocks"])
+def test_long_rows_need_no_sort(rule: str):
+    """Of either sign, zeros of both, ties, NaN, and rows with fewer candidates than are asked for."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 4160)).astype(np.float32)
+    logits[1] = np.round(logits[1])  # many ties
+    logits[2] = np.abs(logits[2])
+    logits[3, 30:] = -np.inf
+    logits[4] = np.where(rng.random(4160) < 0.5, 0.0, -0.0)
+    logits[5, ::3] = np.nan
+    number, keep = np.array([[1], [700], [4160], [40], [90], [5000]], np.int32), rng.random((6, 4160)) < 0.01
+    for more in ({}, {"keep": jnp.asarray(keep)}):
+        settings: dict[str, Any] = {rule: jnp.asarray(number), **more}
+        got, truth = (
+            select_blocks(jnp.asarray(logits), block_size=64, implementation=of, **settings).to_mask(4160)
+            for of in ("xla", "reference")
+        )
+        np.testing.assert_array_equal(got, truth)
+    program = jax.jit(lambda x, n: select_blocks(x, block_size=64, top_k=n, implementation="xla")).lower(logits, number)
+    assert "sort" not in program.as_text().replace("indices_are_sorted", "")
 
 
 @pytest.mark.parametrize("case", REAL, ids=lambda case: case.name)

@@ -103,6 +103,7 @@ def test_xla_never_copies_the_cache():
             {"cache_rows": jnp.zeros(3, int)},
             r"cache_rows must have shape \[B\] = \(2,\); got \(3,\)",
         ),
+        ({"cache_rows": jnp.array([0, 2])}, r"cache_rows must lie in \[0, 1\], the rows of k and v; got 2"),
         (
             {"cache_rows": jnp.zeros(2, int), "q": np.ones((2, 4, 32), np.float32)},
             r"q and k must agree in D; got q \(2, 4, 32\) and k \(2, 40, 2, 64\)",

@@ -38,6 +38,19 @@ class TestXla(suite.Conformance):
         arguments = FLOAT32_DECODE.arguments(KEY)
         suite.assert_accurate(self.run(**arguments), arguments, self.error)
 
+    @pytest.mark.parametrize("of_keys", [None, 0], ids=["keys of all", "keys of each"])
+    def test_tokens_mapped(self, of_keys: int | None):
+        """A window's tokens under `jax.vmap`, as evaluation scores them, whether they share their keys or not."""
+        arguments = FLOAT32_DECODE.arguments(KEY)
+        many = {name: jnp.stack([x, 2 * x]) for name, x in arguments.items() if name in ("queries", "keys")}
+        keys = arguments["keys"] if of_keys is None else many["keys"]
+        run = functools.partial(self.run, **{name: x for name, x in arguments.items() if name not in many})
+        scores = jax.vmap(lambda q, k: run(queries=q, keys=k), (0, of_keys))(many["queries"], keys)
+        for queries, own, found in zip(
+            many["queries"], jnp.broadcast_to(keys, many["keys"].shape), scores, strict=True
+        ):
+            suite.assert_accurate(found, arguments | {"queries": queries, "keys": own}, self.error)
+
     def test_chunks_of_rows(self, monkeypatch: pytest.MonkeyPatch):
         """Three chunks of five rows for 14 rows, the last of which has two query vectors."""
         monkeypatch.setattr(xla, "ELEMENTS", 2 * 4 * 57 * 5)

@@ -43,7 +43,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "score_blocks": dict(queries=Q, keys=K),
     "score_sub_blocks": dict(queries=Q, keys=K, seen=ONES),
     "select_blocks": dict(logits=Q, keep=None, visible=None),
-    "sparse_decode_attention": dict(q=X, k=K, v=K, lengths=ONES, cache_rows=ONES),
+    "sparse_decode_attention": dict(q=X, k=K, v=K, lengths=ONES, cache_rows=0 * ONES),
     "stacked_linear": dict(x=X[0]),
 }
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from seer_jax.models.hub import resolve_gate, resolve_gates
 
 GATE = {"config.json": {"base_model": "some/base", "seerattn_gate_type": "Qavg_Kmax"}, "attn_gate_weights.pth": None}
 BASE = {"config.json": {"model_type": "llama"}, "model.safetensors": None, "tokenizer.json": {}}
+ADAPTER = {"adapter_config.json": {"peft_type": "LORA"}, "config.json": {"model_type": "llama"}}
 RUN = {"config.json": {"model": "some/base", "optimizer": {}, "sequence_length": 64}, "metrics.jsonl": None}
 
 
@@ -25,6 +26,9 @@ FOLDERS = {
     "run": RUN,
     "finished": RUN | in_folder("prefill_gate", GATE) | in_folder("decode_gate", GATE),
     "half": RUN | in_folder("decode_gate", GATE),
+    "adapter": ADAPTER,
+    "tuned": RUN | in_folder("model", BASE) | in_folder("adapter", ADAPTER),
+    "adapting": RUN | in_folder("adapter", ADAPTER | {"adapter_config.json": {"base_model_name_or_path": "x/y"}}),
     "other": {f"{letter}.txt": None for letter in "abcdefg"},
     "damaged": {"config.json": "["},
     "empty": {},
@@ -49,6 +53,8 @@ CONTENTS = [
     ("run", "a training run without gates so far"),
     ("finished", "a training run with gates in prefill_gate and decode_gate"),
     ("half", "a training run with gates in decode_gate"),
+    ("adapter", "a LoRA adapter"),
+    ("tuned", "a training run with a model in model"),
     ("other", "a.txt, b.txt, c.txt, d.txt, e.txt and more"),
     ("damaged", "config.json"),
     ("empty", "nothing"),
@@ -69,6 +75,10 @@ def test_contents_are_named(name: str, text: str, folders: Path):
             "finished",
             r"got a training run with gates in prefill_gate and decode_gate\. Give model=some/base and gates=.*",
         ),
+        ("adapter", r"must hold a base model; got a LoRA adapter\. Give model=\.\.\. and adapter=.*/adapter\.$"),
+        ("tuned/adapter", r"must hold a base model; got a LoRA adapter\. Give model=.*/tuned/model\.$"),
+        ("adapting", r"got a training run without gates so far\. Give model=x/y and adapter=.*/adapting\.$"),
+        ("tuned", r"must hold a base model; got a training run with a model in model\. Give model=.*/tuned/model\.$"),
         *((name, None) for name in ("base", "both", "other", "damaged", "empty")),
     ],
 )

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from seer_jax.convert import load_base, load_gates, recommended_policy
 from seer_jax.models.attention import decode_attention, prefill_attention
 from seer_jax.models.cache import Cache
-from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.stack import LayerContext
 from seer_jax.models.rope import rotate
 from seer_jax.selection.context import DecodeContext
 from seer_jax.selection.policies import Dense, Given, Policy

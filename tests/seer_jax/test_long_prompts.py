@@ -107,7 +107,7 @@ def test_each_token_is_updated_once(batch: int, tokens: int, monkeypatch: pytest
     np.testing.assert_array_equal(layers.update_tokens(lambda x, y: 2 * x + y, x, x + 1), 3 * x + 1)
 
 
-@pytest.mark.parametrize("policy", [Dense(), TopK(0.3)], ids=str)
+@pytest.mark.parametrize("policy", [pytest.param(Dense(), marks=pytest.mark.slow), TopK(0.3)], ids=str)
 def test_chunks_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch):
     model, ids = tiny_model(), random_tokens(3, 70)
 

@@ -18,6 +18,7 @@ from seer_jax import tiny_lm
 from seer_jax.commands import demo
 from seer_jax.commands import main as cli
 from seer_jax.folder_lock import locked
+from seer_jax.models.hub import named_gates
 from seer_jax.outputs import check_output_file, check_output_folder, check_plot_file, write_json, write_text
 
 PLACES = [
@@ -99,19 +100,21 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path):
         write_json(tmp_path / "nan.json", float("nan"))
 
 
-BASE, GATE = str(tiny_lm.path()), str(tiny_lm.gates()["prefill"])
+BASE, GATE = str(tiny_lm.path()), str(named_gates("tiny-lm-release")["prefill"])
 # A command, what begins its work, and its outputs.
 COMMANDS = [
     (["demo"], "seer_jax.commands.demo:from_pretrained", ["--output"]),
     (["eval"], "seer_jax.commands.eval:from_pretrained", ["--output"]),
     (["calibrate", "--gates", "tiny-lm"], "seer_jax.commands.calibrate:from_pretrained", ["--output"]),
-    (["generate", "--prompt", "x"], "seer_jax.commands.generate:from_pretrained", ["--report"]),
+    (["generate", "--prompt", "x"], "seer_jax.commands.text.generation:from_pretrained", ["--report"]),
     (["bench", "prefill"], "seer_jax.bench.prefill:measure_prefill", ["--output", "--plot"]),
     (["bench", "decode"], "seer_jax.bench.decode:measure_decode", ["--output", "--plot"]),
     (["bench", "ground-truth"], "seer_jax.bench.ground_truth:measure_ground_truth", ["--output", "--plot"]),
     (["bench", "train"], "seer_jax.bench.training:measure_training", ["--output", "--plot"]),
+    (["bench", "serving"], "seer_jax.bench.serving.measure:measure_serving", ["--output"]),
     (["convert", "--gates", GATE], "seer_jax.commands.convert:load_gates", ["--output"]),
     (["train", "--model", BASE, "--data.paths", BASE], "seer_jax.train.api:_load_model", ["--output"]),
+    (["finetune", "--model", BASE, "--data.paths", BASE], "seer_jax.train.api:_load_model", ["--output"]),
 ]
 CASES = [(words, work, option) for words, work, options in COMMANDS for option in options]
 
@@ -159,11 +162,12 @@ RUNS = [
     ),
     (["calibrate", "--gates", "tiny-lm", *SMALL, "--held-out-windows", "0"], "seer_jax.commands.calibrate:_calibrate"),
     (["train", "--model", BASE, "--data.paths", BASE], "seer_jax.train.api:_load_model"),
+    (["finetune", "--model", BASE, "--data.paths", BASE], "seer_jax.train.api:_load_model"),
 ]
 
 
 @pytest.mark.usefixtures("unchecked")  # plans are made of shapes, which stand for arrays
-@pytest.mark.parametrize(("words", "work"), RUNS, ids=["demo", "eval", "eval tasks", "calibrate", "train"])
+@pytest.mark.parametrize(("words", "work"), RUNS, ids=["demo", "eval", "eval tasks", "calibrate", "train", "finetune"])
 def test_a_folder_that_another_run_is_using_is_refused_before_the_work(
     words: list[str], work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

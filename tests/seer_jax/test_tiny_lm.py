@@ -76,8 +76,7 @@ def test_the_text_is_tokenised_as_it_was(text: np.ndarray):
 
 
 @pytest.mark.slow  # the whole text, as it was measured
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("length", [1024, 4096, 8192])
+@pytest.mark.parametrize("length", [1024, *(pytest.param(n, marks=pytest.mark.gpu) for n in (4096, 8192))])
 def test_perplexity_to_four_digits(model: Transformer, text: np.ndarray, length: int):
     expected = next(row for row in REFERENCE["perplexity"]["dense"] if row["length"] == length)
     windows = text_windows(text, length)

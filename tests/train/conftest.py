@@ -9,7 +9,7 @@ from tests.train.runs import run_to
 
 @pytest.fixture(scope="module", autouse=True)
 def products(exact_products: None) -> None:
-    """As a user asks for them who compares models."""
+    """As a user who compares models asks for them."""
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,13 @@ from flax import nnx
 
 from pallas_kernels import attention_with_block_scores
 from seer_jax.gates.configs import TrainedGates
-from seer_jax.train import distillation
-from seer_jax.train.config import OptimizerConfig, TargetStatistic
+from seer_jax.models.decoder import Transformer
+from seer_jax.train import distillation, loss
+from seer_jax.train.config import FinetuneConfig, OptimizerConfig, TargetStatistic
 from seer_jax.train.data.batches import Batch
 from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.data.store import TokenStore
-from seer_jax.train.distillation import RowWeights, distillation_pass
+from seer_jax.train.distillation import PassReport, RowWeights, distillation_pass, prefill
 from seer_jax.train.loss import decode_rows, prefill_rows, recall_stride, row_weights
 from seer_jax.train.optimizer import make_optimizer, make_schedule
 from seer_jax.train.step import make_step
@@ -44,7 +46,7 @@ def weigh(batch: Batch) -> RowWeights:
     return RowWeights(prefill, row_weights(decode_rows(*place, block_size=BLOCK, skip=0.5)))
 
 
-run = jax.jit(distillation_pass, static_argnames=("statistic", "recall_density"))
+run = jax.jit(distillation_pass, static_argnames=("statistic", "decode_stride", "recall_density"))
 
 
 def in_first_row(row: Sequence[np.ndarray]) -> Batch:
@@ -76,6 +78,7 @@ def test_packed_sequences_learn_as_they_would_alone():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), together, total)
 
 
+@pytest.mark.slow
 def test_one_gate_or_both_from_one_pass():
     batch = make_batch(make_rows(2))
     both = run(model_with_gates(), batch, weigh(batch))
@@ -95,7 +98,7 @@ def test_both_gates_learn_the_target_that_the_settings_name(monkeypatch: pytest.
         asked.append((statistic, settings.get("token_scores", False), settings["block_scores"]))
         return attention_with_block_scores(*arguments, statistic=statistic, **settings)
 
-    monkeypatch.setattr(distillation, "attention_with_block_scores", record)
+    monkeypatch.setattr(prefill, "attention_with_block_scores", record)
     for kind in (TrainedGates.BOTH, TrainedGates.PREFILL):
         task, trained, frozen = Distillation.start(model_with_gates(), distill_config(kind=kind, target=target))
         batch = make_batch(make_rows(2))
@@ -128,6 +131,19 @@ def test_chunks_of_queries_have_the_gradients_of_the_whole(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+def test_a_stride_leaves_out_tokens_without_weight(monkeypatch: pytest.MonkeyPatch):
+    batch = make_batch(make_rows(2))
+    weights = weigh(batch)
+    assert weights.decode is not None
+    weights = weights._replace(decode=jnp.where(jnp.arange(LENGTH) % 4 == 0, weights.decode, 0))
+    whole = run(model_with_gates(), batch, weights)
+    for size in (2 * LENGTH, 6 * BLOCK):  # the last of three chunks of three blocks reaches back
+        monkeypatch.setattr(distillation, "QUERIES_AT_ONCE", size)
+        strided = jax.jit(lambda *x: distillation_pass(*x, decode_stride=4))(model_with_gates(), batch, weights)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), strided, whole)
+
+
+@pytest.mark.slow
 def test_memory_for_decode_gates_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch):
     task, trained, frozen = Distillation.start(make_model(gates=(DECODE,)), distill_config(kind=TrainedGates.DECODE))
     length = 512 * BLOCK
@@ -141,6 +157,44 @@ def test_memory_for_decode_gates_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPa
         scratch.append(memory.temp_size_in_bytes)
     targets = CONFIG.num_kv_heads * length * (length // BLOCK) * 4  # of one layer
     assert scratch[0] > 2 * targets and scratch[1] < targets
+
+
+@pytest.mark.parametrize("kinds", [("prefill",), pytest.param(("prefill", "decode"), marks=pytest.mark.slow)], ids=str)
+def test_block_rows_in_chunks_are_all_rows(kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    """With several sequences and padding, chunks that overlap, and recall of rows that chunks do not begin with."""
+    tokens = make_rows(2)
+    ids = np.where(np.arange(LENGTH) < 3 * BLOCK, 1, 2) * np.ones((2, 1), int)
+    ids[1, -BLOCK - 3 :] = 0
+    positions = np.where(ids == 2, np.arange(LENGTH) - 3 * BLOCK, np.arange(LENGTH))
+    batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, ids, positions)))
+    weights = {kind: x if kind in kinds else None for kind, x in weigh(batch)._asdict().items()}
+    monkeypatch.setattr(loss, "RECALL_ROWS", 3)
+
+    def report() -> PassReport:
+        return jax.jit(lambda *x: distillation_pass(*x))(model_with_gates(), batch, RowWeights(**weights))
+
+    whole = report()
+    monkeypatch.setattr(prefill, "SCORES_AT_ONCE", 3 * LENGTH // BLOCK)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), report(), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_memory_for_prefill_gates_is_that_of_a_chunk():
+    """Twice the tokens take twice the scratch, not four times: at 256k and 512k tokens, with many heads on a narrow model."""
+    config = dataclasses.replace(
+        CONFIG, hidden_size=32, intermediate_size=64, num_heads=16, num_kv_heads=1, head_dim=16
+    )
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)).add_gate(PREFILL, rngs=nnx.Rngs(0)))
+    scratch = []
+    for blocks in (4096, 8192):
+        rows: Any = jax.ShapeDtypeStruct((1, blocks * BLOCK), jnp.int32)
+        weight: Any = jax.ShapeDtypeStruct((1, blocks), jnp.float32)
+        lowered = jax.jit(distillation_pass).lower(model, Batch(rows, rows, rows), RowWeights(weight, None))
+        plan: Any = lowered.compile().memory_analysis()
+        scratch.append(plan.temp_size_in_bytes)
+    assert scratch[1] < 2.2 * scratch[0]
+    assert scratch[1] < config.num_heads * 8192**2 * 4 / 2  # targets of one layer
 
 
 def test_decode_gates_learn_from_whole_blocks():
@@ -282,6 +336,19 @@ def first_step(config: OptimizerConfig, weight: float, gradient: list[float]) ->
     optimizer, weights = make_optimizer(config, 10), jnp.full(len(gradient), weight, jnp.float32)
     updates, _ = optimizer.update(jnp.array(gradient, jnp.float32), optimizer.init(weights), weights)
     return np.asarray(optax.apply_updates(weights, updates))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gate_has_its_own_learning_rate(clip: float | None):
+    """Weight decay, by the same rate, included."""
+    rates = OptimizerConfig(learning_rate=0.01, warmup_steps=0, clip_norm=clip, weight_decay=0.1)
+    config = FinetuneConfig(optimizer=rates, initial_gates=("gate",), gate_learning_rate=0.5)
+    optimizer = make_optimizer(config.optimizer, 10, gate_scale=config.gate_scale)
+    weights = {name: {"weight": jnp.full(2, 3.0)} for name in ("layers", "prefill_gate")}
+    gradients = jax.tree.map(jnp.ones_like, weights)
+    updates: Any = optimizer.update(gradients, optimizer.init(weights), weights)[0]
+    for name, rate in (("layers", 0.01), ("prefill_gate", 0.5)):
+        np.testing.assert_allclose(updates[name]["weight"], -rate * (1 + 0.1 * 3), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("clip", "norm"), [(None, 50), (1.0, 1), (70.0, 50)])

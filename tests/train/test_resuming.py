@@ -21,8 +21,8 @@ from seer_jax.convert import load_gates
 from seer_jax.folder_lock import locked
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.inference.memory import DeviceMemory
-from seer_jax.train import DistillConfig, distill
-from seer_jax.train.config import TargetStatistic, renewed
+from seer_jax.train import DistillConfig, FinetuneConfig, distill
+from seer_jax.train.config import TargetStatistic, TrainConfig, renewed
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.loop.resuming import check_resumed
 from seer_jax.train.optimizer import make_schedule
@@ -77,6 +77,19 @@ def test_checkpoints_of_another_run_are_refused(undisturbed, changes, message):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("kinds", "foreign"),
+    [((FinetuneConfig, DistillConfig), "kind, .*prefill"), ((DistillConfig, FinetuneConfig), "yarn_factor, lora")],
+)
+def test_a_folder_belongs_to_one_kind_of_training(kinds: tuple[type[TrainConfig], type[TrainConfig]], foreign: str):
+    ours, theirs = kinds
+    found = {"config": renewed(theirs().defining(), ours)}
+    with pytest.raises(
+        ValueError, match=rf"that in runs/x is another kind of training, .* lacks: {foreign}.*\. Give another `output`"
+    ):
+        check_resumed({"config": ours().defining()}, found, step=1, folder=Path("runs/x"))
+
+
 def test_settings_of_earlier_versions_go_on(undisturbed):
     """Their names have changed, and some are new since."""
     ours = RUN.defining()
@@ -104,6 +117,7 @@ def finished(undisturbed, tmp_path):
     return Path(shutil.copytree(undisturbed[0], tmp_path / "finished"))
 
 
+@pytest.mark.slow
 def test_a_run_is_extended(finished, undisturbed, capsys):
     result = run_to(finished, steps=14, progress=None)
     assert result.step == 14 and [line["step"] for line in lines(finished)] == list(range(1, 15))
@@ -151,7 +165,13 @@ DAMAGES = {
 
 # Orbax leaves coroutines behind where an array cannot be read; they are collected within the test that meets them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(name, marks=() if "flipped" in name or "broken file" in name else pytest.mark.slow)
+        for name in DAMAGES
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(finished, undisturbed, capsys, damage):
     change, reason = DAMAGES[damage]
     change(finished / "checkpoints" / "10")

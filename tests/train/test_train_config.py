@@ -17,7 +17,7 @@ import tyro
 
 from seer_jax.gates.configs import DecodeGateConfig, Pool, PrefillGateConfig, QueryReduction
 from seer_jax.models.config import DType
-from seer_jax.train import DistillConfig, FinetuneConfig, OptimizerConfig, Packing, TrainedGates
+from seer_jax.train import DistillConfig, FinetuneConfig, LoraConfig, OptimizerConfig, Packing, TrainedGates
 from seer_jax.train.config import TrainConfig, absolute, from_dict, load_config, to_dict
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.sources import SourceConfig
@@ -57,6 +57,11 @@ WRONG = [
     (lambda: DataConfig(min_length=0), r"DataConfig\.min_length must be at least 1; got 0"),
     (lambda: TrainConfig(seed=-1), r"TrainConfig.seed must be an integer of at least 0; got -1"),
     (lambda: DistillConfig(prefill_skip=1.0), r"prefill_skip must be a share in \[0, 1\) .* got 1.0"),
+    (
+        lambda: DistillConfig(decode_stride=3),
+        r"decode_stride must divide the decode gate's block size 64; got 3\. Use a power of two",
+    ),
+    (lambda: DistillConfig(decode_stride=0), r"decode_stride must be at least 1; got 0"),
     (lambda: DistillConfig(decode_skip=-0.1), r"decode_skip must be a share in \[0, 1\) .* got -0.1"),
     (lambda: DistillConfig(recall_density=0.0), r"recall_density must be a share in \(0, 1\]; got 0.0"),
     (
@@ -102,6 +107,7 @@ WRONG_VALUES = {
 CONFIGS = [
     DistillConfig,
     FinetuneConfig,
+    LoraConfig,
     OptimizerConfig,
     DataConfig,
     SourceConfig,

@@ -29,8 +29,8 @@ from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.data.store import TokenStore
 from seer_jax.train.loop.metrics import MetricsLog, read_metrics
-from seer_jax.train.loop.run import StopSignals
 from seer_jax.train.loop.session import open_session
+from seer_jax.train.loop.stopping import StopSignals
 from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
 from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
 
@@ -51,7 +51,8 @@ FINER = {
 }
 
 
-@pytest.mark.parametrize("name", ["small pools", pytest.param("largest share", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small pools", "largest share"])
 def test_gates_that_see_inside_blocks_learn_and_are_saved(name: str, tmp_path: Path):
     prefill, decode = FINER[name]
     config = distill_config(prefill=prefill, decode=decode, output=str(tmp_path / "run"), log_interval=1)
@@ -94,6 +95,7 @@ def test_finished_run_has_nothing_left_to_do(undisturbed):
     np.testing.assert_array_equal(keys_of(load_gates(folder / "decode_gate")), keys_of(result.model.decode_gate))
 
 
+@pytest.mark.slow
 def test_trained_gates_are_written_and_no_others(undisturbed, tmp_path):
     folder, result = undisturbed
     assert result.gates == (folder / "decode_gate",)
@@ -220,6 +222,7 @@ def test_without_output_nothing_is_written(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_settings_that_change_no_number_may_change(undisturbed, tmp_path):
     run_to(tmp_path, progress=ignore, checkpoint_interval=3, keep_checkpoints=5, log_interval=1)
     assert lines(tmp_path) == lines(undisturbed[0])
@@ -271,6 +274,7 @@ def test_rows_packed_for_smaller_blocks_are_refused():
         distill(RUN, model=make_model(), dataset=data, progress=ignore)
 
 
+@pytest.mark.slow
 def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch, capsys):
     class Letters:
         fingerprint = "letters"
@@ -300,6 +304,7 @@ def test_text_from_files_and_the_token_cache(tmp_path, monkeypatch, capsys):
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_finetuning_overfits(tmp_path):
     rows = np.random.default_rng(0).integers(0, 32, (4, LENGTH))
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)

@@ -406,9 +406,9 @@ def test_every_epoch_has_each_row_once_in_its_own_order():
 def test_batches_resume_at_any_position(batch_size):
     data = PackedDataset.from_rows(np.arange(14).reshape(7, 2))
     whole = list(itertools.islice(batches(data, batch_size, seed=0), 12))
-    for n, (_, position) in enumerate(whole[:-1]):
+    for n, (_, _, position) in enumerate(whole[:-1]):
         rest = itertools.islice(batches(data, batch_size, seed=0, start=position), 11 - n)
-        for (expected, at), (got, now) in zip(whole[n + 1 :], rest, strict=True):
+        for (expected, _, at), (got, _, now) in zip(whole[n + 1 :], rest, strict=True):
             np.testing.assert_array_equal(got.tokens, expected.tokens)
             assert at == now
-    assert [p.epoch * 7 + p.index for _, p in whole] == [batch_size * n for n in range(1, 13)]
+    assert [p.epoch * 7 + p.index for _, _, p in whole] == [batch_size * n for n in range(1, 13)]

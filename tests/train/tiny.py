@@ -28,9 +28,11 @@ PREFILL = PrefillGateConfig(block_size=BLOCK, gate_dim=16)
 DECODE = DecodeGateConfig(block_size=BLOCK, gate_dim=16)
 
 
-def make_model(*, layers: int = 2, gates: tuple = (), dtype: jnp.dtype = jnp.float32) -> Transformer:
+def make_model(
+    *, layers: int = 2, gates: tuple = (), dtype: jnp.dtype = jnp.float32, model: ModelConfig = CONFIG
+) -> Transformer:
     """Random weights, drawn by NumPy, which compiles nothing; sharp attention, so that there is something to learn."""
-    config, rng = dataclasses.replace(CONFIG, num_layers=layers), np.random.default_rng(0)
+    config, rng = dataclasses.replace(model, num_layers=layers), np.random.default_rng(0)
 
     def make() -> Transformer:
         model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(0))

@@ -1,15 +1,18 @@
 """Batches in a seeded order that can be resumed at any point."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from seer_jax.checks import check_at_least
+from seer_jax.sharding.layout import Layout
 from seer_jax.train.data.packing import PackedDataset, PackedRow, Packing, pack, shortest_sequence
 from seer_jax.train.data.sources import SourceConfig
 from seer_jax.train.data.tokens import ModelTokenizer, Tokenizer, load_tokens
@@ -49,9 +52,37 @@ class Batch(NamedTuple):
     positions: Int[Array, "*b T"]
 
     @classmethod
-    def of(cls, rows: PackedRow) -> "Batch":
-        """The batch of rows on the host."""
-        return cls(*(jnp.asarray(x, jnp.int32) for x in rows))
+    def of(cls, rows: PackedRow, place: "Place | None" = None) -> "Batch":
+        """The batch of rows on the host, or of those that this process has of it."""
+        if place is None:
+            return cls(*(jnp.asarray(x, jnp.int32) for x in rows))
+        arrays = (np.asarray(x, np.int32) for x in rows)
+        return cls(
+            *(jax.make_array_from_process_local_data(place.sharding, x, (place.size, x.shape[1])) for x in arrays)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the rows of batches of one size lie on a mesh.
+
+    Attributes:
+      layout: of the model.
+      size: B, rows of a batch.
+    """
+
+    layout: Layout
+    size: int
+
+    @property
+    def sharding(self) -> NamedSharding:
+        return NamedSharding(self.layout.mesh, PartitionSpec(self.layout.rows(self.size) or None))
+
+    @property
+    def own(self) -> list[int]:
+        """The rows that the devices of this process take, which are those that it reads."""
+        indices = self.sharding.addressable_devices_indices_map((self.size,)).values()
+        return sorted({row for index in indices if index is not None for row in range(self.size)[index[0]]})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,29 +170,37 @@ def hold_out(dataset: PackedDataset, rows: int, *, seed: int) -> tuple[PackedDat
 
 
 def batches(
-    dataset: PackedDataset, batch_size: int, *, seed: int, start: DataPosition = DataPosition()
-) -> Iterator[tuple[PackedRow, DataPosition]]:
-    """Endless batches of stacked rows and, with each, the position after it.
+    dataset: PackedDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    start: DataPosition = DataPosition(),
+    own: Sequence[int] | None = None,
+) -> Iterator[tuple[PackedRow, int, DataPosition]]:
+    """Endless batches: stacked rows, tokens of the whole batch, and the position after it.
 
-    Each epoch has its own order, determined by seed and epoch alone; a batch may span two epochs.
+    Each epoch has its own order, determined by seed and epoch alone, whatever the number of processes; a batch may span two epochs.
 
     Args:
       dataset: the rows.
       batch_size: rows per batch.
       seed: of the order.
       start: first position.
+      own: which rows of each batch are read and stacked; None: all.
     """
     epoch, index = start.epoch, start.index
     order = _order(len(dataset), seed, epoch)
     while True:
-        rows: list[PackedRow] = []
-        while len(rows) < batch_size:
+        numbers: list[int] = []
+        while len(numbers) < batch_size:
             if index == len(dataset):
                 epoch, index = epoch + 1, 0
                 order = _order(len(dataset), seed, epoch)
-            rows.append(dataset[int(order[index])])
+            numbers.append(int(order[index]))
             index += 1
-        yield PackedRow(*(np.stack(column) for column in zip(*rows, strict=True))), DataPosition(epoch, index)
+        rows = [dataset[numbers[i]] for i in (range(batch_size) if own is None else own)]
+        stacked = PackedRow(*(np.stack(column) for column in zip(*rows, strict=True)))
+        yield stacked, int(dataset.row_tokens[numbers].sum()), DataPosition(epoch, index)
 
 
 def _order(rows: int, seed: int, epoch: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import enum
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -110,6 +111,11 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return len(self.row_ends)
+
+    @functools.cached_property
+    def row_tokens(self) -> Int[np.ndarray, "rows"]:
+        """Tokens of each row, without padding."""
+        return np.diff(np.cumsum(np.concatenate([[0], self.lengths]))[self.row_ends], prepend=0)
 
     def __getitem__(self, index: int) -> PackedRow:
         if not 0 <= index < len(self):

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from seer_jax.outputs import write_text
+from seer_jax.sharding.processes import exchange, first_alone, is_first
 from seer_jax.train.data.batches import DataPosition
 from seer_jax.train.step import Weights
 
@@ -96,7 +97,7 @@ class Checkpoints:
         self.step: int | None = None
         self._run: dict[str, Any] = {}
         try:
-            self._left = sorted(self._manager.all_steps())
+            self._left = exchange(sorted(self._manager.all_steps()))[0]
             self._advance()
         except BaseException:
             self.close()
@@ -121,7 +122,8 @@ class Checkpoints:
             run=self._args.JsonSave(run),
         )
         try:
-            self._check_room(state)
+            if is_first():
+                self._check_room(state)
             with _quiet():
                 self._manager.save(state.step, args=items, force=True)
         except Exception as error:
@@ -130,8 +132,10 @@ class Checkpoints:
                 raise
             raise OSError(errno.EIO, first_line(error), str(self.folder)) from error
         folder = self.folder / str(state.step)
-        with contextlib.suppress(OSError):  # the checkpoint is complete, and is read without them too
-            write_text(folder / CHECKSUMS, json.dumps(_checksums(folder)))
+        sums = {name: value for name, value in _checksums(folder).items() if value is not None}
+        if is_first():
+            with contextlib.suppress(OSError):  # the checkpoint is complete, and is read without them too
+                write_text(folder / CHECKSUMS, json.dumps(sums))
 
     def restore(self, like: RunState) -> RunState:
         """The newest checkpoint that is not damaged, its arrays sharded as those of `like`; `like` itself where there is none.
@@ -145,14 +149,19 @@ class Checkpoints:
         args = self._args.Composite(
             trained=self._args.StandardRestore(abstract[0]), optimizer=self._args.StandardRestore(abstract[1])
         )
-        self._remove_incomplete()
+        with first_alone():
+            self._remove_incomplete()
         while self.step is not None:
+            items, damage = {}, None
             try:
                 items = self._manager.restore(self.step, args=args)
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # Orbax raises errors of many kinds; each means that this one cannot be read
-                self._damaged[self.step] = first_line(error)
+                damage = first_line(error)
+            damage = _agreed(damage)
+            if damage is not None:
+                self._damaged[self.step] = damage
                 self._advance()
                 continue
             self._set_aside()
@@ -172,19 +181,23 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
 
     def _remove_incomplete(self) -> None:
-        for place in self.folder.glob(_INCOMPLETE):
+        for place in self.folder.glob(_INCOMPLETE) if is_first() else ():
             shutil.rmtree(place, ignore_errors=True)
 
     def _set_aside(self) -> None:
         """Moves the damaged checkpoints away, so that the run can write those steps again."""
-        for step in self._damaged:
-            place = self.folder.parent / "damaged_checkpoints" / str(step)
-            shutil.rmtree(place, ignore_errors=True)
-            place.parent.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(place)
+        with first_alone():
+            for step in self._damaged if is_first() else ():
+                self._move_away(step)
         if self._damaged:
             self._manager.reload()
             self._damaged = {}
+
+    def _move_away(self, step: int) -> None:
+        place = self.folder.parent / "damaged_checkpoints" / str(step)
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(place)
 
     def _advance(self) -> None:
         """Finds the next older checkpoint that is not damaged."""
@@ -209,12 +222,14 @@ class Checkpoints:
         )
 
     def _examine(self, step: int) -> str | None:
-        """Reads what a checkpoint says of its run; returns what is wrong with it, if anything is."""
+        """Reads what a checkpoint says of its run; returns what is wrong with it, as all processes then know, if anything is."""
+        return _agreed(self._examine_alone(step, _checksums(self.folder / str(step))))
+
+    def _examine_alone(self, step: int, found: dict[str, int | None]) -> str | None:
         folder = self.folder / str(step)
         try:
             # A run that was killed between the two leaves a complete checkpoint without checksums.
             expected = json.loads((folder / CHECKSUMS).read_text()) if (folder / CHECKSUMS).exists() else {}
-            found = _checksums(folder)
             if wrong := [name for name in expected if found.get(name) != expected[name]]:
                 return f"{wrong[0]} {'is not what was written' if wrong[0] in found else 'is missing'}"
             run = self._manager.restore(step, args=self._args.Composite(run=self._args.JsonRestore()))["run"]
@@ -255,17 +270,27 @@ def is_disk_error(error: Exception) -> bool:
     return getattr(error, "errno", None) in _REFUSED or _FULL.search(str(error)) is not None
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of each file below a folder."""
+def _agreed(damage: str | None) -> str | None:
+    """What the first process that found a damage says of it."""
+    return next((found for found in exchange(damage) if found is not None), None)
+
+
+def _checksums(folder: Path) -> dict[str, int | None]:
+    """CRC-32 of each file below a folder, None of one that cannot be read; of several processes each reads some."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS]
-    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    own = files[jax.process_index() :: jax.process_count()]
+    found = exchange({path.relative_to(folder).as_posix(): _checksum(path) for path in own})
+    return {name: value for part in found for name, value in part.items()}
 
 
-def _checksum(path: Path) -> int:
+def _checksum(path: Path) -> int | None:
     value = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            value = zlib.crc32(piece, value)
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                value = zlib.crc32(piece, value)
+    except OSError:
+        return None
     return value
 
 

@@ -20,8 +20,13 @@ def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: i
       What changes because the number of steps does; None where it does not.
 
     Raises:
-      ValueError: another setting differs, or the run has done more steps than it is to have.
+      ValueError: the run is of another kind of training, another setting differs, or the run has done more steps than it is to have.
     """
+    if foreign := [name for name in theirs.get("config", {}) if name not in ours.get("config", theirs["config"])]:
+        raise ValueError(
+            f"A folder must belong to one run; that in {folder} is another kind of training, with settings that this one lacks: "
+            f"{', '.join(foreign)}. Give another `output`."
+        )
     differing = [difference for key in ours for difference in _differences(ours[key], theirs.get(key), key)]
     steps = next((d for d in differing if d[0] == "config.steps"), None)
     differing = [d for d in differing if d[0] != "config.steps"]

@@ -1,17 +1,12 @@
-"""The training loop: steps, metrics, checkpoints, and a clean stop on signals."""
+"""The training loop: steps, metrics and checkpoints."""
 
 import collections
 import contextlib
 import dataclasses
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +14,29 @@ import numpy as np
 
 from seer_jax.inference.memory import GIB, device_memory, laid_out_bytes
 from seer_jax.models.decoder import Transformer
-from seer_jax.train.data.batches import Batch, DataPosition, batches
-from seer_jax.train.data.packing import PackedDataset
+from seer_jax.sharding.layout import Layout
+from seer_jax.sharding.processes import is_first
+from seer_jax.sharding.table import DATA, FSDP
+from seer_jax.train.config import TrainConfig
+from seer_jax.train.data.batches import Batch, DataPosition, Place, batches
+from seer_jax.train.data.packing import PackedDataset, PackedRow
 from seer_jax.train.loop.checkpoint import RunState
 from seer_jax.train.loop.metrics import MetricsLog
 from seer_jax.train.loop.progress import StepReport
 from seer_jax.train.loop.session import ProgressFunction, Session, out_of_memory
+from seer_jax.train.loop.stopping import StopSignals
 from seer_jax.train.optimizer import make_optimizer, make_schedule
-from seer_jax.train.step import Evaluation, FrozenWeights, Step, Task, Weights, make_evaluation, make_step
+from seer_jax.train.over_mesh import ASKED, asking, of_processes
+from seer_jax.train.step import (
+    Evaluation,
+    FrozenWeights,
+    Step,
+    Task,
+    Weights,
+    initial_state,
+    make_evaluation,
+    make_step,
+)
 
 IN_FLIGHT = 2  # steps by which metrics lag, so that the device has the next step queued while the host reads them
 SPEED_WINDOW = 20  # steps over which tokens per second are averaged
@@ -45,6 +55,8 @@ class TrainResult:
       metrics: of the last step; empty if no step was left to do.
       dataset: rows that it was trained on.
       gates: folders of the gates that were written, each for `from_pretrained(gates=...)`.
+      saved: folder of the model that was written, for `from_pretrained`; None: none was.
+      adapter: folder of the adapter that was written, for `from_pretrained(adapter=...)`; None: none was.
     """
 
     model: Transformer
@@ -52,6 +64,8 @@ class TrainResult:
     metrics: dict[str, float]
     dataset: PackedDataset
     gates: tuple[Path, ...] = ()
+    saved: Path | None = None
+    adapter: Path | None = None
 
 
 def run(
@@ -75,23 +89,30 @@ def run(
       on_checkpoint: called after each checkpoint, and at the end of a run that had no step left to do.
     """
     config = session.config
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    start = session.start(RunState(0, trained, optimizer.init(trained), DataPosition(), tokens=0))
-    parts = config.batch_size // config.micro_batch_size
+    optimizer, layout = make_optimizer(config.optimizer, config.steps, gate_scale=config.gate_scale), task.parts.layout
+    state = initial_state(layout, optimizer, trained)
+    start = session.start(RunState(0, trained, state, DataPosition(), tokens=0))
+    devices, at_once = rows_at_once(config, layout)
+    parts = config.batch_size // (devices * at_once)
     step = make_step(task, optimizer, make_schedule(config.optimizer, config.steps), parts)
-    evaluation = None if held_out is None else _evaluation(task, held_out, config.micro_batch_size)
+    if layout is not None and jax.process_count() > 1:
+        step = asking(step)
+    evaluation = None if held_out is None else _evaluation(task, held_out, devices, at_once)
     state = start
     with contextlib.ExitStack() as stack:
         log = None
-        if session.folder is not None:
+        if session.folder is not None and is_first():
             log = MetricsLog(session.folder, step=start.step, tensorboard=config.tensorboard)
             stack.callback(log.close)
         if start.step:
             session.say(f"Resuming after step {start.step}.")
         reporter = _Reporter(config.steps, start, len(dataset), log, session.show)
         stop = stack.enter_context(StopSignals(session))
-        for state, metrics in _steps(step, start, frozen, dataset, session, stop):
+        place = None if layout is None else Place(layout, config.batch_size)
+        for state, metrics in _steps(step, start, frozen, dataset, place, session, stop):
             reporter.add(state, metrics)
+            if jax.process_count() > 1:
+                stop.asked = reporter.asked
             asked = stop.asked is not None
             if asked or state.step % config.checkpoint_interval == 0 or state.step == config.steps:
                 if evaluation is not None:  # the reporter has not read the metrics of this step yet
@@ -99,12 +120,10 @@ def run(
                     metrics.update({f"held_out_{name}": value for name, value in found.items()})
                 reporter.flush()  # a step whose loss is not finite must not replace a good checkpoint
                 with contextlib.ExitStack() as always:
-                    if (
-                        on_checkpoint is not None
-                    ):  # also where the checkpoint fails: gates need less room, and are what the run is for
-                        always.callback(
-                            _write_gates, on_checkpoint, task.parts.merge(state.trained, frozen), session, state.step
-                        )
+                    # Also where the checkpoint fails: the results need less room, and are what the run is for.
+                    if on_checkpoint is not None:
+                        merged = task.parts.merge(state.trained, frozen)
+                        always.callback(_write_results, on_checkpoint, merged, session, state.step)
                     session.save(state)
             if asked:
                 stop.leave(state.step)
@@ -114,22 +133,49 @@ def run(
     return TrainResult(model, state.step, reporter.last, dataset)
 
 
-def _write_gates(on_checkpoint: OnCheckpoint, model: Transformer, session: Session, step: int) -> None:
+def _write_results(on_checkpoint: OnCheckpoint, model: Transformer, session: Session, step: int) -> None:
     on_checkpoint(model, step)
-    session.gates_step = step
+    session.written_step = step
+
+
+def rows_at_once(config: TrainConfig, layout: Layout | None) -> tuple[int, int]:
+    """(devices that have different rows of a batch, rows that each processes at once: a divisor of the rows that it has).
+
+    Raises:
+      ValueError: the devices cannot have equally many rows.
+    """
+    if layout is None:
+        return 1, config.micro_batch_size
+    devices = layout.size(DATA, FSDP)
+    if config.batch_size % devices:
+        raise ValueError(
+            f"batch_size must be a multiple of the {devices} devices along the mesh axes data and fsdp, over which its rows are split; "
+            f"got {config.batch_size}. Set batch_size={-(-config.batch_size // devices) * devices}, or lower data or fsdp in favour of tensor."
+        )
+    own = config.batch_size // devices
+    return devices, next(n for n in range(min(own, config.micro_batch_size), 0, -1) if own % n == 0)
 
 
 def _steps(
-    step: Step, state: RunState, frozen: FrozenWeights, dataset: PackedDataset, session: Session, stop: "StopSignals"
+    step: Step,
+    state: RunState,
+    frozen: FrozenWeights,
+    dataset: PackedDataset,
+    place: Place | None,
+    session: Session,
+    stop: StopSignals,
 ) -> Iterator:
     """Makes the remaining steps; yields (state after the step, its metrics, still on the device)."""
     config = session.config
-    stream = batches(dataset, config.batch_size, seed=config.seed, start=state.position)
+    own = None if place is None else place.own
+    stream = batches(dataset, config.batch_size, seed=config.seed, start=state.position, own=own)
     program = None
     for number in range(state.step, config.steps):
-        rows, position = next(stream)
-        batch, tokens = Batch.of(rows), state.tokens + int(np.count_nonzero(rows.segment_ids))
-        arguments = (state.trained, state.optimizer, frozen, batch, jnp.int32(number))
+        rows, count, position = next(stream)
+        batch, tokens = Batch.of(rows, place), state.tokens + count
+        arguments: tuple = (state.trained, state.optimizer, frozen, batch, jnp.int32(number))
+        if place is not None and jax.process_count() > 1:
+            arguments += (of_processes(place.layout, stop.signal or 0),)
         if program is None:
             with stop.at_once():  # nothing is lost by it yet
                 program = _compile(step, arguments, session)
@@ -145,7 +191,7 @@ def _compile(step: Step, arguments: tuple, session: Session) -> Step:
     begun = time.monotonic()
     program = step.lower(*arguments).compile()
     session.say(f"Compiled in {time.monotonic() - begun:.1f} s.")
-    needed, device = laid_out_bytes(program), next(iter(arguments[3].tokens.devices()))
+    needed, device = laid_out_bytes(program), arguments[3].tokens.addressable_shards[0].device
     memory = device_memory(device)
     if needed is not None and memory is not None and needed > memory.limit - memory.in_use:
         free = (memory.limit - memory.in_use) / GIB
@@ -155,14 +201,18 @@ def _compile(step: Step, arguments: tuple, session: Session) -> Step:
     return program
 
 
-def _evaluation(task: Task, held_out: PackedDataset, part: int) -> Callable[[Weights, FrozenWeights], dict]:
+def _evaluation(
+    task: Task, held_out: PackedDataset, devices: int, at_once: int
+) -> Callable[[Weights, FrozenWeights], dict]:
     """The metrics of the rows held out, as a function of the weights."""
-    short = -len(held_out) % part
+    short, layout = -len(held_out) % (devices * at_once), task.parts.layout
     columns = zip(*(held_out[i] for i in range(len(held_out))), strict=True)
     # Rows of padding alone, which count for nothing, make the parts equal.
     padded = [np.pad(np.stack(column), ((0, short), (0, 0))) for column in columns]
-    batch = Batch(*(jnp.asarray(x, jnp.int32) for x in padded))
-    evaluate: Evaluation = make_evaluation(task, (len(held_out) + short) // part)
+    rows = len(held_out) + short
+    place = None if layout is None else Place(layout, rows)
+    batch = Batch.of(PackedRow(*(x if place is None else x[place.own] for x in padded)), place)
+    evaluate: Evaluation = make_evaluation(task, rows // (devices * at_once))
     return lambda trained, frozen: evaluate(trained, frozen, batch)
 
 
@@ -175,12 +225,14 @@ class _Reporter:
         self._begun = (time.monotonic(), start.step, start.tokens)
         self._times: collections.deque = collections.deque(maxlen=SPEED_WINDOW)
         self.last: dict[str, float] = {}
+        self.asked: int | None = None  # signal that a process has got, known to all from the same step on
 
     def add(self, state: RunState, metrics: dict[str, jax.Array]) -> None:
         """Adds the metrics of a step, which may not be computed yet."""
         epoch = state.position.epoch + state.position.index / self._rows
         self._pending.append((state.step, state.tokens, epoch, metrics))
-        while len(self._pending) > IN_FLIGHT:
+        # Fewer of several processes, which learn from metrics that one is to stop.
+        while len(self._pending) > (IN_FLIGHT if jax.process_count() == 1 else 1):
             self._read()
 
     def flush(self) -> None:
@@ -191,6 +243,7 @@ class _Reporter:
     def _read(self) -> None:
         step, tokens, epoch, metrics = self._pending.popleft()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.asked = int(values.pop(ASKED, 0)) or self.asked
         if bad := {name: value for name, value in values.items() if not math.isfinite(value)}:
             raise FloatingPointError(
                 f"Metrics must be finite; got {', '.join(f'{name} = {value}' for name, value in bad.items())} at step {step}. "
@@ -208,59 +261,3 @@ class _Reporter:
             line = {**values, "tokens": tokens, "epoch": round(epoch, 4), "tokens_per_second": round(speed, 1)}
             self._log.write(step, line)
         self._show(StepReport(step, self._steps, values, speed, left, epoch))
-
-
-class StopSignals:
-    """Defers SIGINT and SIGTERM until the end of a step; a second signal acts at once."""
-
-    def __init__(self, session: Session) -> None:
-        self.asked: int | None = None
-        self._acted: int | None = None
-        self._session, self._waits = session, True
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._handlers = {}
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Lets a first signal act at once meanwhile."""
-        self._waits = False
-        try:
-            yield
-        finally:
-            self._waits = True
-        if self._acted is not None:  # code that calls Python from C++ may drop what a handler raises
-            signal.raise_signal(self._acted)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None and self._waits:
-            self.asked = number
-            # Not `print`: the signal may have come while something was printed, which allows no second call.
-            os.write(2, b"Stopping when the steps that are under way have ended; a second signal stops at once.\n")
-            return
-        self.__exit__()
-        self._acted = number
-        if (
-            number == signal.SIGTERM and signal.getsignal(number) == signal.SIG_DFL
-        ):  # the process ends without an exception
-            self._session.warn(self._session.stopped(f"while {self._session.doing}"))
-        signal.raise_signal(number)
-
-    def leave(self, step: int) -> NoReturn:
-        """Ends the run as the signal would have."""
-        line = self._session.stopped(f"after step {step}")
-        if self.asked == signal.SIGINT:
-            stop = KeyboardInterrupt()
-            stop.add_note(line)
-            raise stop
-        self._session.warn(line)
-        raise SystemExit(128 + (self.asked or 0))

@@ -59,6 +59,28 @@ def time_calls(function: Callable[..., Any], *arguments: Any, seconds: float = 0
     return Timing(1e3 * middle, (max(times) - min(times)) / middle)
 
 
+def time_in_turns(
+    functions: Sequence[Callable[[], Any]], *, seconds: float = 0.08, repetitions: int = 5
+) -> list[list[float]]:
+    """Milliseconds of a call of each function in each repetition, all functions in turns, so that what changes meanwhile changes all.
+
+    Args:
+      functions: of compiled programs that have run once, without arguments; return arrays.
+      seconds: that a function is called at least, before the next one's turn.
+      repetitions: at least 3; 3 where a call takes longer than a second.
+    """
+    once = [_run(function, (), 1) for function in functions]
+    calls = [max(1, min(1000, math.ceil(seconds / x))) for x in once]
+    times: list[list[float]] = [[1e3 * x] for x in once] if max(once) > LONG else [[] for _ in functions]
+    repetitions = 2 if max(once) > LONG else repetitions
+    numbers = list(range(len(functions)))
+    for _ in range(repetitions):
+        numbers.reverse()
+        for i in numbers:
+            times[i].append(1e3 * _run(functions[i], (), calls[i]) / calls[i])
+    return times
+
+
 def time_carried(function: Callable[..., tuple[Any, Any]], carried: Any, *arguments: Any) -> tuple[Timing, Any]:
     """Times a compiled function(carried, *arguments) -> (carried, outputs), whose calls may overwrite `carried`.
 

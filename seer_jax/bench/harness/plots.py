@@ -9,7 +9,10 @@ from seer_jax.bench.harness.measurement import Measurement, hardware
 from seer_jax.plots.style import COLOURS, FAINT, LINES, drawing
 
 PANEL = 3.4  # inches
-AXES = {"density": ("share of the causal map's blocks", ".0%")}  # label and format of ticks; otherwise tokens
+AXES = {
+    "density": ("share of the causal map's blocks", ".0%"),
+    "devices": ("devices", "d"),
+}  # label and format of ticks; otherwise tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 from seer_jax import tiny_lm
 from seer_jax.checks import check_at_least, check_seed, listed
 from seer_jax.commands import PROGRAM, ExitCode
-from seer_jax.commands.arguments import parse
+from seer_jax.commands.arguments import MeshOptions, parse
 from seer_jax.commands.demo.levels import (
     CALIBRATED,
     at_equal_shares,
@@ -35,7 +35,8 @@ from seer_jax.evaluate.rows import EvalRows, make_rows, text_windows
 from seer_jax.evaluate.score import Score, dense_of
 from seer_jax.evaluate.table import losses, narrow_leads, print_scores, score_line
 from seer_jax.folder_lock import LOCK, locked
-from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
+from seer_jax.gates.configs import TrainedGates
+from seer_jax.gates.kinds import GateKind, gates_of_kind
 from seer_jax.inference.generate import generate
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.config import DType
@@ -47,8 +48,9 @@ from seer_jax.plots import block_maps, far_sighted_heads, plot_block_maps
 from seer_jax.selection.policies import Dense, Policy
 from seer_jax.selection.scorers import LearnedGate
 from seer_jax.settings import check_types
+from seer_jax.sharding.layout import Layout
 from seer_jax.tiny_lm.corpus import held_out_text, training_rows
-from seer_jax.train import DistillConfig, OptimizerConfig, distill
+from seer_jax.train import DistillConfig, OptimizerConfig, TargetStatistic, distill
 
 PLOTTED_HEADS = 4
 BLOCK_SIZE, BUNDLED_BLOCK_SIZE = 32, 64
@@ -58,13 +60,14 @@ DENSE_LAST_ROWS = 2  # of the saved policy: block rows at a prompt's end, which 
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(MeshOptions):
     """Distils gates for the bundled model, calibrates them, compares them with other ways to choose blocks, and generates text.
 
     Attributes:
       output: folder for scores.json, block_maps.png and the gates.
       densities: shares of the blocks to keep, in (0, 1]; the gates are calibrated for each, and recommend what was chosen for the largest.
       bundled_gates: use the gates that come with the model, for blocks of 64 tokens, instead of distilling new ones.
+      kind: which gates are distilled: those of the release, or fine ones, which look inside blocks.
       block_size: tokens per block; None: 32, or the block size of the bundled gates. Short texts need small blocks: 64, the usual size,
         leaves three to choose at 10%.
       length: tokens of each text, in training and evaluation.
@@ -82,6 +85,7 @@ class DemoConfig:
     output: Path = Path("seer_demo")
     densities: tuple[float, ...] = (0.2,)
     bundled_gates: bool = False
+    kind: GateKind = GateKind.RELEASE
     block_size: int | None = None
     length: int = 2048
     steps: int = 80
@@ -95,6 +99,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        super().__post_init__()
         if not self.densities or not all(0 < density <= 1 for density in self.densities):
             raise ValueError(
                 f"densities must be at least one share of the blocks in (0, 1]; got {listed(self.densities)}."
@@ -155,10 +160,11 @@ def demo(config: DemoConfig, *, console: Console | None = None) -> list[Score]:
 
 
 def _demo(config: DemoConfig, stages: Stages) -> list[Score]:
-    plots = _can_plot(stages)
+    plots, devices = _can_plot(stages), config.devices
     with stages.stage("Loading the bundled model"):
         gates = tiny_lm.NAME if config.bundled_gates else None
         base, tokenizer = from_pretrained(tiny_lm.NAME, gates, dtype="float32"), load_tokenizer(tiny_lm.NAME)
+        layout = None if devices is None else Layout.of(devices, base.config)
         rows = make_rows(
             tokenizer,
             tiny_lm.eval_text(),
@@ -170,6 +176,7 @@ def _demo(config: DemoConfig, stages: Stages) -> list[Score]:
             seed=config.seed,
         )
     model = base if config.bundled_gates else _distil(config, stages, base, tokenizer)
+    model = model if layout is None else layout.spread(model)
     levels = _calibrate(config, stages, model, tokenizer)
     scores = _compare(config, stages, model, rows, levels)
     plot = None
@@ -206,10 +213,13 @@ def _distil(config: DemoConfig, stages: Stages, base: Transformer, tokenizer: To
             questions=QUESTIONS_PER_KEY,
             seed=config.seed,
         )
+    gates = gates_of_kind(config.kind, block_size=config.tokens_per_block, gate_dim=base.config.head_dim)
     settings = DistillConfig(
         kind=TrainedGates.BOTH,
-        prefill=PrefillGateConfig(block_size=config.tokens_per_block, gate_dim=base.config.head_dim),
-        decode=DecodeGateConfig(block_size=config.tokens_per_block, gate_dim=base.config.head_dim),
+        prefill=gates.prefill,
+        decode=gates.decode,
+        target=TargetStatistic(gates.target),
+        decode_stride=gates.decode_stride,
         sequence_length=config.length,
         batch_size=1,
         steps=config.steps,
@@ -255,7 +265,7 @@ def _compare(
     config: DemoConfig, stages: Stages, model: Transformer, rows: EvalRows, levels: Sequence[SparsityLevel]
 ) -> list[Score]:
     measurements = len(plan_measurements(model, levels))
-    workers = 2 if jax.default_backend() == "cpu" else 1
+    workers = 2 if jax.default_backend() == "cpu" and model.layout is None else 1
     scores = []
     with stages.stage("Comparing ways to choose blocks", measurements) as advance:
         for score in compare(model, rows, levels, batch_size=len(rows.prompts), workers=workers):

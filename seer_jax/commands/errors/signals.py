@@ -16,6 +16,8 @@ AGAIN = 1.0  # seconds after which an exception that was lost is raised again
 class Terminated(KeyboardInterrupt):
     """SIGTERM has come: what a command does about Ctrl-C, such as saying what is kept, it does about this too."""
 
+    code = ExitCode.TERMINATED
+
 
 # By the number of a signal: the handler of a process that has decided nothing, the exit code, and the word for it.
 _SIGNALS: dict[int, tuple[Any, ExitCode, str]] = {

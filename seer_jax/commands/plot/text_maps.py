@@ -12,13 +12,14 @@ from seer_jax.commands.plot.configs import TextPlot
 from seer_jax.commands.stages import Stages
 from seer_jax.evaluate.comparison import check_context, check_policy
 from seer_jax.evaluate.levels import Phase, gates_by_phase
-from seer_jax.inference.memory import GIB, available_memory, tree_bytes
+from seer_jax.inference.memory import check_room, device_bytes
 from seer_jax.models.config import DType
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.plots.maps import BlockMaps, block_maps, decode_block_maps
 from seer_jax.selection.rules import RankingPolicy, TopK
 from seer_jax.selection.scorers import LearnedGate, Oracle
+from seer_jax.sharding.table import TENSOR
 from seer_jax.text_files import read_text
 
 DENSITY = 0.1  # where neither the user nor a gate names a policy
@@ -54,9 +55,9 @@ class TextMaps:
           MemoryError: the device has no room for weights and maps.
         """
         text = read_text(config.text or tiny_lm.path() / "eval_text.txt")
-        name = model_of(config.model, config.gates, config.hub)
+        name = model_of(config.model, config.gates, config.hub, config.adapter)
         dtype = config.dtype or DType.default()
-        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.hub)
+        shapes = from_pretrained(name, config.gates, dtype=dtype, abstract=True, **config.loading)
         chosen, notes = {}, []
         for phase in _shown(config, shapes):
             chosen[phase], note = _policy(config, shapes, phase)
@@ -102,8 +103,8 @@ class TextMaps:
         if len(self.tokens) < self.config.length:
             stages.say(f"The text has {len(self.tokens)} tokens; {self.config.length} were asked for.")
         with stages.stage("Loading the model"):
-            dtype = self.config.dtype or DType.default()
-            model = from_pretrained(self.model_name, self.config.gates, dtype=dtype, **self.config.hub)
+            config, dtype = self.config, self.config.dtype or DType.default()
+            model = from_pretrained(self.model_name, config.gates, dtype=dtype, **config.loading)
         for phase, policy in self.chosen.items():
             with stages.stage(f"Reading the text, {phase.value} {policy}"):
                 make = block_maps if phase is Phase.PREFILL else decode_block_maps
@@ -111,20 +112,19 @@ class TextMaps:
             yield phase, maps, policy
 
     def _check_memory(self) -> None:
-        memory, weights, count = available_memory(self.shapes), tree_bytes(self.shapes), len(self.tokens)
-        needed = max(weights + _maps_bytes(self.shapes, phase, policy, count) for phase, policy in self.chosen.items())
-        if memory is not None and needed > memory.free:
-            raise MemoryError(
-                f"Weights and block maps must fit in device memory: need {needed / GIB:.3f} GiB, {memory.free / GIB:.3f} GiB available. "
-                "Lower `length`."
-            )
+        count = len(self.tokens)
+        maps = max(_maps_bytes(self.shapes, phase, policy, count) for phase, policy in self.chosen.items())
+        parts = {"weights": device_bytes(self.shapes), "maps": maps}
+        check_room("Block maps", self.shapes, parts, "Lower `length`.")
 
 
 def _maps_bytes(model: Transformer, phase: Phase, policy: RankingPolicy, count: int) -> int:
-    """Of two maps in float32 and one of bits, of all layers."""
+    """Of two maps in float32 and one of bits, of all layers: of a prompt with all heads, which every device gets in the end, of tokens with
+    those that a device has."""
     blocks = -(-count // policy.tokens_per_block(gates_by_phase(model)[phase]))
-    config = model.config
-    rows, heads = (blocks, config.num_heads) if phase is Phase.PREFILL else (count, config.num_kv_heads)
+    config, layout = model.config, model.layout
+    own_heads = config.num_kv_heads // (1 if layout is None else layout.size(TENSOR))
+    rows, heads = (blocks, config.num_heads) if phase is Phase.PREFILL else (count, own_heads)
     return config.num_layers * heads * rows * blocks * 9
 
 

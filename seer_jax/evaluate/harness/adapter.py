@@ -10,6 +10,7 @@ from seer_jax.evaluate.harness.model import HarnessModel
 from seer_jax.models.config import DType
 from seer_jax.models.pretrained import from_pretrained, load_tokenizer
 from seer_jax.selection.notation import parse_policy
+from seer_jax.sharding.mesh import make_mesh
 
 NAME = "seer-jax"
 SEPARATOR = ";"  # within a value: commas separate the arguments themselves
@@ -19,6 +20,7 @@ IGNORED = ("device", "max_batch_size")  # that the harness gives to every model
 def load_harness_model(
     pretrained: str = "tiny-lm",
     gates: str | Sequence[str] = (),
+    adapter: str | None = None,
     prefill: str | None = None,
     decode: str | None = None,
     dtype: str | None = None,
@@ -27,7 +29,9 @@ def load_harness_model(
     max_gen_toks: int | str = 256,
     seed: int | str = 0,
     beyond_context: bool | str = False,
+    prefill_chunk: int | str | None = None,
     revision: str | None = None,
+    mesh: str | None = None,
     **others: Any,
 ) -> HarnessModel:
     """A model by the arguments of `--model_args`.
@@ -35,6 +39,7 @@ def load_harness_model(
     Args:
       pretrained: folder, GGUF file or hub id of the base model.
       gates: folders or hub ids of gates, several separated by ";".
+      adapter: folder or hub id of a LoRA adapter for the base model, or the output folder of a run that trained one; None: none.
       prefill, decode: policies as on the command line, with ";" in place of ","; None: what the gates recommend, otherwise dense.
       dtype: bfloat16 or float32; None: bfloat16, or float32 on a CPU.
       batch_size: rows at a time.
@@ -42,12 +47,14 @@ def load_harness_model(
       max_gen_toks: new tokens where a request names no number.
       seed: of requests that draw at random.
       beyond_context: allow a `max_length` above the model's context.
+      prefill_chunk: tokens of the prompts of continuations that are read at a time, see `Request`.
       revision: of the base model on the hub.
+      mesh: devices to spread the model over, as `make_mesh` takes them with ";" in place of ","; None: one.
       **others: those that the harness gives to every model.
 
     Raises:
-      ValueError: an argument is unknown or out of its domain, or a policy does not fit the model.
-      FileNotFoundError, PermissionError, ConnectionError: model or gates are not there.
+      ValueError: an argument is unknown or out of its domain, a policy does not fit the model, or the mesh does not.
+      FileNotFoundError, PermissionError, ConnectionError: model, adapter or gates are not there.
     """
     if unknown := [name for name in others if name not in IGNORED]:
         raise ValueError(f"Arguments of the model {NAME} must be known; got {', '.join(unknown)}.")
@@ -57,10 +64,11 @@ def load_harness_model(
         for phase, text in (("prefill", prefill), ("decode", decode))
     }
     numbers = {"batch_size": batch_size, "new_tokens": max_gen_toks, "seed": seed, "max_length": max_length}
+    numbers |= {"prefill_chunk": prefill_chunk}
     whole = {name: None if value is None else _whole(name, value) for name, value in numbers.items()}
-    model = from_pretrained(
-        pretrained, named, dtype=DType.default() if dtype is None else jnp.dtype(dtype), revision=revision
-    )
+    devices = None if mesh is None else make_mesh(mesh.replace(SEPARATOR, ","))
+    kind = DType.default() if dtype is None else jnp.dtype(dtype)
+    model = from_pretrained(pretrained, named, dtype=kind, adapter=adapter, revision=revision, mesh=devices)
     settings: dict[str, Any] = {**policies, **whole, "beyond_context": str(beyond_context) == "True"}
     return HarnessModel(model, load_tokenizer(pretrained, revision=revision), **settings)
 

@@ -22,7 +22,11 @@ from seer_jax.inference.request import Request
 from seer_jax.inference.sampling import Greedy, Sample, Sampling
 from seer_jax.inference.text import Tokenizer
 from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.passes import read_layers
+from seer_jax.models.decoder.stack import Segment
 from seer_jax.selection.policies import Policy
+from seer_jax.sharding.on_mesh import OF_ROWS
+from seer_jax.sharding.vocabulary import score_targets
 
 CHUNK = 64  # tokens of each row whose logits exist at once
 STEPS = 16  # new tokens from one look for stop strings to the next
@@ -70,6 +74,7 @@ class HarnessModel:
       new_tokens: of a continuation whose request names no number.
       seed: of requests that draw at random.
       beyond_context: allow rows of more tokens than the model's context.
+      prefill_chunk: tokens of the prompts of continuations that are read at a time, see `Request`.
       kept: by phase, for each row so far, the share of the visible blocks that attention read.
     """
 
@@ -82,6 +87,7 @@ class HarnessModel:
     new_tokens: int = 256
     seed: int = 0
     beyond_context: bool = False
+    prefill_chunk: int | None = None
     kept: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {"prefill": [], "decode": []})
 
     def __post_init__(self) -> None:
@@ -242,6 +248,7 @@ class HarnessModel:
             else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.array(filled)),
             eos=(*self.model.config.eos_token_ids, *self.tokenizer.end_of_turn()),
             beyond_context=self.beyond_context,
+            prefill_chunk=self.prefill_chunk,
         )
         made: list[list[int]] = [[] for _ in filled]
         running = stream(self.model, tokens, lengths, chunk=STEPS, **settings)
@@ -273,7 +280,19 @@ def _score_ends(
 
     Entries before the second token of a row hold anything.
     """
-    hidden, kept = model.hidden_states(tokens, lengths, sparsity=policy)
+    tokens, lengths = model.check(tokens, lengths)
+    segments = model.segments(policy, model.prefill_gate, model.config.num_heads, "prefill")
+    return model.everywhere(model.spread(functools.partial(_ends, count), (OF_ROWS,) * 3, segments, tokens, lengths))
+
+
+def _ends(
+    count: int,
+    model: Transformer,
+    segments: Sequence[Segment],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+) -> tuple[Array, Array, Array]:
+    hidden, kept = read_layers(model, segments, tokens, lengths)
     size = min(CHUNK, count)
     places = jnp.maximum(lengths[:, None] - count + jnp.arange(-(-count // size) * size)[None], 1)
     places = jnp.minimum(places, tokens.shape[1] - 1)
@@ -281,9 +300,7 @@ def _score_ends(
     def chunk(columns: Int[Array, "size B"]) -> tuple[Array, Array]:
         states = jnp.take_along_axis(hidden, (columns.T - 1)[..., None], axis=1)
         targets = jnp.take_along_axis(tokens, columns.T, axis=1)
-        logits = model.logits(states)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(-1) == targets
+        return score_targets(model.logits(states), targets, model.shard)
 
     nll, best = jax.lax.map(chunk, places.T.reshape(-1, size, len(tokens)))
     columns = lambda x: jnp.swapaxes(x, 0, 1).reshape(len(tokens), -1)[:, :count]  # noqa: E731

@@ -25,6 +25,7 @@ def run_harness(
     batch_size: int = 8,
     seed: int = 0,
     beyond_context: bool = False,
+    prefill_chunk: int | None = None,
     done: Collection[Unit] = (),
 ) -> Iterator[list[TaskScore]]:
     """Scores each task under each policy, as the harness asks and scores it: without chat template, with its number of examples.
@@ -37,12 +38,15 @@ def run_harness(
       batch_size: rows at a time.
       seed: of the harness's random choices.
       beyond_context: allow rows of more tokens than the model's context.
+      prefill_chunk: tokens of the prompts of continuations that are read at a time, see `Request`.
       done: units of scores that are there already; they are passed over.
 
     Yields:
       For one name and policy a score for each metric of each task.
     """
-    settings: dict[str, Any] = dict(batch_size=batch_size, max_length=length, seed=seed, beyond_context=beyond_context)
+    settings: dict[str, Any] = dict(
+        batch_size=batch_size, max_length=length, seed=seed, beyond_context=beyond_context, prefill_chunk=prefill_chunk
+    )
     for name in names:
         for policy in policies:
             if (name, policy.phase, policy.method, policy.level) not in done:

@@ -102,6 +102,7 @@ def run_tasks(
     *,
     batch_size: int = 8,
     beyond_context: bool = False,
+    prefill_chunk: int | None = None,
     done: Collection[Unit] = (),
 ) -> Iterator[TaskScore]:
     """Scores each task under each policy.
@@ -113,6 +114,7 @@ def run_tasks(
       policies: see `task_policies`.
       batch_size: prompts at a time; the last batch is filled up, so that all batches share a program.
       beyond_context: allow more tokens than the model's context.
+      prefill_chunk: tokens of the prompts that are read at a time, see `Request`.
       done: units of scores that are there already; they are passed over.
 
     Yields:
@@ -123,10 +125,11 @@ def run_tasks(
       MemoryError: see `generate`.
     """
     whole_number("batch_size", batch_size)
+    settings: dict[str, Any] = dict(beyond_context=beyond_context, prefill_chunk=prefill_chunk)
     for task, samples in tasks:
         for policy in policies:
             if (task.name, policy.phase, policy.method, policy.level) not in done:
-                yield _score(model, encoder, task, samples, policy, batch_size, beyond_context)
+                yield _score(model, encoder, task, samples, policy, batch_size, settings)
 
 
 def end_tokens(model: Transformer, encoder: PromptEncoder) -> tuple[int, ...]:
@@ -141,7 +144,7 @@ def _score(
     samples: Sequence[Sample],
     policy: TaskPolicy,
     batch_size: int,
-    beyond_context: bool,
+    request: dict[str, Any],
 ) -> TaskScore:
     started = time.monotonic()
     settings: dict[str, Any] = dict(
@@ -149,7 +152,7 @@ def _score(
         prefill=policy.prefill,
         decode=policy.decode,
         eos=end_tokens(model, encoder),
-        beyond_context=beyond_context,
+        **request,
     )
     outcomes: list[Outcome] = []
     size = min(batch_size, len(samples))

@@ -22,6 +22,8 @@ class Scorer:
       meaning: one line for legends.
       needs_gate: whether it works with a learned gate alone.
       by_default: whether a comparison that names no methods measures it.
+      reads_in_chunks: whether the scores of a block row depend on its own queries and on keys up to its end alone, keys after RoPE or the
+        gate's, so that prompts can be read in chunks. Not where a scorer looks at the last queries of the prompt.
     """
 
     name: ClassVar[str]
@@ -29,6 +31,7 @@ class Scorer:
     meaning: ClassVar[str]
     needs_gate: ClassVar[bool] = False
     by_default: ClassVar[bool] = True
+    reads_in_chunks: ClassVar[bool] = False
 
     @classmethod
     def phases(cls) -> tuple[str, ...]:

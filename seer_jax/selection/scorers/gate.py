@@ -19,11 +19,13 @@ class LearnedGate(Scorer):
     name = "gate"
     title = "learned gate"
     meaning = "the distilled gates"
+    reads_in_chunks = True
     needs_gate = True
 
     def prepare(self, context: PrefillContext) -> Any:
         if context.gate_keys is not None:
             return context.gate_keys
+        assert context.k is not None
         return context.required_gate.keys(context.k, context.key_positions, context.valid_keys)
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B H Tb Sb"]:

@@ -23,6 +23,7 @@ class Oracle(Scorer):
     meaning = (
         "the blocks with the largest true attention weights, at the cost of the dense attention that it should save"
     )
+    reads_in_chunks = True
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B H Tb Sb"]:
         return jnp.log(_attention_by_block(context, "max"))
@@ -45,6 +46,7 @@ class MassOracle(Scorer):
     name = "oracle-mass"
     title = "oracle by mass"
     meaning = "the blocks with the largest true attention mass, at the cost of the dense attention that it should save"
+    reads_in_chunks = True
     by_default = False
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B H Tb Sb"]:

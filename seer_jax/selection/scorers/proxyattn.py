@@ -29,10 +29,11 @@ class ProxyAttn(Scorer):
     name = "proxyattn"
     title = "ProxyAttn"
     meaning = "the largest attention weights of one mean query head per key/value head (ProxyAttn)"
+    reads_in_chunks = True
     by_default = False
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B K Tb Sb"]:
-        proxies = grouped(context.q_rotated, context.k.shape[2]).mean(3, dtype=jnp.float32)
+        proxies = grouped(context.q_rotated, context.num_kv_heads).mean(3, dtype=jnp.float32)
         if context.shard is not None:
             proxies = context.shard.mean_of_group(proxies)
         scored = attention_with_block_scores(

@@ -34,6 +34,7 @@ class SubBlock(Scorer):
     name = "subblock"
     title = "SubBlock"
     meaning = "log-sum-exp of the means of sub-blocks (SubBlock)"
+    reads_in_chunks = True
     by_default = False
 
     parts: int = dataclasses.field(default=4, metadata=dict(static=True))

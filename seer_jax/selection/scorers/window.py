@@ -22,6 +22,7 @@ class SinkWindow(Scorer):
     name = "window"
     title = "sink+window"
     meaning = "the first block and the latest ones (StreamingLLM)"
+    reads_in_chunks = True
 
     def prefill_scores(self, context: PrefillContext) -> Float32[Array, "B 1 Tb Sb"]:
         return jnp.broadcast_to(

@@ -29,6 +29,7 @@ class XAttention(Scorer):
     name = "xattention"
     title = "XAttention"
     meaning = "sums of antidiagonals of the attention logits (XAttention)"
+    reads_in_chunks = True
     by_default = False
 
     stride: int = dataclasses.field(default=8, metadata=dict(static=True))

@@ -26,6 +26,7 @@ class StudyConfig:
       batch_size: rows per step.
       micro_batch_size: rows at once.
       length: tokens per row and window.
+      decode_stride: every n-th token is in the loss of decode gates.
       windows: number of windows, spread over the text.
       thresholds: at which gates and baselines are scored.
       masses: cumulative masses, likewise.
@@ -46,6 +47,7 @@ class StudyConfig:
     batch_size: int = 8
     micro_batch_size: int = 1
     length: int = 8192
+    decode_stride: int = 4
     windows: int = 10
     thresholds: tuple[float, ...] = (0.0015, 0.003, 0.006, 0.012, 0.024, 0.048)
     masses: tuple[float, ...] = (0.8, 0.9, 0.95)
@@ -58,7 +60,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_at_least(1, self, "steps", "batch_size", "micro_batch_size", "windows", "workers")
+        check_at_least(1, self, "steps", "batch_size", "micro_batch_size", "decode_stride", "windows", "workers")
         check_seed("StudyConfig.seed", self.seed)
         if self.length % BLOCK_SIZE or self.length < 2 * BLOCK_SIZE:
             raise ValueError(

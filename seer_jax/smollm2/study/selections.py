@@ -13,7 +13,8 @@ from pallas_kernels import BlockIndices
 from pallas_kernels.online_softmax import dot
 from seer_jax.evaluate.window import decode_window
 from seer_jax.models.attention import prefill_attention
-from seer_jax.models.decoder import LayerContext, Transformer
+from seer_jax.models.decoder import Transformer
+from seer_jax.models.decoder.stack import LayerContext
 from seer_jax.models.dense_attention import dense_attention
 from seer_jax.selection.context import Context, DecodeContext, PrefillContext
 from seer_jax.selection.interfaces import LayerGate

@@ -82,6 +82,7 @@ def train(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         steps=steps,
+        decode_stride=config.decode_stride,
         optimizer=OptimizerConfig(learning_rate=config.learning_rate),
         seed=config.seed,
         checkpoint_interval=max(1, steps // 2),

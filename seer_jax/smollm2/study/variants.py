@@ -138,6 +138,12 @@ VARIANTS: dict[str, Variant | Untrained] = {
             _prefill(16, 16, force_double=True),
             _decode(16, query_reduction=QueryReduction.PROJ, heads=HeadJoin.MEAN),
         ),
+        Variant(
+            "query-pools",
+            "p16x8-d4-mass with the largest, smallest and mean of query pools, and keys of key heads",
+            _prefill(16, 8, q_pooling=tuple(Pool)),
+            _decode(4),
+        ),
         *(
             Variant(
                 f"dim{dim}",
@@ -153,7 +159,7 @@ VARIANTS: dict[str, Variant | Untrained] = {
             _prefill(16, 1, gate_dim=16, k_pooling=(Pool.AVG,)),
             _decode(1, gate_dim=16, k_pooling=(Pool.AVG,)),
         ),
-        _changed("no-norm", "without RMSNorm in the decode gate", decode=_decode(8, use_qk_norm=False)),
+        _changed("norm", "with RMSNorm in the decode gate", decode=_decode(8, use_qk_norm=True)),
         _changed("steps-x3", "trained three times as long", times=3),
         _changed("with-code", "trained on documentation and code", text=Text.CODE),
         _changed("with-pass-keys", "trained on documentation with pass keys in it", text=Text.PASS_KEYS),

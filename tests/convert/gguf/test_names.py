@@ -18,7 +18,7 @@ from seer_jax.convert import GateFormat
 from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.evaluate.record import describe_folder
 from seer_jax.models.config import DType
-from seer_jax.models.hub import is_name, read_config, resolve, resolve_gates
+from seer_jax.models.hub import GATES, is_name, named_gates, read_config, resolve, resolve_gates
 from seer_jax.train.config import DistillConfig, absolute
 from seer_jax.train.data.tokens import ModelTokenizer
 from tests.convert.gguf.files import tokenizer_metadata, write_gguf
@@ -54,6 +54,7 @@ def same(a: Any, b: Any) -> bool:
     return all(bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+@pytest.mark.slow
 def test_it_becomes_a_folder_that_is_the_same_model(file: Path, tmp_path: Path):
     out, again = tmp_path / "folder", tmp_path / "again"
     assert convert(ConvertConfig(out, model=str(file))) == out
@@ -97,7 +98,9 @@ def test_files_are_copied_from_folders_alone(file: Path, tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"include_base must copy a Hugging Face folder; got the file .*seer-jax convert --model"
     ):
-        convert(ConvertConfig(tmp_path / "out", str(tiny_lm.gates()["decode"]), model=str(file), include_base=True))
+        convert(
+            ConvertConfig(tmp_path / "out", str(named_gates("tiny-lm")["decode"]), model=str(file), include_base=True)
+        )
 
 
 @pytest.mark.slow
@@ -180,17 +183,18 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_its_gates_are_those_that_are_there(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(smollm2, "GATES", tmp_path / "gates")
+    monkeypatch.setattr(smollm2, "GATES", tmp_path)
+    gates = tmp_path / GATES["smollm2"][1]
     with pytest.raises(
         FileNotFoundError,
         match=r"There are no gates for 'smollm2' in this version\. Distil them: seer-jax train --recipe",
     ):
         resolve_gates("smollm2", ["*"])
-    for kind, folder in tiny_lm.gates().items():
-        shutil.copytree(folder, tmp_path / "gates" / kind)
-        config = tmp_path / "gates" / kind / "config.json"
+    for kind, folder in named_gates("tiny-lm").items():
+        shutil.copytree(folder, gates / kind)
+        config = gates / kind / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model": "smollm2"}))
-    assert resolve_gates(["smollm2"], ["*"]) == [tmp_path / "gates" / kind for kind in ("prefill", "decode")]
+    assert resolve_gates(["smollm2"], ["*"]) == [gates / kind for kind in ("prefill", "decode")]
     assert model_of(None, ["smollm2"], {}) == "smollm2"
     capsys.readouterr()
     for name in ("smollm2", str(package), "owner/SmolLM2-135M-Instruct"):

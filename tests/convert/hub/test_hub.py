@@ -5,13 +5,28 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from flax import nnx
 from huggingface_hub import errors
 
 from seer_jax import tiny_lm
-from seer_jax.convert import load_base, load_gates, recommended_policy
+from seer_jax.convert import base_model, load_base, load_gates, recommended_policy, save_gates
 from seer_jax.convert.base import BASE_PATTERNS
-from seer_jax.models.hub import config_text, read_config, resolve, resolve_gate, resolve_gates
+from seer_jax.convert.gate_config import gate_config_from_hf
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, QueryReduction
+from seer_jax.gates.make import make_gate
+from seer_jax.models.hub import (
+    GATES,
+    NAMED,
+    config_text,
+    named_gates,
+    read_config,
+    resolve,
+    resolve_gates,
+)
+from seer_jax.train import DistillConfig
+from seer_jax.train.config import absolute
 from tests.golden.data import transformers_case, write_base, write_gates
+from tests.seer_jax.conftest import QWEN3
 
 
 class Hub:
@@ -59,19 +74,57 @@ def test_the_name_of_the_bundled_model_wins_over_all(hub: Hub, tmp_path: Path, m
     assert hub.calls == []
 
 
-def test_it_stands_for_both_of_its_gates(hub: Hub, tmp_path: Path):
-    both = [tiny_lm.path() / "gates" / kind for kind in ("prefill", "decode")]
+@pytest.mark.parametrize("name", GATES)
+def test_a_name_stands_for_a_prefill_and_a_decode_gate(name: str, hub: Hub, tmp_path: Path):
+    """Of the model that it begins with; those of the release's kinds can be written in the release's layout."""
+    model, place = GATES[name]
+    both = [model.GATES / place / kind for kind in ("prefill", "decode")]
     hub.answer = tmp_path / "downloaded"
-    assert resolve_gates(None, ["*"]) == []
-    assert resolve_gates("tiny-lm", ["*"]) == both
-    assert resolve_gates(tmp_path, ["*"]) == [tmp_path]
-    assert resolve_gates(("owner/name", "tiny-lm", tmp_path), ["*"]) == [hub.answer, *both, tmp_path]
-    assert resolve_gate(str(tmp_path), ["*"]) == tmp_path
+    assert resolve_gates(name, ["*"]) == resolve_gates([Path(name)], ["*"]) == list(named_gates(name).values()) == both
+    assert resolve_gates(("owner/name", name, tmp_path), ["*"]) == [hub.answer, *both, tmp_path]
+    assert base_model([name]) == model.NAME == name.removesuffix("-release")
+    kinds = [gate_config_from_hf(read_config(folder)) for folder in both]
+    assert [type(kind) for kind in kinds] == [PrefillGateConfig, DecodeGateConfig]
+    if name.endswith("-release"):
+        assert place == "release" and not any(kind.finer_than_release() for kind in kinds)
     for read in (load_gates, recommended_policy):
-        with pytest.raises(
-            ValueError, match=r"must be named; got 'tiny-lm', which stands for 2 gates\. Give .*prefill or "
-        ):
-            read("tiny-lm")
+        message = rf"must be named; got '{name}', which stands for 2 gates\. Give .*prefill or "
+        with pytest.raises(ValueError, match=message):
+            read(name)
+    with pytest.raises(ValueError, match=f"revision must be that of a hub id; got 'v2' for '{name}'"):
+        resolve_gates(name, ["*"], revision="v2")
+    assert absolute(DistillConfig(initial_gates=(name,))).initial_gates == (name,)
+
+
+def test_models_and_gates_have_their_names(hub: Hub):
+    """Each model has a name for its own gates and one for those of the release's kinds."""
+    assert set(GATES) == {name for model in NAMED for name in (model, f"{model}-release")}
+    for name in set(GATES) - set(NAMED):
+        model = GATES[name][0].NAME
+        message = (
+            f"A model must be named; got '{name}', which stands for gates. Give model={model}, and '{name}' as its"
+        )
+        with pytest.raises(ValueError, match=message):
+            resolve(name, ["*"])
+    for find, names in ((resolve, NAMED), (resolve_gates, GATES)):
+        message = rf"There is no folder 'smolm2', .*, or a name that is known here: {', '.join(names)}\."
+        with pytest.raises(FileNotFoundError, match=message):
+            find("smolm2", ["*"])
+    assert resolve_gates(None, ["*"]) == []
+    assert hub.calls == []
+
+
+def test_the_table_decides_which_gates_a_name_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiny_lm, "GATES", tmp_path)
+    monkeypatch.setitem(GATES, "tiny-lm", (tiny_lm, "fine"))
+    finer = PrefillGateConfig(q_pool_size=16), DecodeGateConfig(query_reduction=QueryReduction.HEADS, k_pool_size=8)
+    message = r"There are no gates for 'tiny-lm' in this version\. Distil them: seer-jax train .*--model tiny-lm "
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve_gates("tiny-lm", ["*"])
+    for kind, config in zip(("prefill", "decode"), finer, strict=True):
+        save_gates(make_gate(config, QWEN3, rngs=nnx.Rngs(0)), tmp_path / "fine" / kind, base_model="tiny-lm")
+    found = [gate_config_from_hf(read_config(folder)) for folder in resolve_gates("tiny-lm", ["*"])]
+    assert tuple(found) == finer
 
 
 def test_a_hub_id_is_downloaded_by_patterns(hub: Hub, tmp_path: Path):
@@ -158,7 +211,9 @@ def test_offline_mode_is_honoured_by_the_real_call(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "./a", "../a/b", "/a/b", "~x/b", "a/", "a\\b/c", "-a/b", ""])
 def test_what_can_only_be_a_path_is_not_asked_for(name: str, hub: Hub):
-    message = r"There is no folder '.*', and a hub id has the form 'owner/name'\..* or 'tiny-lm' for the bundled model"
+    message = (
+        r"There is no folder '.*', and a hub id has the form 'owner/name'\..*, or a name that is known here: tiny-lm, "
+    )
     with pytest.raises(FileNotFoundError, match=message):
         resolve(name, ["*"])
     assert hub.calls == []

@@ -14,9 +14,10 @@ from seer_jax.convert import load_base, load_gates, push_gates
 from seer_jax.convert.gate_config import gate_config_to_hf, without_gate_keys
 from seer_jax.convert.push import model_card
 from seer_jax.gates.configs import DecodeGateConfig, QueryReduction
+from seer_jax.models.hub import named_gates
 from tests.convert.hub.test_hub import http
 
-GATES = tiny_lm.gates()
+GATES = named_gates("tiny-lm-release")
 
 
 class Api:

@@ -131,6 +131,18 @@ class TestOnACpuBesideAHopperGpu:
         gradient = transform(jax.value_and_grad(lambda a: FOR_HOPPER(None, a, 1.0)))
         assert tuple(map(float, gradient(jnp.ones(())))) == (2, 7)
 
+    @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+    def test_a_backend_may_have_gradients_of_its_own(
+        self, hopper: Any, monkeypatch: pytest.MonkeyPatch, transform: Callable
+    ):
+        """Which run where it runs, and here those of the backend for all devices."""
+        own = lambda cotangent, a, b: (9 * cotangent,)  # noqa: E731
+        monkeypatch.setattr(sys.modules["made_up.fast"], "add_gradients", own, raising=False)
+        gradient = transform(jax.value_and_grad(lambda a: FOR_HOPPER(None, a, 1.0)))
+        assert tuple(map(float, gradient(jnp.ones(())))) == (2, 7)
+        with assume_hopper(interpret=True):
+            assert tuple(map(float, gradient(jnp.ones(())))) == (1002, 9)
+
     def test_the_default_device_is_honoured(self, hopper: Any):
         for device in jax.devices("cpu"):
             with jax.default_device(device):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import AttentionWithScores, attention_with_block_scores
 from pallas_kernels.backends import Implementation
+from pallas_kernels.block_ground_truth import kernel
 from pallas_kernels.block_ground_truth.api import STATISTICS
 from pallas_kernels.block_ground_truth.cases import HALF, STATIC, TINY, Case
 from pallas_kernels.cases import Heads
@@ -301,6 +302,11 @@ class HalfPrecision(IgnoresPadding):
     def test_scores_stay_exact_where_the_maximum_comes_late(self, statistic: str):
         case = Case("late", Heads(2, 1, 64), 320, token_scores=True, statistic=statistic)
         compare_where_the_maximum_comes_late(case, self.run)
+
+    def test_rows_may_be_longer_than_the_shared_memory_holds(self, monkeypatch: pytest.MonkeyPatch):
+        """Of a length of its own: what is compiled for others has whole rows."""
+        monkeypatch.setattr(kernel, "ROW_BLOCKS", 2)
+        compare_with_plain_attention(Case("long-rows", Heads(2, 1, 64), 264), self.run)
 
     @pytest.mark.slow
     def test_chunks_of_queries_are_the_whole(self):

@@ -22,6 +22,7 @@ from tests.pallas_kernels.suites.comparison import (
     assert_within_rounding,
     compare_with_sharded,
     masked_attention,
+    masked_lse,
     prefill_mask,
     slow_but,
     softmax_weights,
@@ -137,6 +138,18 @@ def compare_padded_skipping(case: Case, run: Callable[..., tuple[jax.Array, ...]
     assert_bitwise_equal(clean, filled)
 
 
+def compare_with_own_rows(case: Case, run: Callable[..., tuple[jax.Array, ...]]) -> None:
+    """As a layer reads its rows of the caches of all layers, in any order."""
+    arguments = case.arguments(KEY)
+    alone = run(**arguments)
+    batch = len(arguments["q"])
+    rows = jnp.arange(batch)[::-1] + 1
+    for name in ("k", "v"):
+        own = arguments[name]
+        arguments[name] = jnp.full((batch + 2, *own.shape[1:]), jnp.nan, own.dtype).at[rows].set(own)
+    assert_bitwise_equal(alone, run(**arguments, cache_rows=rows))
+
+
 # Each device has key/value heads of its own, the query heads that read them, and their lists.
 HEADS = {
     "q": P(None, None, "model"),
@@ -146,26 +159,81 @@ HEADS = {
 }
 
 
+def gradients_of(
+    arguments: dict[str, Any], implementation: Implementation, weights: Any, lse_weights: Any
+) -> Callable[..., dict[str, jax.Array]]:
+    """Gradients of a weighted sum of output and lse in the arrays {q, k, v} that the result takes."""
+
+    def loss(qkv: dict[str, jax.Array]) -> jax.Array:
+        changed: dict[str, Any] = arguments | qkv
+        out, lse = block_sparse_attention(**changed, return_lse=True, implementation=implementation)
+        return (out * weights).astype("float32").sum() + jnp.where(lse > -jnp.inf, lse * lse_weights, 0).sum()
+
+    return jax.jit(jax.grad(loss))
+
+
 def compare_gradients(case: Case, implementation: Implementation) -> None:
-    """Errors of gradients are at most twice those of plain attention in the same precision."""
+    """Errors of gradients are at most twice those of plain attention in the same precision; two runs are bitwise equal."""
     arguments = case.arguments(KEY)
     qkv = {name: arguments[name] for name in ("q", "k", "v")}
     mask = prefill_mask(arguments)
+    weights, lse_weights = arguments["q"], arguments["q"].astype("float32").sum(-1)
 
-    def gradients(attention, qkv):
-        return jax.jit(jax.grad(lambda qkv: (attention(qkv) * qkv["q"]).astype("float32").sum()))(qkv)
+    def plain_loss(qkv: dict[str, jax.Array]) -> jax.Array:
+        out, lse = masked_attention(**qkv, mask=mask), masked_lse(qkv["q"], qkv["k"], mask)
+        return (out * weights).astype("float32").sum() + (lse * lse_weights).sum()
 
-    def sparse(implementation):
-        return lambda qkv: block_sparse_attention(**arguments | qkv, implementation=implementation)
-
-    def dense(qkv):
-        return jax.nn.dot_product_attention(qkv["q"], qkv["k"], qkv["v"], mask=mask)
-
-    got = gradients(sparse(implementation), qkv)
-    plain = gradients(dense, qkv)
-    truth = gradients(sparse("reference"), jax.tree.map(lambda x: x.astype("float32"), qkv))
+    run = gradients_of(arguments, implementation, weights, lse_weights)
+    got, plain = run(qkv), jax.jit(jax.grad(plain_loss))(qkv)
+    exact = gradients_of(arguments, "reference", weights.astype("float32"), lse_weights)
+    truth = exact(jax.tree.map(lambda x: x.astype("float32"), qkv))
     for name in qkv:
         assert_as_good_as(plain[name], got[name], truth[name])
+    assert_bitwise_equal(got, run(qkv))
+
+
+def compare_empty_gradients(arguments: dict[str, Any], implementation: Implementation) -> None:
+    """Gradients are 0 for queries with an empty list and for keys on no list; what these keys and the fillers of lists hold has no
+    part in any gradient."""
+    blocks, b = arguments["blocks"], arguments["blocks"].block_size
+    listed = blocks.to_mask(blocks.width).at[:, :, 2].set(False).at[..., 1].set(False)
+    blocks = BlockIndices.from_mask(listed, block_size=b)
+    qkv = {name: arguments.pop(name) for name in ("q", "k", "v")}
+    arguments.pop("blocks")
+    run = jax.jit(
+        lambda qkv, blocks: gradients_of(
+            arguments | {"blocks": blocks}, implementation, qkv["q"], jnp.ones(qkv["q"].shape[:3])
+        )(qkv)
+    )
+    clean = jax.tree.map(np.asarray, run(qkv, blocks))
+    for name, i in (("q", 2), ("k", 1), ("v", 1)):
+        assert (clean[name][:, i * b : (i + 1) * b] == 0).all() and (clean[name][:, :b] != 0).any()
+    tokens = (jnp.arange(qkv["k"].shape[1]) // b == 1)[None, :, None, None]
+    poisoned = qkv | {name: jnp.where(tokens, jnp.nan, qkv[name]) for name in ("k", "v")}
+    for filler in (1, -(2**31), 2**31 - 1):
+        assert_bitwise_equal(clean, run(poisoned, with_fillers(blocks, filler)))
+
+
+def compare_padded_gradients(case: Case, implementation: Implementation) -> None:
+    """Bit by bit, gradients are those of zeros in the place of padding, whatever it and its cotangent hold."""
+    arguments, padding = padded(case)
+    qkv = {name: arguments.pop(name) for name in ("q", "k", "v")}
+
+    @jax.jit
+    def pull_back(qkv: dict[str, jax.Array], d_out: jax.Array) -> Any:
+        def call(qkv: dict[str, jax.Array]) -> Any:
+            return block_sparse_attention(**qkv, **arguments, return_lse=True, implementation=implementation)
+
+        (_, lse), pull = jax.vjp(call, qkv)
+        return pull((d_out, jnp.zeros_like(lse)))
+
+    def gradients(*values: float) -> Any:
+        filled = {name: fill(x, padding[name], values) for name, x in qkv.items()}
+        return pull_back(filled, fill(jnp.ones_like(qkv["q"]), padding["q"], values))
+
+    clean = gradients(0.0)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(clean))
+    assert_bitwise_equal(clean, gradients(np.nan, np.inf))
 
 
 def padded(case: Case) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -207,6 +275,9 @@ class Definition(IgnoresPadding):
     @pytest.mark.parametrize("case", SKIPPING, ids=lambda case: case.name)
     def test_skips_what_the_definition_skips(self, case: Case):
         compare_with_skipped(case, self.run)
+
+    def test_reads_rows_of_a_cache(self):
+        compare_with_own_rows(named("ragged"), self.run)
 
     def test_a_threshold_of_zero_skips_nothing(self):
         arguments = named("ragged").arguments(KEY)
@@ -277,39 +348,25 @@ class Conformance(Definition):
     def test_gradients_of_output_and_lse(self, case: Case):
         arguments = case.arguments(KEY)
         weights, lse_weights = np.asarray(arguments["q"]), np.asarray(arguments["q"]).sum(-1)
-
-        def loss(qkv, implementation):
-            out, lse = block_sparse_attention(**arguments | qkv, return_lse=True, implementation=implementation)
-            return (out * weights).sum() + jnp.where(lse > -jnp.inf, lse * lse_weights, 0).sum()
-
         qkv = {name: arguments[name] for name in ("q", "k", "v")}
         got, truth = (
-            jax.jit(jax.grad(functools.partial(loss, implementation=i)))(qkv)
-            for i in (self.implementation, "reference")
+            gradients_of(arguments, name, weights, lse_weights)(qkv) for name in (self.implementation, "reference")
         )
         for name in qkv:
             assert_within_rounding(got[name], truth[name])
 
-    def test_gradients_err_no_more_than_those_of_plain_attention(self):
-        compare_gradients(named("bf16"), self.implementation)
+    @pytest.mark.parametrize("case", slow_but(TINY[5:], "bf16"), ids=lambda case: case.name)
+    def test_gradients_err_no_more_than_those_of_plain_attention(self, case: Case):
+        compare_gradients(case, self.implementation)
+
+    def test_empty_lists_and_unlisted_keys_have_no_gradients(self):
+        compare_empty_gradients(named("own-lists").arguments(KEY), self.implementation)
 
     def test_padding_reaches_no_gradient(self):
-        """Nor does what the cotangent holds there."""
-        arguments, padding = padded(named("ragged"))
-        names = ("q", "k", "v")
-
-        def gradients(*values: float) -> Any:
-            q, k, v = (fill(arguments[name], padding[name], values) for name in names)
-            call = functools.partial(block_sparse_attention, return_lse=True, implementation=self.implementation)
-            others = {name: x for name, x in arguments.items() if name not in names}
-            (out, lse), pull_back = jax.vjp(lambda q, k, v: call(q, k, v, **others), q, k, v)
-            return pull_back((fill(jnp.ones_like(out), padding["q"], values), jnp.zeros_like(lse)))
-
-        # Within rounding: a GPU adds up what the rows of queries give a key in any order.
-        for got, truth in zip(gradients(np.nan, np.inf), gradients(0.0), strict=True):
-            assert_within_rounding(got, truth)
+        compare_padded_gradients(named("ragged"), self.implementation)
 
 
+SMALL = Case("small", Heads(2, 1, 64), 70, 140, density=0.5, query_offset=(40,), lengths=(105,))
 QUICK = slow_but(HALF, "half-own", "half-ragged")
 
 
@@ -354,6 +411,12 @@ class HalfPrecision(IgnoresPadding):
     def test_nothing_behind_the_end_decides_what_is_skipped(self):
         compare_padded_skipping(SKIPPING_HALF[0], self.run)
 
+    @pytest.mark.parametrize(
+        "settings", [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"lists": 1}, {"block_size": 128}))]
+    )
+    def test_reads_rows_of_a_cache(self, settings: dict[str, Any]):
+        compare_with_own_rows(Case("rows", Heads(2, 1, 64), 128, batch=2, lengths=(128, 70), **settings), self.run)
+
     def test_fillers_and_unlisted_blocks_are_not_read(self):
         case = Case("few", Heads(2, 1, 64), 256, lists=1, density=0.5)
         compare_with_poisoned(case.arguments(KEY), self.run)
@@ -396,5 +459,28 @@ class HalfPrecision(IgnoresPadding):
         for i, arguments in enumerate(calls):
             assert_bitwise_equal([x[i] for x in mapped], self.run(**arguments))
 
-    def test_gradients_err_no_more_than_those_of_plain_attention(self):
-        compare_gradients(Case("gradients", Heads(2, 1, 64), 128, density=0.5), self.implementation)
+    @pytest.mark.parametrize("case", slow_but([SMALL, *HALF], "small"), ids=lambda case: case.name)
+    def test_gradients_err_no_more_than_those_of_plain_attention(self, case: Case):
+        compare_gradients(case, self.implementation)
+
+    @pytest.mark.parametrize("settings", [{}, {"lists": 1}, {"block_size": 128}], ids=str)
+    def test_empty_lists_and_unlisted_keys_have_no_gradients(self, settings: dict[str, Any]):
+        case = Case("few", Heads(2, 1, 64), 512, density=0.5, **settings)
+        compare_empty_gradients(case.arguments(KEY), self.implementation)
+
+    def test_gradients_map(self):
+        """Under vmap over a batch of calls gradients are those of single calls."""
+        calls = [Case("small", Heads(2, 1, 64), 128).arguments(key) for key in jax.random.split(KEY, 2)]
+
+        def gradients(call: dict[str, Any]) -> Any:
+            qkv = {name: call[name] for name in ("q", "k", "v")}
+            return gradients_of(call, self.implementation, call["q"], jnp.ones(call["q"].shape[:3]))(qkv)
+
+        mapped = jax.jit(jax.vmap(gradients))(jax.tree.map(lambda *x: jnp.stack(x), *calls))
+        for i, call in enumerate(calls):
+            assert_bitwise_equal(jax.tree.map(lambda x, i=i: x[i], mapped), gradients(call))
+
+    @products_of_padding
+    @pytest.mark.parametrize("case", HALF[4:], ids=lambda case: case.name)
+    def test_no_gradient_sees_padding(self, case: Case):
+        compare_padded_gradients(case, self.implementation)

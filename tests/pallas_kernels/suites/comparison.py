@@ -116,6 +116,14 @@ def masked_attention(q: Any, k: Any, v: Any, mask: np.ndarray) -> jax.Array:
     return jnp.where(mask.any(-1).transpose(0, 2, 1)[..., None], out, 0)
 
 
+def masked_lse(q: Any, k: Any, mask: np.ndarray) -> jax.Array:
+    """[B, T, H]: lse of plain attention under a mask [B, H, T, S], in float32; 0 for queries that see no key."""
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    lse = jax.nn.logsumexp(jnp.where(mask, scores, -1e30), axis=-1)
+    return jnp.where(mask.any(-1), lse, 0).transpose(0, 2, 1)
+
+
 def softmax_weights(q: Any, k: Any, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights [B, H, T, S] and lse [B, H, T] in float64 for q [B, T, H, D], k [B, S, K, D] and a mask [B, H, T, S]."""
     q, k = array(q), array(k)

@@ -23,6 +23,8 @@ from seer_jax.bench import prefill_attention as attention_bench
 from seer_jax.bench.configs import MODELS, ModelShape
 from seer_jax.bench.decode import weight_bytes
 from seer_jax.bench.decode_layer import DTYPE, repeated_layers, threshold_for
+from seer_jax.bench.gradients import measured as gradient_bench
+from seer_jax.bench.gradients.measured import GradientBench
 from seer_jax.bench.harness import measurement
 from seer_jax.bench.harness.clock import memory_rate
 from seer_jax.bench.harness.sampled_check import AttentionCall
@@ -87,6 +89,7 @@ def test_prefill(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.Capture
         assert m["table"] != "model" or (results["compile_seconds"] > 0 and results["planned_gib"] > 0)
 
 
+@pytest.mark.slow
 @shapes_stand_for_arrays
 def test_skipping_is_measured_beside_none(two_milliseconds: Timed):
     settings: dict[str, Any] = dict(densities=(1.0,), only=("attention",), skip_thresholds=(1e-2,), peak=2.0)
@@ -170,10 +173,15 @@ def test_ground_truth(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.Ca
 @shapes_stand_for_arrays
 def test_training(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["bench", "train", "--shape", "tiny", "--lengths", "256", "--batch-size", "2", "--kinds", "prefill", "both"]
+    words += ["--finetune", "lora", "sparse-full", "--density", "0.5"]
     lines = {case: m["results"] for (_, case), m in run(words, tmp_path).items()}
     text = capsys.readouterr().out
     assert "\nDistillation, one step" in text and "256, both" in text and "of forward: the step's ms" in text
-    assert list(lines) == ["256, prefill", "256, both"] and lines["256, both"]["decode_recall"] > 0
+    assert list(lines) == ["256, prefill", "256, both", "256, lora", "256, sparse-full"]
+    assert lines["256, both"]["decode_recall"] > 0 and lines["256, sparse-full"]["prefill_recall"] > 0
+    for step in ("lora", "sparse-full"):
+        results = lines.pop(f"256, {step}")
+        assert results["tokens_per_second"] == 2 * 256 / 2e-3 and results["planned_gib"] > 0
     for results in lines.values():
         assert results["of_forward"] == 2 / 4  # a step of two rows is said to take 2 ms, and so is each row's forward
         assert results["tflops"] == pytest.approx(2 * forward_flop(TINY, 256) / 2e-3 / 1e12)
@@ -206,6 +214,7 @@ def latest_blocks() -> Iterator[str]:
     del SCORERS[Latest.name]
 
 
+@pytest.mark.slow
 @shapes_stand_for_arrays
 @pytest.mark.parametrize(
     ("words", "part", "kept"),
@@ -247,10 +256,11 @@ def test_lists_that_are_timed_are_those_of_the_model(policy: Policy):
     assert kept[0] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "module", "operation", "message"),
     [
-        pytest.param([*PREFILL, "--only", "attention"], attention_bench, block_sparse_attention, "attention, 128, 64x64, own, 0.3", marks=pytest.mark.slow),
+        ([*PREFILL, "--only", "attention"], attention_bench, block_sparse_attention, "attention, 128, 64x64, own, 0.3"),
         ([*DECODE, "--only", "kernel", "--densities", "0.5"], decode_bench, sparse_decode_attention, "decode kernel, 2 x 256, 0.5"),
     ],
 )  # fmt: skip
@@ -285,6 +295,40 @@ def test_an_implementation_asked_for_by_name_must_be_able(capsys: pytest.Capture
         assert main(words) == 1
         assert "seer-jax bench: attention, 128, 64x64, own, 0.3: needs a GPU" in capsys.readouterr().err
         assert main([*words, "--variants"]) == 0
+
+
+@pytest.mark.slow
+@shapes_stand_for_arrays
+def test_gradients_are_measured_beside_dense_ones(two_milliseconds: Timed):
+    """At twice the time of the forward, which takes as long as everything here."""
+    config = PrefillBench(ModelShape.TINY, (120,), densities=(0.5,), skip_thresholds=(0.1,), backward=True)
+    bench = GradientBench("xla")
+    lines = [bench.measure(case) for case in aligned_cases(config)[:1]]
+    results = lines[0].results
+    assert lines[0].failure is None and lines[0].case == "120, 64x64, own, 0.5" and len(two_milliseconds) == 3
+    assert results["speedup"] == 1 and results["backward_over_forward"] == 0 and results["forward_milliseconds"] == 2
+    assert all(0 < (results[f"{name}_error"] or 0) < 5e-3 for name in ("q", "k", "v", "plain"))
+    listed = (results["density"] or 0) * 4 * 3  # of the 3 blocks of each head's causal map
+    assert results["effective_tflops"] == pytest.approx(14 * 64 * 64 * 64 * listed / 2e-3 / 1e12)
+
+
+@pytest.mark.slow
+@shapes_stand_for_arrays
+@pytest.mark.parametrize(("wrong", "name"), [(0, "q"), (1, "k"), (2, "v")])
+def test_a_wrong_gradient_is_a_failure(two_milliseconds: Timed, monkeypatch: pytest.MonkeyPatch, wrong: int, name: str):
+    def both(implementation: Any, density: float) -> Any:
+        forward, gradients = right(implementation, density)
+
+        def changed(*arguments: Any) -> list[jax.Array]:
+            return [x * (1.05 if i == wrong else 1) for i, x in enumerate(gradients(*arguments))]
+
+        return forward, changed
+
+    right = gradient_bench.compiled
+    monkeypatch.setattr(gradient_bench, "compiled", both)
+    line = GradientBench().measure(RAGGED)
+    assert (line.failure or "").startswith(f"the gradient of {name} errs by ")
+    assert "milliseconds" not in line.results
 
 
 @pytest.mark.slow
@@ -332,6 +376,7 @@ def test_masks_of_a_trained_gate(heads: int, two_milliseconds: Timed):
         assert line.failure is None and line.results["share_of_aligned"] is not None
 
 
+@pytest.mark.slow
 def test_every_variant_of_an_implementation(two_milliseconds: Timed, monkeypatch: pytest.MonkeyPatch):
     assert attention_bench.variants("xla") == attention_bench.variants(None) == {}
     plain, seen = xla.block_sparse_attention, []
@@ -397,8 +442,9 @@ def test_bytes_that_a_new_token_reads():
     gate = (8 * 4 * 128 * 128 + 8 * 3 * 128 * 128 + 2 * 128) * 4 + 8 * 2048 * 8 * 128 * 2
     assert read_bytes(layer, 8, 131072, DTYPE, GATE, 0.1) == pytest.approx(keys_and_values / 10 + gate)
     assert read_bytes(GPU, 8, 131072, DTYPE, GATE, 1.0) == 32 * (keys_and_values + gate)
-    keys = 8 * 2048 * 8 * 128 * 2  # one per block
-    assert read_bytes(layer, 8, 131072, DTYPE, FINER, 0.1) == pytest.approx(keys_and_values / 10 + gate + 7 * keys)
+    keys, norms = 8 * 2048 * 8 * 128 * 2, 2 * 128 * 4  # a key per block
+    finer = gate - norms + 7 * keys
+    assert read_bytes(layer, 8, 131072, DTYPE, FINER, 0.1) == keys_and_values / 10 + finer
     model = nnx.eval_shape(lambda: random_model(GPU, DecodeGateConfig()))
     assert weight_bytes(model) == pytest.approx(15.0e9, rel=1e-3)
 
@@ -455,6 +501,7 @@ def test_flop_of_a_forward():
         (PrefillBench, dict(variants=True), "variants without implementation"),
         (PrefillBench, dict(skip_thresholds=(0.1, 1.5)), r"skip_thresholds must lie in \[0, 1\]; got 1.5"),
         (PrefillBench, dict(peak=-1.0), "peak must be a number of at least 0; got -1.0"),
+        (PrefillBench, dict(backward=True, only=("model",)), "only must name attention where backward is measured"),
         (PrefillBench, dict(peak=2.0, only=("model",)), "only must name attention where skip_thresholds or a peak"),
         (DecodeBench, dict(lengths=(256, 64)), r"at least 128 tokens; got 256, 64"),
         (DecodeBench, dict(batches=()), r"one sequence; got none"),
@@ -465,7 +512,7 @@ def test_flop_of_a_forward():
         (DecodeBench, dict(only=()), "some of kernel, layer, model; got none"),
         (TrainBench, dict(lengths=(256, 100)), r"at least 128 tokens, whole blocks of 64; got 256, 100"),
         (TrainBench, dict(lengths=(64,)), r"whole blocks of 64; got 64"),
-        (TrainBench, dict(kinds=()), "kinds must name some of prefill, decode, both; got none"),
+        (TrainBench, dict(kinds=()), "kinds must name some of prefill, decode, both, or `finetune` a step; got none"),
         (TrainBench, dict(batch_size=0), "batch_size must be at least 1; got 0"),
     ],
 )
@@ -484,18 +531,25 @@ def test_a_cpu_is_not_asked_for_gpu_sizes(lines: Iterator[Any]):
 def test_the_command_line(capsys: pytest.CaptureFixture[str]):
     for words, code, text in (
         (["bench", "prefill", "--help"], 0, "usage: seer-jax bench prefill"),
-        (["bench", "--help"], 0, "{prefill,decode,ground-truth,train}"),
+        (["bench", "--help"], 0, "{prefill,decode,ground-truth,train,scaling,serving}"),
         (["bench", "train", "--help"], 0, "usage: seer-jax bench train"),
         (["bench", "ground-truth", "--help"], 0, "usage: seer-jax bench ground-truth"),
         (["bench", "decode", "--help"], 0, "usage: seer-jax bench decode"),
+        (["bench", "scaling", "--help"], 0, "usage: seer-jax bench scaling"),
+        (["bench", "serving", "--help"], 0, "usage: seer-jax bench serving"),
+        (["bench", "scaling", "--mesh", "rows=2"], 2, "each of data, fsdp, tensor at most once; got 'rows=2'"),
         (["bench", "decode", "--lengths", "3"], 2, "at least 128 tokens"),
         (
             ["bench", "decode", "--policies", "topk:0.1:nothing"],
             2,
             f"the scorer must be one of {', '.join(SCORERS)}; got 'nothing'",
         ),
-        (["bench", "cooking"], 2, "must be one of prefill, decode, ground-truth, train; got 'cooking'"),
-        (["bench"], 2, "train} must be given; got none"),
+        (
+            ["bench", "cooking"],
+            2,
+            "must be one of prefill, decode, ground-truth, train, scaling, serving; got 'cooking'",
+        ),
+        (["bench"], 2, "serving} must be given; got none"),
         (["bench", "prefill", "--lengths", "3"], 2, "at least 64 tokens"),
         (["bench", "ground-truth", "--lengths", "3"], 2, "at least 64 tokens"),
         (["bench", "ground-truth", "--chunk", "100"], 2, "a multiple of the 64 tokens"),

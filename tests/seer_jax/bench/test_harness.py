@@ -24,7 +24,15 @@ from pallas_kernels.devices import default_device
 from seer_jax.bench.configs import PrefillBench
 from seer_jax.bench.decode import PANELS as DECODE_PANELS
 from seer_jax.bench.harness import clock, measurement
-from seer_jax.bench.harness.clock import Timing, layers_beyond_cache, memory_rate, time_calls, time_carried, time_chain
+from seer_jax.bench.harness.clock import (
+    Timing,
+    layers_beyond_cache,
+    memory_rate,
+    time_calls,
+    time_carried,
+    time_chain,
+    time_in_turns,
+)
 from seer_jax.bench.harness.measurement import Measurement, Outcome, beside_dense, measure, write_json
 from seer_jax.bench.harness.plots import plot_panels
 from seer_jax.bench.harness.report import print_tables, report
@@ -51,6 +59,23 @@ def test_the_clock_counts_calls(monkeypatch: pytest.MonkeyPatch):
 
     timing = time_calls(slow, seconds=0.02, repetitions=3)
     assert timing.milliseconds >= 5 and timing.spread >= 0 and len(calls) >= 2 + 3
+
+
+@pytest.mark.parametrize(("seconds", "calls", "expected"), [(2e-3, 1, 4), (2e-2, 10, 4), (1e-3, 1, 4)])
+def test_functions_are_timed_in_turns(seconds: float, calls: int, expected: int, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, int]] = []
+
+    def fixed(function: Callable[[], str], arguments: Any, count: int) -> float:
+        asked.append((function(), count))
+        return count * 2e-3
+
+    monkeypatch.setattr(clock, "_run", fixed)
+    times = time_in_turns([lambda: "a", lambda: "b"], seconds=seconds, repetitions=expected)
+    assert times == [pytest.approx([2.0] * expected)] * 2
+    turns = [("a", 1), ("b", 1)], [("b", calls), ("a", calls)], [("a", calls), ("b", calls)]
+    assert asked == [*turns[0], *turns[1], *turns[2], *turns[1], *turns[2]]
+    monkeypatch.setattr(clock, "LONG", 1e-3)  # then the first calls count, and two more are enough
+    assert time_in_turns([lambda: "a"], seconds=seconds) == [pytest.approx([2.0] * 3)]
 
 
 def test_calls_of_a_chain_take_what_the_one_before_gave(two_milliseconds: list[Callable[..., Any]]):
@@ -156,6 +181,7 @@ def test_a_block_left_out_is_found():
     assert check_result(KEY, call, result, result).failure is not None
 
 
+@pytest.mark.slow
 def test_what_is_skipped_wrongly_is_found():
     """By the output, or by the number of blocks that tiles say they kept."""
     case = Case("skips", HEADS, 450, batch=2, density=1.0, lengths=(450, 300), block_size=128, peak=2.0)

@@ -29,12 +29,14 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 @pytest.mark.parametrize("format", list(GateFormat))
 def test_gates_change_their_format_and_nothing_else(format: GateFormat, tmp_path: Path):
-    source = write_gates(tmp_path / "a", PREFILL)
+    told = dict(seer_jax_training={"step": 8}, seer_jax_calibration={"density": 0.25})
+    source = write_gates(tmp_path / "a", PREFILL, **told)
     path = convert(ConvertConfig(tmp_path / "b", str(source), format))
     assert path == tmp_path / "b" / f"attn_gate_weights.{format}"
     assert_same(load_gates(source), load_gates(tmp_path / "b"))
     assert recommended_policy(tmp_path / "b") == Threshold(0.05)
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["base_model"] == "authors/base"
+    written = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert written["base_model"] == "authors/base" and told.items() <= written.items()
 
 
 def test_one_folder_can_hold_base_and_gates(tmp_path: Path):

@@ -21,8 +21,10 @@ from seer_jax.commands.stages import Stages, StepClock
 from seer_jax.convert import load_gates
 from seer_jax.evaluate import Phase, Score, SparsityLevel, WindowScore
 from seer_jax.evaluate.table import losses
+from seer_jax.gates.kinds import GateKind
 from seer_jax.selection.rules import Threshold
 from seer_jax.selection.scorers import LearnedGate
+from seer_jax.train import DistillConfig
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -73,7 +75,7 @@ def test_the_demo_runs_and_writes_its_files(tmp_path: Path):
 @pytest.mark.slow
 def test_the_bundled_gates_need_no_training(tmp_path: Path):
     out = io.StringIO()
-    sizes = dict(length=1024, windows=1, calibration_windows=1, passkeys=1)
+    sizes: dict[str, Any] = dict(length=1024, windows=1, calibration_windows=1, passkeys=1, decoded=32, new_tokens=4)
     config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.4,), **sizes)
     scores = demo(config, console=Console(file=out, width=120))
     of = {s.key: s for s in scores}
@@ -90,6 +92,25 @@ def levels_at(density: float) -> list[SparsityLevel]:
     return [SparsityLevel(level_at(density, CALIBRATED), policy, (phase,), (LearnedGate(),)) for phase in Phase]
 
 
+@pytest.mark.parametrize("kind", GateKind)
+def test_both_kinds_of_gates_are_distilled(kind: GateKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[DistillConfig] = []
+
+    def distill(config: DistillConfig, **settings: Any) -> None:
+        asked.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "distill", distill)
+    sizes: dict[str, Any] = dict(densities=(0.6,), length=512, windows=1, passkeys=1, decoded=16)
+    with pytest.raises(KeyboardInterrupt):
+        demo(DemoConfig(output=tmp_path, kind=kind, **sizes), console=Console(file=io.StringIO()))
+    (config,) = asked
+    finer = config.prefill.finer_than_release(), config.decode.finer_than_release()
+    assert all(finer) if kind is GateKind.FINE else not any(finer)
+    assert config.target == ("mass" if kind is GateKind.FINE else "max")
+    assert config.prefill.block_size == config.decode.block_size == 32
+
+
 def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def compare(model: Any, rows: Any, levels: Any, **settings: Any) -> Iterator[Score]:
         yield Score(Phase.PREFILL, None, "dense", (WindowScore(1.0, 1.0),), (), 511, 1.0)
@@ -97,7 +118,8 @@ def test_an_interrupted_demo_leaves_its_scores(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(command, "compare", compare)
     monkeypatch.setattr(command, "calibrated_levels", lambda *_: levels_at(0.5))
-    out, sizes = io.StringIO(), dict(length=512, windows=1, passkeys=1, decoded=16)
+    out = io.StringIO()
+    sizes: dict[str, Any] = dict(length=512, windows=1, passkeys=1, decoded=16)
     config = DemoConfig(output=tmp_path, bundled_gates=True, densities=(0.5,), **sizes)
     with pytest.raises(KeyboardInterrupt) as stop:
         demo(config, console=Console(file=out, width=200))

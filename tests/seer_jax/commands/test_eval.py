@@ -15,6 +15,7 @@ from seer_jax.commands import main as cli
 from seer_jax.commands.eval import EvalConfig, evaluate
 from seer_jax.evaluate import Phase, Score
 from seer_jax.evaluate.score import ESTIMATORS
+from seer_jax.inference import memory
 from seer_jax.inference.memory import DeviceMemory
 from seer_jax.selection.notation import write_policy_file
 from seer_jax.selection.rules import TopK
@@ -113,6 +114,7 @@ def stop_after(count: int, error: BaseException) -> Callable[..., Iterator[Score
     return interrupted
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -186,13 +188,20 @@ def test_memory_that_does_not_suffice_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("phases", "needs"), [(tuple(Phase), r"caches of 2 prompts 0\.\d*[1-9]"), ((Phase.PREFILL,), "0 prompts 0.000")]
+    ("phases", "mesh", "needs"),
+    [
+        (tuple(Phase), None, r"needs .*weights 0.030, caches of 2 prompts 0\.\d*[1-9]"),
+        ((Phase.PREFILL,), None, r"needs 0.030 GiB \(weights 0.030, caches of 0 prompts 0.000"),
+        ((Phase.PREFILL,), "tensor=2", r"each of 2 devices needs 0.015 GiB \(weights 0.015, caches of 0 prompts 0.000"),
+    ],
 )
-def test_weights_and_caches_must_fit_the_device(phases: tuple[Phase, ...], needs: str, monkeypatch: pytest.MonkeyPatch):
-    config = EvalConfig(phases=phases, length=256, windows=2, passkeys=2, decoded=16)
-    monkeypatch.setattr(command, "available_memory", lambda model: DeviceMemory(limit=2**24, in_use=2**23))
+def test_weights_and_caches_must_fit_the_device(
+    phases: tuple[Phase, ...], mesh: str | None, needs: str, monkeypatch: pytest.MonkeyPatch
+):
+    config = EvalConfig(phases=phases, length=256, windows=2, passkeys=2, decoded=16, mesh=mesh)
+    monkeypatch.setattr(memory, "available_memory", lambda model: DeviceMemory(limit=2**24, in_use=2**23))
     with pytest.raises(
-        MemoryError, match=f"must fit in device memory: needs .*{needs}.* 0.008 GiB available. Lower `length`"
+        MemoryError, match=rf"must fit in device memory: {needs}.*\), 0.008 GiB available. Lower `length`"
     ):
         evaluate(config)
 

@@ -19,7 +19,9 @@ from seer_jax import Generated, Transformer, from_pretrained, load_tokenizer, pl
 from seer_jax.commands import generate as command
 from seer_jax.commands import main as cli
 from seer_jax.commands.generate import GenerateConfig, Job, generate, kept_table, recommended_sampling
+from seer_jax.commands.text import prompts
 from seer_jax.inference import memory
+from seer_jax.inference.conversation.shared_prefix import Continued
 from seer_jax.inference.sampling import Sample
 from seer_jax.selection.policies import Dense
 from seer_jax.selection.rules import TokenBudget, TopK
@@ -248,3 +250,64 @@ def test_a_chat_also_ends_at_the_end_of_a_turn(saved: Path, tmp_path: Path, monk
     for chat in (False, True):
         generate(dataclasses.replace(config, chat=chat))
     assert seen == [(0,), (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.cpu
+def test_prompts_of_a_file_are_continued_each_by_itself(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tokenizer, model = load_tokenizer(saved / "base"), from_pretrained(saved / "base", dtype=jnp.float32)
+    texts = [PROMPT * 8 + end for end in ("a", "é")]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in (texts[0], dict(prompt=texts[1]))))
+    words = ["generate", "--model", str(saved / "base"), "--max-new-tokens", "5", "--prompts", str(path)]
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
+    first, second = map(json.loads, captured.out.splitlines())
+    tokens = [tokenizer.encode(text) for text in texts]
+    expected = [streamed(model, row, max_new_tokens=5).rows()[0] for row in tokens]
+    assert [first["text"], second["text"]] == [tokenizer.decode(row) for row in expected]
+    assert first["read_tokens"] == len(tokens[0]) and second["read_tokens"] <= 64
+    read = first["read_tokens"] + second["read_tokens"]
+    assert captured.err.endswith(f"[2 prompts, {sum(map(len, tokens))} tokens, of which {read} were read]\n")
+
+
+def test_a_prompt_that_fails_is_named(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def continued(failed: int) -> Continued:
+        kept = jnp.ones((2, 1))
+        return Continued(Generated(jnp.ones((1, 2), int), jnp.array([1]), kept, kept[None], jnp.array([failed])), 3)
+
+    monkeypatch.setattr(prompts, "generate_each", lambda *args, **settings: map(continued, (-1, 1)))
+    (tmp_path / "prompts").write_text('"a"\n"b"')
+    words = ["generate", "--model", str(saved / "base"), "--prompts", str(tmp_path / "prompts"), "--no-stats"]
+    assert cli.main(words) == 1
+    captured = capsys.readouterr()
+    assert [json.loads(line).get("failed_at") for line in captured.out.splitlines()] == [None, 1]
+    assert re.fullmatch("seer-jax generate: prompt 2: logits must be finite; those of new token 1 .*\n", captured.err)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", [], "prompts must hold at least one prompt; got none"),
+        ('"a"\n{"text": "b"}', [], "prompts:2 must be a JSON text, or an object such as .*; got .*text"),
+        ('"a"\n""', [], "prompts:2: a prompt must have at least one token; got an empty text"),
+        ("a", [], "prompts:1, a line of prompts, must hold JSON"),
+        ('"a"', ["--prefill", "topk:0.5:minference"], "looks at the whole prompt"),
+        ('"a"', ["--max-new-tokens", "9999"], "must fit the model's context of 8192 tokens"),
+        ('"a"', ["--plan", "--prompt", "x"], "--prompt and --plan must be left out with --prompts"),
+    ],
+)
+def test_prompts_are_refused(
+    text: str, options: list[str], message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "prompts").write_text(text)
+    words = ["generate", "--model", str(saved / "base"), "--prompts", str(tmp_path / "prompts"), *options]
+    assert cli.main([*words, "--no-stats"]) in (1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert re.match(f"seer-jax generate: .*{message}", captured.err), captured.err

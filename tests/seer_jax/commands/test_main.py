@@ -18,6 +18,7 @@ from seer_jax.commands import info
 from seer_jax.commands import main as cli
 from seer_jax.commands.bench import BENCHES
 from seer_jax.commands.errors import signals
+from seer_jax.models.hub import GATES
 from seer_jax.selection.scorers import SCORERS
 from tests.packaging.checkout import ROOT
 
@@ -186,6 +187,9 @@ def test_info_lists_versions_devices_and_implementations(capsys: pytest.CaptureF
     attention = ("block_sparse_attention", "attention_with_block_scores", "sparse_decode_attention")
     for name in (*attention, "select_blocks", "pool_blocks", "score_blocks", "score_sub_blocks", "stacked_linear"):
         assert any(line.split()[:1] == [name] and "reference" in line for line in lines), name
+    assert lines[-len(GATES) - 1] == "Gates by name"
+    for name, line in zip(GATES, lines[-len(GATES) :], strict=True):
+        assert re.fullmatch(rf"  {name} +prefill: gate_dim=64.*; decode: gate_dim=64.*", line)
 
 
 def test_info_finds_every_operation_once():

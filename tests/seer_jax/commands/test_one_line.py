@@ -14,6 +14,7 @@ from seer_jax.commands import main as cli
 from seer_jax.commands.arguments import parse
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.errors.usage import UsageError
+from seer_jax.commands.finetune import FinetuneOptions
 from seer_jax.commands.train import TrainOptions
 from seer_jax.selection.scorers import SCORERS
 from tests.packaging.checkout import ROOT
@@ -56,6 +57,10 @@ USAGE = [
     ("generate --prompt x --prompt-file y", "The prompt must come from --prompt or from --prompt-file; got both. *"),
     ("generate --system x", "--system must come with --chat, * Add --chat. *"),
     ("generate --temperature -1", "--temperature must be 0 *; got -1.0. *"),
+    ("generate --temperature nan", "--temperature must be 0 *; got nan. *"),
+    ("chat --temperature inf", "A sampling temperature must be positive and finite; got inf. *"),
+    ("chat --temperature 1 --top-p 2", "--top-p must be a probability mass in *; got 2.0. *"),
+    ("chat --temperature 1 --top-k 0", "--top-k must be an integer of at least 1*; got 0. *"),
     ("generate --temperature hot", "--temperature must be a number; got 'hot'. *"),
     ("generate --max-new-tokens many", "--max-new-tokens must be a whole number; got 'many'. *"),
     ("generate --top-k 3", "--top-k must come with a --temperature above 0; got 0, * Add --temperature 0.7. *"),
@@ -164,6 +169,15 @@ USAGE = [
     ("generate --base=tiny-lm", "there is no option --base. Did you mean --model? *"),
     ("train --base tiny-lm", "there is no option --base. Did you mean --model? *"),
     ("verify --model x --precision float32", "there is no option --precision. Did you mean --dtype? *"),
+    (
+        "generate --mesh dat=2",
+        "A mesh must be written as axes with sizes, each of data, fsdp, tensor at most once; got 'dat=2' in 'dat=2'. *",
+    ),
+    ("eval --mesh data=0", "The size of a mesh axis must be a whole number of devices, or -1 for all that are left; *"),
+    ("calibrate --gates x --mesh data=2,data=2", "A mesh must be written * got 'data=2' in 'data=2,data=2'. *"),
+    ("verify --model x --reference y --mesh 4", "A mesh must be written as axes with sizes, * got '4' in '4'. *"),
+    ("plot maps --output x.html --mesh fsdp", "A mesh must be written * got 'fsdp' in 'fsdp'. *"),
+    ("demo --mesh tensor=-1,data=-1", "At most one axis of a mesh may have size -1; *"),
     ("generate --prompt \udcff", "a command line must be UTF-8; got '*xff'. *"),
 ]
 FAILURES = [
@@ -178,7 +192,7 @@ FAILURES = [
         "topk:0.5 ranks blocks by a learned gate, but the model has no decode gate; load one (--gates ...), * the policy dense.",
     ),
     (
-        "generate --gates seer_jax/tiny_lm/gates/decode --prompt x --prefill topk:0.5",
+        "generate --gates seer_jax/tiny_lm/gates/release/decode --prompt x --prefill topk:0.5",
         "topk:0.5 ranks blocks by a learned gate, but the model has no prefill gate; load one (--gates ...), *",
     ),
     ("generate --gates tiny-lm --prompt x --decode budget:3", "A token budget must hold at least one block of 64 *"),
@@ -191,6 +205,18 @@ FAILURES = [
     (
         "generate --prompt x --scorers absent_module",
         "--scorers must name a module or a Python file; got 'absent_module', which Python does not find. Check the name, or *",
+    ),
+    (
+        "generate --prompt x --mesh tensor=8",
+        "A mesh must fit the 4 devices that JAX has here (cpu); got 'tensor=8', which is 8 devices. Lower a size; *",
+    ),
+    (
+        "eval --mesh tensor=3 --methods window",
+        "The 8 query heads of the model must be divisible by the mesh axis tensor; got tensor=3. Use tensor=1 or 2 or 4 or 8.",
+    ),
+    (
+        "plot maps --output /tmp/x.html --mesh fsdp=3",
+        "The model's hidden_size of 256 must be divisible by the mesh axis fsdp; got fsdp=3. Use an fsdp size that *",
     ),
     ("plot loss --scores /absent --output x.png", "No such file or directory: '/absent'. Check the path."),
     ("plot loss --scores README.md --output x.png", "README.md must hold JSON; *. Name a file that seer-jax eval *"),
@@ -208,19 +234,19 @@ FAILURES = [
     ("generate --prompt x --revision v2", "--revision must be that of a hub id; got 'v2' for 'tiny-lm', which is on *"),
     ("eval --model seer_jax/tiny_lm --revision v2", "--revision must be that of a hub id; got 'v2' for 'seer_jax/*"),
     (
-        "verify --model seer_jax/tiny_lm/gates/decode --reference x",
+        "verify --model seer_jax/tiny_lm/gates/release/decode --reference x",
         "* must hold a base model; got a gate of 'tiny-lm'. Give --model tiny-lm.",
     ),
     ("eval --length 128 --windows 1 --distractors 20", "* fewer --distractors, or set --passkeys to 0."),
     (
-        "eval --tasks vt --length 512 --samples 1 --methods gate --gates seer_jax/tiny_lm/gates/decode --policies topk:0.2+topk:0.2",
+        "eval --tasks vt --length 512 --samples 1 --methods gate --gates seer_jax/tiny_lm/gates/release/decode --policies topk:0.2+topk:0.2",
         "topk:0.2+topk:0.2 must have a scorer for either phase; got none that works, as the model has no prefill gate. Load the gates "
         "(--gates ...), or name scorers: topk:0.2:oracle+topk:0.2:oracle.",
     ),
     ("eval --text .gitignore", "The text must fill * or a smaller --length."),
     ("generate --prompt x --gates seer_jax/tiny_lm", "A gate folder must hold *; * has neither but base weights. *"),
     (
-        "generate --prompt x --model seer_jax/tiny_lm/gates/decode",
+        "generate --prompt x --model seer_jax/tiny_lm/gates/release/decode",
         "* must hold a base model; got a gate of 'tiny-lm'. Give --model tiny-lm and --gates *",
     ),
     ("--scorers /absent.py eval", "--scorers must name a module or a Python file; got '/absent.py', *"),
@@ -299,7 +325,10 @@ def test_failures_of_every_command(
     assert re.fullmatch(".*".join(map(re.escape, f"seer-jax {name}: {text}\n".split("*"))), line), line
 
 
-CONFIGS = COMMANDS | {"train": (TrainOptions, "--model tiny-lm --output x")}
+CONFIGS = COMMANDS | {
+    "train": (TrainOptions, "--model tiny-lm --output x"),
+    "finetune": (FinetuneOptions, "--model tiny-lm --output x"),
+}
 OPTIONS = [(command, option) for command, (kind, _) in CONFIGS.items() for option in Options(kind).all]
 NUMBERS = [(command, option.flag) for command, option in OPTIONS if option.kind in (int, float)]
 

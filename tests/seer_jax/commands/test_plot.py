@@ -27,6 +27,7 @@ def words(saved: Path, tmp_path: Path) -> list[str]:
     return ["--model", str(saved / "base"), "--gates", *gates, "--text", str(tmp_path / "text.txt"), "--length", "128"]
 
 
+@pytest.mark.slow
 def test_a_page_shows_both_phases_by_the_policies_of_the_gates(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

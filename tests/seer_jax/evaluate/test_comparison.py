@@ -67,6 +67,7 @@ def test_a_phase_without_a_gate_has_no_learned_method():
     assert got == [(phase, None) for phase in Phase]
 
 
+@pytest.mark.slow
 def test_a_level_may_be_for_one_phase():
     level = SparsityLevel("budget", TokenBudget(64), (Phase.DECODE,))
     got = [(s.phase, s.method) for s in compare(tiny_model(gates=False), rows(), [level], methods=(SinkWindow(),))]

@@ -26,6 +26,7 @@ def test_scores_of_prompts_are_those_of_the_logits():
     assert ((scores.kept > 0.2) & (scores.kept < 0.8)).all()
 
 
+@pytest.mark.slow
 def test_scores_of_decoded_tokens_are_those_of_the_prompt():
     """Dense decoding computes what a dense pass does, from any place on."""
     model = tiny_model()

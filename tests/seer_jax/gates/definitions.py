@@ -110,7 +110,7 @@ def decode_definition(gate: DecodeGate, q: np.ndarray, k: np.ndarray, rows: Rows
     sides = [(queries, gate.q_norm, positions), (keys, gate.k_norm, positions[:, ::pool])]
     turn = linear_frequencies(gate), gate.model.rope.attention_factor
     for i, (x, norm, at) in enumerate(sides):
-        if config.use_qk_norm:
+        if config.normalizes:
             x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6) * np.asarray(norm[...], float)
         sides[i] = turned(x, at, *turn) if config.use_rope else x
     queries, keys = sides

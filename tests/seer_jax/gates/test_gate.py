@@ -146,9 +146,9 @@ SWITCHES: list[dict[str, Any]] = [
 HEAD_QUERIES = DecodeGateConfig(BLOCK, DIM, QueryReduction.HEADS)
 FINER_DECODE = [
     HEAD_QUERIES,
-    dataclasses.replace(HEAD_QUERIES, heads=HeadJoin.MAX, k_pool_size=4),
+    dataclasses.replace(HEAD_QUERIES, heads=HeadJoin.MAX, k_pool_size=4, use_qk_norm=True),
     dataclasses.replace(HEAD_QUERIES, k_pool_size=4, join=Join.MAX, gate_dim=12),
-    dataclasses.replace(HEAD_QUERIES, k_pool_size=1, use_qk_norm=False, use_rope=False, **AVG),
+    dataclasses.replace(HEAD_QUERIES, k_pool_size=1, use_rope=False, **AVG),
     DecodeGateConfig(BLOCK, DIM, k_pool_size=4),
     DecodeGateConfig(32, DIM, QueryReduction.AVG, k_pool_size=8, join=Join.MAX),
 ]
@@ -211,7 +211,7 @@ def test_products_are_exact_on_accelerators_too(config: GateConfig):
 
 
 @pytest.mark.parametrize("config", [FINER_PREFILL[0], *COARSE], ids=named)
-@pytest.mark.parametrize("cuts", [(0, 16, 32, 48, 64, T), (0, 48, T), (0, 64, T)], ids=str)
+@pytest.mark.parametrize("cuts", [(0, 16, 32, 48, 64, T), (0, 48, T)], ids=str)
 def test_keys_appended_in_chunks_are_the_keys_of_the_whole(config: PrefillGateConfig, cuts: tuple[int, ...]):
     """Each piece starts at a block; the cache gives back what was appended, layer by layer."""
     gate, k = one_layer(config), jnp.asarray(random_qk()[1])
@@ -239,7 +239,7 @@ def test_a_cache_without_a_prefill_gate_keeps_no_keys_of_one():
     assert cache.view(jnp.int32(0)).prefill_gate_keys is None
 
 
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("traced", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("config", [*FINER_PREFILL[:3], *COARSE], ids=named)
 def test_logits_of_later_rows_are_rows_of_the_whole(config: PrefillGateConfig, traced: bool):
     gate = one_layer(config)

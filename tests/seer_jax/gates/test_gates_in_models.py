@@ -32,7 +32,8 @@ from seer_jax.models.decoder import Transformer
 from seer_jax.selection.context import DecodeContext
 from seer_jax.selection.rules import CumulativeMass
 from seer_jax.selection.scorers import LearnedGate
-from seer_jax.train.distillation import packed_decode_keys, packed_decode_logits, packed_prefill_logits
+from seer_jax.train.distillation import packed_decode_keys, packed_decode_logits
+from seer_jax.train.distillation.prefill import packed_prefill_logits
 from seer_jax.train.loss import row_kl
 from tests.seer_jax.conftest import LLAMA, tiny_model
 from tests.seer_jax.gates.definitions import Rows, definition
@@ -91,7 +92,8 @@ def model_of(name: str) -> Transformer:
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, LLAMA.vocab_size, (2, 75)), jnp.int32)
 
 
-@kinds(KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_prompts_read_in_chunks_of_rows_are_read_as_whole(name: str, monkeypatch: pytest.MonkeyPatch):
     lengths = jnp.asarray([75, 38])
 
@@ -107,7 +109,8 @@ def test_prompts_read_in_chunks_of_rows_are_read_as_whole(name: str, monkeypatch
     np.testing.assert_allclose(kept_in_chunks, kept, rtol=1e-6)
 
 
-@kinds(KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_tokens_decoded_one_by_one_choose_as_in_one_pass(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(window_module, "ON_CPUS", AtOnce(64, 2**25, 128))
     model = model_of(name)
@@ -208,7 +211,7 @@ def test_the_gradient_is_the_slope_of_the_loss(name: str):
 
     gradient = jax.grad(loss)(gate)
     slope = sum(map(jnp.vdot, jax.tree.leaves(gradient), jax.tree.leaves(direction)))
-    step = 1e-2
+    step = 2e-3  # few kinks of maxima lie within
     ahead, behind = (loss(jax.tree.map(lambda x, d: x + s * step * d, gate, direction)) for s in (1, -1))  # noqa: B023
     np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=0.02, atol=2e-4)
 

@@ -164,7 +164,8 @@ def test_sparse_phases_are_independent():
     assert dense.rows()[3] != both.rows()[3]
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 7, 1000])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_a_stream_gives_the_tokens_of_generate(chunk: int):
     tokens, lengths = prompts()
     arguments: dict[str, Any] = dict(SPARSE, max_new_tokens=NEW, sampling=SAMPLE, key=jax.random.key(3), eos=NEVER)
@@ -274,6 +275,7 @@ def test_a_rows_tokens_depend_on_its_own_prompt_and_key():
         assert alone.rows() == together[one]
 
 
+@pytest.mark.slow
 def test_both_gates_together_serve_a_row_as_if_it_were_alone():
     """Prompts of all lengths at once, both phases sparse by their own gates, one row ended early."""
     tokens, lengths = prompts()
@@ -418,6 +420,9 @@ def test_a_failure_while_decoding_is_told_by_step():
         result = run(damaged(token))
     assert result.rows() == [row[:n] for row, n in zip(free, made, strict=True)]
     assert result.failed.tolist() == [n if n < NEW else -1 for n in made]
+    steps = np.asarray(result.decode_kept_steps)
+    np.testing.assert_array_equal((steps > 0).sum(0), np.broadcast_to(np.array(made) - 1, steps.shape[1:]))
+    np.testing.assert_array_equal(result.decode_kept, 1)
 
 
 BAD = [

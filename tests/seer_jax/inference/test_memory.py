@@ -93,7 +93,7 @@ def test_keys_of_smaller_pools_take_their_share_of_the_cache(size: int | None, s
 
 def test_a_whole_size_is_planned_without_memory():
     """Llama-3.1-8B at 128k tokens: 15 GiB of weights and 16 GiB of keys and values, as everyone's arithmetic has it. Sizes are rounded up by
-    an eighth at most."""
+    an eighth at most where prompts are read at once, by a quarter where they are read in chunks."""
     hf = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
               num_key_value_heads=8, vocab_size=128256, rope_theta=5e5, rms_norm_eps=1e-5, max_position_embeddings=131072)  # fmt: skip
 
@@ -105,8 +105,12 @@ def test_a_whole_size_is_planned_without_memory():
     sizes: dict[str, Any] = dict(prefill=TopK(0.1), decode=TokenBudget(4096), compiled=False, available=80 * 2**30)
     made = plan_memory(nnx.eval_shape(build), 1, 130048, max_new_tokens=1024, cache_capacity=131072, **sizes)
     assert made.cache == 16 * 2**30
-    rounded = plan_memory(nnx.eval_shape(build), 1, 130048, max_new_tokens=1024, **sizes)
-    assert rounded.cache == 16 * 2**30 * (131072 + 1024) // 131072
+    chunked, whole = (
+        plan_memory(nnx.eval_shape(build), 1, 130048, max_new_tokens=1024, prefill_chunk=chunk, **sizes)
+        for chunk in (None, 0)
+    )
+    assert chunked.cache == 16 * 2**30 and whole.cache == 16 * 2**30 * (131072 + 1024) // 131072
+    assert chunked.gate_cache - made.gate_cache == 0 < made.gate_cache - whole.gate_cache
     assert made.weights == pytest.approx(8.03e9 * 2, rel=0.001)
     assert made.missing == 0
     assert plan_memory(nnx.eval_shape(build), 5, 130048, max_new_tokens=1024, **sizes).missing > 0
@@ -170,7 +174,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(function: Any, monk
     for limit, others, text in (
         (needed.total - 1, 0, "scratch 0"),
         (needed.total, 1, "scratch 0"),
-        (needed.total - needed.scratch - 1, 0, r"decode gate 0.0\d\d\)"),
+        (needed.total - needed.scratch - 1, 0, r"keys of gates 0.0\d\d\)"),
     ):
         set_limit(monkeypatch, limit, others)
         with pytest.raises(
@@ -195,6 +199,7 @@ def test_a_stream_tells_at_once_that_its_cache_does_not_fit(monkeypatch: pytest.
         stream(llama(), TOKENS, max_new_tokens=NEW, **SPARSE)
 
 
+@pytest.mark.slow
 def test_a_call_like_an_earlier_one_only_looks_up_its_plan(monkeypatch: pytest.MonkeyPatch):
     lookups = sys.modules["seer_jax.inference.generate"]._compiled_plan.cache_info
     set_limit(monkeypatch, 2**40)

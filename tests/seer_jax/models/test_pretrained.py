@@ -13,6 +13,7 @@ import pytest
 from seer_jax import Greedy, Sample, from_pretrained, load_generation_settings, load_tokenizer, tiny_lm
 from seer_jax.convert import load_base, save_base, save_gates
 from seer_jax.convert.formats.sources import SafetensorsSource
+from seer_jax.models.hub import named_gates
 from seer_jax.sharding import make_mesh, place
 from seer_jax.train.data.tokens import ModelTokenizer
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
@@ -177,6 +178,7 @@ def test_a_mesh_of_one_device_takes_the_model(saved: Path):
     assert all(leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(model))
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -217,7 +219,7 @@ def test_the_tokenizer_is_found_beside_the_model():
 def test_the_bundled_model_has_a_name(tmp_path: Path):
     model = from_pretrained("tiny-lm", gates="tiny-lm")
     assert model.config == load_base("tiny-lm").config
-    expected = from_pretrained(TINY_LM, [TINY_LM / "gates" / "prefill", TINY_LM / "gates" / "decode"])
+    expected = from_pretrained(TINY_LM, list(named_gates("tiny-lm").values()))
     assert jax.tree.structure(model) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, model, expected)
     shapes = from_pretrained("tiny-lm", gates=("tiny-lm",), abstract=True)

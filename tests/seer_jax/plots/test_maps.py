@@ -65,6 +65,7 @@ def test_lists_that_heads_share_are_repeated():
     np.testing.assert_array_equal(maps.kept, np.broadcast_to(window, maps.kept.shape))
 
 
+@pytest.mark.slow
 def test_policies_per_layer_and_head_and_dense_layers():
     causal = np.tri(BLOCKS, dtype=bool)
     thresholds = jnp.asarray([[0.0, 0.99, 0.99, 0.99]] * 2)

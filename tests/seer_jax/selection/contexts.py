@@ -63,6 +63,7 @@ def decode_context(capacity: int, positions: tuple[int, ...], layer: Any = 1) ->
     """A token of each row, at the given positions of a cache."""
     batch, gate = len(positions), _gate(DecodeGateConfig(BLOCK, DIM))
     prompt = prefill_context(capacity, positions)
+    assert prompt.k is not None
     cache = Cache.create(MODEL, batch, capacity, jnp.float32, decode_gate=gate.config)
     cache = cache.fill(jnp.int32(layer), prompt.k_rotated, prompt.v)
     cache = cache.fill_decode_gate(jnp.int32(layer), gate, prompt.k, prompt.lengths).with_lengths(prompt.lengths)

@@ -150,6 +150,7 @@ class Even(Scorer):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # plans of memory are made of shapes, which stand for arrays
 def test_commands_take_it_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "even_blocks.py"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from seer_jax.models.dense_attention import dense_attention
 from seer_jax.selection.context import Context, PrefillContext
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, RankingPolicy, Threshold, TokenBudget, TopK
-from seer_jax.selection.scorers import SCORERS, LearnedGate, Oracle, Random, SinkWindow
+from seer_jax.selection.scorers import SCORERS, LearnedGate, SinkWindow
 from tests.products import rounded_products
 from tests.seer_jax.conftest import tiny_model
 from tests.seer_jax.selection.contexts import (
@@ -53,41 +54,43 @@ def by_layer_and_head(value: np.ndarray, heads: int) -> np.ndarray:
 
 
 @functools.cache
-def chooser(phase: str) -> tuple[dict[str, jax.Array], Callable[[RankingPolicy, jax.Array], jax.Array]]:
-    """Scores of a context by each scorer, and a program that makes lists of scores, as a mask."""
+def chooser(phase: str) -> tuple[Callable[[str], jax.Array], Callable[[RankingPolicy, jax.Array], jax.Array]]:
+    """Scores of a context by the scorer of a name, and a program that makes lists of scores, as a mask."""
     context = prefill_context(TOKENS, LENGTHS) if phase == "prefill" else decode_context(80, POSITIONS)
-    scorers = {name: scorer() for name, scorer in SCORERS.items() if phase in scorer.phases()}
 
-    def scores() -> dict[str, jax.Array]:
-        if isinstance(context, PrefillContext):
-            return {name: scorer.prefill_scores(context) for name, scorer in scorers.items()}
-        return {name: scorer.decode_scores(context) for name, scorer in scorers.items()}
+    @functools.cache
+    def scores(name: str) -> jax.Array:
+        return jax.jit(lambda: getattr(SCORERS[name](), f"{phase}_scores")(context))()
 
     select = jax.jit(lambda policy, scores: policy.select(scores, context).to_mask(context.num_key_blocks))
-    return jax.jit(scores)(), select
+    return scores, select
 
 
-QUICK_SCORERS = ("gate", "oracle", "window")  # in every run; rules see scores alone
+# In every run: each rule in both phases, by the gate's scores and another scorer's. Rules see scores alone.
+QUICK = {
+    ("gate", "prefill", Threshold),
+    ("gate", "decode", CumulativeMass),
+    ("oracle", "prefill", CumulativeMass),
+    ("oracle", "decode", Threshold),
+}
 PHASES_OF_SCORERS = [(phase, name) for name, kind in SCORERS.items() for phase in kind.phases()]
+CHOICES = [
+    pytest.param(phase, rule, name, marks=() if (name, phase, rule) in QUICK else pytest.mark.slow)
+    for rule in (Threshold, CumulativeMass)
+    for phase, name in PHASES_OF_SCORERS
+]
 
 
-@pytest.mark.parametrize(
-    ("phase", "scorer"),
-    [
-        pytest.param(phase, name, marks=() if name in QUICK_SCORERS else pytest.mark.slow)
-        for phase, name in PHASES_OF_SCORERS
-    ],
-)
-@pytest.mark.parametrize("rule", [Threshold, CumulativeMass])
+@pytest.mark.parametrize(("phase", "rule", "scorer"), CHOICES)
 def test_values_per_layer_and_head_choose_as_a_number_of_each_does(
     phase: str, rule: type[Threshold | CumulativeMass], scorer: str
 ):
     heads = HEADS if phase == "prefill" else KV_HEADS
     scores, select = chooser(phase)
-    assert scores["window"].shape[1] == (1 if phase == "prefill" else heads)
+    assert scores("window").shape[1] == (1 if phase == "prefill" else heads)
 
     def chosen(policy: RankingPolicy) -> np.ndarray:
-        mask = np.asarray(select(policy, scores[scorer]))
+        mask = np.asarray(select(policy, scores(scorer)))
         return np.repeat(mask, heads // mask.shape[1], axis=1)
 
     for shape in ((), (LAYERS,), (heads,), (LAYERS, heads), (LAYERS, 1), (1, heads)):
@@ -103,6 +106,7 @@ def test_values_per_layer_and_head_choose_as_a_number_of_each_does(
         assert len(choices) > 1 or shape == ()
 
 
+@pytest.mark.slow
 def test_a_value_of_each_layer_and_head_reaches_attention():
     """A threshold of 0 keeps everything: layer by layer, head by head, of a prompt and of a new token."""
     model, most = tiny_model(), 0.9
@@ -204,19 +208,16 @@ RULES = [
     TopK(0.4, dense_last_rows=0),
     TokenBudget(2 * BLOCK),
 ]
-RANKED = [
+# Every rule by the gate's scores; every other scorer by one rule, which take turns.
+BY_GATE = [dataclasses.replace(rule, scorer=LearnedGate()) for rule in RULES]
+BY_OTHERS = [
     dataclasses.replace(rule, scorer=scorer())
-    for rule in RULES
-    for scorer in SCORERS.values()
-    if "prefill" in scorer.phases()
+    for rule, scorer in zip(
+        itertools.cycle(RULES),
+        (kind for kind in SCORERS.values() if "prefill" in kind.phases() and kind is not LearnedGate),
+        strict=False,
+    )
 ]
-
-
-def _is_quick(policy: RankingPolicy) -> bool:
-    """Scores of tokens and draws of rows. Published methods are scored in chunks by tests of their own."""
-    return type(policy) is TopK and policy.scorer in (Oracle(), Random())
-
-
 MASK = jnp.asarray(np.random.default_rng(3).random((3, HEADS, 5, 5)) < 0.4)
 
 
@@ -265,7 +266,8 @@ def kept_share(masks: np.ndarray, context: PrefillContext) -> list[float]:
     "policy",
     [
         Given(MASK, BLOCK),
-        *(pytest.param(p, marks=() if p.scorer == LearnedGate() or _is_quick(p) else pytest.mark.slow) for p in RANKED),
+        BY_GATE[0],
+        *(pytest.param(policy, marks=pytest.mark.slow) for policy in BY_GATE[1:] + BY_OTHERS),
     ],
     ids=lambda p: f"{type(p).__name__}-{getattr(p, 'scorer', '')}",
 )
@@ -273,7 +275,7 @@ def test_chunks_of_rows_have_the_lists_of_the_whole(policy: Policy, monkeypatch:
     assert_chunks_change_nothing(policy, prefill_context(TOKENS, LENGTHS), 2, monkeypatch)
 
 
-SIZES = [(70, 3), (64, 1), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((70, 1), (70, 4), (64, 3), (33, 1)))]
+SIZES = [(70, 3), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((64, 1), (70, 1), (70, 4), (64, 3), (33, 1)))]
 
 
 @pytest.mark.cpu
@@ -285,7 +287,7 @@ def test_chunks_of_any_number_of_rows(tokens: int, rows_at_once: int, monkeypatc
 
 
 @jax.default_matmul_precision("highest")  # of plain attention: a GPU would multiply in TF32
-@pytest.mark.parametrize("rows_at_once", [2, 512])
+@pytest.mark.parametrize("rows_at_once", [2, pytest.param(512, marks=pytest.mark.slow)])
 def test_a_policy_that_gives_no_lists_is_dense(rows_at_once: int, monkeypatch: pytest.MonkeyPatch):
     class Everything(Policy):
         def blocks(self, context: Context) -> BlockIndices | None:

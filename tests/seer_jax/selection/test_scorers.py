@@ -260,3 +260,37 @@ def test_settings_that_do_not_divide_the_block_are_refused(scorer: Scorer):
         scorer.prefill_scores(prefill_context(TOKENS, LENGTHS))
     with pytest.raises(ValueError, match="must divide the block size of 64 tokens"):  # before anything is computed
         TopK(0.5, scorer).check(2, None)
+
+
+OF_TOKENS = [name for name, kind in SCORERS.items() if "decode" in kind.phases()]
+
+
+@functools.cache
+def lists_by_room() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Blocks that each scorer keeps of a cache, and of one with twice the room and the same tokens."""
+    context = decode_context(CAPACITY, POSITIONS)
+    view: Any = context.cache
+    gate = view.cache.decode_gate
+    more = {name: _padded(getattr(view.cache, name), 2) for name in ("keys", "values")}
+    more["decode_gate"] = dataclasses.replace(gate, keys=_padded(gate.keys, 3))
+    wider = dataclasses.replace(view, cache=dataclasses.replace(view.cache, **more))
+    contexts = context, dataclasses.replace(context, cache=wider)
+
+    def lists(name: str) -> tuple:
+        policy = TokenBudget(4 * BLOCK, SCORERS[name]())
+        return tuple(policy.blocks(x).to_mask(x.num_key_blocks) for x in contexts)
+
+    return jax.tree.map(np.asarray, jax.jit(lambda: {name: lists(name) for name in OF_TOKENS})())
+
+
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_what_a_token_reads_does_not_depend_on_the_room_of_the_cache(name: str):
+    """A cache has room for what a request asks for, and a slot of an engine for the largest one."""
+    few, many = lists_by_room()[name]
+    np.testing.assert_array_equal(many[..., : few.shape[-1]], few)
+    assert many.shape[-1] == 2 * few.shape[-1] and not many[..., few.shape[-1] :].any()
+
+
+def _padded(x: jax.Array, axis: int) -> jax.Array:
+    """Twice as long along an axis."""
+    return jnp.concatenate([x, jnp.zeros_like(x)], axis)

@@ -5,12 +5,14 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from seer_jax.convert.base import abstract_model
 from seer_jax.convert.gates import abstract_gate
 from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, QueryReduction
+from seer_jax.lora import LoraConfig, abstract_lora, place
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.sharding import Layout, make_mesh
@@ -82,14 +84,14 @@ def test_what_is_no_mesh_is_refused(text: str, message: str):
 )  # fmt: skip
 def test_impossible_splits_are_refused_by_name(changes: dict[str, Any], text: str, message: str):
     with pytest.raises(ValueError, match=message):
-        Layout.of(make_mesh(text), dataclasses.replace(LLAMA, **changes))
+        Layout.of(make_mesh(text, CPUS[:4]), dataclasses.replace(LLAMA, **changes))
 
 
 def test_meshes_of_the_users_own():
     explicit = jax.make_mesh((2, 2), ("tensor", "data"), axis_types=(AxisType.Explicit,) * 2, devices=CPUS[:4])
     layout = Layout.of(explicit, LLAMA)
     assert layout.mesh.axis_names == ("data", "fsdp", "tensor") and layout.mesh.axis_types == (AxisType.Auto,) * 3
-    assert (layout.mesh.devices[:, 0] == explicit.devices.T).all()
+    assert (np.asarray(layout.mesh.devices)[:, 0] == explicit.devices.T).all()
     other = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,), devices=CPUS[:2])
     with pytest.raises(
         ValueError, match=r"axes among data, fsdp, tensor; got model\. Rename model, or make the mesh by"
@@ -98,16 +100,19 @@ def test_meshes_of_the_users_own():
 
 
 def with_gates(config: ModelConfig, one_linear: bool, reduction: QueryReduction) -> Transformer:
-    """A model of shapes with both gates."""
+    """A model of shapes with both gates and an adapter."""
     dim = config.head_dim
     prefill = PrefillGateConfig(gate_dim=dim, force_double=not one_linear)
     decode = DecodeGateConfig(gate_dim=dim, query_reduction=reduction)
-    return abstract_model(config).attach(*(abstract_gate(gate, config) for gate in (prefill, decode)))
+    model = abstract_model(config).attach(*(abstract_gate(gate, config) for gate in (prefill, decode)))
+    for path, lora in abstract_lora(model, LoraConfig(rank=4)).items():
+        place(model, path, lora)
+    return model
 
 
 def test_the_table_has_each_weight_and_no_other():
     used = set()
-    layout = Layout.of(make_mesh("data=1,fsdp=2,tensor=2"), LLAMA)
+    layout = Layout.of(make_mesh("data=1,fsdp=2,tensor=2", CPUS[:4]), LLAMA)
     for config in (BIASED, QWEN3):
         for one, reduction in ((True, QueryReduction.PROJ), (False, QueryReduction.AVG_PROJ)):
             for path, array in weights_of(with_gates(config, one, reduction))[0]:

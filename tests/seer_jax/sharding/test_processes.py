@@ -13,6 +13,7 @@ import pytest
 
 from seer_jax import Threshold, TokenBudget, from_pretrained, generate
 from seer_jax.convert import save_base, save_gates
+from seer_jax.evaluate import score_windows
 from tests.packaging.checkout import ROOT
 from tests.seer_jax.conftest import tiny_model
 
@@ -52,12 +53,14 @@ def run_two(mesh: str, folder: Path) -> list[dict]:
     return [json.loads(out.splitlines()[-1]) for out, _ in results]
 
 
-@pytest.mark.parametrize(("mesh", "rows"), [("fsdp=4", 32), ("data=2,tensor=2", 64)])
-def test_each_process_reads_its_rows_and_makes_the_tokens_of_one(mesh: str, rows: int, folder: Path):
-    first, second = run_two(mesh, folder)
+def test_each_process_reads_its_rows_and_makes_the_tokens_and_scores_of_one(folder: Path):
+    first, second = run_two("fsdp=4", folder)
     tokens = np.arange(4 * 48).reshape(4, 48) % 61
     model = from_pretrained(folder / "base", [folder / "prefill", folder / "decode"], dtype=jnp.float32)
     made = generate(model, tokens, max_new_tokens=5, prefill=Threshold(0.1), decode=TokenBudget(32), eos=())
     assert first["tokens"] == second["tokens"] == np.asarray(made.tokens).tolist()
+    scores = score_windows(model, jnp.asarray(tokens[:3]), TokenBudget(32))
+    for one in (first, second):
+        np.testing.assert_allclose(one["losses"], scores.nll, atol=1e-5)
     name = "model.layers.1.self_attn.q_proj.weight"
-    assert first["rows"][name] == second["rows"][name] == rows
+    assert first["rows"][name] == second["rows"][name] == 32

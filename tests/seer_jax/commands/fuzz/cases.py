@@ -14,12 +14,16 @@ from safetensors.numpy import save_file
 
 from seer_jax import tiny_lm
 from seer_jax.bench.configs import DecodeBench, GroundTruthBench, PrefillBench, TrainBench
+from seer_jax.bench.scaling import ScalingBench
+from seer_jax.bench.serving import ServingBench
 from seer_jax.commands.calibrate import CalibrateConfig
+from seer_jax.commands.chat import ChatConfig
 from seer_jax.commands.convert import ConvertConfig
 from seer_jax.commands.demo import DemoConfig
 from seer_jax.commands.errors.options import Options
 from seer_jax.commands.eval import EvalConfig
 from seer_jax.commands.generate import GenerateConfig
+from seer_jax.commands.plan import PlanConfig
 from seer_jax.commands.plot.configs import DensityPlot, LossPlot, MapsPlot, SpeedPlot
 from seer_jax.commands.verify import VerifyConfig
 from seer_jax.convert import GateFormat, load_base, save_base, save_gates
@@ -28,7 +32,7 @@ from seer_jax.convert.stream import tensors_of
 from seer_jax.models.families import config_to_hf
 from seer_jax.models.layers import BaseParam
 from seer_jax.selection.rules import TokenBudget, TopK
-from seer_jax.train import DistillConfig
+from seer_jax.train import DistillConfig, FinetuneConfig
 from tests.convert.gguf.files import tokenizer_metadata, write_gguf
 from tests.seer_jax.commands.fuzz.damage import Outcome, copy_tree, damage, run_case
 from tests.seer_jax.conftest import LLAMA, tiny_model
@@ -41,6 +45,7 @@ BOTH = f"{GENERATE} --prompt def --gates prefill decode"
 CHATS = f"{GENERATE} --prompt def --chat"
 EVAL = "eval --model base --gates prefill --length 64 --windows 1 --passkeys 0 --decoded 8 --phases prefill --policies topk:0.5 --methods gate"
 TRAIN = "train --config run.yaml --output new"
+FINETUNE = "--model base --data.paths data --sequence-length 64 --batch-size 1 --steps 2 --no-tensorboard --output new"
 LOSS = "plot loss --scores scores.json --output new.svg"
 SPEED = "plot speed --bench bench.json --scores scores.json --output new.svg"
 MAPS = "--model base --gates prefill decode --text prompt.txt --length 64 --output new"
@@ -180,6 +185,7 @@ def run_file_case(world: Path, place: Path, number: int) -> Outcome:
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "generate": (GenerateConfig, "--prompt def --max-new-tokens 2 --model base --gates prefill decode"),
+    "chat": (ChatConfig, "--model base --max-new-tokens 2"),
     "eval": (EvalConfig, EVAL.partition(" ")[2]),
     "calibrate": (
         CalibrateConfig,
@@ -188,6 +194,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "convert": (ConvertConfig, "--gates prefill --output out"),
     "verify": (VerifyConfig, "--model base --reference reference.safetensors"),
     "train": (DistillConfig, TRAIN.partition(" ")[2]),
+    "finetune": (FinetuneConfig, FINETUNE),
     "demo": (DemoConfig, "--steps 2 --length 128 --densities 0.8 --windows 1 --passkeys 1 --new-tokens 1"),
     "plot loss": (LossPlot, LOSS.partition("loss ")[2]),
     "plot speed": (SpeedPlot, SPEED.partition("speed ")[2]),
@@ -197,6 +204,9 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "bench decode": (DecodeBench, "--shape tiny --lengths 128 --batches 1"),
     "bench ground-truth": (GroundTruthBench, "--shape tiny --lengths 128"),
     "bench train": (TrainBench, "--shape tiny --lengths 128"),
+    "bench scaling": (ScalingBench, "--shape tiny --lengths 128 --train-lengths 128 --mesh tensor=1 --only decode"),
+    "bench serving": (ServingBench, "--shape tiny --lengths 128 --requests 2 --new-tokens 2 --slots 2"),
+    "plan": (PlanConfig, "--model tiny-lm --length 64 --no-compiled"),
 }
 WORDS = (
     *(

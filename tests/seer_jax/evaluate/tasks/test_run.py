@@ -57,6 +57,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compile_quickly")
 def test_predictions_are_the_models():
     model = tiny_model()

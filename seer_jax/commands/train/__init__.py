@@ -5,20 +5,23 @@ import enum
 import shlex
 import warnings
 from pathlib import Path
-from typing import Any
 
 from seer_jax.commands import PROGRAM, ExitCode
 from seer_jax.commands.arguments import parse
 from seer_jax.commands.errors.usage import UsageError, UsageParser, one_of
+from seer_jax.commands.train.starting import check_named, join_run, settings_of, starting_config
 from seer_jax.gates.configs import TrainedGates
+from seer_jax.sharding.processes import is_first
 from seer_jax.train import DistillConfig, TrainResult, distill
-from seer_jax.train.config import load_config
 
 DESCRIPTION = """Distils gates from a frozen model.
 
 --config FILE (.yaml or .json) or --recipe prefill|decode (the settings of the papers) gives the settings to start from; the
 other options change single ones. The gates are written to OUTPUT/prefill_gate and OUTPUT/decode_gate at every checkpoint. The same
-command resumes a run that was stopped, also with more or fewer --steps."""
+command resumes a run that was stopped, also with more or fewer --steps.
+
+--mesh data=2,tensor=2 trains on several devices. The same command started by srun or mpirun, or once for each process with
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, trains on those of many hosts."""
 
 
 ALIASES = {"--precision": "--dtype", "--gates": "--kind"}
@@ -45,48 +48,30 @@ class TrainOptions(DistillConfig):
 
 
 def run(words: list[str]) -> int:
+    join_run()
     options = parse(
         TrainOptions, "train", words, aliases=ALIASES, default=starting_options(words), description=DESCRIPTION
     )
-    if options.output is None:
-        raise UsageError("--output must be a folder for the gates and checkpoints; got none. Pass --output FOLDER.")
-    if not options.model:
-        raise UsageError("--model must be a base model; got none. Pass --model with a folder or hub id.")
-    config = DistillConfig(**_settings(options))
+    check_named(options, "the gates")
+    config = DistillConfig(**settings_of(options, DistillConfig))
     _warn_of_idle(config)
-    _print_usage(config, distill(config))
+    result = distill(config)
+    if is_first():
+        _print_usage(config, result)
     return ExitCode.OK
 
 
 def starting_options(words: list[str]) -> TrainOptions:
     """The settings of the configuration file or the recipe that a command line names."""
     parser = UsageParser(f"{PROGRAM} train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument(
-        "--recipe",
-    )
     parser.add_argument("--gates")
     given, _ = parser.parse_known_args(words)
-    if given.recipe is not None and given.recipe not in list(Recipe):
-        raise UsageError(one_of("--recipe", list(Recipe), given.recipe))
     if given.gates is not None and given.gates not in list(TrainedGates):
         kinds = one_of("--gates, the same as --kind,", list(TrainedGates), given.gates)
         raise UsageError(f"{kinds} Gates to train further are given by --initial-gates.")
-    if given.config is not None and given.recipe is not None:
-        parser.error("--config and --recipe both give the settings to start from; choose one")
-    if given.config is not None:
-        try:
-            start = load_config(DistillConfig, given.config)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-    else:
-        start = DistillConfig.decode_recipe() if given.recipe == Recipe.DECODE else DistillConfig.prefill_recipe()
-    return TrainOptions(**_settings(start))
-
-
-def _settings(config: DistillConfig) -> dict[str, Any]:
-    """The settings of a run, without the options that say where they come from."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(DistillConfig)}
+    recipes = {Recipe.PREFILL: DistillConfig.prefill_recipe, Recipe.DECODE: DistillConfig.decode_recipe}
+    start = starting_config(DistillConfig, "train", words, recipes)
+    return TrainOptions(**settings_of(start, DistillConfig))
 
 
 def _warn_of_idle(config: DistillConfig) -> None:
@@ -112,6 +97,18 @@ def _print_usage(config: DistillConfig, result: TrainResult) -> None:
     folders = [str(folder) for folder in result.gates]
     idle = [kind for kind, gate in gates.items() if gate is not None and gate.recommended is None]
     policies = [word for kind in idle for word in (f"--{kind}", f"topk:{config.recall_density:g}")]
-    command = [PROGRAM, "generate", "--model", config.model, "--gates", *folders, *policies, "--prompt", "..."]
+    adapter = [] if config.adapter is None else ["--adapter", config.adapter]
+    command = [
+        PROGRAM,
+        "generate",
+        "--model",
+        config.model,
+        *adapter,
+        "--gates",
+        *folders,
+        *policies,
+        "--prompt",
+        "...",
+    ]
     print(f"Gates: {', '.join(folders)}")
     print(f"Use them: {shlex.join(command)}")

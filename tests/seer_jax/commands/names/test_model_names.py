@@ -9,8 +9,9 @@ from seer_jax import tiny_lm
 from seer_jax.commands import main as cli
 from seer_jax.commands.arguments import model_of
 from seer_jax.convert import base_model
+from seer_jax.models.hub import named_gates
 
-PREFILL, DECODE = (str(folder) for folder in tiny_lm.gates().values())
+PREFILL, DECODE = (str(folder) for folder in named_gates("tiny-lm").values())
 
 
 def gate_of(folder: Path, name: str) -> str:

@@ -1,0 +1,1 @@
+"""Gradients of `block_sparse_attention`."""
