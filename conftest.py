@@ -11,8 +11,9 @@ from typing import Any
 
 # The CPU unless a GPU is asked for: make test-gpu.
 os.environ["JAX_PLATFORMS"] = os.environ.get("SEER_JAX_TEST_PLATFORM", "cpu")
-# Warpgroups of an interpreted kernel that wait for each other each take one of XLA's threads, of which two cores would have too few.
-os.environ.setdefault("PJRT_NPROC", "4")
+# Up to four warpgroups of an interpreted kernel wait for each other, and the program that started them for all: each takes one of XLA's
+# threads, which would otherwise be as many as cores. Where none is left, all wait for ever.
+os.environ.setdefault("PJRT_NPROC", "8")
 # Four CPU devices, as a host with four GPUs has them.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 # No test may write into the user's cache.

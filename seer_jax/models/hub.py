@@ -23,7 +23,7 @@ NAMED = {module.NAME: module for module in (tiny_lm, smollm2)}
 GATES = {
     "tiny-lm": (tiny_lm, "release"),
     "tiny-lm-release": (tiny_lm, "release"),
-    "smollm2": (smollm2, "release"),
+    "smollm2": (smollm2, "fine"),
     "smollm2-release": (smollm2, "release"),
 }
 # What a GGUF file says in place of the JSON files of a folder.
