@@ -19,10 +19,16 @@ from pallas_kernels.mosaic.flash_tiles import MATRIX, ROW_VECTOR, columns, produ
 ROWS = 64  # rows of a tile, those of a warpgroup's matrix product
 COLUMNS = 8  # fewest blocks of a tile, since registers can be sliced at multiples of 8 columns
 STAGES = 2  # tiles of keys in flight per warpgroup
-SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that a CTA can use
+MULTIPROCESSORS = 132
+SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor, of which each CTA takes 1 KiB besides its own
+WARPGROUPS = 6  # that a multiprocessor has registers for: 80 per thread
 CACHE = 24 * 2**20  # bytes of keys that stay in L2 beside what else passes through it
 TINY = 2.0**-126  # smallest share of a block that is seen
 LN2 = math.log(2)
+# 2^x for x from -0.5 to 0.5 by ascending powers of x, within a factor of 1 + 3e-6.
+POWERS = 0.9999992847442627, 0.6931217908859253, 0.240247443318367, 0.05591785907745361, 0.009570102207362652
+BY_POLYNOMIAL = 4  # one of so many columns
+ROUNDER = 1.5 * 2**23 + 127  # a sum of this and a number has the nearest integer, plus float32's bias, in its last bits
 _f32, _i32 = jnp.float32, jnp.int32
 
 
@@ -39,16 +45,32 @@ class Tuning:
     keys: int = 64
 
     @classmethod
-    def of(cls, vectors: int, dim: int, per_block: int) -> "Tuning | None":
-        """The largest number of warpgroups that fits; None if none does. `vectors` are those of a row, for all heads that join."""
+    def of(cls, vectors: int, dim: int, per_block: int, ctas: int = 1) -> "Tuning | None":
+        """The choice with most warpgroups on a multiprocessor; None if no CTA fits.
+
+        Small CTAs leave less of it idle while one of them starts, exchanges sums or ends; where there are few, large ones are done sooner.
+
+        Args:
+          vectors: query vectors of a row, for all heads that join.
+          dim, per_block: C, and key vectors of a block.
+          ctas: how many there are.
+        """
         keys = max(64, COLUMNS * per_block)
-        fitting = (cls(n, keys) for n in (4, 2, 1))
-        return next((x for x in fitting if x.bytes(vectors, dim) <= SHARED_MEMORY), None)
+        fitting = [x for n in (4, 2, 1) if (x := cls(n, keys)).resident(vectors, dim)]
+        if not fitting:
+            return None
+        best = max(fitting, key=lambda x: x.resident(vectors, dim))
+        return best if ctas * best.warpgroups > MULTIPROCESSORS * WARPGROUPS else fitting[0]
 
     @classmethod
     def most_vectors(cls, dim: int, per_block: int) -> int:
         """Query vectors per row that fit."""
         return max(n for n in range(1, 64) if cls.of(n, dim, per_block) is not None)
+
+    def resident(self, vectors: int, dim: int) -> int:
+        """Warpgroups of a multiprocessor; 0 where a CTA does not fit."""
+        of_memory, of_registers = SHARED_MEMORY // (self.bytes(vectors, dim) + 1024), WARPGROUPS // self.warpgroups
+        return self.warpgroups * min(of_memory, of_registers)
 
     def bytes(self, vectors: int, dim: int) -> int:
         """Shared memory of a CTA, with room for barriers."""
@@ -387,10 +409,23 @@ def _shares(call: Call, x: Float32[Array, "64 W"], factor: Array, lse: Array, ma
     x = x * factor - columns(lse, x)
     if call.in_exponents:
         return x
-    weights = jnp.exp2(x)
+    weights = _exp2(x, call.interpreted) if call.join == "sum" else jnp.exp2(x)
     if masked:
         weights = jnp.where(x > -jnp.inf, jnp.maximum(weights, TINY), 0.0)
     return weights if call.join == "max" else _join(call, weights, jnp.add)
+
+
+def _exp2(x: Float32[Array, "64 W"], interpreted: bool) -> Float32[Array, "64 W"]:
+    """exp2, of some of the columns by a polynomial: the units for exp2 are the bottleneck, those for sums and products are not."""
+    size = x.shape[1] - x.shape[1] // BY_POLYNOMIAL
+    rest = jnp.maximum(x[:, size:], math.log2(TINY))
+    shifted = rest + ROUNDER
+    if interpreted:
+        shifted = lax.optimization_barrier(shifted)  # XLA would leave out a sum and its difference
+    rest -= shifted - ROUNDER
+    power = functools.reduce(lambda total, c: total * rest + c, POWERS[-2::-1], jnp.full_like(rest, POWERS[-1]))
+    scale = lax.bitcast_convert_type(lax.bitcast_convert_type(shifted, _i32) << 23, _f32)
+    return jnp.concatenate([jnp.exp2(x[:, :size]), power * scale], axis=1)
 
 
 def _join(call: Call, x: Float32[Array, "64 W"], combine: Callable) -> Float32[Array, "64 n"]:

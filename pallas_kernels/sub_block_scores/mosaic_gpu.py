@@ -48,7 +48,9 @@ def score_sub_blocks(
     if keys_per_block not in (1, 2, 4, 8, 16):
         raise Unsupported(f"takes 1, 2, 4, 8 or 16 key vectors per block; got {keys_per_block}.")
     group = 1 if heads == "each" else num_heads // kv_heads
-    tuning = tuning or Tuning.of(group * queries_per_row, dim, keys_per_block)
+    rows = -(-vectors // queries_per_row)
+    ctas = len(queries) * (num_heads // group) * -(-rows // ROWS)
+    tuning = tuning or Tuning.of(group * queries_per_row, dim, keys_per_block, ctas)
     if tuning is None:
         most = f"{Tuning.most_vectors(dim, keys_per_block)} query vectors of {dim} elements"
         raise Unsupported(f"takes at most {most} per row, for all heads that join; got {group * queries_per_row}.")
