@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -15,7 +16,6 @@ from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 from pallas_kernels.backends import Unsupported
 from pallas_kernels.mosaic.edge_tiles import store_inside, store_transposed
 from pallas_kernels.mosaic.flash_tiles import LOG2_E, MATRIX, ROW_VECTOR, accumulator, columns, tile
-from pallas_kernels.online_softmax import finite, log_sum_exp
 from pallas_kernels.precision import rounded
 
 BLOCKS = 64  # key blocks of a CTA, the rows of a matrix product
@@ -23,6 +23,7 @@ ALIGNMENT = 8  # TMA moves blocks in groups of 8
 SCRATCH = 128  # bytes of shared memory per column for a reduction over rows
 HEADS = 8  # query heads come in groups of this size, the smallest width of a matrix product
 RING = 64 * 1024  # bytes of keys in flight per CTA, three of which share a multiprocessor
+TINY = 2.0**-126  # smallest share of a block that is seen
 MAX_PRODUCTS = 128  # products per block, of all heads and key vectors, that registers hold
 _f32, _i32 = jnp.float32, jnp.int32
 
@@ -124,19 +125,28 @@ def _score(
     bounds = jnp.concatenate([bounds, (first_row + jnp.arange(call.batch))[:, None]], axis=1)
     tiles, products = _kernel_of(call, interpret)(parts, keys, bounds)
     with jax.named_scope("normalise"):
-        lse = finite(log_sum_exp(tiles / LOG2_E, axis=3))[:, :, None]
-        shares = products[:, :, : call.blocks] / LOG2_E - lse  # [B, K, Sb, width]
+        largest, total = _sums_over_last_axis(tiles)
+        # Head by head, without a reduction: XLA fuses all of this with what follows.
+        heads_of_block = [products[:, :, : call.blocks, i] for i in range(call.group)]
+        shares = [jnp.exp2(x - largest[:, :, i, None]) / total[:, :, i, None] for i, x in enumerate(heads_of_block)]
         if heads == "each":
-            shares = shares[..., : call.group].transpose(0, 1, 3, 2).reshape(call.batch, -1, call.blocks)
+            shares, seen = (jnp.stack(x, axis=2).reshape(call.batch, -1, call.blocks) for x in (shares, heads_of_block))
         else:
-            # Head by head, without a reduction: XLA fuses all of this with what follows.
-            of_head = [shares[..., i] for i in range(call.group)]
-            shares = functools.reduce(jnp.maximum, of_head)
-            if heads == "mean":
-                base = finite(shares)
-                total = functools.reduce(jnp.add, [jnp.exp(x - base) for x in of_head])
-                shares = jnp.where(shares > -jnp.inf, base + jnp.log(total / call.group), -jnp.inf)
-    return shares[:, :, None]
+            combine, factor = (jnp.maximum, 1.0) if heads == "max" else (jnp.add, 1 / call.group)
+            shares, seen = functools.reduce(combine, shares) * factor, heads_of_block[0]  # all heads see the same
+        scores = jnp.where(seen > -jnp.inf, jnp.log(jnp.maximum(shares, TINY)), -jnp.inf)
+    return scores[:, :, None]
+
+
+def _sums_over_last_axis(x: Float32[Array, "B K width n"]) -> tuple[Float32[Array, "B K width"], ...]:
+    """The largest element, and the sum of exp2(element - largest), which is 0 where all are -inf; in one reduction."""
+
+    def join(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest = jnp.maximum(a[0], b[0])
+        return largest, a[1] * jnp.exp2(a[0] - largest) + b[1] * jnp.exp2(b[0] - largest)
+
+    lowest = np.finfo(np.float32).min  # not -inf, for which the difference would be NaN
+    return tuple(lax.reduce((x, jnp.ones_like(x)), (lowest, np.float32(0)), join, (x.ndim - 1,)))
 
 
 def _kernel_of(call: _Call, interpret: Any) -> Callable:
