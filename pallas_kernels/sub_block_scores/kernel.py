@@ -21,7 +21,9 @@ COLUMNS = 8  # fewest blocks of a tile, since registers can be sliced at multipl
 STAGES = 2  # tiles of keys in flight per warpgroup
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor, of which each CTA takes 1 KiB besides its own
-WARPGROUPS = 6  # that a multiprocessor has registers for where a thread takes 80, which is usual
+WARPGROUPS = (
+    6  # that a multiprocessor has registers for, 80 per thread; of scores of 64 blocks, which take 96, one less
+)
 CACHE = 24 * 2**20  # bytes of keys that stay in L2 beside what else passes through it
 TINY = 2.0**-126  # smallest share of a block that is seen
 LN2 = math.log(2)
@@ -46,9 +48,7 @@ class Tuning:
 
     @classmethod
     def of(cls, vectors: int, dim: int, per_block: int, ctas: int = 1) -> "Tuning | None":
-        """The choice with most warpgroups on a multiprocessor; None if no CTA fits.
-
-        Small CTAs leave less of it idle while one of them starts, exchanges sums or ends; where there are few, large ones are done sooner.
+        """The choice with most warpgroups on a multiprocessor, or in a CTA where each has a multiprocessor of its own; None if no CTA fits.
 
         Args:
           vectors: query vectors of a row, for all heads that join.
@@ -56,21 +56,20 @@ class Tuning:
           ctas: how many there are.
         """
         keys = max(64, COLUMNS * per_block)
-        fitting = [x for n in (4, 2, 1) if (x := cls(n, keys)).resident(vectors, dim)]
-        if not fitting:
-            return None
-        best = max(fitting, key=lambda x: x.resident(vectors, dim))
-        return best if ctas * best.warpgroups > MULTIPROCESSORS * WARPGROUPS else fitting[0]
+        fitting = [x for n in (4, 3, 2, 1) if (x := cls(n, keys)).resident(vectors, dim, per_block)]
+        if ctas <= MULTIPROCESSORS:
+            return next(iter(fitting), None)
+        return max(fitting, key=lambda x: x.resident(vectors, dim, per_block), default=None)
 
     @classmethod
     def most_vectors(cls, dim: int, per_block: int) -> int:
         """Query vectors per row that fit."""
         return max(n for n in range(1, 64) if cls.of(n, dim, per_block) is not None)
 
-    def resident(self, vectors: int, dim: int) -> int:
+    def resident(self, vectors: int, dim: int, per_block: int) -> int:
         """Warpgroups of a multiprocessor; 0 where a CTA does not fit."""
-        of_memory, of_registers = SHARED_MEMORY // (self.bytes(vectors, dim) + 1024), WARPGROUPS // self.warpgroups
-        return self.warpgroups * min(of_memory, of_registers)
+        most = WARPGROUPS if self.keys < 64 * per_block else WARPGROUPS - 1
+        return self.warpgroups * min(SHARED_MEMORY // (self.bytes(vectors, dim) + 1024), most // self.warpgroups)
 
     def bytes(self, vectors: int, dim: int) -> int:
         """Shared memory of a CTA, with room for barriers."""
@@ -147,8 +146,13 @@ class Call:
 
     def work_of(self, cta: Array) -> tuple[Array, Array, Array]:
         """(sequence, list, tile of rows) of a CTA. Late rows, which see most, start first: those of all lists, or if their keys would
-        not stay in the L2 cache, those of each list."""
+        not stay in the L2 cache, those of each list.
+
+        The second CTAs of the multiprocessors come in reverse, so that each multiprocessor has about as much to do.
+        """
         lists = self.batch * self.lists
+        second, last = _i32(MULTIPROCESSORS), min(2 * MULTIPROCESSORS, lists * self.row_tiles) - 1
+        cta = jnp.where((cta >= second) & (cta <= last), second + last - cta, cta)
         fast = _i32(lists if self.keys_fit_in_cache else self.row_tiles)
         number, index = lax.div(cta, fast), lax.rem(cta, fast)
         if not self.keys_fit_in_cache:
@@ -387,19 +391,23 @@ def _write(multiply: _Products, sums: Any, target: Any, t: Array, keys: Any, mas
 
     def of_row(in_row: Array) -> Array:
         first, combine = in_row * call.group, jnp.add if call.heads == "mean" else jnp.maximum
-        return _reduced(lambda i: shares(first + i), call.group, combine)
+        return _reduced(lambda i: shares(first + i), call.group, combine, nothing)
 
-    best = _reduced(of_row, call.per_row, jnp.maximum)
+    start = -jnp.inf if call.in_exponents else 0.0
+    nothing = plgpu.layout_cast(jnp.full((ROWS, call.blocks_per_tile), start, _f32), MATRIX)
+    best = _reduced(of_row, call.per_row, jnp.maximum, nothing)
     if not call.in_exponents:
         best = jnp.log2(best if masked else jnp.maximum(best, TINY))
     _store(call, best * LN2, multiply.view.row_tile, t, target)
 
 
-def _reduced(of: Callable[[Array], Array], count: int, combine: Callable[[Array, Array], Array]) -> Array:
-    """Combines the results of `of(i)` for i below `count`, in a loop."""
+def _reduced(
+    of: Callable[[Array], Array], count: int, combine: Callable[[Array, Array], Array], nothing: Array
+) -> Array:
+    """Combines the results of `of(i)` for i below `count`, in a loop, from `nothing` on."""
     if count == 1:
         return of(_i32(0))
-    return lax.fori_loop(_i32(1), _i32(count), lambda i, x: combine(x, of(i)), of(_i32(0)))
+    return lax.fori_loop(_i32(0), _i32(count), lambda i, x: combine(x, of(i)), nothing)
 
 
 def _shares(call: Call, x: Float32[Array, "64 W"], factor: Array, lse: Array, masked: bool) -> Float32[Array, "64 n"]:

@@ -81,13 +81,13 @@ class TestMosaicGpuInterpreted(MosaicGpu):
         super().test_errs_no_more_than_stated(case)
 
     def test_small_ctas(self, monkeypatch: pytest.MonkeyPatch):
-        """As where there are many."""
-        monkeypatch.setattr(kernel, "MULTIPROCESSORS", 0)
-        arguments = Case("small-ctas", 2, 1, 64, 70, 67, 4, 4).arguments(KEY)
+        """As where there are many; the second half of them in reverse."""
+        monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)
+        arguments = Case("small-ctas", 2, 1, 64, 270, 267, 4, 4).arguments(KEY)
         suite.assert_accurate(self.run(**arguments), arguments, self.error)
 
 
-@pytest.mark.parametrize(("dim", "ctas", "warpgroups"), [(64, 1024, 2), (64, 256, 4), (128, 1024, 4)])
+@pytest.mark.parametrize(("dim", "ctas", "warpgroups"), [(64, 1024, 3), (64, 128, 4), (128, 1024, 4)])
 def test_many_ctas_are_small(dim: int, ctas: int, warpgroups: int):
     assert kernel.Tuning.of(4, dim, 4, ctas) == kernel.Tuning(warpgroups)
 
