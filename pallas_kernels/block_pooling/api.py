@@ -29,7 +29,7 @@ def pool_blocks(
       kinds: "max", "min", "avg"; the pooled vectors are concatenated in this order.
       block_size: tokens per pool, a power of two from 1 to 128: b, or less where a block is to have several vectors.
       valid: which tokens are pooled; None: all. A block without any gives zeros.
-      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; block_size from 16; heads * D a multiple of 256), or None for the fastest that
+      implementation: "reference", "xla", "mosaic_gpu" (Hopper GPUs; block_size from 8; heads * D a multiple of 256), or None for the fastest that
         takes these arguments on their device.
 
     Returns:

@@ -58,6 +58,8 @@ REAL = (
         Case(f"llama-3.1-8b-{n}k-keys", LLAMA_3_1_8B.kv_heads, 128, n * 1024, KEYS, lengths=(n * 1000,))
         for n in (32, 128)
     ),
+    Case("llama-3.1-8b-128k-queries-pools-of-16", LLAMA_3_1_8B.heads, 128, 128 * 1024, ("avg",), block_size=16),
+    Case("llama-3.1-8b-128k-keys-pools-of-8", LLAMA_3_1_8B.kv_heads, 128, 128 * 1024, KEYS, block_size=8),
     Case("qwen2.5-7b-100000-queries", QWEN2_5_7B.heads, 128, 100_000, ("avg",)),
     Case("qwen2.5-7b-100000-keys", QWEN2_5_7B.kv_heads, 128, 100_000, KEYS),
 )
@@ -65,6 +67,8 @@ REAL = (
 TINY = (
     Case("whole", 4, 64, 128, KEYS),
     Case("partial-block", 2, 128, 100, ("avg", "max"), block_size=16),
+    Case("pools-of-8", 8, 128, 45, ("avg",), batch=2, lengths=(45, 13), block_size=8),
+    Case("heads-of-96", 8, 96, 40, ("min", "avg"), block_size=16),
     Case("ragged", 4, 64, 150, KEYS, batch=3, lengths=(150, 64, 33), block_size=32),
     Case("nothing-valid", 8, 64, 64, ("min", "avg"), batch=2, lengths=(64, 0), block_size=16),
     Case("float32", 2, 128, 200, KEYS, block_size=128, dtype="float32"),

@@ -1,8 +1,8 @@
 """`pool_blocks` for Hopper GPUs, in Pallas Mosaic GPU: reads each token once and pools in registers.
 
-A CTA takes 256 channels of one block of tokens, each warp 64 of them, each lane two. The tokens of a block are then in the registers
-of one thread, so that pooling needs no communication between threads. Blocks whose tokens are all valid, which most are, take a path
-without masks.
+A CTA takes some heads of one block of tokens, each of its threads 2 to 8 adjacent channels, so that a thread loads up to 16 bytes at a
+time. The tokens of a block are then in the registers of one thread, so that pooling needs no communication between threads. Blocks whose
+tokens are all valid, which most are, take a path without masks.
 """
 
 import dataclasses
@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.checks import BLOCK_SIZES
 from pallas_kernels.devices import interpreter
 
-CHANNELS = 256  # channels of a CTA
-
-_TILE = plgpu.Layout.TILED(plgpu.Tiling(((1, CHANNELS), (64,), (2,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-
+CHANNELS = 256  # of all heads together: a multiple of this
+SMALLEST = 8  # tokens of a block
+WARPS, LANES = 4, 32
+_LOAD = 16  # bytes that a thread loads at a time
+_HELD = 128  # bytes of a block that a thread holds, half of it for several kinds, unless two channels are more
 _f32, _i32 = jnp.float32, jnp.int32
 
 
@@ -36,8 +37,8 @@ def pool_blocks(
         raise Unsupported(f"takes float32, bfloat16 and float16; got {x.dtype}.")
     if heads * dim % CHANNELS:
         raise Unsupported(f"takes a multiple of {CHANNELS} channels in all heads together; got {heads} * {dim}.")
-    if block_size < BLOCK_SIZES[0]:
-        raise Unsupported(f"takes blocks of at least {BLOCK_SIZES[0]} tokens; got {block_size}.")
+    if block_size < SMALLEST:
+        raise Unsupported(f"takes blocks of at least {SMALLEST} tokens; got {block_size}.")
     if tokens < block_size:
         raise Unsupported(f"takes at least one whole block of {block_size} tokens; got {tokens}.")
     return _pool(kinds, block_size, interpreter(), x, valid)
@@ -45,19 +46,58 @@ def pool_blocks(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """Parameters that a kernel is compiled for: kinds, b, T, Tb, CTAs per block, and whether all sequences share `valid`."""
+    """Parameters that a kernel is compiled for.
+
+    Attributes:
+      kinds, block_size, tokens: see `pool_blocks`, b, T.
+      heads, dim: of x as the kernel sees it.
+      vector: adjacent channels of a thread.
+      shared_valid: whether all sequences share `valid`.
+    """
 
     kinds: tuple[str, ...]
     block_size: int
     tokens: int
-    blocks: int
-    parts: int
+    heads: int
+    dim: int
+    vector: int
     shared_valid: bool
 
+    @property
+    def blocks(self) -> int:
+        """Tb."""
+        return -(-self.tokens // self.block_size)
+
+    @property
+    def tile_heads(self) -> int:
+        """Heads of a CTA."""
+        return WARPS * LANES * self.vector // self.dim
+
+    @property
+    def parts(self) -> int:
+        """CTAs of a block."""
+        return self.heads // self.tile_heads
+
+    @property
+    def layout(self) -> Any:
+        """Layout of a tile [b, heads, D], of which each warp has some heads or a part of one."""
+        per_warp = LANES * self.vector
+        of_warp = max(1, per_warp // self.dim), min(self.dim, per_warp)
+        tiling = plgpu.Tiling(((1, self.tile_heads, self.dim), of_warp, (1, self.vector)))
+        x = mgpu.TiledLayout(tiling, (-6, -5), (-4, -3), -1, _check_canonical=False).canonicalize()
+        return plgpu.Layout.TILED(x.tiling, x.warp_dims, x.lane_dims, x.vector_dim)
+
     def work_of(self, cta: Array) -> tuple[Array, Array, Array]:
-        """(sequence, block, first channel) of a CTA."""
+        """(sequence, block, first head) of a CTA."""
         part, cta = lax.rem(cta, _i32(self.parts)), lax.div(cta, _i32(self.parts))
-        return lax.div(cta, _i32(self.blocks)), lax.rem(cta, _i32(self.blocks)), part * CHANNELS
+        return lax.div(cta, _i32(self.blocks)), lax.rem(cta, _i32(self.blocks)), part * self.tile_heads
+
+
+def _vector(channels: int, kinds: int, block_size: int, itemsize: int) -> int:
+    """Adjacent channels of a thread. Several kinds take more registers, of which more would leave too few CTAs to wait for memory."""
+    held = _HELD if kinds == 1 else _HELD // 2
+    most = max(2, min(_LOAD, held // block_size) // itemsize)
+    return next(n for n in (8, 4, 2) if n <= most and channels % (WARPS * LANES * n) == 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -69,42 +109,47 @@ def _pool(
     valid: Bool[Array, "#B T"] | None,
 ) -> Float32[Array, "B Tb heads P"]:
     batch, tokens, heads, dim = x.shape
-    blocks = -(-tokens // block_size)
-    if valid is None and tokens % block_size:
-        valid = jnp.ones((1, tokens), bool)
-    operands = [x.reshape(batch, tokens, heads * dim)]
-    if valid is not None:
-        padded = jnp.pad(valid, ((0, 0), (0, blocks * block_size - tokens)))
-        operands += [valid.astype(jnp.int8), padded.reshape(-1, blocks, block_size).sum(-1, dtype=_i32)]
+    vector = _vector(heads * dim, len(kinds), block_size, x.dtype.itemsize)
+    # Channels in which no whole heads fit a CTA are taken as heads of another size, and the result is transposed.
+    unit = CHANNELS if WARPS * LANES * vector % dim else dim
     shared = valid is not None and valid.shape[0] == 1
-    call = _Call(kinds, block_size, tokens, blocks, heads * dim // CHANNELS, shared)
+    if valid is None and tokens % block_size:
+        valid, shared = jnp.ones((1, tokens), bool), True
+    call = _Call(kinds, block_size, tokens, heads * dim // unit, unit, vector, shared)
+    operands = [x.reshape(batch, tokens, -1, unit)]
+    if valid is not None:
+        padded = jnp.pad(valid, ((0, 0), (0, call.blocks * block_size - tokens)))
+        operands += [valid.astype(jnp.int8), padded.reshape(-1, call.blocks, block_size).sum(-1, dtype=_i32)]
     pooled = plgpu.kernel(
         functools.partial(_kernel, call),
-        out_type=[jax.ShapeDtypeStruct((batch, blocks, heads * dim), _f32)] * len(kinds),
-        grid=(batch * blocks * call.parts,),
+        out_type=jax.ShapeDtypeStruct((batch, call.blocks, call.heads, len(kinds), unit), _f32),
+        grid=(batch * call.blocks * call.parts,),
         grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         interpret=interpret,
     )(*operands)
-    return jnp.concatenate([x.reshape(batch, blocks, heads, dim) for x in pooled], axis=-1)
+    if unit != dim:
+        pooled = pooled.swapaxes(2, 3).reshape(batch, call.blocks, len(kinds), heads, dim).swapaxes(2, 3)
+    return pooled.reshape(batch, call.blocks, heads, -1)
 
 
 def _kernel(call: _Call, x_ref, *refs) -> None:
-    """Pools x [B, T, heads * D], optionally with valid [B or 1, T] and its count per block, to [B, Tb, heads * D] per kind."""
-    valid_refs, pooled_refs = refs[: -len(call.kinds)], refs[-len(call.kinds) :]
-    sequence, block, channel = call.work_of(lax.axis_index("cta"))
-    channels = pl.ds(channel, CHANNELS)
+    """Pools x [B, T, heads, D], optionally with valid [B or 1, T] and its count per block, to [B, Tb, heads, kinds, D]."""
+    *valid_refs, pooled_ref = refs
+    sequence, block, head = call.work_of(lax.axis_index("cta"))
+    heads = pl.ds(head, call.tile_heads)
     # A partial block is loaded with tokens before its first one, which are masked.
     start = jnp.minimum(block * call.block_size, call.tokens - call.block_size)
     tokens = pl.ds(start, call.block_size)
-    x = plgpu.load(x_ref.at[sequence, tokens, channels], layout=_TILE, optimized=False)
+    x = plgpu.load(x_ref.at[sequence, tokens, heads], layout=call.layout, optimized=False)
 
     def whole() -> list[Array]:
         return [_pool_tile(kind, x) for kind in call.kinds]
 
     def some() -> list[Array]:
-        valid = plgpu.load(valid_ref.at[row, tokens], layout=_TILE.reduce(1), optimized=False).astype(_i32)
-        token = plgpu.broadcasted_iota(_i32, valid.shape, 0, layout=_TILE.reduce(1)) + start
+        of_tokens = call.layout.reduce((1, 2))
+        valid = plgpu.load(valid_ref.at[row, tokens], layout=of_tokens, optimized=False).astype(_i32)
+        token = plgpu.broadcasted_iota(_i32, valid.shape, 0, layout=of_tokens) + start
         valid = jnp.where(token >= block * call.block_size, valid, 0)
         return [_pool_masked_tile(kind, x, valid, count) for kind in call.kinds]
 
@@ -115,11 +160,11 @@ def _kernel(call: _Call, x_ref, *refs) -> None:
         results = lax.cond(count == call.block_size, whole, some)
     else:
         results = whole()
-    for ref, result in zip(pooled_refs, results, strict=True):
-        ref[sequence, block, channels] = result
+    for kind, result in enumerate(results):
+        pooled_ref[sequence, block, heads, kind] = result
 
 
-def _pool_tile(kind: str, x: Float[Array, "b C"]) -> Float32[Array, "C"]:
+def _pool_tile(kind: str, x: Float[Array, "b heads D"]) -> Float32[Array, "heads D"]:
     match kind:
         case "max":
             return x.max(axis=0).astype(_f32)
@@ -128,9 +173,9 @@ def _pool_tile(kind: str, x: Float[Array, "b C"]) -> Float32[Array, "C"]:
     return x.astype(_f32).sum(axis=0) * (1 / x.shape[0])
 
 
-def _pool_masked_tile(kind: str, x: Float[Array, "b C"], valid: Array, count: Array) -> Float32[Array, "C"]:
+def _pool_masked_tile(kind: str, x: Float[Array, "b heads D"], valid: Array, count: Array) -> Float32[Array, "heads D"]:
     """Pools the tokens of which `valid` [b] is not 0, `count` in all."""
-    taken = jnp.broadcast_to(valid[:, None], x.shape) != 0
+    taken = lax.broadcast_in_dim(valid, x.shape, [0]) != 0
     some = jnp.broadcast_to(count, x.shape[1:]) > 0
 
     def pool(fill: float, reduce: Any) -> Array:

@@ -223,7 +223,7 @@ def _select(
         out_type=[jax.ShapeDtypeStruct(outputs, _i32), jax.ShapeDtypeStruct((*outputs, width), _i32)],
         grid=(outputs[0] * call.tiles,),
         grid_names=("tile",),
-        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=_SCRATCH if quarters else 0),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=_SCRATCH if quarters else 0),
         interpret=interpret,
     )(*operands)
     counts, indices = counts[:, :rows], indices[:, :rows]

@@ -2,27 +2,28 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32
 
 from pallas_kernels.backends import Unsupported
-from pallas_kernels.mosaic.edge_tiles import store_inside
+from pallas_kernels.mosaic.edge_tiles import store_inside, store_transposed
 from pallas_kernels.mosaic.flash_tiles import LOG2_E, MATRIX, ROW_VECTOR, accumulator, columns, tile
-from pallas_kernels.online_softmax import finite, log_sum_exp
 from pallas_kernels.precision import rounded
 
 BLOCKS = 64  # key blocks of a CTA, the rows of a matrix product
 ALIGNMENT = 8  # TMA moves blocks in groups of 8
+SCRATCH = 128  # bytes of shared memory per column for a reduction over rows
 HEADS = 8  # query heads come in groups of this size, the smallest width of a matrix product
 RING = 64 * 1024  # bytes of keys in flight per CTA, three of which share a multiprocessor
+TINY = 2.0**-126  # smallest share of a block that is seen
 MAX_PRODUCTS = 128  # products per block, of all heads and key vectors, that registers hold
 _f32, _i32 = jnp.float32, jnp.int32
 
@@ -34,7 +35,7 @@ class _Call:
     Attributes:
       batch, kv_heads, group, dim: B, K, G, C.
       blocks, per_block: Sb, and key vectors of a block.
-      largest: whether the largest products of blocks are returned besides their sums.
+      largest: whether the largest products of blocks are returned instead of their sums.
       interpreted: whether JAX's interpreter runs the kernel.
     """
 
@@ -99,20 +100,20 @@ def score_for_one_query(
     if call.width * per_block > MAX_PRODUCTS:
         raise Unsupported(f"takes at most {MAX_PRODUCTS} products per block; got {call.width} x {per_block}.")
     first_row = jnp.int32(0) if first_row is None else first_row
-    return _score(call, static[1:], interpret, queries, keys, seen, first_row)
+    return _score(call, static[2:], interpret, queries, keys, seen, first_row)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(
     call: _Call,
-    static: tuple[str, str, float],
+    static: tuple[str, float],
     interpret: Any,
     queries: Float32[Array, "B 1 H C"],
     keys: BFloat16[Array, "P Sw K C"],
     seen: Int32[Array, "#B 1 2"],
     first_row: Int32[Array, ""],
 ) -> Float32[Array, "B lists 1 Sb"]:
-    join, heads, scale = static
+    heads, scale = static
     with jax.named_scope("split"):
         grouped = (scale * LOG2_E * queries).reshape(call.batch, call.kv_heads, call.group, call.dim)
         grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, call.width - call.group), (0, 0)))
@@ -122,27 +123,40 @@ def _score(
     keys = keys.swapaxes(1, 2).reshape(len(keys), call.kv_heads, call.blocks, call.per_block, call.dim)
     bounds = jnp.broadcast_to(jnp.clip(seen[:, 0], 0, call.blocks * call.per_block), (call.batch, 2))
     bounds = jnp.concatenate([bounds, (first_row + jnp.arange(call.batch))[:, None]], axis=1)
-    results = _kernel_of(call, interpret)(parts, keys, bounds)
-    sums, *largest = (x[:, :, : call.blocks, : call.group] / LOG2_E for x in results)
+    tiles, products = _kernel_of(call, interpret)(parts, keys, bounds)
     with jax.named_scope("normalise"):
-        lse = finite(log_sum_exp(sums, axis=2))[:, :, None]
-        shares = (largest[0] if join == "max" else sums) - lse  # [B, K, Sb, G]
+        largest, total = _sums_over_last_axis(tiles)
+        # Head by head, without a reduction: XLA fuses all of this with what follows.
+        heads_of_block = [products[:, :, : call.blocks, i] for i in range(call.group)]
+        shares = [jnp.exp2(x - largest[:, :, i, None]) / total[:, :, i, None] for i, x in enumerate(heads_of_block)]
         if heads == "each":
-            shares = shares.transpose(0, 1, 3, 2).reshape(call.batch, -1, call.blocks)
-        elif heads == "max":
-            shares = shares.max(3)
+            shares, seen = (jnp.stack(x, axis=2).reshape(call.batch, -1, call.blocks) for x in (shares, heads_of_block))
         else:
-            shares = log_sum_exp(shares - math.log(call.group), axis=3)
-    return shares[:, :, None]
+            combine, factor = (jnp.maximum, 1.0) if heads == "max" else (jnp.add, 1 / call.group)
+            shares, seen = functools.reduce(combine, shares) * factor, heads_of_block[0]  # all heads see the same
+        scores = jnp.where(seen > -jnp.inf, jnp.log(jnp.maximum(shares, TINY)), -jnp.inf)
+    return scores[:, :, None]
+
+
+def _sums_over_last_axis(x: Float32[Array, "B K width n"]) -> tuple[Float32[Array, "B K width"], ...]:
+    """The largest element, and the sum of exp2(element - largest), which is 0 where all are -inf; in one reduction."""
+
+    def join(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest = jnp.maximum(a[0], b[0])
+        return largest, a[1] * jnp.exp2(a[0] - largest) + b[1] * jnp.exp2(b[0] - largest)
+
+    lowest = np.finfo(np.float32).min  # not -inf, for which the difference would be NaN
+    return tuple(lax.reduce((x, jnp.ones_like(x)), (lowest, np.float32(0)), join, (x.ndim - 1,)))
 
 
 def _kernel_of(call: _Call, interpret: Any) -> Callable:
     """The kernel from queries [2, B, K, width, C], keys [P, K, Sb, vectors, C] and bounds [B, 3], the first key vector that is seen, the
-    one after the last, and the row of the keys, to log2 of the sums of the blocks, and their largest products if asked for, [B, K, Sb, width]."""
-    result = jax.ShapeDtypeStruct((call.batch, call.kv_heads, call.padded_blocks, call.width), _f32)
+    one after the last, and the row of the keys, to log2 of the sums of the tiles of blocks, [B, K, width, tiles], and of the blocks, or
+    the largest products of these, [B, K, Sb, width]."""
+    shapes = (call.width, call.block_tiles), (call.padded_blocks, call.width)
     return plgpu.kernel(
         functools.partial(_kernel, call),
-        out_type=[result] * (1 + call.largest),
+        out_type=[jax.ShapeDtypeStruct((call.batch, call.kv_heads, *shape), _f32) for shape in shapes],
         grid=(call.batch * call.block_tiles * call.kv_heads,),
         grid_names=("cta",),
         scratch_types=[
@@ -151,15 +165,16 @@ def _kernel_of(call: _Call, interpret: Any) -> Callable:
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_barriers=call.stages),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=SCRATCH * call.width),
         interpret=interpret,
     )
 
 
 def _kernel(call: _Call, queries_ref, keys_ref, bounds_ref, *refs) -> None:
-    *results, query_tile, key_tiles, queries_ready, keys_ready = refs
+    tiles_ref, blocks_ref, query_tile, key_tiles, queries_ready, keys_ready = refs
     cta = lax.axis_index("cta")
-    rest, block = lax.div(cta, _i32(call.block_tiles)), lax.rem(cta, _i32(call.block_tiles)) * BLOCKS
+    rest, number = lax.div(cta, _i32(call.block_tiles)), lax.rem(cta, _i32(call.block_tiles))
+    block = number * BLOCKS
     sequence, head = lax.div(rest, _i32(call.kv_heads)), lax.rem(rest, _i32(call.kv_heads))
     first, end, row = (bounds_ref[sequence, i] for i in range(3))
 
@@ -168,9 +183,11 @@ def _kernel(call: _Call, queries_ref, keys_ref, bounds_ref, *refs) -> None:
         stage = vector % call.stages
         plgpu.copy_gmem_to_smem(source, key_tiles.at[stage], keys_ready.at[stage])
 
-    def store(values: list[Array]) -> None:
-        for x, ref in zip(values, results, strict=True):
-            _store(call, x, block, ref.at[sequence, head])
+    def store(of_tile: Array, of_blocks: Array) -> None:
+        ref = tiles_ref.at[sequence, head, :, pl.ds(number, 1)]
+        of_tile = lax.broadcast_in_dim(of_tile, of_blocks.shape, [1])
+        store_transposed(of_tile, ref, layout=MATRIX, interpreted=call.interpreted)
+        _store(call, of_blocks, block, blocks_ref.at[sequence, head])
 
     def score() -> None:
         for part in range(2):
@@ -188,16 +205,23 @@ def _kernel(call: _Call, queries_ref, keys_ref, bounds_ref, *refs) -> None:
             products.append(jnp.where(_seen(call, block, vector, first, end, x), x, -jnp.inf))
         largest = functools.reduce(jnp.maximum, products)
         base = jnp.where(largest > -jnp.inf, largest, 0)
-        total = functools.reduce(jnp.add, [jnp.exp2(x - base) for x in products])
-        sums = jnp.where(largest > -jnp.inf, base + jnp.log2(jnp.where(largest > -jnp.inf, total, 1)), -jnp.inf)
-        store([sums, largest][: len(results)])
+        sums = _log2(base, functools.reduce(jnp.add, [jnp.exp2(x - base) for x in products]))
+        top = sums.max(axis=0)
+        base = jnp.where(top > -jnp.inf, top, 0)
+        total = jnp.exp2(sums - lax.broadcast_in_dim(base, sums.shape, [1])).sum(axis=0)
+        store(_log2(base, total), largest if call.largest else sums)
 
     def nothing() -> None:
-        empty = plgpu.layout_cast(jnp.full((BLOCKS, call.width), -jnp.inf, _f32), MATRIX)
-        store([empty] * len(results))
+        shapes = ((call.width,), MATRIX.reduce(0)), ((BLOCKS, call.width), MATRIX)
+        store(*(plgpu.layout_cast(jnp.full(shape, -jnp.inf, _f32), layout) for shape, layout in shapes))
 
     is_seen = (first < end) & (block * call.per_block < end) & ((block + BLOCKS) * call.per_block > first)
     lax.cond(is_seen, score, nothing)
+
+
+def _log2(base: Array, total: Array) -> Array:
+    """log2 of sums relative to 2^base; -inf where they are 0."""
+    return jnp.where(total > 0, base + jnp.log2(jnp.where(total > 0, total, 1)), -jnp.inf)
 
 
 def _products(query_tile: Any, key_tile: Any) -> Float32[Array, "64 width"]:

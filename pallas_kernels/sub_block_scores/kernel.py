@@ -19,10 +19,18 @@ from pallas_kernels.mosaic.flash_tiles import MATRIX, ROW_VECTOR, columns, produ
 ROWS = 64  # rows of a tile, those of a warpgroup's matrix product
 COLUMNS = 8  # fewest blocks of a tile, since registers can be sliced at multiples of 8 columns
 STAGES = 2  # tiles of keys in flight per warpgroup
-SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor that a CTA can use
+MULTIPROCESSORS = 132
+SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor, of which each CTA takes 1 KiB besides its own
+WARPGROUPS = (
+    6  # that a multiprocessor has registers for, 80 per thread; of scores of 64 blocks, which take 96, one less
+)
 CACHE = 24 * 2**20  # bytes of keys that stay in L2 beside what else passes through it
 TINY = 2.0**-126  # smallest share of a block that is seen
 LN2 = math.log(2)
+# 2^x for x from -0.5 to 0.5 by ascending powers of x, within a factor of 1 + 3e-6.
+POWERS = 0.9999992847442627, 0.6931217908859253, 0.240247443318367, 0.05591785907745361, 0.009570102207362652
+BY_POLYNOMIAL = 4  # one of so many columns
+ROUNDER = 1.5 * 2**23 + 127  # a sum of this and a number has the nearest integer, plus float32's bias, in its last bits
 _f32, _i32 = jnp.float32, jnp.int32
 
 
@@ -39,16 +47,29 @@ class Tuning:
     keys: int = 64
 
     @classmethod
-    def of(cls, vectors: int, dim: int, per_block: int) -> "Tuning | None":
-        """The largest number of warpgroups that fits; None if none does. `vectors` are those of a row, for all heads that join."""
+    def of(cls, vectors: int, dim: int, per_block: int, ctas: int = 1) -> "Tuning | None":
+        """The choice with most warpgroups on a multiprocessor, or in a CTA where each has a multiprocessor of its own; None if no CTA fits.
+
+        Args:
+          vectors: query vectors of a row, for all heads that join.
+          dim, per_block: C, and key vectors of a block.
+          ctas: how many there are.
+        """
         keys = max(64, COLUMNS * per_block)
-        fitting = (cls(n, keys) for n in (4, 2, 1))
-        return next((x for x in fitting if x.bytes(vectors, dim) <= SHARED_MEMORY), None)
+        fitting = [x for n in (4, 3, 2, 1) if (x := cls(n, keys)).resident(vectors, dim, per_block)]
+        if ctas <= MULTIPROCESSORS:
+            return next(iter(fitting), None)
+        return max(fitting, key=lambda x: x.resident(vectors, dim, per_block), default=None)
 
     @classmethod
     def most_vectors(cls, dim: int, per_block: int) -> int:
         """Query vectors per row that fit."""
         return max(n for n in range(1, 64) if cls.of(n, dim, per_block) is not None)
+
+    def resident(self, vectors: int, dim: int, per_block: int) -> int:
+        """Warpgroups of a multiprocessor; 0 where a CTA does not fit."""
+        most = WARPGROUPS if self.keys < 64 * per_block else WARPGROUPS - 1
+        return self.warpgroups * min(SHARED_MEMORY // (self.bytes(vectors, dim) + 1024), most // self.warpgroups)
 
     def bytes(self, vectors: int, dim: int) -> int:
         """Shared memory of a CTA, with room for barriers."""
@@ -125,8 +146,13 @@ class Call:
 
     def work_of(self, cta: Array) -> tuple[Array, Array, Array]:
         """(sequence, list, tile of rows) of a CTA. Late rows, which see most, start first: those of all lists, or if their keys would
-        not stay in the L2 cache, those of each list."""
+        not stay in the L2 cache, those of each list.
+
+        The second CTAs of the multiprocessors come in reverse, so that each multiprocessor has about as much to do.
+        """
         lists = self.batch * self.lists
+        second, last = _i32(MULTIPROCESSORS), min(2 * MULTIPROCESSORS, lists * self.row_tiles) - 1
+        cta = jnp.where((cta >= second) & (cta <= last), second + last - cta, cta)
         fast = _i32(lists if self.keys_fit_in_cache else self.row_tiles)
         number, index = lax.div(cta, fast), lax.rem(cta, fast)
         if not self.keys_fit_in_cache:
@@ -365,19 +391,23 @@ def _write(multiply: _Products, sums: Any, target: Any, t: Array, keys: Any, mas
 
     def of_row(in_row: Array) -> Array:
         first, combine = in_row * call.group, jnp.add if call.heads == "mean" else jnp.maximum
-        return _reduced(lambda i: shares(first + i), call.group, combine)
+        return _reduced(lambda i: shares(first + i), call.group, combine, nothing)
 
-    best = _reduced(of_row, call.per_row, jnp.maximum)
+    start = -jnp.inf if call.in_exponents else 0.0
+    nothing = plgpu.layout_cast(jnp.full((ROWS, call.blocks_per_tile), start, _f32), MATRIX)
+    best = _reduced(of_row, call.per_row, jnp.maximum, nothing)
     if not call.in_exponents:
         best = jnp.log2(best if masked else jnp.maximum(best, TINY))
     _store(call, best * LN2, multiply.view.row_tile, t, target)
 
 
-def _reduced(of: Callable[[Array], Array], count: int, combine: Callable[[Array, Array], Array]) -> Array:
-    """Combines the results of `of(i)` for i below `count`, in a loop."""
+def _reduced(
+    of: Callable[[Array], Array], count: int, combine: Callable[[Array, Array], Array], nothing: Array
+) -> Array:
+    """Combines the results of `of(i)` for i below `count`, in a loop, from `nothing` on."""
     if count == 1:
         return of(_i32(0))
-    return lax.fori_loop(_i32(1), _i32(count), lambda i, x: combine(x, of(i)), of(_i32(0)))
+    return lax.fori_loop(_i32(0), _i32(count), lambda i, x: combine(x, of(i)), nothing)
 
 
 def _shares(call: Call, x: Float32[Array, "64 W"], factor: Array, lse: Array, masked: bool) -> Float32[Array, "64 n"]:
@@ -387,10 +417,23 @@ def _shares(call: Call, x: Float32[Array, "64 W"], factor: Array, lse: Array, ma
     x = x * factor - columns(lse, x)
     if call.in_exponents:
         return x
-    weights = jnp.exp2(x)
+    weights = _exp2(x, call.interpreted) if call.join == "sum" else jnp.exp2(x)
     if masked:
         weights = jnp.where(x > -jnp.inf, jnp.maximum(weights, TINY), 0.0)
     return weights if call.join == "max" else _join(call, weights, jnp.add)
+
+
+def _exp2(x: Float32[Array, "64 W"], interpreted: bool) -> Float32[Array, "64 W"]:
+    """exp2, of some of the columns by a polynomial: the units for exp2 are the bottleneck, those for sums and products are not."""
+    size = x.shape[1] - x.shape[1] // BY_POLYNOMIAL
+    rest = jnp.maximum(x[:, size:], math.log2(TINY))
+    shifted = rest + ROUNDER
+    if interpreted:
+        shifted = lax.optimization_barrier(shifted)  # XLA would leave out a sum and its difference
+    rest -= shifted - ROUNDER
+    power = functools.reduce(lambda total, c: total * rest + c, POWERS[-2::-1], jnp.full_like(rest, POWERS[-1]))
+    scale = lax.bitcast_convert_type(lax.bitcast_convert_type(shifted, _i32) << 23, _f32)
+    return jnp.concatenate([jnp.exp2(x[:, :size]), power * scale], axis=1)
 
 
 def _join(call: Call, x: Float32[Array, "64 W"], combine: Callable) -> Float32[Array, "64 n"]:

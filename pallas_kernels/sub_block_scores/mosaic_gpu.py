@@ -48,7 +48,9 @@ def score_sub_blocks(
     if keys_per_block not in (1, 2, 4, 8, 16):
         raise Unsupported(f"takes 1, 2, 4, 8 or 16 key vectors per block; got {keys_per_block}.")
     group = 1 if heads == "each" else num_heads // kv_heads
-    tuning = tuning or Tuning.of(group * queries_per_row, dim, keys_per_block)
+    rows = -(-vectors // queries_per_row)
+    ctas = len(queries) * (num_heads // group) * -(-rows // ROWS)
+    tuning = tuning or Tuning.of(group * queries_per_row, dim, keys_per_block, ctas)
     if tuning is None:
         most = f"{Tuning.most_vectors(dim, keys_per_block)} query vectors of {dim} elements"
         raise Unsupported(f"takes at most {most} per row, for all heads that join; got {group * queries_per_row}.")
@@ -148,10 +150,15 @@ def _bounds(
     first, end = (seen[..., i].reshape(len(seen), -1, ROWS * call.per_row) for i in range(2))
     number = jnp.arange(call.padded_rows * call.per_row).reshape(1, -1, ROWS * call.per_row)
     sees, counts = first < end, number < call.rows * call.per_row  # the last row counts with all of its vectors
-    begin = jnp.where(sees, first // size, last).min(2)
-    stop = jnp.where(sees, -(-end // size), 0).max(2)
-    full_begin = jnp.where(counts & sees, -(-first // size), 0).max(2)
-    full_stop = jnp.where(counts, jnp.where(sees, end // size, 0), last).min(2)
-    bounds = jnp.stack([jnp.minimum(begin, stop), stop, full_begin, full_stop], axis=2)
+    # One reduction for all four, of which two are minima.
+    begin, stop, full_begin, full_stop = jnp.stack(
+        [
+            -jnp.where(sees, first // size, last),
+            jnp.where(sees, -(-end // size), 0),
+            jnp.where(counts & sees, -(-first // size), 0),
+            -jnp.where(counts, jnp.where(sees, end // size, 0), last),
+        ]
+    ).max(3)
+    bounds = jnp.stack([jnp.minimum(-begin, stop), stop, full_begin, -full_stop], axis=2)
     by_row = seen.reshape(len(seen), call.padded_rows, call.per_row, 2).transpose(0, 3, 2, 1)
     return bounds.astype(_i32), by_row.astype(_i32)

@@ -41,7 +41,7 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
     [
         ((1, 64, 3, 64), 64, r"takes a multiple of 256 channels in all heads together; got 3 \* 64"),
         ((1, 63, 4, 64), 64, "takes at least one whole block of 64 tokens; got 63"),
-        ((1, 64, 4, 64), 8, "takes blocks of at least 16 tokens; got 8"),
+        ((1, 64, 4, 64), 4, "takes blocks of at least 8 tokens; got 4"),
     ],
 )
 def test_mosaic_gpu_leaves_the_rest_to_xla(shape: tuple[int, ...], size: int, message: str):

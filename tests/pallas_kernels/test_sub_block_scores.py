@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import score_blocks, score_sub_blocks
 from pallas_kernels.devices import assume_hopper
-from pallas_kernels.sub_block_scores import xla
+from pallas_kernels.sub_block_scores import kernel, xla
 from pallas_kernels.sub_block_scores.cases import DECODE, FLOAT32_DECODE, REAL, TINY, Case
 from tests.pallas_kernels.suites import sub_block_scores as suite
 from tests.pallas_kernels.suites.comparison import KEY, assert_lowers_for_cuda, memory, shapes, slow_but
@@ -79,6 +79,17 @@ class TestMosaicGpuInterpreted(MosaicGpu):
     @pytest.mark.parametrize("case", slow_but(TINY, "packed", "decode-halves"), ids=lambda case: case.name)
     def test_errs_no_more_than_stated(self, case: Case):
         super().test_errs_no_more_than_stated(case)
+
+    def test_small_ctas(self, monkeypatch: pytest.MonkeyPatch):
+        """As where there are many; the second half of them in reverse."""
+        monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)
+        arguments = Case("small-ctas", 2, 1, 64, 270, 267, 4, 4).arguments(KEY)
+        suite.assert_accurate(self.run(**arguments), arguments, self.error)
+
+
+@pytest.mark.parametrize(("dim", "ctas", "warpgroups"), [(64, 1024, 3), (64, 128, 4), (128, 1024, 4)])
+def test_many_ctas_are_small(dim: int, ctas: int, warpgroups: int):
+    assert kernel.Tuning.of(4, dim, 4, ctas) == kernel.Tuning(warpgroups)
 
 
 @pytest.mark.parametrize("case", slow_but((*REAL, DECODE), "llama-3.1-8b-32k", DECODE.name), ids=lambda case: case.name)
