@@ -18,7 +18,7 @@ from pathlib import Path
 from seer_jax import smollm2, tiny_lm
 from seer_jax.commands import PROGRAM, ExitCode
 from seer_jax.commands.errors.failures import failure, one_line
-from seer_jax.commands.errors.signals import after_echo, ending, handled_signals
+from seer_jax.commands.errors.signals import after_echo, end_process, ending, handled_signals
 from seer_jax.commands.errors.usage import UsageError, did_you_mean
 from seer_jax.compilation_cache import use_compilation_cache
 
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, text = ending(stop)
         print(after_echo(), end="", file=sys.stderr)
         _say(name, text)
+        if arguments is None:
+            end_process(code)
         return code
     except BrokenPipeError:  # the reader of standard output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -102,3 +102,16 @@ def ending(stop: KeyboardInterrupt) -> tuple[ExitCode, str]:
     """Exit code and line of a command that was stopped; what it keeps stands in the notes of the exception."""
     _, code, word = _SIGNALS[signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT]
     return code, " ".join([f"{word}.", *getattr(stop, "__notes__", ())])
+
+
+def end_process(code: int) -> None:
+    """Ends the process of a command that was stopped; not one of several, which leave together as Python ends.
+
+    Python's end would wait for all that XLA still computes, which can be minutes of it, or be aborted by it.
+    """
+    if (jax := sys.modules.get("jax")) and jax.distributed.is_initialized():
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the reader has closed it
+            stream.flush()
+    os._exit(code)

@@ -163,6 +163,30 @@ def test_interruptions_in_the_first_second(number: signal.Signals, code: int, wo
     assert (child.returncode, said) == (code, f"seer-jax {name}: {word}.\n")
 
 
+# A command that is stopped while a computation of minutes runs.
+COMPUTES = """
+import sys
+from seer_jax.commands import main as cli
+
+def computes(words, scorers, all_imported):
+    import jax, jax.numpy as jnp
+    all_imported()
+    x = jnp.ones((1000, 1000))
+    jax.jit(lambda x: jax.lax.fori_loop(0, 10**6, lambda i, x: jnp.tanh(x @ x), x))(x)
+    print("computes")  # in the buffer of a pipe
+    raise KeyboardInterrupt
+
+cli._dispatch = computes
+sys.exit(cli.main())
+"""
+
+
+def test_an_interruption_waits_for_no_computation():
+    command = [sys.executable, "-c", COMPUTES, "info"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "computes\n", "seer-jax info: interrupted.\n")
+
+
 def test_a_defect_shows_its_place(monkeypatch: pytest.MonkeyPatch):
     def fail(words: list[str]) -> Any:
         raise KeyError("a defect shows its place")
