@@ -24,7 +24,7 @@ from seer_jax.sharding.processes import ending_together, first_alone, is_first
 from seer_jax.train import finetuning
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
-from seer_jax.train.data.packing import PackedDataset, Packing
+from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.data.sources import check_sources
 from seer_jax.train.data.store import check_tokens
 from seer_jax.train.joint import JointTraining
@@ -159,7 +159,7 @@ def finetune(
       The model, with its adapter where adapters were trained and the gate that was trained along, and where each was written.
     """
     _check_config(config, FinetuneConfig)
-    finetuning.check(config)
+    finetuning.check(config, reads_text=dataset is None)
     config = absolute(config)
     _check_model(config, model)
     _check_text(config, dataset)
@@ -193,10 +193,7 @@ def _start_finetuning(config: FinetuneConfig, model: Transformer, packed: bool) 
     if not config.initial_gates:
         return LanguageModelling.start(model, packed=packed)
     if packed:
-        raise ValueError(
-            "Fine-tuning with a gate must have rows of one sequence each; got rows of several, or with padding. Set "
-            f"data.packing={Packing.CONCATENATE.value}."
-        )
+        raise finetuning.several_sequences("rows of several, or with padding")
     return JointTraining.of(config, model)
 
 

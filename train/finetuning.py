@@ -22,13 +22,16 @@ from seer_jax.models.rope import same_rope
 from seer_jax.selection.rules import TopK
 from seer_jax.sharding.processes import is_first
 from seer_jax.train.config import FinetuneConfig
-from seer_jax.train.data.packing import PackedDataset
+from seer_jax.train.data.packing import PackedDataset, Packing
 from seer_jax.train.joint import GATE
 
 
-def check(config: FinetuneConfig) -> None:
-    """Raises ValueError where settings of a gate that is trained along are given, and no gate."""
+def check(config: FinetuneConfig, *, reads_text: bool) -> None:
+    """Raises ValueError where settings of a gate that is trained along are given, and no gate; or where the text would be packed for
+    nothing."""
     if config.initial_gates:
+        if reads_text and config.data.packing is not Packing.CONCATENATE:
+            raise several_sequences(f"data.packing={config.data.packing}")
         return
     usual = FinetuneConfig()
     names = ("target", "density", "gate_loss_weight", "gate_learning_rate")
@@ -39,6 +42,13 @@ def check(config: FinetuneConfig) -> None:
             f"{listed} must come with the prefill gate that is trained along, for attention is dense without one; got {values} and no "
             "initial_gates. Name a gate, or leave them out."
         )
+
+
+def several_sequences(got: str) -> ValueError:
+    """The error of a gate that is to be trained along on rows which may hold several sequences."""
+    return ValueError(
+        f"Fine-tuning with a gate must have rows of one sequence each; got {got}. Set data.packing={Packing.CONCATENATE.value}."
+    )
 
 
 def is_packed(rows: PackedDataset) -> bool:
@@ -103,14 +113,16 @@ def _attach_gate(config: FinetuneConfig, model: Transformer) -> None:
     """Gives the model the gate that is trained along."""
     found = {place: load_gates(place, model.config) for place in resolve_gates(config.initial_gates, GATE_PATTERNS)}
     gates = {place: gate for place, gate in found.items() if isinstance(gate, PrefillGate)}
-    if len(found) != 1 or len(gates) != 1:
-        kinds = " and ".join("a prefill gate" if place in gates else "a decode gate" for place in found)
-        remedy = f"Set initial_gates={next(iter(gates))}" if gates else "Distil one first"
-        raise ValueError(f"initial_gates of fine-tuning must be one prefill gate; got {kinds}. {remedy}.")
+    if len(gates) != 1:
+        got = f"the prefill gates {' and '.join(map(str, gates))}" if gates else "a decode gate"
+        remedy = "Name one of them" if gates else "Distil one first: seer-jax train"
+        raise ValueError(f"initial_gates of fine-tuning must hold one prefill gate; got {got}. {remedy}.")
     (gate,) = gates.values()
-    if config.sequence_length % gate.config.block_size:
+    length, block = config.sequence_length, gate.config.block_size
+    if length % block or length < 2 * block:
         raise ValueError(
-            f"sequence_length must be a multiple of the gate's block size {gate.config.block_size}; got {config.sequence_length}."
+            f"sequence_length must be a multiple of the gate's block size {block} and at least two blocks; got {length}. Set "
+            f"sequence_length={max(2, length // block) * block}, for example."
         )
     if config.from_scratch:
         gate = PrefillGate(gate.config, model.config, rngs=nnx.Rngs(config.seed))
@@ -145,12 +157,13 @@ def describe(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Any]:
 def write(
     config: FinetuneConfig, hf: Mapping[str, Any] | None, tokenizer: str | None, model: Transformer, step: int
 ) -> None:
-    """Writes the adapter, and at the end of the run the merged model; without an adapter the model."""
+    """Writes the adapter, and the merged model at the end of the run or where one is there; without an adapter the model."""
     saved, adapter = folders(config)
     adapts = bool(adapted(model))
     if adapts:
         save_adapter(model, adapter, base_model=config.model)
-    if not adapts or step >= config.steps:
+    # The model of a run that had ended before it got more steps must not stay behind its adapter and gate.
+    if not adapts or step >= config.steps or saved.is_dir():
         save_base(model, saved, hf_config=hf, tokenizer=tokenizer)
     for folder in gate_folders(config):
         _write_gate(config, model, folder, saved, step)

@@ -104,6 +104,11 @@ class PlanConfig(HubOptions, AdapterOptions):
         ):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name} must be left out with `finetune`, which {why}; got {value}.")
+        if self.finetune is Finetuning.FULL and self.adapter is not None:
+            raise ValueError(
+                f"adapter must be left out with finetune=full, which trains the weights of a model; got {self.adapter}. Plan "
+                "finetune=lora, or merge the adapter first: seer-jax convert."
+            )
         if self.prefill is not None and (
             not isinstance(self.prefill, TopK) or self.prefill != TopK(self.prefill.density)
         ):

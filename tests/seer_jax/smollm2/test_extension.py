@@ -132,7 +132,7 @@ def test_every_stage_has_settings_that_training_takes(tmp_path: Path, monkeypatc
     def take(run: Any, progress: object) -> SimpleNamespace:
         assert run.output is not None
         if isinstance(run, FinetuneConfig):
-            check(run)
+            check(run, reads_text=True)
         taken.append(run)
         Path(run.output).mkdir(parents=True, exist_ok=True)
         (Path(run.output) / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.5}))

@@ -14,12 +14,12 @@ from flax import nnx
 
 from seer_jax import from_pretrained
 from seer_jax.convert import save_adapter
-from seer_jax.lora import LoraConfig, add_lora, merge_lora
+from seer_jax.lora import LoraConfig, adapted, add_lora, merge_lora
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.layers import BaseParam, GateParam, LoraParam
 from seer_jax.train import FinetuneConfig, TrainResult, finetune
 from seer_jax.train.config import OptimizerConfig, TargetStatistic
-from seer_jax.train.finetuning import prepare
+from seer_jax.train.finetuning import prepare, write
 from tests.train.runs import ignore, lines, raising
 from tests.train.tiny import CONFIG, DECODE, LENGTH, finetune_config, make_model, make_rows
 
@@ -117,10 +117,28 @@ def test_an_adapter_is_trained_further(tmp_path: Path):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize(("steps", "written"), [(5, True), (4, False)])
+def test_a_model_that_is_there_keeps_up_with_its_adapter(steps: int, written: bool, tmp_path: Path):
+    """As in a run that had ended, and got more steps."""
+    model = add_lora(make_model(), LORA)
+    config = dataclasses.replace(KINDS["adapters"], output=str(tmp_path), steps=5)
+    write(config, None, None, model, steps)
+    assert (tmp_path / "model").is_dir() == written
+    lora = adapted(model)["mlp.up_proj"]
+    lora.b.set_value(jnp.ones_like(lora.b[...]))
+    write(dataclasses.replace(config, steps=9), None, None, model, 7)
+    assert (tmp_path / "model").is_dir() == written
+    if written:
+        saved = from_pretrained(tmp_path / "model", dtype="float32")
+        np.testing.assert_array_equal(saved.layers.mlp.up_proj.weight[...], merge_lora(model).layers.mlp.up_proj.weight[...])  # fmt: skip
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(yarn_factor=None), r"at most the model's context of 64 tokens; got 128\. Lower it, or stretch .* yarn_factor=2"),
     (dict(yarn_factor=1.5), r"at most the model's context of 96 tokens; got 128\. Lower it, or take a model"),
     (dict(yarn_factor=1.0), r"yarn_factor must be a number above 1, or None for RoPE as it is; got 1\.0"),
+    (dict(yarn_factor=1e9), r"YaRN factor must leave a context below 2\*\*31 tokens; got 1000000000\.0, times 64 tokens\. Lower"),
+    (dict(sequence_length=1), r"sequence_length must be at least 2; got 1"),
     (dict(lora=LoraConfig(4, targets=("wq",))), r"linear maps of the model's layers: .*; got wq"),
     (dict(lora=LoraConfig(0, targets=("q_proj",))), r"lora\.rank must be at least 1 .*; got 0, with which all weights train\. Set lora\.rank=16"),
     (dict(density=0.5), r"`density` must come with the prefill gate .*; got 0\.5 and no initial_gates\. Name a gate"),
