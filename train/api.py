@@ -168,7 +168,7 @@ def finetune(
         given = model
         tokenizer = None if given is not None else finetuning.tokenizer_of(config.model)
         model = _load_model(config, model, mesh, session)
-        finetuning.prepare(config, model)
+        config = finetuning.prepare(config, model)
         _check_context(config, model)
         session.accept(config=config.defining(), model=to_dict(model.config))
         _check_no_others(session, finetuning.folders(config), "model")

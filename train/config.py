@@ -255,7 +255,8 @@ class FinetuneConfig(TrainConfig):
       lora: adapters that train in place of the base weights, which stay frozen in their dtype; rank 0 trains all weights.
       initial_gates: folder, hub id or name of a prefill gate to train along, a decode gate beside it is left out: attention is then sparse,
         on the blocks that this gate ranks first, and the gate's loss is added. (): attention is dense, and gates stay as they are.
-      target: what that gate learns of each block, its largest attention weight (max) or its attention mass (mass): what it was distilled on.
+      target: what that gate learns of each block, its largest attention weight (max) or its attention mass (mass). None: what it was
+        distilled on, as its config.json says, otherwise max.
       density: share of the causal block map that attention keeps, in (0, 1], where a gate is trained along.
       gate_loss_weight: of that gate's loss beside the language model's, > 0.
       gate_learning_rate: of that gate at the end of the warmup, > 0; it falls as the optimizer's does. None: the optimizer's. A model that
@@ -275,7 +276,7 @@ class FinetuneConfig(TrainConfig):
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     initial_adapter: str | None = None
     initial_gates: tuple[str, ...] = ()
-    target: TargetStatistic = TargetStatistic.MAX
+    target: TargetStatistic | None = None
     density: float = 0.1
     gate_loss_weight: float = 1.0
     gate_learning_rate: float | None = None

@@ -98,7 +98,10 @@ REFUSED = [
     (lambda: LoraConfig(4, targets=()), r"targets must name linear maps, each once; got \[\]"),
     (lambda: LoraConfig(4, targets=("q_proj", "q_proj")), r"targets must name linear maps, each once"),
     (lambda: add_lora(make_model(), LoraConfig(0)), r"rank of at least 1; got LoraConfig\.rank=0"),
-    (lambda: add_lora(make_model(), LoraConfig(4, targets=("wq",))), r"must be linear maps .* q_proj, .*; got wq\. Name some"),
+    (
+        lambda: add_lora(make_model(), LoraConfig(4, targets=("wq",))),
+        r"must be linear maps .* q_proj, .*; got wq\. Name some",
+    ),
     (lambda: add_lora(with_lora(CONFIGS[0]), CONFIGS[0]), r"one adapter at most; it has one\. Merge it first"),
 ]
 

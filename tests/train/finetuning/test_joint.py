@@ -240,6 +240,21 @@ def test_a_decode_gate_beside_the_prefill_gate_is_left_out(tmp_path: Path):
     assert model.prefill_gate is not None and model.decode_gate is None
 
 
+@pytest.mark.parametrize(
+    ("asked", "distilled", "trained"),
+    [(None, "mass", "mass"), (TargetStatistic.MAX, "mass", "max"), (None, None, "max"), (None, "median", "max")],
+)
+def test_a_gate_keeps_the_target_that_it_was_distilled_on(
+    asked: TargetStatistic | None, distilled: str | None, trained: str, tmp_path: Path
+):
+    model = make_model(gates=(PREFILL,))
+    assert model.prefill_gate is not None
+    training = None if distilled is None else {"target": distilled}
+    save_gates(model.prefill_gate, tmp_path, base_model="some/base", training=training)
+    config = prepare(dataclasses.replace(RUN, initial_gates=(str(tmp_path),), target=asked), model := make_model())
+    assert config.target == trained == JointTraining.of(config, model)[0].statistic
+
+
 def test_text_is_not_packed_for_nothing(tmp_path: Path):
     """Rows of several sequences are refused before the text is read."""
     config = dataclasses.replace(
