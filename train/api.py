@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from seer_jax.convert import load_adapter, load_gates, save_gates
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
-from seer_jax.lora import adapted
+from seer_jax.lora import adapted, lora_config
 from seer_jax.models.config import RopeKind
 from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.models.hub import read_config, resolve, resolve_gates
@@ -170,7 +170,9 @@ def finetune(
         model = _load_model(config, model, mesh, session)
         config = finetuning.prepare(config, model)
         _check_context(config, model)
-        session.accept(config=config.defining(), model=to_dict(model.config))
+        adapter, gate = lora_config(model), model.prefill_gate if config.initial_gates else None
+        settings = {"adapter": adapter and to_dict(adapter), "gate": None if gate is None else to_dict(gate.config)}
+        session.accept(config=config.defining(), model=to_dict(model.config), weights=settings)
         _check_no_others(session, finetuning.folders(config), "model")
         _check_no_others(session, finetuning.gate_folders(config), "gates")
         hf = None if config.output is None else finetuning.describe(model.config, _config_json(config, given))

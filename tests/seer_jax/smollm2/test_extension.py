@@ -125,6 +125,13 @@ def test_a_stage_that_is_stopped_is_not_finished(tmp_path: Path):
     facts.run(Stage.YARN, lambda: {"tokens": 7})
     assert Facts(config).finished(Stage.YARN) and Facts(config).of(Stage.YARN)["tokens"] == 7
 
+    def refused() -> dict:
+        raise ValueError("another length")
+
+    with pytest.raises(ValueError, match="another length"):
+        facts.run(Stage.YARN, refused)
+    assert Facts(config).finished(Stage.YARN)
+
 
 def test_every_stage_has_settings_that_training_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     taken: list[Any] = []

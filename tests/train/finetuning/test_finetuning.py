@@ -1,5 +1,6 @@
 """Fine-tuning of all weights and of adapters: losses fall, stopped runs go on exactly, and what is written is the trained model."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -132,6 +133,19 @@ def test_a_model_that_is_there_keeps_up_with_its_adapter(steps: int, written: bo
         saved = from_pretrained(tmp_path / "model", dtype="float32")
         ours, theirs = (linears_of(m)["mlp.up_proj"].weight[...] for m in (saved, merge_lora(model)))
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_does_not_take_another_adapter_for_a_damaged_checkpoint(tmp_path: Path):
+    """An adapter that is named by its folder alone, whose rank has changed since."""
+    config = dataclasses.replace(RUN, sequence_length=16, yarn_factor=None, steps=3, output=str(tmp_path / "run"))
+    for rank, remedy in (
+        (4, None),
+        (2, r"initial weights: adapter\.rank was 4 when this run was started; got 2\. Restore it"),
+    ):
+        model = add_lora(make_model(layers=1), LoraConfig(rank, 8.0, ("q_proj",)))
+        with contextlib.nullcontext() if remedy is None else pytest.raises(ValueError, match=remedy):
+            finetune(config, model=model, dataset=make_rows(length=16), progress=ignore)
+    assert not (tmp_path / "run" / "damaged_checkpoints").exists()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
