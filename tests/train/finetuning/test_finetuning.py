@@ -135,6 +135,7 @@ def test_a_model_that_is_there_keeps_up_with_its_adapter(steps: int, written: bo
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_take_another_adapter_for_a_damaged_checkpoint(tmp_path: Path):
     """An adapter that is named by its folder alone, whose rank has changed since."""
     config = dataclasses.replace(RUN, sequence_length=16, yarn_factor=None, steps=3, output=str(tmp_path / "run"))
