@@ -179,8 +179,9 @@ def _use_rope(folder: Path, model: Transformer) -> None:
     """
     if (folder / "config.json").is_file():
         found = config_from_hf(read_config(folder))
+        # Not the family: a GGUF file says that a Mistral model is a Llama, which computes the same.
         theirs, ours = (
-            {name: getattr(config, name) for name in MUST_AGREE} | {"rope_theta": config.rope.theta}
+            {name: getattr(config, name) for name in MUST_AGREE if name != "family"} | {"rope_theta": config.rope.theta}
             for config in (found, model.config)
         )
         if differing := [name for name in ours if theirs[name] != ours[name]]:

@@ -258,7 +258,8 @@ class FinetuneConfig(TrainConfig):
       target: what that gate learns of each block, its largest attention weight (max) or its attention mass (mass). None: what it was
         distilled on, as its config.json says, otherwise max.
       density: share of the causal block map that attention keeps, in (0, 1], where a gate is trained along.
-      gate_loss_weight: of that gate's loss beside the language model's, > 0.
+      gate_loss_weight: of that gate's loss beside the language model's, > 0. No weight of the model is in both, and Adam cancels a factor on
+        a gradient: it counts in the loss that is reported and in the clipping. The gate's steps are set by gate_learning_rate.
       gate_learning_rate: of that gate at the end of the warmup, > 0; it falls as the optimizer's does. None: the optimizer's. A model that
         keeps what it knows takes small steps, which move a gate hardly at all.
       distil: self-distillation of an adapter, after gates are distilled: the loss is KL(p || q) of the next-token distributions p of the

@@ -126,7 +126,7 @@ def _attach_gate(config: FinetuneConfig, model: Transformer) -> TargetStatistic 
         raise ValueError(f"initial_gates of fine-tuning must hold one prefill gate; got {got}. {remedy}.")
     ((place, gate),) = gates.items()
     length, block = config.sequence_length, gate.config.block_size
-    if length % block or length < 2 * block:
+    if length % block or length < 2 * block:  # of one block there is nothing to choose
         raise ValueError(
             f"sequence_length must be a multiple of the gate's block size {block} and at least two blocks; got {length}. Set "
             f"sequence_length={max(2, length // block) * block}, for example."
