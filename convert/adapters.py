@@ -18,6 +18,7 @@ from flax import nnx
 from seer_jax.convert.base import write_safetensors
 from seer_jax.convert.files import replacing_files
 from seer_jax.convert.formats.sources import SafetensorsSource
+from seer_jax.convert.gates import MUST_AGREE
 from seer_jax.convert.rules import LORA_RULES
 from seer_jax.convert.stream import check_tensors, load_parameters, tensors_of
 from seer_jax.folders import ADAPTER_CONFIG, ADAPTER_FOLDER, holds_adapter
@@ -49,6 +50,7 @@ _NEUTRAL: dict[str, Any] = dict(
     layer_replication=None,
     trainable_token_indices=None,
     target_parameters=None,
+    use_bdlora=None,
 )
 # Initialisations at which PEFT leaves the base weights as they are; the others (PiSSA, CorDA, OLoRA, LoftQ) change them whenever an adapter
 # is loaded.
@@ -96,7 +98,10 @@ def resolve_adapter(location: Location, **hub: Unpack[HubSettings]) -> Path:
     Raises:
       FileNotFoundError, PermissionError, ConnectionError: it is not there; see `hub.resolve`.
     """
-    folder = resolve(location, ADAPTER_PATTERNS, **hub)
+    path = Path(os.path.expanduser(location))
+    if path.is_file() and holds_adapter(path.parent):  # named by one of its files
+        location = path.parent
+    folder = resolve(location, ADAPTER_PATTERNS, named=False, **hub)
     if folder.is_dir() and not holds_adapter(folder) and holds_adapter(folder / ADAPTER_FOLDER):
         folder /= ADAPTER_FOLDER
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -167,9 +172,24 @@ def _read(folder: Path, model: Transformer, abstract: bool) -> dict[str, Any]:
 
 
 def _use_rope(folder: Path, model: Transformer) -> None:
-    """Gives the model the RoPE that the adapter was trained with."""
+    """Gives the model the RoPE that the adapter was trained with.
+
+    Raises:
+      ValueError: it was trained in another model. Its weights alone do not tell: many models have linear maps of the same shapes.
+    """
     if (folder / "config.json").is_file():
         found = config_from_hf(read_config(folder))
+        # Not the family: a GGUF file says that a Mistral model is a Llama, which computes the same.
+        theirs, ours = (
+            {name: getattr(config, name) for name in MUST_AGREE if name != "family"} | {"rope_theta": config.rope.theta}
+            for config in (found, model.config)
+        )
+        if differing := [name for name in ours if theirs[name] != ours[name]]:
+            values = (", ".join(f"{name}={x[name]}" for name in differing) for x in (ours, theirs))
+            raise ValueError(
+                "config.json beside the adapter, that of the model which it was trained in, must have {}; got {}. Take the "
+                "adapter's own base model.".format(*values)
+            )
         if not same_rope(found.rope, model.config.rope, model.config.head_dim):
             model.use_rope(found)
 
@@ -211,12 +231,13 @@ def _from_peft(values: Mapping[str, Any], tensors: list[str], place: str) -> Lor
         )
     try:
         rank, alpha = typed("r", values.get("r"), int), typed("lora_alpha", values.get("lora_alpha"), float)
+        stabilised = typed("use_rslora", values.get("use_rslora") or False, bool)
         if rank < 1 or not 0 < alpha < math.inf:
             raise ValueError(f"r and lora_alpha must be positive; got {rank} and {alpha}")
     except ValueError as error:
         reason = str(error).replace(" of config.json", "").rstrip(".")
         raise ValueError(f"{place}: {reason}. Save the adapter again.") from error
-    if typed("use_rslora", values.get("use_rslora") or False, bool):  # scaled by alpha / sqrt(r)
+    if stabilised:  # scaled by alpha / sqrt(r)
         alpha *= math.sqrt(rank)
     targets = tuple(dict.fromkeys(match[1] for key in tensors if (match := _KEY.fullmatch(key))))
     if not targets:

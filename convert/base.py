@@ -25,7 +25,7 @@ from seer_jax.gguf.header import is_gguf
 from seer_jax.inference.generation_config import NAME as GENERATION_CONFIG
 from seer_jax.inference.text import TOKENIZER_CONFIG, TOKENIZER_PATTERNS, Tokenizer
 from seer_jax.lora import merge_lora
-from seer_jax.models.config import DType, ModelConfig
+from seer_jax.models.config import DType, ModelConfig, RopeKind
 from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.models.families import config_from_hf, config_to_hf
 from seer_jax.models.hub import HubSettings, Location, config_text, read_config, read_json, read_optional, resolve
@@ -144,6 +144,8 @@ def _write_base(
             _write_text_files(files, source)
         elif source is not None and source.resolve() != folder.resolve():
             copy_files(files, {path for pattern in TEXT_PATTERNS for path in source.glob(pattern)})
+        if source is not None:
+            _stretch_tokenizer(files, source, config_from_hf(hf))
         files.path("config.json").write_text(config_text(hf), encoding="utf-8")
 
 
@@ -162,6 +164,14 @@ def _write_text_files(files: Replacement, source: Path) -> None:
     files.path("tokenizer.json").write_text(Tokenizer.load(source).to_json(), encoding="utf-8")
     for name in (TOKENIZER_CONFIG, GENERATION_CONFIG):
         files.path(name).write_text(config_text(read_optional(source, name)), encoding="utf-8")
+
+
+def _stretch_tokenizer(files: Replacement, source: Path, config: ModelConfig) -> None:
+    """Gives a tokenizer that has the context before YaRN the one after it: transformers truncates texts there."""
+    settings, rope = read_optional(source, TOKENIZER_CONFIG), config.rope
+    if rope.kind is RopeKind.YARN and settings.get("model_max_length") == rope.original_max_position:
+        settings = settings | {"model_max_length": config.context}
+        files.path(TOKENIZER_CONFIG).write_text(config_text(settings), encoding="utf-8")
 
 
 def _remove_weights(files: Replacement) -> None:

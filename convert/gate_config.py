@@ -23,7 +23,7 @@ from seer_jax.settings import parse_setting
 PREFIX = "seerattn_"  # of the release's keys
 GATE_KEY = "seer_jax_gate"  # our own, for gates that the release's keys cannot express
 POLICY_KEY = "seer_jax_policy"  # our own, for policies that the release's keys cannot express
-TRAINING_KEY = "seer_jax_training"  # how far a gate is trained; for people, nothing depends on it
+TRAINING_KEY = "seer_jax_training"  # how far a gate is trained, and on which target; loading ignores it
 CALIBRATION_KEY = "seer_jax_calibration"  # how the recommended policy was found; likewise
 _POOLS = "(max)?(min)?(avg)?"
 _PREFILL_KEY = "seerattn_gate_type"

@@ -46,7 +46,7 @@ from seer_jax.text_files import parse_json
 
 # Gates of Qwen3-4B and Qwen3-8B have the same shapes; only the widths tell their base models apart. What changes the queries and keys
 # that a gate was distilled on must agree too; vocabulary and context may differ.
-_MUST_AGREE = (
+MUST_AGREE = (
     *("family", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size"),
     *("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rms_norm_eps"),
 )
@@ -261,7 +261,7 @@ def recommend(source: Path, folder: Path, policy: Policy, *, calibration: Mappin
 
 def _description(gate: PrefillGate | DecodeGate) -> dict[str, Any]:
     """What weights and `config.json` of a gate must agree in: the gate's configuration, and the base model it serves."""
-    return gate_config_to_hf(gate.config) | {name: getattr(gate.model, name) for name in _MUST_AGREE}
+    return gate_config_to_hf(gate.config) | {name: getattr(gate.model, name) for name in MUST_AGREE}
 
 
 def _check_written_for(folder: Path, written: object, gate: PrefillGate | DecodeGate) -> None:
@@ -275,7 +275,7 @@ def _check_written_for(folder: Path, written: object, gate: PrefillGate | Decode
         raise ValueError(
             f"{folder}: {_WRITTEN_FOR} in the metadata of the weights must be a JSON object that describes a gate; {error}"
         ) from error
-    models = [name for name in _MUST_AGREE if name in found]
+    models = [name for name in MUST_AGREE if name in found]
     expected = gate_settings(gate.config) | {name: getattr(gate.model, name) for name in models}
     found = gate_settings(of_weights) | {name: found[name] for name in models}
     names = expected if expected["kind"] == found["kind"] else ("kind",)
@@ -317,7 +317,7 @@ def _weight_file(folder: Path) -> Path:
 
 def _check_same_model(place: str, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:
     of = f"of a gate for {hf.get('base_model', 'another model')!r}"
-    for name in _MUST_AGREE:
+    for name in MUST_AGREE:
         theirs, ours = getattr(found, name), getattr(expected, name)
         if theirs != ours:
             raise ValueError(

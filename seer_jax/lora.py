@@ -68,7 +68,7 @@ def lora_config(model: Transformer) -> LoraConfig | None:
     if not loras:
         return None
     (rank, scale), *_ = {(lora.a.shape[-2], lora.scale) for lora in loras.values()}
-    return LoraConfig(rank, round(rank * scale, 9), tuple(loras))
+    return LoraConfig(rank, float(f"{rank * scale:.12g}"), tuple(loras))
 
 
 def add_lora(model: Transformer, config: LoraConfig, *, seed: int = 0) -> Transformer:
@@ -154,7 +154,8 @@ def _targets(model: Transformer, config: LoraConfig) -> Iterator[tuple[str, Line
     names = {path.rpartition(".")[2]: path for path in linears}
     if unknown := [target for target in config.targets if target not in names]:
         raise ValueError(
-            f"The targets of LoRA must be linear maps of the model's layers: {', '.join(names)}; got {', '.join(unknown)}."
+            f"The targets of LoRA must be linear maps of the model's layers: {', '.join(names)}; got {', '.join(unknown)}. Name "
+            "some of these, or none for all."
         )
     if not config.rank:
         raise ValueError("An adapter must have a rank of at least 1; got LoraConfig.rank=0. Set rank=16, for example.")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from seer_jax.convert import load_adapter, load_gates, save_gates
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
-from seer_jax.lora import adapted
+from seer_jax.lora import adapted, lora_config
 from seer_jax.models.config import RopeKind
 from seer_jax.models.decoder import Transformer, check_model
 from seer_jax.models.hub import read_config, resolve, resolve_gates
@@ -24,7 +24,7 @@ from seer_jax.sharding.processes import ending_together, first_alone, is_first
 from seer_jax.train import finetuning
 from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
-from seer_jax.train.data.packing import PackedDataset, Packing
+from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.data.sources import check_sources
 from seer_jax.train.data.store import check_tokens
 from seer_jax.train.joint import JointTraining
@@ -159,7 +159,7 @@ def finetune(
       The model, with its adapter where adapters were trained and the gate that was trained along, and where each was written.
     """
     _check_config(config, FinetuneConfig)
-    finetuning.check(config)
+    finetuning.check(config, reads_text=dataset is None)
     config = absolute(config)
     _check_model(config, model)
     _check_text(config, dataset)
@@ -168,9 +168,11 @@ def finetune(
         given = model
         tokenizer = None if given is not None else finetuning.tokenizer_of(config.model)
         model = _load_model(config, model, mesh, session)
-        finetuning.prepare(config, model)
+        config = finetuning.prepare(config, model)
         _check_context(config, model)
-        session.accept(config=config.defining(), model=to_dict(model.config))
+        adapter, gate = lora_config(model), model.prefill_gate if config.initial_gates else None
+        settings = {"adapter": adapter and to_dict(adapter), "gate": None if gate is None else to_dict(gate.config)}
+        session.accept(config=config.defining(), model=to_dict(model.config), weights=settings)
         _check_no_others(session, finetuning.folders(config), "model")
         _check_no_others(session, finetuning.gate_folders(config), "gates")
         hf = None if config.output is None else finetuning.describe(model.config, _config_json(config, given))
@@ -193,10 +195,7 @@ def _start_finetuning(config: FinetuneConfig, model: Transformer, packed: bool) 
     if not config.initial_gates:
         return LanguageModelling.start(model, packed=packed)
     if packed:
-        raise ValueError(
-            "Fine-tuning with a gate must have rows of one sequence each; got rows of several, or with padding. Set "
-            f"data.packing={Packing.CONCATENATE.value}."
-        )
+        raise finetuning.several_sequences("rows of several, or with padding")
     return JointTraining.of(config, model)
 
 

@@ -253,11 +253,13 @@ class FinetuneConfig(TrainConfig):
     Attributes:
       yarn_factor: by how much YaRN stretches the model's context, > 1, such as 4 from 8k to 32k. None: RoPE stays as it is.
       lora: adapters that train in place of the base weights, which stay frozen in their dtype; rank 0 trains all weights.
-      initial_gates: folder or hub id of a prefill gate to train along: attention is then sparse, on the blocks that this gate ranks first,
-        and the gate's loss is added. (): attention is dense, and gates stay as they are.
-      target: what that gate learns of each block, its largest attention weight (max) or its attention mass (mass): what it was distilled on.
+      initial_gates: folder, hub id or name of a prefill gate to train along, a decode gate beside it is left out: attention is then sparse,
+        on the blocks that this gate ranks first, and the gate's loss is added. (): attention is dense, and gates stay as they are.
+      target: what that gate learns of each block, its largest attention weight (max) or its attention mass (mass). None: what it was
+        distilled on, as its config.json says, otherwise max.
       density: share of the causal block map that attention keeps, in (0, 1], where a gate is trained along.
-      gate_loss_weight: of that gate's loss beside the language model's, > 0.
+      gate_loss_weight: of that gate's loss beside the language model's, > 0. No weight of the model is in both, and Adam cancels a factor on
+        a gradient: it counts in the loss that is reported and in the clipping. The gate's steps are set by gate_learning_rate.
       gate_learning_rate: of that gate at the end of the warmup, > 0; it falls as the optimizer's does. None: the optimizer's. A model that
         keeps what it knows takes small steps, which move a gate hardly at all.
       distil: self-distillation of an adapter, after gates are distilled: the loss is KL(p || q) of the next-token distributions p of the
@@ -275,7 +277,7 @@ class FinetuneConfig(TrainConfig):
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     initial_adapter: str | None = None
     initial_gates: tuple[str, ...] = ()
-    target: TargetStatistic = TargetStatistic.MAX
+    target: TargetStatistic | None = None
     density: float = 0.1
     gate_loss_weight: float = 1.0
     gate_learning_rate: float | None = None
@@ -284,6 +286,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_at_least(2, self, "sequence_length")  # a row of one token has no next one
         check_positive(self, "gate_loss_weight", *(() if self.gate_learning_rate is None else ("gate_learning_rate",)))
         if not 0 < self.density <= 1:
             raise ValueError(f"FinetuneConfig.density must be a share in (0, 1]; got {self.density}.")

@@ -9,6 +9,7 @@ from flax import nnx
 
 from seer_jax.convert import load_adapter, load_gates, save_adapter, save_base, save_gates
 from seer_jax.convert.base import tokenizer_folder
+from seer_jax.convert.gate_config import TRAINING_KEY
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.folders import ADAPTER_FOLDER, MODEL_FOLDER
 from seer_jax.gates.prefill import PrefillGate
@@ -16,19 +17,22 @@ from seer_jax.lora import LoraConfig, adapted, add_lora, lora_config
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import resolve_gates
+from seer_jax.models.hub import read_config, resolve_gates
 from seer_jax.models.pretrained import from_pretrained
 from seer_jax.models.rope import same_rope
 from seer_jax.selection.rules import TopK
 from seer_jax.sharding.processes import is_first
-from seer_jax.train.config import FinetuneConfig
-from seer_jax.train.data.packing import PackedDataset
+from seer_jax.train.config import FinetuneConfig, TargetStatistic
+from seer_jax.train.data.packing import PackedDataset, Packing
 from seer_jax.train.joint import GATE
 
 
-def check(config: FinetuneConfig) -> None:
-    """Raises ValueError where settings of a gate that is trained along are given, and no gate."""
+def check(config: FinetuneConfig, *, reads_text: bool) -> None:
+    """Raises ValueError where settings of a gate that is trained along are given, and no gate; or where the text would be packed for
+    nothing."""
     if config.initial_gates:
+        if reads_text and config.data.packing is not Packing.CONCATENATE:
+            raise several_sequences(f"data.packing={config.data.packing}")
         return
     usual = FinetuneConfig()
     names = ("target", "density", "gate_loss_weight", "gate_learning_rate")
@@ -39,6 +43,13 @@ def check(config: FinetuneConfig) -> None:
             f"{listed} must come with the prefill gate that is trained along, for attention is dense without one; got {values} and no "
             "initial_gates. Name a gate, or leave them out."
         )
+
+
+def several_sequences(got: str) -> ValueError:
+    """The error of a gate that is to be trained along on rows which may hold several sequences."""
+    return ValueError(
+        f"Fine-tuning with a gate must have rows of one sequence each; got {got}. Set data.packing={Packing.CONCATENATE.value}."
+    )
 
 
 def is_packed(rows: PackedDataset) -> bool:
@@ -61,17 +72,23 @@ def untrained(config: FinetuneConfig, model: Transformer | None) -> Transformer:
     return Transformer(shapes.config, dtype=shapes.dtype, rngs=nnx.Rngs(config.seed))
 
 
-def prepare(config: FinetuneConfig, model: Transformer) -> None:
-    """Gives the model its adapter, its gate and its RoPE: the gate is of the model with its adapter, before YaRN."""
+def prepare(config: FinetuneConfig, model: Transformer) -> FinetuneConfig:
+    """Gives the model its adapter, its gate and its RoPE: the gate is of the model with its adapter, before YaRN.
+
+    Returns:
+      The settings, with the target of the gate.
+    """
+    target = config.target
     if config.initial_adapter is not None:
         load_adapter(config.initial_adapter, model, base=config.model or None)
     _check_lora(config, model)
     if config.initial_gates:
-        _attach_gate(config, model)
+        target = _attach_gate(config, model)
     if config.yarn_factor is not None:
         model.use_rope(model.config.with_yarn(config.yarn_factor))
     if config.lora.rank and not adapted(model):
         add_lora(model, config.lora, seed=config.seed)
+    return dataclasses.replace(config, target=target or TargetStatistic.MAX)
 
 
 def _check_lora(config: FinetuneConfig, model: Transformer) -> None:
@@ -99,24 +116,29 @@ def _typed(value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _attach_gate(config: FinetuneConfig, model: Transformer) -> None:
-    """Gives the model the gate that is trained along."""
+def _attach_gate(config: FinetuneConfig, model: Transformer) -> TargetStatistic | None:
+    """Gives the model the gate that is trained along; returns its target, None where neither settings nor gate say it."""
     found = {place: load_gates(place, model.config) for place in resolve_gates(config.initial_gates, GATE_PATTERNS)}
     gates = {place: gate for place, gate in found.items() if isinstance(gate, PrefillGate)}
-    if len(found) != 1 or len(gates) != 1:
-        kinds = " and ".join("a prefill gate" if place in gates else "a decode gate" for place in found)
-        remedy = f"Set initial_gates={next(iter(gates))}" if gates else "Distil one first"
-        raise ValueError(f"initial_gates of fine-tuning must be one prefill gate; got {kinds}. {remedy}.")
-    (gate,) = gates.values()
-    if config.sequence_length % gate.config.block_size:
+    if len(gates) != 1:
+        got = f"the prefill gates {' and '.join(map(str, gates))}" if gates else "a decode gate"
+        remedy = "Name one of them" if gates else "Distil one first: seer-jax train"
+        raise ValueError(f"initial_gates of fine-tuning must hold one prefill gate; got {got}. {remedy}.")
+    ((place, gate),) = gates.items()
+    length, block = config.sequence_length, gate.config.block_size
+    if length % block or length < 2 * block:  # of one block there is nothing to choose
         raise ValueError(
-            f"sequence_length must be a multiple of the gate's block size {gate.config.block_size}; got {config.sequence_length}."
+            f"sequence_length must be a multiple of the gate's block size {block} and at least two blocks; got {length}. Set "
+            f"sequence_length={max(2, length // block) * block}, for example."
         )
     if config.from_scratch:
         gate = PrefillGate(gate.config, model.config, rngs=nnx.Rngs(config.seed))
     # What it was calibrated for is past; this is what the model learns under.
     gate.recommended = TopK(config.density)
     model.attach(gate if model.layout is None else model.layout.placed(gate))
+    distilled = read_config(place).get(TRAINING_KEY)
+    named = distilled.get("target") if isinstance(distilled, dict) else None
+    return config.target or (TargetStatistic(named) if named in list(TargetStatistic) else None)
 
 
 def folders(config: FinetuneConfig) -> tuple[Path, ...]:
@@ -145,12 +167,13 @@ def describe(config: ModelConfig, hf: Mapping[str, Any]) -> dict[str, Any]:
 def write(
     config: FinetuneConfig, hf: Mapping[str, Any] | None, tokenizer: str | None, model: Transformer, step: int
 ) -> None:
-    """Writes the adapter, and at the end of the run the merged model; without an adapter the model."""
+    """Writes the adapter, and the merged model at the end of the run or where one is there; without an adapter the model."""
     saved, adapter = folders(config)
     adapts = bool(adapted(model))
     if adapts:
         save_adapter(model, adapter, base_model=config.model)
-    if not adapts or step >= config.steps:
+    # The model of a run that had ended before it got more steps must not stay behind its adapter and gate.
+    if not adapts or step >= config.steps or saved.is_dir():
         save_base(model, saved, hf_config=hf, tokenizer=tokenizer)
     for folder in gate_folders(config):
         _write_gate(config, model, folder, saved, step)

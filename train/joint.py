@@ -15,7 +15,7 @@ from seer_jax.models.decoder.stack import LayerContext
 from seer_jax.models.layers import BaseParam, LoraParam
 from seer_jax.selection.rules import TopK
 from seer_jax.sharding.shard import Shard
-from seer_jax.train.config import FinetuneConfig
+from seer_jax.train.config import FinetuneConfig, TargetStatistic
 from seer_jax.train.data.batches import Batch
 from seer_jax.train.distillation.prefill import distil_prefill, layer_of
 from seer_jax.train.loss import distillation_loss, lm_loss, lm_targets, prefill_rows, row_weights
@@ -64,8 +64,10 @@ class JointTraining:
     @classmethod
     def of(cls, config: FinetuneConfig, model: Transformer) -> tuple["JointTraining", Weights, FrozenWeights]:
         """As `start`, by the settings of a run."""
-        density, weight, statistic = config.density, config.gate_loss_weight, config.target.value
-        return cls.start(model, density=density, weight=weight, distils=config.distil, statistic=statistic)
+        statistic = (config.target or TargetStatistic.MAX).value
+        return cls.start(
+            model, density=config.density, weight=config.gate_loss_weight, distils=config.distil, statistic=statistic
+        )
 
     @classmethod
     def start(

@@ -104,6 +104,11 @@ class PlanConfig(HubOptions, AdapterOptions):
         ):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name} must be left out with `finetune`, which {why}; got {value}.")
+        if self.finetune is Finetuning.FULL and self.adapter is not None:
+            raise ValueError(
+                f"adapter must be left out with finetune=full, which trains the weights of a model; got {self.adapter}. Plan "
+                "finetune=lora, or merge the adapter first: seer-jax convert."
+            )
         if self.prefill is not None and (
             not isinstance(self.prefill, TopK) or self.prefill != TopK(self.prefill.density)
         ):
@@ -161,6 +166,11 @@ def finetuning_plan(config: PlanConfig, model: Transformer) -> StepPlan:
         model.prefill_gate = None
     elif model.prefill_gate is None:
         raise ValueError("`prefill` must come with a prefill gate to train along; the model has none. Add gates=...")
+    elif (length := config.length) % (block := model.prefill_gate.config.block_size) or length < 2 * block:
+        raise ValueError(
+            f"length must be a multiple of the gate's block size {block} and at least two blocks, as a run's rows must; got {length}. "
+            f"Set length={max(2, length // block) * block}, for example."
+        )
     else:
         settings = dataclasses.replace(settings, density=config.prefill.density)
     available = None if config.device_memory is None else int(config.device_memory * GIB)

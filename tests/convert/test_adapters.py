@@ -1,5 +1,6 @@
 """LoRA adapters in the layout of PEFT: names, shapes and scale as PEFT defines them, round trips, refusals."""
 
+import dataclasses
 import json
 import math
 import re
@@ -16,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 from seer_jax import from_pretrained
 from seer_jax.convert import load_adapter, load_base, save_adapter, save_base
 from seer_jax.lora import LoraConfig, adapted, add_lora, lora_config
+from seer_jax.models.config import RopeConfig
+from seer_jax.models.families import config_to_hf
 from seer_jax.models.layers import LoraParam
 from seer_jax.sharding import make_mesh
 from tests.train.tiny import CONFIG, make_model
@@ -115,6 +118,8 @@ DAMAGED: list[tuple[dict[str, Any], str]] = [
     (dict(modules_to_save=["lm_head"]), r"modules_to_save must be None or absent; got \['lm_head'\]"),
     (dict(rank_pattern={"q_proj": 8}), r"rank_pattern must be \{\} or absent"),
     (dict(alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens must be None or absent; got \[1, 2\]\. Merge the adapter"),
+    (dict(use_bdlora={"nblocks": 2}), r"use_bdlora must be None or absent; got \{'nblocks': 2\}"),
+    (dict(use_rslora="no"), r"adapter_config\.json: use_rslora must be true or false; got 'no'\. Save"),
     (dict(use_qalora=True), r"use_qalora must be False or absent; got True"),
     (dict(init_lora_weights="pissa_niter_4"), r"init_lora_weights must be one that leaves the base weights .*; got 'pissa_niter_4'\. Merge"),
     (dict(init_lora_weights=["olora"]), r"init_lora_weights must be .*; got \['olora'\]"),
@@ -133,6 +138,36 @@ DAMAGED: list[tuple[dict[str, Any], str]] = [
 def test_other_adapters_are_refused(saved: Path, changes: dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         load_adapter(changed(saved, tmp_path, **changes), make_model())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(rope=RopeConfig(theta=1e6)),
+            r"must have rope_theta=10000\.0; got rope_theta=1000000\.0\. Take the adapter's",
+        ),
+        (dict(num_layers=3, rms_norm_eps=1e-5), r"must have num_layers=2, rms_norm_eps=1e-06; got num_layers=3, rms"),
+    ],
+)
+def test_an_adapter_of_another_model_of_the_same_shapes_is_refused(
+    saved: Path, changes: dict[str, Any], message: str, tmp_path: Path
+):
+    changed(saved, tmp_path)
+    other = config_to_hf(dataclasses.replace(CONFIG, **changes))
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path, make_model())
+
+
+def test_an_adapter_may_be_named_by_its_file(saved: Path):
+    model = load_adapter(saved / "adapter" / "adapter_model.safetensors", make_model())
+    assert lora_config(model) == LORA
+
+
+def test_models_have_names_and_adapters_have_none():
+    with pytest.raises(FileNotFoundError, match=r"no folder 'tiny-lm', .* or use a hub id\.$"):
+        load_adapter("tiny-lm", make_model())
 
 
 def test_a_folder_without_an_adapter_is_refused(saved: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Base models: read exactly, completely and in little memory, or refused with the reason."""
 
+import dataclasses
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_to_hf
 from tests.golden.data import RELEASE, release, transformers_case, transformers_names, write_base
+from tests.train.tiny import CONFIG, make_model
 
 HERE = Path(__file__).parent
 LLAMA, QWEN2, QWEN3 = "llama_llama3", "qwen2_tied_batch2", "qwen3_biases_yarn"
@@ -131,6 +133,17 @@ def test_saving_again_leaves_no_old_weights(tmp_path: Path):
     save_base(model, tmp_path / "b", shard_bytes=5000)
     assert not (tmp_path / "b" / "model.safetensors").exists()
     assert_same(load_base(tmp_path / "b"), model)
+
+
+@pytest.mark.parametrize(("context", "length"), [(16384, 65536), (8192, 16384)])
+def test_the_tokenizer_has_the_context_that_yarn_gives(context: int, length: int, tmp_path: Path):
+    """Where it had that of the model before: transformers truncates texts at its `model_max_length`."""
+    config = dataclasses.replace(CONFIG, max_position_embeddings=context).with_yarn(4)
+    model = make_model(layers=1, model=config)
+    save_base(model, tmp_path, tokenizer="tiny-lm")
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    before = json.loads((tiny_lm.path() / "tokenizer_config.json").read_text())
+    assert settings == before | {"model_max_length": length}
 
 
 def test_the_tokenizer_comes_with_the_model(tmp_path: Path):

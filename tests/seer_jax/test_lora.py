@@ -75,6 +75,12 @@ def test_adapters_are_float32_whatever_the_model_is():
     assert {linear.weight.dtype for linear in linears_of(merge_lora(model)).values()} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(7, 0.1), (3, 1e-12), (6, 1e30), (16, 32.0)])
+def test_a_model_tells_the_settings_of_its_adapter(rank: int, alpha: float):
+    config = LoraConfig(rank, alpha)
+    assert lora_config(add_lora(make_model(), config)) == config
+
+
 def test_adapters_are_split_as_their_weights():
     model = add_lora(place(make_model(), make_mesh("fsdp=2,tensor=2")), LoraConfig(4))
     for path, parts in {
@@ -92,7 +98,10 @@ REFUSED = [
     (lambda: LoraConfig(4, targets=()), r"targets must name linear maps, each once; got \[\]"),
     (lambda: LoraConfig(4, targets=("q_proj", "q_proj")), r"targets must name linear maps, each once"),
     (lambda: add_lora(make_model(), LoraConfig(0)), r"rank of at least 1; got LoraConfig\.rank=0"),
-    (lambda: add_lora(make_model(), LoraConfig(4, targets=("wq",))), r"must be linear maps .* q_proj, .*; got wq\."),
+    (
+        lambda: add_lora(make_model(), LoraConfig(4, targets=("wq",))),
+        r"must be linear maps .* q_proj, .*; got wq\. Name some",
+    ),
     (lambda: add_lora(with_lora(CONFIGS[0]), CONFIGS[0]), r"one adapter at most; it has one\. Merge it first"),
 ]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_WHAT = {"data": "training data", "model": "base model"}
+_WHAT = {"data": "training data", "model": "base model", "weights": "initial weights"}
 
 
 def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: int, folder: Path) -> str | None:
@@ -12,7 +12,7 @@ def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: i
 
     Args:
       ours: of this run, JSON: `config` and what follows from model and data.
-      theirs: of the newest checkpoint; keys that `ours` lacks are not compared.
+      theirs: of the newest checkpoint; keys that one of the two lacks are not compared.
       step: of that checkpoint.
       folder: of the run, for errors.
 
@@ -27,7 +27,9 @@ def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: i
             f"A folder must belong to one run; that in {folder} is another kind of training, with settings that this one lacks: "
             f"{', '.join(foreign)}. Give another `output`."
         )
-    differing = [difference for key in ours for difference in _differences(ours[key], theirs.get(key), key)]
+    differing = [
+        difference for key in ours if key in theirs for difference in _differences(ours[key], theirs[key], key)
+    ]
     steps = next((d for d in differing if d[0] == "config.steps"), None)
     differing = [d for d in differing if d[0] != "config.steps"]
     if differing:

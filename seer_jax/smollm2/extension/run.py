@@ -71,11 +71,13 @@ class Facts:
         return bool(self.of(stage).get("finished"))
 
     def run(self, stage: Stage, work: Callable[[], dict[str, Any]]) -> None:
-        """Runs a stage and writes its facts, also where it is stopped or fails."""
+        """Runs a stage and writes its facts, also where it is stopped or fails; a stage that refuses its settings stays as it was."""
         begun, found = time.monotonic(), self.of(stage) | {"finished": False}
         try:
             found |= work() | {"finished": True}
+        except ValueError:
+            found = self.of(stage)
+            raise
         finally:
-            found["seconds"] = found.get("seconds", 0.0) + time.monotonic() - begun
-            self._values[stage.value] = found
+            self._values[stage.value] = found | {"seconds": found.get("seconds", 0.0) + time.monotonic() - begun}
             write_json(self._path, self._values)

@@ -85,6 +85,16 @@ def test_a_step_of_fine_tuning_is_compiled(capsys: pytest.CaptureFixture[str]):
             2,
             "--decode must be left out with --finetune, which decodes nothing; got dense",
         ),
+        (
+            "--finetune full --model tiny-lm --adapter x",
+            2,
+            "--adapter must be left out with --finetune full, which trains",
+        ),
+        (
+            "--finetune full --length 500 --prefill topk:0.5",
+            1,
+            "multiple of the gate's block size 64 and at least two blocks, as a run's rows must; got 500. Set --length 448",
+        ),
         ("--finetune full --prefill-chunk 64", 2, "--prefill-chunk must be left out with --finetune, which reads"),
         ("--finetune full --prefill mass:0.9", 2, "--prefill must be topk:DENSITY with --finetune, ranked"),
         ("--finetune full --prefill topk:0.1:oracle", 2, "that trains along; got topk:0.1:oracle. Write topk:0.1"),

@@ -125,6 +125,13 @@ def test_a_stage_that_is_stopped_is_not_finished(tmp_path: Path):
     facts.run(Stage.YARN, lambda: {"tokens": 7})
     assert Facts(config).finished(Stage.YARN) and Facts(config).of(Stage.YARN)["tokens"] == 7
 
+    def refused() -> dict:
+        raise ValueError("another length")
+
+    with pytest.raises(ValueError, match="another length"):
+        facts.run(Stage.YARN, refused)
+    assert Facts(config).finished(Stage.YARN)
+
 
 def test_every_stage_has_settings_that_training_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     taken: list[Any] = []
@@ -132,7 +139,7 @@ def test_every_stage_has_settings_that_training_takes(tmp_path: Path, monkeypatc
     def take(run: Any, progress: object) -> SimpleNamespace:
         assert run.output is not None
         if isinstance(run, FinetuneConfig):
-            check(run)
+            check(run, reads_text=True)
         taken.append(run)
         Path(run.output).mkdir(parents=True, exist_ok=True)
         (Path(run.output) / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.5}))

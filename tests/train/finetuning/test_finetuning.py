@@ -1,5 +1,6 @@
 """Fine-tuning of all weights and of adapters: losses fall, stopped runs go on exactly, and what is written is the trained model."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -14,12 +15,12 @@ from flax import nnx
 
 from seer_jax import from_pretrained
 from seer_jax.convert import save_adapter
-from seer_jax.lora import LoraConfig, add_lora, merge_lora
+from seer_jax.lora import LoraConfig, adapted, add_lora, linears_of, merge_lora
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.layers import BaseParam, GateParam, LoraParam
 from seer_jax.train import FinetuneConfig, TrainResult, finetune
 from seer_jax.train.config import OptimizerConfig, TargetStatistic
-from seer_jax.train.finetuning import prepare
+from seer_jax.train.finetuning import prepare, write
 from tests.train.runs import ignore, lines, raising
 from tests.train.tiny import CONFIG, DECODE, LENGTH, finetune_config, make_model, make_rows
 
@@ -117,10 +118,43 @@ def test_an_adapter_is_trained_further(tmp_path: Path):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize(("steps", "written"), [(5, True), (4, False)])
+def test_a_model_that_is_there_keeps_up_with_its_adapter(steps: int, written: bool, tmp_path: Path):
+    """As in a run that had ended, and got more steps."""
+    model = add_lora(make_model(), LORA)
+    config = dataclasses.replace(KINDS["adapters"], output=str(tmp_path), steps=5)
+    write(config, None, None, model, steps)
+    assert (tmp_path / "model").is_dir() == written
+    lora = adapted(model)["mlp.up_proj"]
+    lora.b.set_value(jnp.ones_like(lora.b[...]))
+    write(dataclasses.replace(config, steps=9), None, None, model, 7)
+    assert (tmp_path / "model").is_dir() == written
+    if written:
+        saved = from_pretrained(tmp_path / "model", dtype="float32")
+        ours, theirs = (linears_of(m)["mlp.up_proj"].weight[...] for m in (saved, merge_lora(model)))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_take_another_adapter_for_a_damaged_checkpoint(tmp_path: Path):
+    """An adapter that is named by its folder alone, whose rank has changed since."""
+    config = dataclasses.replace(RUN, sequence_length=16, yarn_factor=None, steps=3, output=str(tmp_path / "run"))
+    for rank, remedy in (
+        (4, None),
+        (2, r"initial weights: adapter\.rank was 4 when this run was started; got 2\. Restore it"),
+    ):
+        model = add_lora(make_model(layers=1), LoraConfig(rank, 8.0, ("q_proj",)))
+        with contextlib.nullcontext() if remedy is None else pytest.raises(ValueError, match=remedy):
+            finetune(config, model=model, dataset=make_rows(length=16), progress=ignore)
+    assert not (tmp_path / "run" / "damaged_checkpoints").exists()
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(yarn_factor=None), r"at most the model's context of 64 tokens; got 128\. Lower it, or stretch .* yarn_factor=2"),
     (dict(yarn_factor=1.5), r"at most the model's context of 96 tokens; got 128\. Lower it, or take a model"),
     (dict(yarn_factor=1.0), r"yarn_factor must be a number above 1, or None for RoPE as it is; got 1\.0"),
+    (dict(yarn_factor=1e9), r"YaRN factor must leave a context below 2\*\*31 tokens; got 1000000000\.0, times 64 tokens\. Lower"),
+    (dict(sequence_length=1), r"sequence_length must be at least 2; got 1"),
     (dict(lora=LoraConfig(4, targets=("wq",))), r"linear maps of the model's layers: .*; got wq"),
     (dict(lora=LoraConfig(0, targets=("q_proj",))), r"lora\.rank must be at least 1 .*; got 0, with which all weights train\. Set lora\.rank=16"),
     (dict(density=0.5), r"`density` must come with the prefill gate .*; got 0\.5 and no initial_gates\. Name a gate"),

@@ -12,7 +12,7 @@ from flax import nnx
 
 from seer_jax import from_pretrained
 from seer_jax.convert import load_gates, save_adapter, save_gates
-from seer_jax.gates.configs import TrainedGates
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, TrainedGates
 from seer_jax.lora import LoraConfig, adapted, add_lora
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.layers import BaseParam
@@ -21,7 +21,7 @@ from seer_jax.selection.rules import Threshold, TopK
 from seer_jax.sharding import make_mesh, place
 from seer_jax.train import finetune, loss
 from seer_jax.train.config import OptimizerConfig, TargetStatistic
-from seer_jax.train.data.batches import Batch
+from seer_jax.train.data.batches import Batch, DataConfig
 from seer_jax.train.data.packing import Packing, pack
 from seer_jax.train.data.store import TokenStore
 from seer_jax.train.finetuning import prepare
@@ -206,24 +206,70 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
         r"distil must start from the model that is its own teacher; .* yarn_factor=2\.0",
     ),
     (dict(from_scratch=True), None, r"from_scratch must train all weights; got lora\.rank=4, .* Leave them out"),
-    (dict(gates=(DECODE,)), None, r"must be one prefill gate; got a decode gate\. Distil one first"),
+    (dict(gates=(DECODE,)), None, r"must hold one prefill gate; got a decode gate\. Distil one first"),
     (
-        dict(gates=(PREFILL, DECODE)),
+        dict(gates=(PREFILL, PREFILL)),
         None,
-        r"must be one prefill gate; got a prefill gate and a decode gate\. Set initial_gates=.*/0\.",
+        r"must hold one prefill gate; got the prefill gates .*/0 and .*/1\. Name one",
     ),
-    (dict(sequence_length=LENGTH - 8), None, r"multiple of the gate's block size 16; got 120"),
+    (
+        dict(sequence_length=LENGTH - 8),
+        None,
+        r"multiple of the gate's block size 16 and at least two blocks; got 120\. Set sequence_length=112",
+    ),
+    (dict(sequence_length=BLOCK), None, r"at least two blocks; got 16\. Set sequence_length=32"),
     ({}, packed_rows, r"must have rows of one sequence each; .* Set data\.packing=concatenate"),
 ]
+
+
+def save_gate(gate: PrefillGateConfig | DecodeGateConfig, folder: Path) -> str:
+    model = make_model(gates=(gate,))
+    made = model.prefill_gate or model.decode_gate
+    assert made is not None
+    save_gates(made, folder, base_model="some/base")
+    return str(folder)
+
+
+def test_a_decode_gate_beside_the_prefill_gate_is_left_out(tmp_path: Path):
+    """As in the output folder of a run that distilled both."""
+    save_gate(PREFILL, tmp_path / "run" / "prefill_gate")
+    save_gate(DECODE, tmp_path / "run" / "decode_gate")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    model = make_model()
+    prepare(dataclasses.replace(RUN, initial_gates=(str(tmp_path / "run"),)), model)
+    assert model.prefill_gate is not None and model.decode_gate is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "distilled", "trained"),
+    [(None, "mass", "mass"), (TargetStatistic.MAX, "mass", "max"), (None, None, "max"), (None, "median", "max")],
+)
+def test_a_gate_keeps_the_target_that_it_was_distilled_on(
+    asked: TargetStatistic | None, distilled: str | None, trained: str, tmp_path: Path
+):
+    model = make_model(gates=(PREFILL,))
+    assert model.prefill_gate is not None
+    training = None if distilled is None else {"target": distilled}
+    save_gates(model.prefill_gate, tmp_path, base_model="some/base", training=training)
+    config = prepare(dataclasses.replace(RUN, initial_gates=(str(tmp_path),), target=asked), model := make_model())
+    assert config.target == trained == JointTraining.of(config, model)[0].statistic
+
+
+def test_text_is_not_packed_for_nothing(tmp_path: Path):
+    """Rows of several sequences are refused before the text is read."""
+    config = dataclasses.replace(
+        RUN, model="no/such", initial_gates=(save_gate(PREFILL, tmp_path),), data=DataConfig(packing=Packing.BEST_FIT)
+    )
+    with pytest.raises(
+        ValueError, match=r"rows of one sequence each; got data\.packing=best_fit\. Set data\.packing=conc"
+    ):
+        finetune(config)
 
 
 @pytest.mark.parametrize(("changes", "rows", "message"), REFUSED)
 def test_what_cannot_be_trained_together(changes: dict[str, Any], rows: Any, message: str, tmp_path: Path):
     gates = changes.get("gates", (PREFILL,))
-    model, places = make_model(gates=gates), []
-    for number, gate in enumerate(g for g in (model.prefill_gate, model.decode_gate) if g is not None):
-        places.append(str(tmp_path / str(number)))
-        save_gates(gate, places[-1], base_model="some/base")
+    places = [save_gate(gate, tmp_path / str(number)) for number, gate in enumerate(gates)]
     settings = {name: value for name, value in changes.items() if name != "gates"}
     with pytest.raises(ValueError, match=message):
         config = dataclasses.replace(RUN, initial_gates=tuple(places), **settings)
