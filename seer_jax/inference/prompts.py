@@ -125,4 +125,10 @@ def check_prompt(tokens: Any, what: str, *, vocab_size: int) -> list[int]:
         raise ValueError(
             f"{what} must be one list of integers; got {row.dtype} of shape {row.shape}. Give each list by itself, as integers."
         )
-    return check_prompts(row[None], None, vocab_size=vocab_size)[0][0].tolist()
+    if ((row < 0) | (row >= vocab_size)).any():
+        place = int(np.argmax((row < 0) | (row >= vocab_size)))
+        raise ValueError(
+            f"Tokens must lie in [0, {vocab_size}), the model's vocabulary; {what[0].lower()}{what[1:]} has {row[place]} at position {place}. "
+            "Use the tokenizer that belongs to the model."
+        )
+    return row.tolist()
