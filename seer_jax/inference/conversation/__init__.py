@@ -148,7 +148,7 @@ class Conversation:
         if len(every) + request.max_new_tokens - 1 > self.capacity:
             raise ValueError(
                 f"A conversation must have room for its tokens and the answer: {len(every)} + {request.max_new_tokens} - 1 tokens; got "
-                f"capacity {self.capacity}. Start one with more, or lower max_new_tokens."
+                f"capacity {self.capacity}. Lower max_new_tokens, go back by `rewind`, or save it and load it with more capacity."
             )
         return self._turn(request, every, chunk, self._changes)
 

@@ -313,3 +313,15 @@ def test_prompts_are_refused(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert re.match(f"seer-jax generate: .*{message}", captured.err), captured.err
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(None, "must have at least one token; got an empty text"), (b"ab\xff", "must be valid Unicode")],
+)
+def test_standard_input_may_be_closed_or_no_text(
+    data: bytes | None, message: str, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", None if data is None else io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    assert cli.main(["generate", "--model", str(saved / "base")]) == 1
+    assert message in capsys.readouterr().err

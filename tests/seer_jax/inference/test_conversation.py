@@ -148,7 +148,11 @@ def test_goes_back_to_tokens_that_it_has(tokens: int, message: str):
             r"A turn must be one list of integers; got int64 of shape \(1, 2\). Give each list",
         ),
         ({}, dict(tokens=[64]), r"Tokens must lie in \[0, 64\)"),
-        ({}, dict(tokens=[1] * 97), r"97 \+ 5 - 1 tokens; got capacity 100. Start one with more"),
+        (
+            {},
+            dict(tokens=[1] * 97),
+            r"97 \+ 5 - 1 tokens; got capacity 100. Lower max_new_tokens, go back by `rewind`, or save it",
+        ),
         ({}, dict(tokens=[1], prefill=TopK(0.5)), "prefill must be set for a conversation as a whole"),
     ],
 )
