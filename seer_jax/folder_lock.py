@@ -16,13 +16,14 @@ LOCK = "run.lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path | None) -> Iterator[None]:
+def locked(folder: Path | None, *, setting: str = "output") -> Iterator[None]:
     """Keeps other runs out of a folder; the operating system ends the lock with the process, however that ends.
 
     File systems without locks, and Windows, are not guarded.
 
     Args:
       folder: created if it does not exist; None: there is nothing to guard.
+      setting: name of the option or argument, for messages.
 
     Raises:
       BlockingIOError: another run holds the folder.
@@ -39,7 +40,7 @@ def locked(folder: Path | None) -> Iterator[None]:
                 file.seek(0)
                 raise BlockingIOError(
                     f"A folder must belong to one run at a time; {file.read().strip() or 'another process'} is using {folder}. "
-                    "Wait for its end, or give another `output`."
+                    f"Wait for its end, or give another `{setting}`."
                 ) from None
             except OSError:
                 pass

@@ -238,6 +238,10 @@ class PrefillBench(PolicyBench):
             raise ValueError(
                 f"chunk must be a multiple of {self.gate.block_size} tokens, whole blocks of the gate; got {self.chunk}."
             )
+        if self.chunk is not None and "model" not in self.only:
+            raise ValueError(
+                "only must name model where a `chunk` is given; got none of it. Leave it out, or add model."
+            )
         if not self.densities and "attention" in self.only:
             raise ValueError("densities must name some where the attention is measured; got none.")
         if self.plot is not None and "attention" not in self.only:

@@ -9,6 +9,7 @@ words after its name. It is imported when it runs, and so is JAX: help and wrong
 
 import ast
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_traceback = TRACEBACK_OPTION in words
     words = [word for word in words if word != TRACEBACK_OPTION]
     name = _named(words)
+    if sys.stdin is None:  # the caller has closed it, as `<&-` does: it is as good as empty
+        sys.stdin = io.StringIO()
+    elif isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused where it is used, with what to do
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         with handled_signals(lambda word: _line(name, f"{word}.")) as all_imported:
             _check_text(words)

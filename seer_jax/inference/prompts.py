@@ -1,6 +1,7 @@
 """Prompts as arrays: padding of ragged ones, and the checks that need their values."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Int
@@ -20,6 +21,7 @@ def bucket(size: int) -> int:
     >>> [bucket(n) for n in (1, 64, 65, 512, 1025, 33000)]
     [64, 64, 128, 512, 1152, 36864]
     """
+    size = int(size)  # NumPy's integers have no bit_length
     step = max(BUCKET, 2 ** ((size - 1).bit_length() - 1) // BUCKETS_PER_OCTAVE)
     return -(-size // step) * step
 
@@ -98,3 +100,35 @@ def check_prompts(
             f"{column}. Use the tokenizer that belongs to the model."
         )
     return np.where(counted, array, 0).astype(np.int32), counts.astype(np.int32)
+
+
+def check_prompt(tokens: Any, what: str, *, vocab_size: int) -> list[int]:
+    """Checks one prompt by its values and returns it as a list.
+
+    Args:
+      tokens: integers, at least one.
+      what: the subject of messages, such as "A prompt".
+      vocab_size: see `check_prompts`.
+
+    Raises:
+      ValueError: it is no list of integers, is empty, or has a token that is not in the vocabulary.
+    """
+    try:
+        row = np.asarray(tokens)
+    except ValueError:
+        raise ValueError(
+            f"{what} must be one list of integers; got lists of different lengths. Give each by itself."
+        ) from None
+    if not row.size:
+        raise ValueError(f"{what} must have at least one token; got none. Start it with a BOS token.")
+    if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(
+            f"{what} must be one list of integers; got {row.dtype} of shape {row.shape}. Give each list by itself, as integers."
+        )
+    if ((row < 0) | (row >= vocab_size)).any():
+        place = int(np.argmax((row < 0) | (row >= vocab_size)))
+        raise ValueError(
+            f"Tokens must lie in [0, {vocab_size}), the model's vocabulary; {what[0].lower()}{what[1:]} has {row[place]} at position {place}. "
+            "Use the tokenizer that belongs to the model."
+        )
+    return row.tolist()

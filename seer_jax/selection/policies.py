@@ -77,7 +77,7 @@ class Policy(abc.ABC):
         if not self.reads_in_chunks:
             raise ValueError(
                 f"A policy for prompts that are read in chunks must choose a row's blocks by its own queries and the keys before it; got {self}, "
-                "which looks at the whole prompt. Leave prefill_chunk out, or use another policy."
+                "which looks at the whole prompt. Use another policy, or `generate` for one prompt without prefill_chunk."
             )
 
     def rows_alike(self, length: int, other: int, block_size: int) -> int:

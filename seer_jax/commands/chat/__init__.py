@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from seer_jax.commands.text.generation import (
     recommended_sampling,
     tell_policies,
 )
+from seer_jax.folder_lock import locked
 from seer_jax.inference.conversation import Conversation
+from seer_jax.inference.conversation.saved import FILE, SavedConversation
 from seer_jax.inference.generate import Generated
 from seer_jax.inference.request import Request
 from seer_jax.inference.sampling import Greedy
@@ -55,7 +57,7 @@ SAME_MODEL = ("model", "gates", "adapter", "revision", "cache_dir", "dtype", "me
 
 COMMANDS = {
     "/read FILE": "puts the text of a file before the next message",
-    "/undo": "takes the last message and its answer back",
+    "/undo": "drops the text of files, or takes the last message and its answer back",
     "/save FOLDER": "writes the conversation; --load FOLDER goes on with it",
     "/help": "lists these commands",
 }
@@ -70,7 +72,7 @@ class ChatConfig(TextOptions):
         load.
       prefill_chunk: tokens that are read at a time, a multiple of the block size; 0: all at once. None: 256.
       load: folder of a saved conversation to go on with, by its policies.
-      save: folder for the conversation when the chat ends; it may be that of load.
+      save: folder for the conversation when the chat ends; it may be that of load. One chat at a time.
     """
 
     max_new_tokens: int = 1024
@@ -114,6 +116,9 @@ def chat(config: ChatConfig) -> Conversation:
     """
     if config.save is not None:
         check_output_folder(config.save, setting="save")
+        _check_own(config.save, [config.load], "save")
+    if config.load is not None:
+        SavedConversation.read_folder(config.load)  # refuses damaged ones before weights are loaded
     name = model_of(config.model, config.gates, config.hub, config.adapter)
     tokenizer = load_tokenizer(name, **config.hub)
     tokenizer.encode_turn("Hello", [], system=config.system)  # which refuses models without a template
@@ -125,6 +130,12 @@ def chat(config: ChatConfig) -> Conversation:
         tell_policies(chosen_policies(config, shapes, request), config)
         if recommendation := recommended_sampling(config, name):
             print(recommendation, file=sys.stderr)
+    with locked(config.save, setting="save"):
+        return _talk(config, name, tokenizer, request)
+
+
+def _talk(config: ChatConfig, name: str, tokenizer: Tokenizer, request: Request) -> Conversation:
+    """Loads the model, and talks until the lines end."""
     model = load_model(config, name, tokenizer, chat=True)
     talk = Chat(config, tokenizer, _conversation(config, model, request))
     if config.stats and config.load is not None:
@@ -142,6 +153,15 @@ def chat(config: ChatConfig) -> Conversation:
         if config.save is not None:
             talk.save(config.save)
     return talk.conversation
+
+
+def _check_own(folder: Path, own: Iterable[Path | None], subject: str) -> None:
+    """Raises FileExistsError where a folder has a conversation, and is none of this chat's own."""
+    if (folder / FILE).exists() and folder.resolve() not in [path.resolve() for path in own if path is not None]:
+        raise FileExistsError(
+            f"{subject} must name a new folder, or one of this chat; got {folder}, which has another conversation. Go on with that one "
+            "(--load), or name another folder."
+        )
 
 
 def _conversation(config: ChatConfig, model: Transformer, request: Request) -> Conversation:
@@ -168,6 +188,7 @@ class Chat:
         self._config, self._tokenizer, self.conversation = config, tokenizer, conversation
         self._before = ""  # text of files, for the next message
         self._starts = list[int]()  # of the messages so far
+        self._own = [config.load, config.save]  # folders that it may write over
 
     @property
     def room(self) -> int:
@@ -200,13 +221,18 @@ class Chat:
             case "/read":
                 self._before += read_text(Path(rest).expanduser()).rstrip() + "\n\n"
             case "/save":
-                self.save(Path(rest).expanduser())
+                _check_own(folder := Path(rest).expanduser(), self._own, "/save")
+                self.save(folder)
+                self._own.append(folder)
             case "/undo":
                 self._undo()
             case _:
                 print("\n".join(f"{name:<14}{meaning}" for name, meaning in COMMANDS.items()), file=sys.stderr)
 
     def _undo(self) -> None:
+        if self._before:
+            self._before = ""
+            return
         if not self._starts:
             raise ValueError("There must be a message of this chat to take back; got none.")
         self.conversation.rewind(self._starts.pop())

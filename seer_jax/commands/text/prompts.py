@@ -1,5 +1,6 @@
 """Many prompts from a file, one after the other, of which each reads only what is new: generate --prompts."""
 
+import contextlib
 import json
 import sys
 import warnings
@@ -45,13 +46,17 @@ def continue_prompts(config: "GenerateConfig", path: Path) -> bool:
     """
     name = model_of(config.model, config.gates, config.hub, config.adapter)
     tokenizer = load_tokenizer(name, **config.hub)
-    prompts = [_tokens(config, tokenizer, text, place) for place, text in _texts(path)]
+    if config.chat:
+        tokenizer.encode_turn("Hello", [], system=config.system)  # which refuses models without a template
+    places = {place: _tokens(config, tokenizer, text, place) for place, text in _texts(path)}
+    prompts = list(places.values())
     shapes = load_model(config, name, tokenizer, chat=config.chat, abstract=True)
     names = "max_new_tokens", "prefill", "decode", "prefill_chunk", "beyond_context", "sampling"
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     request = Request.of(shapes, **settings)
     longest = max(map(len, prompts))
-    request.check_context(shapes, longest)
+    with _named(max(places, key=lambda place: len(places[place]))):
+        request.check_context(shapes, longest)
     policies: dict[str, Any] = dict(prefill=request.prefill, decode=request.decode)
     capacity = longest + config.max_new_tokens - 1
     Conversation.check(shapes, capacity, prefill_chunk=config.prefill_chunk, **policies)
@@ -63,23 +68,34 @@ def continue_prompts(config: "GenerateConfig", path: Path) -> bool:
         settings["key"] = jax.random.key(config.seed or 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Logits must be finite", RuntimeWarning)  # `failure_of` tells it
-        made = [_write(*each, tokenizer) for each in enumerate(generate_each(model, prompts, **settings), start=1)]
+        read, failures = 0, list[str]()  # of the results nothing else is kept: there may be many
+        for number, continued in enumerate(generate_each(model, prompts, **settings), start=1):
+            _write(number, continued, tokenizer)
+            read += continued.read
+            if has_failed(continued.result):
+                failures.append(failure_of(continued.result, f"generate: prompt {number}"))
     if config.stats:
-        total, read = sum(map(len, prompts)), sum(continued.read for continued in made)
-        print(f"[{len(prompts)} prompts, {total} tokens, of which {read} were read]", file=sys.stderr)
-    failed = [(number, x.result) for number, x in enumerate(made, start=1) if has_failed(x.result)]
-    for number, result in failed:
-        print(failure_of(result, f"generate: prompt {number}"), file=sys.stderr)
-    return not failed
+        print(f"[{len(prompts)} prompts, {sum(map(len, prompts))} tokens, of which {read} were read]", file=sys.stderr)
+    for line in failures:
+        print(line, file=sys.stderr)
+    return not failures
 
 
-def _write(number: int, continued: Continued, tokenizer: Tokenizer) -> Continued:
+def _write(number: int, continued: Continued, tokenizer: Tokenizer) -> None:
     (new,) = continued.result.rows()
     line = dict(prompt=number, read_tokens=continued.read, new_tokens=len(new), text=tokenizer.decode_known(new))
     if has_failed(continued.result):
         line["failed_at"] = int(continued.result.failed[0])
     print(json.dumps(line, ensure_ascii=False), flush=True)
-    return continued
+
+
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Puts the place of a prompt before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -101,8 +117,9 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _tokens(config: "GenerateConfig", tokenizer: Tokenizer, text: str, place: str) -> list[int]:
-    if config.chat:
-        return tokenizer.encode_turn(text, [], system=config.system)
-    if not (tokens := tokenizer.encode(text)):
-        raise ValueError(f"{place}: a prompt must have at least one token; got an empty text. Leave it out.")
-    return tokens
+    with _named(place):
+        if config.chat:
+            return tokenizer.encode_turn(text, [], system=config.system)
+        if not (tokens := tokenizer.encode(text)):
+            raise ValueError("a prompt must have at least one token; got an empty text. Leave it out.")
+        return tokens

@@ -13,7 +13,7 @@ from seer_jax.checks import whole_number
 from seer_jax.inference.conversation.saved import SavedConversation, identity
 from seer_jax.inference.generate import Generated, stream_behind
 from seer_jax.inference.memory import available_memory, bytes_of_cache, check_room, device_bytes
-from seer_jax.inference.prompts import bucket, check_prompts
+from seer_jax.inference.prompts import bucket, check_prompt, check_prompts
 from seer_jax.inference.request import ProgramSizes, Request, RequestSettings
 from seer_jax.models.cache import Cache
 from seer_jax.models.decoder import Transformer, check_weights
@@ -32,7 +32,7 @@ class Conversation:
     A turn reads its own tokens, and those of the answer before it, in chunks against the cache; the rest is not read again. What was read
     stays as it was read: rules that ask for a prompt's length (`TopK`, `dense_last_rows`) ask the rows that are read in a turn for the length so far. Under other policies a
     turn's tokens are those of `generate` with all tokens so far as its prompt. All turns share one program for reading and one for
-    new tokens, whatever their lengths, where `max_new_tokens` is alike.
+    new tokens, whatever their lengths, unless one asks for more new tokens than those before it.
 
     Attributes:
       model: whose conversation it is.
@@ -86,16 +86,17 @@ class Conversation:
             must = "an integer of at least 0 (0: whole turns at once)"
             whole_number("prefill_chunk", prefill_chunk, must, least=0)
         whole = -(-bucket(capacity) // LARGEST_BLOCK) * LARGEST_BLOCK
-        chunk = min(CHUNK, whole) if prefill_chunk is None else prefill_chunk or whole
+        chunk = min(CHUNK, whole) if prefill_chunk is None else int(prefill_chunk) or whole
         settings: dict[str, Any] = dict(max_new_tokens=1, prefill=prefill, decode=decode, prefill_chunk=chunk)
         self._request = Request.of(model, **settings)
         if any(isinstance(policy, Given) for policy in (self._request.prefill, self._request.decode)):
             raise ValueError(
                 "The policies of a conversation must choose blocks of any number of tokens; got Given masks. Use a rule."
             )
-        self.model, self.capacity, self.tokens = model, capacity, list[int]()
+        self.model, self.capacity, self.tokens = model, int(capacity), list[int]()
         self._read = 0  # tokens that prefill has read
         self._changes = 0  # turns begun and taken back, by which an earlier turn knows that it is none any more
+        self._new_tokens = 1  # most that a program has room for so far: a turn that asks for fewer takes that program
         # The last chunk of a turn may reach a chunk beyond its tokens.
         self._room = (-(-capacity // chunk) + 1) * chunk
         if available_memory(model) is not None:
@@ -139,18 +140,15 @@ class Conversation:
                 raise ValueError(
                     f"{name} must be set for a conversation as a whole; got {dict(settings)[name]} for a turn. Start a new one."
                 )
-        if not len(tokens):
-            raise ValueError("A turn must have at least one token; got none.")
         given: dict[str, Any] = self.policies | dict(prefill_chunk=self._request.prefill_chunk)
         request = Request.of(self.model, **{**given, **settings})  # pyright: ignore[reportArgumentType]
         request.require_key()
-        prompts, _ = check_prompts([tokens], None, vocab_size=self.model.config.vocab_size)
-        every = [*self.tokens, *prompts[0].tolist()]
+        every = [*self.tokens, *check_prompt(tokens, "A turn", vocab_size=self.model.config.vocab_size)]
         request.check_context(self.model, len(every))
         if len(every) + request.max_new_tokens - 1 > self.capacity:
             raise ValueError(
                 f"A conversation must have room for its tokens and the answer: {len(every)} + {request.max_new_tokens} - 1 tokens; got "
-                f"capacity {self.capacity}. Start one with more, or lower max_new_tokens."
+                f"capacity {self.capacity}. Lower max_new_tokens, go back by `rewind`, or save it and load it with more capacity."
             )
         return self._turn(request, every, chunk, self._changes)
 
@@ -257,10 +255,11 @@ class Conversation:
     ) -> Generator[list[int], None, Generated]:
         self._check_goes_on(changes)
         self._changes += 1
-        new = int(request.max_new_tokens)
+        if (new := int(request.max_new_tokens)) > self._new_tokens:
+            self._new_tokens = bucket(new)
         sizes = ProgramSizes(
             width=self._room,
-            new_tokens=1 if new == 1 else bucket(new),
+            new_tokens=self._new_tokens,
             capacity=self._room,
             asked_width=self._room,
             asked_capacity=self._room,

@@ -58,14 +58,16 @@ class SavedConversation:
 
         folder = Path(folder)
         data = save({name: np.ascontiguousarray(x) for name, x in arrays.items()})
-        name = f"cache-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+        name = _name(data)
         write_bytes(folder / name, data)
+        before = _written(folder / FILE)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         policies = {phase: policy_to_json(values[phase]) for phase in ("prefill", "decode")}
         # From here on the folder is the new conversation: until then its old file names the old arrays.
         write_json(folder / FILE, dict(layout=LAYOUT) | values | policies | dict(arrays_file=name))
         for old in folder.glob("cache-*.safetensors"):
-            if old.name != name:
+            # Newer ones are of another process, which saves here too and is about to name its own.
+            if old.name != name and _written(old) <= before:
                 old.unlink(missing_ok=True)
 
     @classmethod
@@ -113,11 +115,28 @@ class SavedConversation:
         from safetensors import SafetensorError, deserialize
 
         path = Path(folder) / Path(self.arrays_file).name
+        if path.name != (name := _name(data := path.read_bytes())):
+            raise ValueError(
+                f"{path} must hold what was saved, which its name tells; its bytes are those of {name}. {_AGAIN}"
+            )
         try:
-            tensors = deserialize(path.read_bytes())
+            tensors = deserialize(data)
             return {name: np.frombuffer(x["data"], _DTYPES[x["dtype"]]).reshape(x["shape"]) for name, x in tensors}
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} must be a safetensors file of a cache; {error}. {_AGAIN}") from error
+
+
+def _name(data: bytes) -> str:
+    """Name of the file with the arrays, which tells whether it is whole."""
+    return f"cache-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+
+
+def _written(path: Path) -> int:
+    """When a file was written, in ns; 0: it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def identity(model: Transformer, prefill: Policy, decode: Policy) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Unpack
 
 from seer_jax.inference.conversation import Conversation
 from seer_jax.inference.generate import Generated
-from seer_jax.inference.prompts import check_prompts, pad_prompts
+from seer_jax.inference.prompts import check_prompt
 from seer_jax.inference.request import Request, RequestSettings
 from seer_jax.inference.sampling import Greedy, row_keys
 from seer_jax.models.decoder import Transformer
@@ -49,8 +49,10 @@ def generate_each(
     """
     request = Request.of(model, **settings)
     request.require_key()
-    tokens, lengths = pad_prompts(prompts)
-    check_prompts(tokens, lengths, vocab_size=model.config.vocab_size)
+    if not len(prompts):
+        raise ValueError("Generation needs at least one prompt; got none.")
+    vocab_size = model.config.vocab_size
+    prompts = [check_prompt(row, f"Prompt {number}", vocab_size=vocab_size) for number, row in enumerate(prompts)]
     longest = max(map(len, prompts))
     request.check_context(model, longest)
     needed = longest + request.max_new_tokens - 1

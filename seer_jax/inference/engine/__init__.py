@@ -11,9 +11,10 @@ import numpy as np
 from seer_jax.checks import whole_number
 from seer_jax.inference.engine.completion import Completion, FinishReason, Stage
 from seer_jax.inference.engine.programs import Programs, StepSizes
-from seer_jax.inference.engine.requests import Seat, check_room, checked_prompt, row_settings
+from seer_jax.inference.engine.requests import Seat, check_room, row_settings
 from seer_jax.inference.engine.scheduler import Scheduler
 from seer_jax.inference.engine.slots import KEY_KIND
+from seer_jax.inference.prompts import check_prompt
 from seer_jax.inference.request import Request
 from seer_jax.inference.sampling import Greedy, Keys, Sample, Sampling
 from seer_jax.models.decoder import Transformer
@@ -140,7 +141,7 @@ class Engine:
         settings: dict[str, Any] = dict(sampling=sampling, key=key, eos=eos, beyond_context=self._beyond_context)
         request = Request(max_new_tokens=max_new_tokens, **settings)
         request.require_key()
-        prompt = checked_prompt(tokens, self.model.config.vocab_size)
+        prompt = check_prompt(tokens, "A prompt", vocab_size=self.model.config.vocab_size)
         check_room(request, self.model, len(prompt), self.capacity, self._max_new_tokens)
         completion = Completion(prompt, on_tokens, self._progress, self._cancel)
         seat = Seat(completion, row_settings(request, self.model))
@@ -173,6 +174,7 @@ class Engine:
         Raises:
           ValueError: the engine is closed, or `on_tokens` calls this.
           Exception: what the device raises; all requests end with it, and the engine is closed.
+          KeyboardInterrupt: Ctrl-C; all requests are cancelled, and the engine is closed.
         """
         self._check_not_within()
         with self._stepping:
@@ -286,7 +288,7 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError(
-                "The engine must be open; it has been closed, or an error of the device ended it. Make a new one."
+                "The engine must be open; it has been closed, or an error of the device or Ctrl-C in a step ended it. Make a new one."
             )
 
     def _check_not_within(self) -> None:

@@ -35,7 +35,8 @@ class Completion:
       tokens: new tokens so far, the stop token included.
       stage: where it stands.
       finish_reason: why it has finished; None before.
-      error: what ended it where `finish_reason` is ERROR: ValueError for logits that are not finite, or what its `on_tokens` or the device raised.
+      error: what ended it where `finish_reason` is ERROR: ValueError for logits that are not finite, or what the device or its `on_tokens`, also by its
+        last call, raised.
       submitted, first_token, finished: times by `time.perf_counter()`, in seconds; None before.
     """
 
@@ -114,6 +115,11 @@ class Completion:
                 self._on_tokens(new)
             except Exception as error:
                 self._on_tokens = None
+                if self.finish_reason in (
+                    FinishReason.STOP,
+                    FinishReason.LENGTH,
+                ):  # raised by the call that tells the end
+                    self.error, self.finish_reason = error, FinishReason.ERROR
                 self.finish(FinishReason.ERROR, error)
             finally:
                 self._is_telling = False

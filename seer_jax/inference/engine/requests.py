@@ -1,6 +1,6 @@
 """Requests to an engine: checked when they come, and as arrays for their slots."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -8,7 +8,6 @@ import numpy as np
 from seer_jax.inference.engine.completion import Completion
 from seer_jax.inference.engine.row_sampling import RowSampling
 from seer_jax.inference.engine.slots import KEY_KIND, KEY_WORDS, RowSettings
-from seer_jax.inference.prompts import check_prompts
 from seer_jax.inference.request import NO_TOKEN, Request
 from seer_jax.inference.sampling import Greedy, row_keys
 from seer_jax.models.decoder import Transformer
@@ -21,23 +20,6 @@ class Seat(NamedTuple):
 
     completion: Completion
     settings: RowSettings
-
-
-def checked_prompt(tokens: Any, vocab_size: int) -> list[int]:
-    """A request's prompt; raises ValueError where it is none."""
-    try:
-        row = np.asarray(tokens)
-    except ValueError:
-        raise ValueError(
-            "A prompt must be one list of integers; got lists of different lengths. Submit each by itself."
-        ) from None
-    if not row.size:
-        raise ValueError("A prompt must have at least one token; got none. Start it with a BOS token.")
-    if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-        raise ValueError(
-            f"A prompt must be one list of integers; got {row.dtype} of shape {row.shape}. Submit each prompt by itself."
-        )
-    return check_prompts(row[None], None, vocab_size=vocab_size)[0][0].tolist()
 
 
 def check_room(request: Request, model: Transformer, length: int, capacity: int, most: int | None) -> None:

@@ -552,6 +552,11 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]):
         (["bench"], 2, "serving} must be given; got none"),
         (["bench", "prefill", "--lengths", "3"], 2, "at least 64 tokens"),
         (["bench", "ground-truth", "--lengths", "3"], 2, "at least 64 tokens"),
+        (
+            ["bench", "prefill", "--only", "attention", "--chunk", "64"],
+            2,
+            "only must name model where a --chunk is given",
+        ),
         (["bench", "ground-truth", "--chunk", "100"], 2, "a multiple of the 64 tokens"),
         (["bench", "ground-truth", "--wanted"], 2, "wanted must name some of blocks, tokens, both, neither; got none"),
         (["bench", "ground-truth", "--statistics"], 2, "statistics must name some of max, mass; got none"),

@@ -15,6 +15,7 @@ import pytest
 from seer_jax import Conversation, Transformer, from_pretrained, load_tokenizer
 from seer_jax.commands import main as cli
 from seer_jax.commands.chat.input import messages
+from seer_jax.folder_lock import locked
 from seer_jax.selection.rules import TokenBudget, TopK
 
 pytestmark = [pytest.mark.usefixtures("compile_quickly"), pytest.mark.cpu]
@@ -125,9 +126,11 @@ def test_a_signal_stops_the_answer(
     assert (tmp_path / "talk" / "conversation.json").is_file()
 
 
-def test_a_terminal_asks_for_messages(chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    """Ctrl-C discards a line, and what is wrong with a line is told; Ctrl-D ends the chat."""
-    typed = iter([KeyboardInterrupt(), "/undo", "/read /nowhere", "/help", MESSAGES[0], EOFError()])
+def test_a_terminal_asks_for_messages(chat: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Ctrl-C discards a line, and what is wrong with a line is told; a text that does not fit can be dropped; Ctrl-D ends the chat."""
+    (tmp_path / "book").write_text("x = 1 " * 200)
+    too_long = [f"/read {tmp_path / 'book'}", "# and?", "/undo"]
+    typed = iter([KeyboardInterrupt(), "/undo", "/read /nowhere", "/help", *too_long, MESSAGES[0], EOFError()])
 
     def ask(prompt: str) -> str:
         assert prompt == "> "
@@ -145,6 +148,7 @@ def test_a_terminal_asks_for_messages(chat: Callable[..., Any], monkeypatch: pyt
         "There must be a message",
         "'/nowhere'. Check the path.",
         "/undo  ",
+        "must have room for the message",
         "6 new",
     ]
     assert [text for text in told if text not in err] == []
@@ -216,6 +220,28 @@ def test_what_is_refused_is_one_line(
     got, out, err = chat(lines, "--no-stats", *options, sizes=sizes)
     assert (got, out, err.count("\n")) == (code, "", 1)
     assert re.match(f"seer-jax chat: .*{message}", err), err
+
+
+def test_other_conversations_are_not_written_over(chat: Callable[..., Any], tmp_path: Path, model: Transformer):
+    """Neither by a chat that begins anew, nor by one that goes on with another; nor do two chats end in one folder."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for folder in (mine, other):
+        Conversation(model, 256, prefill_chunk=64).save(folder)
+    for lines, options in (
+        ([], ["--save", str(mine)]),
+        ([], ["--load", str(mine), "--save", str(other)]),
+        ([f"/save {other}"], ["--load", str(mine)]),
+    ):
+        code, out, err = chat(lines, "--no-stats", *options, sizes=[])
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert re.search(
+            r"save must name a new folder, or one of this chat; got \S+, which has another conversation", err
+        )
+    both = ["--load", str(mine), "--save", str(mine)]
+    with locked(mine):
+        code, _, err = chat([], *both, sizes=[])
+    assert code == 1 and "A folder must belong to one run at a time; process" in err and "give another --save" in err
+    assert chat([f"/save {mine}", f"/save {tmp_path / 'new'}", f"/save {tmp_path / 'new'}"], *both, sizes=[])[0] == 0
 
 
 @pytest.mark.slow

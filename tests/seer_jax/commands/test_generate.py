@@ -295,6 +295,8 @@ def test_a_prompt_that_fails_is_named(
     [
         ("", [], "prompts must hold at least one prompt; got none"),
         ('"a"\n{"text": "b"}', [], "prompts:2 must be a JSON text, or an object such as .*; got .*text"),
+        ('"a"\n"\\ud83d"', [], "prompts:2: A text must be valid Unicode; got the lone surrogate"),
+        ('"a"\n"' + 9000 * "b " + '"', [], r"prompts:2: Prompt and new tokens must fit the model's context of 8192"),
         ('"a"\n""', [], "prompts:2: a prompt must have at least one token; got an empty text"),
         ("a", [], "prompts:1, a line of prompts, must hold JSON"),
         ('"a"', ["--prefill", "topk:0.5:minference"], "looks at the whole prompt"),
@@ -311,3 +313,15 @@ def test_prompts_are_refused(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert re.match(f"seer-jax generate: .*{message}", captured.err), captured.err
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(None, "must have at least one token; got an empty text"), (b"ab\xff", "must be valid Unicode")],
+)
+def test_standard_input_may_be_closed_or_no_text(
+    data: bytes | None, message: str, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", None if data is None else io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    assert cli.main(["generate", "--model", str(saved / "base")]) == 1
+    assert message in capsys.readouterr().err

@@ -63,6 +63,18 @@ def test_turns_are_whole_prompts_of_all_tokens_so_far(monkeypatch: pytest.Monkey
     assert talk.generate(TURNS[2], **NEW).rows()[0] == made
 
 
+def test_a_turn_that_asks_for_fewer_new_tokens_takes_the_program_of_before(monkeypatch: pytest.MonkeyPatch):
+    """As the last ones of a conversation that is nearly full."""
+    traces, extend = [], Transformer.extend
+    monkeypatch.setattr(Transformer, "extend", lambda *args, **kwargs: traces.append(1) or extend(*args, **kwargs))
+    talk = conversation()
+    for new in (5, 1):
+        result = talk.generate(TURNS[2], max_new_tokens=new, eos=())
+        assert result.tokens.shape == (1, new) and result.decode_kept_steps.shape[0] == new - 1
+        assert talk.tokens[-new:] == result.rows()[0]
+    assert len(traces) <= 1  # none where another test has made the program
+
+
 def test_a_turn_that_is_closed_keeps_what_it_made():
     talk = conversation()
     turn = talk.stream(TURNS[0], chunk=1, **NEW)
@@ -129,8 +141,18 @@ def test_goes_back_to_tokens_that_it_has(tokens: int, message: str):
         (dict(prefill=TopK(0.1, MInference())), None, "got topk:0.1:minference, which looks at the whole prompt"),
         (dict(decode=Given(np.ones((2, 1, 2, 4), bool), 16)), None, "got Given masks. Use a rule"),
         ({}, dict(tokens=[]), "A turn must have at least one token; got none"),
+        ({}, dict(tokens=7), r"A turn must be one list of integers; got int64 of shape \(\)"),
+        (
+            {},
+            dict(tokens=[[1, 2]]),
+            r"A turn must be one list of integers; got int64 of shape \(1, 2\). Give each list",
+        ),
         ({}, dict(tokens=[64]), r"Tokens must lie in \[0, 64\)"),
-        ({}, dict(tokens=[1] * 97), r"97 \+ 5 - 1 tokens; got capacity 100. Start one with more"),
+        (
+            {},
+            dict(tokens=[1] * 97),
+            r"97 \+ 5 - 1 tokens; got capacity 100. Lower max_new_tokens, go back by `rewind`, or save it",
+        ),
         ({}, dict(tokens=[1], prefill=TopK(0.5)), "prefill must be set for a conversation as a whole"),
     ],
 )

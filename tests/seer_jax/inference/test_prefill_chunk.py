@@ -83,7 +83,7 @@ def test_one_program_serves_prompts_of_all_lengths(monkeypatch: pytest.MonkeyPat
         *(
             (
                 dict(prefill_chunk=32, prefill=TopK(0.3, SCORERS[name]())),
-                f"got topk:0.3:{name}, which looks at the whole prompt. Leave prefill_chunk out, or use another policy",
+                f"got topk:0.3:{name}, which looks at the whole prompt. Use another policy, or `generate` for one prompt without prefill_chunk",
             )
             for name in ("minference", "flexprefill")
         ),

@@ -145,7 +145,11 @@ def test_a_conversation_of_another_model_is_refused_by_name(
         (dict(tokens=[64] * 42), ValueError, r"Tokens must lie in \[0, 64\)"),
         (dict(read=10), ValueError, r"must hold keys, float32 \(2, 1, 16, 2, 16\); got float32 \(2, 1, 32, 2, 16\)"),
         (dict(arrays_file="gone.safetensors"), FileNotFoundError, "gone.safetensors"),
-        (dict(arrays_file="conversation.json"), ValueError, "must be a safetensors file of a cache"),
+        (
+            dict(arrays_file="conversation.json"),
+            ValueError,
+            "must hold what was saved, which its name tells; its bytes are",
+        ),
     ],
 )
 def test_damaged_folders_are_refused(
@@ -157,6 +161,33 @@ def test_damaged_folders_are_refused(
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(error, match=message):
         Conversation.load(folder, talk.model)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_arrays_that_are_not_those_that_were_saved_are_refused(
+    damage: Callable[[bytes], bytes], saved: tuple[Path, Conversation]
+):
+    folder, talk = saved
+    (path,) = folder.glob("*.safetensors")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(
+        ValueError, match=r"must hold what was saved, which its name tells; .*\. Save the conversation anew"
+    ):
+        Conversation.load(folder, talk.model)
+
+
+@pytest.mark.usefixtures("unchecked")  # sizes may be NumPy's integers
+def test_a_folder_stays_whole_where_another_process_saves_too(saved: tuple[Path, Conversation]):
+    """It has written its arrays, and is about to write the file that names them. What an interrupted one left goes with the save after the next."""
+    folder, talk = saved
+    (first,) = folder.glob("*.safetensors")
+    other = folder / "cache-0123456789abcdef.safetensors"
+    other.write_bytes(b"arrays")
+    size: Any = np.int64(100)
+    Conversation(talk.model, size, **SETTINGS).save(folder)
+    assert other.exists() and not first.exists()
+    Conversation.load(folder, talk.model).save(folder)
+    assert not other.exists() and len(arrays_in(folder))
 
 
 @pytest.mark.parametrize(

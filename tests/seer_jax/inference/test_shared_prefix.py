@@ -68,8 +68,8 @@ def test_block_rows_that_choose_alike_at_two_lengths(policy: Policy, rows: int):
     ("prompts", "changes", "message"),
     [
         ([], {}, "at least one prompt; got none"),
-        ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 64]], {}, r"Tokens must lie in \[0, 64\)"),
+        ([[1], []], {}, "Prompt 1 must have at least one token; got none"),
+        ([[1, 64]], {}, r"Tokens must lie in \[0, 64\), the model's vocabulary; prompt 0 has 64 at position 1"),
         ([[1] * 9000], {}, "must fit the model's context of 8192 tokens; got 9000"),
         ([[1] * 90], dict(cache_capacity=64), "all new tokens but the last, 94 tokens; got cache_capacity=64"),
         ([[1]], dict(prefill=TopK(0.5, MInference())), "looks at the whole prompt"),

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,25 @@ from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-CHUNK, CAPACITY = 64, 192
 # Beyond the last border, one before and one after a border, at a border, within the first chunk, one token.
 LENGTHS = np.array([150, 127, 129, 128, 40, 1], np.int32)
-TOKENS = np.random.default_rng(0).integers(0, 63, (len(LENGTHS), 150)).astype(np.int32)
+
+
+class Prompts(NamedTuple):
+    """Prompts, and the chunks and the cache that they are read by."""
+
+    lengths: np.ndarray
+    tokens: np.ndarray
+    chunk: int
+    capacity: int
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, chunk: int, capacity: int, seed: int = 0) -> "Prompts":
+        tokens = np.random.default_rng(seed).integers(0, 63, (len(lengths), lengths.max()))
+        return cls(lengths, tokens.astype(np.int32), chunk, capacity)
+
+
+USUAL = Prompts.of(LENGTHS, chunk=64, capacity=192)
 
 
 @functools.cache
@@ -73,23 +88,24 @@ def chunk_lists(
     return model.scan(tokens, attend, cache, segments=[Segment(model.config.num_layers, policy)])[1:]
 
 
-def padded_mask(policy: Policy) -> Policy:
+def padded_mask(policy: Policy, capacity: int) -> Policy:
     """Masks for the room that the cache has."""
     if not isinstance(policy, Given):
         return policy
-    more = CAPACITY // policy.block_size - policy.mask.shape[-1]
+    more = capacity // policy.block_size - policy.mask.shape[-1]
     return Given(np.pad(policy.mask, [(0, 0)] * 3 + [(0, more)] * 2), policy.block_size)
 
 
-def lists_in_chunks(model: Transformer, policy: Policy, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def lists_in_chunks(model: Transformer, policy: Policy, prompts: Prompts) -> np.ndarray:
+    lengths, tokens, chunk, capacity = prompts
     gate = model.prefill_gate
-    cache = model.empty_cache(len(lengths), CAPACITY, None, None if gate is None else gate.config)
+    cache = model.empty_cache(len(lengths), capacity, None, None if gate is None else gate.config)
     # What a cache held before must not matter.
     cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.dtype == jnp.float32 else x, cache)
-    parts = []
-    for offset in range(0, tokens.shape[1], CHUNK):
-        part = np.pad(tokens[:, offset : offset + CHUNK], ((0, 0), (0, max(offset + CHUNK - tokens.shape[1], 0))))
-        cache, masks = chunk_lists(model, padded_mask(policy), part, lengths, cache, jnp.int32(offset))
+    parts, policy = [], padded_mask(policy, capacity)
+    for offset in range(0, tokens.shape[1], chunk):
+        part = np.pad(tokens[:, offset : offset + chunk], ((0, 0), (0, max(offset + chunk - tokens.shape[1], 0))))
+        cache, masks = chunk_lists(model, policy, part, lengths, cache, jnp.int32(offset))
         parts.append(masks)
     return np.concatenate(parts, axis=3)
 
@@ -127,40 +143,69 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "policy"), CASES)
 def test_lists_logits_and_cache_are_those_of_whole_prompts(kind: str, policy: Policy):
-    model = model_of(kind)
-    stacked = policy.stacked(2, 4)
-    whole = whole_lists(model, stacked, jnp.asarray(TOKENS), jnp.asarray(LENGTHS))
-    chunked = lists_in_chunks(model, stacked, TOKENS, LENGTHS)
+    compare(model_of(kind), policy, USUAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_any_chunk_gives_the_lists_of_whole_prompts(seed: int):
+    """Rules, scorers, chunks and lengths at random: also one chunk that is longer than the prompts."""
+    rng = np.random.default_rng(seed)
+    kind = rng.choice(["release", "no-groups", "finer", "pools-16-8"])
+    scorer = SCORERS[rng.choice(SCORED)]()
+    rest: dict[str, Any] = dict(scorer=scorer, dense_layers=int(rng.integers(2)))
+    rows: dict[str, Any] = dict(dense_last_rows=int(rng.integers(4)))
+    share = rng.uniform(0.05, 0.95)
+    policies = (
+        *(TopK(share, **rest, **rows), CumulativeMass(share, **rest, **rows), Threshold(share**3, **rest, **rows)),
+        TokenBudget(16 * int(rng.integers(1, 9)), **rest),
+    )
+    chunk, lengths = 16 * int(rng.integers(1, 13)), rng.integers(1, 181, rng.integers(1, 5)).astype(np.int32)
+    prompts = Prompts.of(lengths, chunk, -(-int(lengths.max()) // chunk) * chunk, seed)
+    compare(model_of(kind), policies[rng.integers(4)], prompts)
+
+
+def compare(model: Transformer, policy: Policy, prompts: Prompts) -> None:
+    """Lists bit by bit, then logits, cache and shares."""
+    lengths, stacked = prompts.lengths, policy.stacked(2, 4)
+    whole = whole_lists(model, stacked, jnp.asarray(prompts.tokens), jnp.asarray(lengths))
+    chunked = lists_in_chunks(model, stacked, prompts)
     rows, blocks = whole.shape[3:]
-    begun = np.arange(rows) * policy.tokens_per_block(model.prefill_gate) < LENGTHS[:, None]
+    begun = np.arange(rows) * policy.tokens_per_block(model.prefill_gate) < lengths[:, None]
     theirs, ours = (np.moveaxis(np.asarray(x), 3, 2)[:, :, :rows][:, begun] for x in (whole, chunked))
     np.testing.assert_array_equal(ours[..., :blocks], theirs)
     assert not ours[..., blocks:].any()
-    compare_prefills(model, policy, read(model, policy, None), read(model, policy, CHUNK))
+    arrays = jax.tree.map(jnp.asarray, prompts[:2])
+    read_whole, read_chunked = (
+        read(model, policy, *arrays, prompts.capacity, chunk) for chunk in (None, prompts.chunk)
+    )
+    compare_prefills(model, lengths, read_whole, read_chunked)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def read(model: Transformer, policy: Policy, chunk: int | None) -> tuple[jax.Array, Cache, jax.Array]:
-    cache = model.make_cache(len(LENGTHS), CAPACITY)
-    return model.prefill(TOKENS, LENGTHS, cache, sparsity=policy, chunk=chunk)
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def read(
+    model: Transformer, policy: Policy, lengths: jax.Array, tokens: jax.Array, capacity: int, chunk: int | None
+) -> tuple[jax.Array, Cache, jax.Array]:
+    cache = model.make_cache(len(lengths), capacity)
+    return model.prefill(tokens, lengths, cache, sparsity=policy, chunk=chunk)
 
 
-def compare_prefills(model: Transformer, policy: Policy, whole: Sequence[Any], chunked: Sequence[Any]) -> None:
+def compare_prefills(model: Transformer, lengths: np.ndarray, whole: Sequence[Any], chunked: Sequence[Any]) -> None:
     """Logits, shares of kept blocks, and what the cache holds of each row."""
     np.testing.assert_allclose(chunked[0], whole[0], atol=1e-5, rtol=0)
     np.testing.assert_allclose(chunked[2], whole[2], atol=1e-6, rtol=0)
     ours, theirs = chunked[1], whole[1]
-    np.testing.assert_array_equal(ours.lengths, LENGTHS)
+    np.testing.assert_array_equal(ours.lengths, lengths)
     assert ours.prefill_gate_keys is None
-    inside = np.arange(CAPACITY) < LENGTHS[:, None]
+    inside = np.arange(ours.capacity) < lengths[:, None]
     for x, y in zip(ours.token_arrays, theirs.token_arrays, strict=True):
         np.testing.assert_allclose(np.asarray(x)[:, inside], np.asarray(y)[:, inside], atol=1e-5, rtol=0)
     if model.decode_gate is None:
         return
     pool = model.decode_gate.config.key_pool
     x, y = (np.moveaxis(np.asarray(c.decode_gate.keys), 3, 2) for c in (ours, theirs))
-    complete = np.arange(x.shape[2]) < (LENGTHS // pool)[:, None]
+    complete = np.arange(x.shape[2]) < (lengths // pool)[:, None]
     np.testing.assert_allclose(x[:, complete], y[:, complete], atol=1e-5, rtol=0)
-    begun = LENGTHS % pool > 0
+    begun = lengths % pool > 0
     x, y = (np.asarray(c.decode_gate.pools)[:, begun] for c in (ours, theirs))
     np.testing.assert_allclose(x, y, atol=1e-5, rtol=0)

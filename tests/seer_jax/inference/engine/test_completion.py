@@ -70,3 +70,22 @@ def test_a_call_that_raises_is_the_last():
     with pytest.raises(ConnectionError, match="the reader has gone"):
         completion.result()
     assert calls == [[1]] and completion.finish_reason is FinishReason.ERROR
+
+
+@pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.STOP, FinishReason.CANCELLED])
+def test_the_last_call_may_raise_too(reason: FinishReason):
+    """A short answer has no other call. A request that was cancelled stays so, as its reader has gone anyway."""
+
+    def on_tokens(new: list[int]) -> None:
+        raise ConnectionError("the reader has gone")
+
+    completion = Completion([0], on_tokens, ignore, cancelled)
+    completion.add([1], 0.0)
+    completion.finish(reason)
+    completion.tell()
+    if reason is FinishReason.CANCELLED:
+        assert completion.finish_reason is reason and completion.result() == [1]
+        return
+    with pytest.raises(ConnectionError, match="the reader has gone"):
+        completion.result()
+    assert completion.tokens == [1] and completion.finish_reason is FinishReason.ERROR

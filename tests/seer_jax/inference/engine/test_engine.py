@@ -264,12 +264,12 @@ def test_refuses_settings(changes: dict[str, Any], message: str):
         (dict(tokens=[64]), r"Tokens must lie in \[0, 64\), the model's vocabulary"),
         (
             dict(tokens=[[1], [2]]),
-            r"A prompt must be one list of integers; got int64 of shape \(2, 1\). Submit each prompt",
+            r"A prompt must be one list of integers; got int64 of shape \(2, 1\). Give each list by itself",
         ),
         (dict(tokens=["a"]), "A prompt must be one list of integers"),
         (
             dict(tokens=[[1], [2, 3]]),
-            "A prompt must be one list of integers; got lists of different lengths. Submit each by itself",
+            "A prompt must be one list of integers; got lists of different lengths. Give each by itself",
         ),
         (dict(tokens=7), "A prompt must be one list of integers"),
         (dict(max_new_tokens=0), "max_new_tokens must be an integer of at least 1; got 0"),
