@@ -100,9 +100,11 @@ class PlanConfig(HubOptions, AdapterOptions):
         for name, why in (
             ("mesh", "is planned for one device"),
             ("decode", "decodes nothing"),
+            ("max_new_tokens", "decodes nothing"),
             ("prefill_chunk", "reads whole rows"),
+            ("beyond_context", "plans rows of any length"),
         ):
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) != getattr(PlanConfig, name):
                 raise ValueError(f"{name} must be left out with `finetune`, which {why}; got {value}.")
         if self.finetune is Finetuning.FULL and self.adapter is not None:
             raise ValueError(

@@ -96,6 +96,8 @@ def test_a_step_of_fine_tuning_is_compiled(capsys: pytest.CaptureFixture[str]):
             "multiple of the gate's block size 64 and at least two blocks, as a run's rows must; got 500. Set --length 448",
         ),
         ("--finetune full --prefill-chunk 64", 2, "--prefill-chunk must be left out with --finetune, which reads"),
+        ("--finetune full --max-new-tokens 8", 2, "--max-new-tokens must be left out with --finetune, which decodes"),
+        ("--finetune lora --beyond-context", 2, "--beyond-context must be left out with --finetune, which plans rows"),
         ("--finetune full --prefill mass:0.9", 2, "--prefill must be topk:DENSITY with --finetune, ranked"),
         ("--finetune full --prefill topk:0.1:oracle", 2, "that trains along; got topk:0.1:oracle. Write topk:0.1"),
         ("--finetune full --model tiny-lm --prefill topk:0.5", 1, "the model has none. Add --gates ..."),
