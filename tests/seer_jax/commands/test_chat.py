@@ -106,9 +106,12 @@ def test_a_signal_stops_the_answer(
     chat: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ):
     """Ctrl-C that alone, a second one and SIGTERM the chat too; what was made is kept."""
     stream, made = Conversation.stream, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupted(self: Conversation, tokens: list[int], **settings: Any) -> Iterator[list[int]]:
         pieces = stream(self, tokens, chunk=1, **settings)
