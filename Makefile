@@ -18,7 +18,7 @@ ENVIRONMENT := .venv/.installed$(if $(EXTRA),-$(subst $(comma),-,$(EXTRA)))
 
 help:
 	@echo "make demo        make the environment and run the main job on the bundled model"
-	@echo "make test        make the environment and run the tests (9 minutes on 2 cores)"
+	@echo "make test        make the environment and run the tests (9 to 13 minutes on 2 cores)"
 	@echo "make test-slow   run the longer tests of all but the kernels (25 minutes on 2 cores)"
 	@echo "make test-kernels run every test of the kernels (10 minutes on 2 cores)"
 	@echo "make test-gpu    run all tests on an NVIDIA GPU"

@@ -111,7 +111,7 @@ def end_process(code: int) -> None:
     """
     if (jax := sys.modules.get("jax")) and jax.distributed.is_initialized():
         return
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller, as `>&-` does
         with contextlib.suppress(OSError):  # the reader has closed it
             stream.flush()
     os._exit(code)

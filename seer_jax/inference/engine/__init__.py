@@ -282,7 +282,7 @@ class Engine:
                     return
                 try:
                     self._step()
-                except Exception:
+                except Exception:  # all requests have it, and the engine is closed
                     return
 
     def _check_open(self) -> None:

@@ -115,10 +115,8 @@ class Completion:
                 self._on_tokens(new)
             except Exception as error:
                 self._on_tokens = None
-                if self.finish_reason in (
-                    FinishReason.STOP,
-                    FinishReason.LENGTH,
-                ):  # raised by the call that tells the end
+                # The call that tells the end has raised.
+                if self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                     self.error, self.finish_reason = error, FinishReason.ERROR
                 self.finish(FinishReason.ERROR, error)
             finally:
