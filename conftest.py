@@ -31,8 +31,6 @@ import pytest
 from tests.browser import find_browser
 from tests.packaging.checkout import PACKAGES, RECIPE, ROOT
 
-DEVICES = 4  # of tests that are marked mesh
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not the first device, so that code which takes the first one, whatever its arguments say, meets arrays of another.
 jax.config.update("jax_default_device", jax.devices()[-1])
@@ -62,10 +60,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     other, reason = ("cpu", "for a CPU") if jax.default_backend() == "gpu" else ("gpu", "for an NVIDIA GPU")
     skip = pytest.mark.skip(reason=f"{reason} (SEER_JAX_TEST_PLATFORM)")
     for item in items:
+        mesh = item.get_closest_marker("mesh")
+        devices = mesh.args[0] if mesh and mesh.args else 4
         if item.get_closest_marker(other):
             item.add_marker(skip)
-        elif item.get_closest_marker("mesh") and jax.device_count() < DEVICES:
-            item.add_marker(pytest.mark.skip(reason=f"for {DEVICES} devices"))
+        elif mesh and jax.device_count() < devices:
+            item.add_marker(pytest.mark.skip(reason=f"for {devices} devices"))
 
 
 def pytest_collection_finish() -> None:

@@ -218,6 +218,7 @@ class PrefillBench(PolicyBench):
       peak: of the attention's inputs; 0: queries and keys are standard normal vectors. Above, each is a quarter of one plus the peak times
         one that all of its block share: scores are about peak^2 times a standard normal number for each pair of blocks.
       chunk: tokens of the whole model's prompts that are read at a time; None: all.
+      dense: whether the whole model is measured with dense attention too, beside which its speed is given.
     """
 
     phase = "prefill"
@@ -230,6 +231,7 @@ class PrefillBench(PolicyBench):
     backward: bool = False
     peak: float = 0.0
     chunk: int | None = None
+    dense: bool = True
 
     def __post_init__(self) -> None:
         self._check_inputs(1)
@@ -238,10 +240,9 @@ class PrefillBench(PolicyBench):
             raise ValueError(
                 f"chunk must be a multiple of {self.gate.block_size} tokens, whole blocks of the gate; got {self.chunk}."
             )
-        if self.chunk is not None and "model" not in self.only:
-            raise ValueError(
-                "only must name model where a `chunk` is given; got none of it. Leave it out, or add model."
-            )
+        for name, given in (("a `chunk` is given", self.chunk is not None), ("`dense` is off", not self.dense)):
+            if given and "model" not in self.only:
+                raise ValueError(f"only must name model where {name}; got none of it. Leave that out, or add model.")
         if not self.densities and "attention" in self.only:
             raise ValueError("densities must name some where the attention is measured; got none.")
         if self.plot is not None and "attention" not in self.only:

@@ -53,7 +53,7 @@ def measure_prefill(config: PrefillBench) -> Iterator[Measurement]:
 
 
 def first_token(config: PrefillBench) -> Iterator[Measurement]:
-    """Time from a prompt's tokens to the logits after it, dense and at a density, the shortest prompts first."""
+    """Time from a prompt's tokens to the logits after it, dense (unless left out) and at a density, the shortest prompts first."""
     model = random_model(config.model, config.gate, seed=config.seed)
 
     def line(length: int, policy: Policy) -> Measurement:
@@ -78,7 +78,7 @@ def first_token(config: PrefillBench) -> Iterator[Measurement]:
         case += "" if config.chunk is None else f", chunks of {config.chunk}"
         return measure(FIRST_TOKEN.name, case, settings, run)
 
-    policies = Dense(), TopK(config.model_density)
+    policies = *((Dense(),) if config.dense else ()), TopK(config.model_density)
     yield from beside_dense(line(n, policy) for n in sorted(config.lengths) for policy in policies)
 
 

@@ -1,4 +1,4 @@
-"""A tiny model on one device and on meshes of four, rows for it, and what devices exchange in a compiled program, in which order."""
+"""A tiny model on one device and on meshes of four and of two, rows for it, and what devices exchange in a compiled program, in which order."""
 
 import dataclasses
 import functools
@@ -13,6 +13,10 @@ from seer_jax.sharding import make_mesh, place
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 MESHES = ["data=2,tensor=2", "fsdp=4", "tensor=4"]
+# Each axis by itself, for machines with two GPUs.
+OF_TWO = [
+    pytest.param(f"{axis}=2", marks=(pytest.mark.mesh(2), pytest.mark.slow)) for axis in ("data", "fsdp", "tensor")
+]
 BIASED = dataclasses.replace(LLAMA, qkv_bias=True, o_bias=True, mlp_bias=True)
 BATCH, WIDTH = 4, 112
 TOKENS = np.random.default_rng(0).integers(0, 63, (BATCH, WIDTH)).astype(np.int32)

@@ -10,9 +10,9 @@ import pytest
 
 from seer_jax import Conversation, Threshold, TokenBudget, generate
 from seer_jax.models.decoder import Transformer
-from tests.seer_jax.sharding.spread import BATCH, LENGTHS, MESHES, TOKENS, alone, on
+from tests.seer_jax.sharding.spread import BATCH, LENGTHS, MESHES, OF_TWO, TOKENS, alone, on
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = [pytest.mark.mesh, pytest.mark.usefixtures("compile_quickly")]
 POLICY = Threshold(np.linspace(0.05, 0.3, 8, dtype=np.float32).reshape(2, 4))
 
 
@@ -29,7 +29,7 @@ def read_alone() -> tuple:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", MESHES)
+@pytest.mark.parametrize("text", [*MESHES, *OF_TWO])
 def test_chunks_on_a_mesh_are_whole_prompts_on_one_device(text: str):
     for ours, theirs in zip(read(on(text), 32), read_alone(), strict=True):
         np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Training over a mesh of four CPU devices makes the steps of one device, exchanges sums once a step, and goes on over other meshes."""
+"""Training over a mesh of four or two devices makes the steps of one device, exchanges sums once a step, and goes on over other meshes."""
 
 import contextlib
 import dataclasses
@@ -59,6 +59,10 @@ CASES = [
             ("all weights", "data=2,tensor=2"),
             ("adapters", "fsdp=2,tensor=2"),
         )
+    ),
+    *(
+        pytest.param(*case, marks=(pytest.mark.mesh(2), pytest.mark.slow))
+        for case in (("both", "data=2"), ("finer", "tensor=2"), ("all weights", "fsdp=2"))
     ),
 ]
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=1)
@@ -193,7 +197,14 @@ def state_on(text: str | None) -> RunState:
 
 
 @pytest.mark.filterwarnings("ignore:4 devices of the mesh axis tensor share 2 key/value heads:RuntimeWarning")
-@pytest.mark.parametrize(("before", "after"), [*TOPOLOGIES[:2], pytest.param(*TOPOLOGIES[2], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        *TOPOLOGIES[:2],
+        pytest.param(*TOPOLOGIES[2], marks=pytest.mark.slow),
+        pytest.param("fsdp=2", None, marks=(pytest.mark.mesh(2), pytest.mark.slow)),
+    ],
+)
 def test_checkpoints_are_restored_on_another_mesh(before: str | None, after: str | None, tmp_path: Path):
     saved, like = state_on(before), state_on(after)
     # Values that say where each came from.
@@ -215,8 +226,12 @@ def test_checkpoints_are_restored_on_another_mesh(before: str | None, after: str
 @pytest.mark.filterwarnings("ignore:4 devices of the mesh axis tensor share 2 key/value heads:RuntimeWarning")
 @pytest.mark.parametrize(
     ("config", "before", "after"),
-    [(distill_config(steps=8), *TOPOLOGIES[0]), (finetune_config(steps=8), *TOPOLOGIES[1])],
-    ids=["distill", "finetune"],
+    [
+        (distill_config(steps=8), *TOPOLOGIES[0]),
+        (finetune_config(steps=8), *TOPOLOGIES[1]),
+        pytest.param(finetune_config(steps=8), "fsdp=2", None, marks=pytest.mark.mesh(2)),
+    ],
+    ids=["distill", "finetune", "finetune, of two devices"],
 )
 def test_a_run_goes_on_over_another_mesh(config: Any, before: str | None, after: str | None, tmp_path: Path):
     """Stopped over one mesh, finished over another: the metrics of each step are those of one device, the held-out rows' among them."""
