@@ -77,8 +77,9 @@ def _attend(
         interpreted=interpret is not None,
     )
     scalars = jnp.stack([query_offset // QUERIES, jnp.int32(call.block_tiles)])
-    taken = jax.new_ref(jnp.zeros(call.slots, jnp.int32))
-    out, lse, *scores = ground_truth_kernel(call, q.dtype, interpret)(q, k, v, bounds, scalars, taken)
+    # In a loop that is differentiated JAX takes out what is the same each time: the zeros, and then their reference, which it can't.
+    *arrays, free = jax.lax.optimization_barrier((q, k, v, bounds, scalars, jnp.zeros(call.slots, jnp.int32)))
+    out, lse, *scores = ground_truth_kernel(call, q.dtype, interpret)(*arrays, jax.new_ref(free))
     token = scores.pop()[:, :, :rows, :key_blocks] if asked[1] else None
     block = None
     if asked[0]:
