@@ -72,9 +72,9 @@ def train(gates: GateSettings, to: Path, library: Path | None, steps: int, lengt
     return {"device": jax.devices()[0].device_kind, "seconds": seconds, "steps": steps, "tokens": steps * BATCH * length, **{k: float(v) for k, v in reports[-1].metrics.items()}}
 
 
-def calibrate(kind: GateKind, to: Path, length: int) -> None:
+def calibrate(kind: GateKind, to: Path, library: Path | None, length: int) -> None:
     """By the command, in the gates' folder, so that what they say of it can be typed again."""
-    (to / "heldout.txt").write_text(held_out_text(), encoding="utf-8")
+    (to / "heldout.txt").write_text(held_out_text(library), encoding="utf-8")
     rule = "--rule threshold" if kind is GateKind.RELEASE else ""  # otherwise the better one of threshold and cumulative mass
     words = shlex.split(f"calibrate --gates prefill decode {CALIBRATION} {rule} --dtype float32")
     words[words.index("--length") + 1] = str(min(4096, length))
@@ -139,4 +139,4 @@ if __name__ == "__main__":
         report["trained"] = measure(trained(), arguments.length)
         path.write_text(json.dumps(report, indent=1))
     if arguments.only in (None, "calibrate"):
-        calibrate(arguments.kind, arguments.to, arguments.length)
+        calibrate(arguments.kind, arguments.to, arguments.library, arguments.length)
