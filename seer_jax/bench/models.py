@@ -1,10 +1,12 @@
 """Models and caches with random contents, drawn on the device in little more memory than they take."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from pallas_kernels.cases import large_random_array
@@ -74,11 +76,11 @@ def random_cache(
     seed: int = 0,
     layout: Layout | None = None,
 ) -> Cache:
-    """A cache of `capacity` - 1 random tokens a row.
+    """A cache of `capacity` - 1 random tokens a row, the same ones on every mesh.
 
     Args:
       gate_scale: standard deviation of the compressed keys, and so of the logits that a gate with norms gives.
-      layout: of a mesh to spread it over, see `random_model`.
+      layout: of a mesh to spread it over. One layer at a time is drawn on one device, which need not have room for all of them.
     """
     abstract = abstract_cache(config, batch, capacity, dtype, gate)
     leaves, structure = jax.tree.flatten(abstract)
@@ -87,10 +89,26 @@ def random_cache(
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), 4)
     drawn = {}
     for key, leaf in zip(keys, (*abstract.gate_arrays, *abstract.token_arrays), strict=False):
-        x = large_random_array(key, leaf.shape, leaf.dtype, scales.get(id(leaf), 1.0))
-        drawn[id(leaf)] = x if layout is None else _moved(x, specs[id(leaf)])
+        drawn[id(leaf)] = _layer_by_layer(key, leaf, scales.get(id(leaf), 1.0), specs.get(id(leaf)))
     made = [drawn.get(id(leaf), jnp.full(batch, capacity - 1, jnp.int32)) for leaf in leaves]
     return jax.tree.unflatten(structure, made)
+
+
+def _layer_by_layer(key: Any, like: jax.ShapeDtypeStruct, scale: float, sharding: NamedSharding | None) -> jax.Array:
+    """A normal array [L, ...]."""
+    layers, *shape = like.shape
+    x = jnp.zeros(like.shape, like.dtype, device=sharding)
+    for number, of_layer in enumerate(jax.random.split(key, layers)):
+        layer = large_random_array(of_layer, tuple(shape), like.dtype, scale)
+        if sharding is not None:
+            layer = _moved(layer, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])))
+        x = _with_layer(x, layer, number)
+    return x
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(x: jax.Array, layer: jax.Array, number: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(x, layer, number, 0)
 
 
 def abstract_cache(

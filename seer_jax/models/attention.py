@@ -17,8 +17,8 @@ from seer_jax.selection.policies import Policy
 # large GPU idle between the kernels of one chunk and the next.
 ROWS_AT_ONCE = 512
 # Against a cache, whose size must not decide how much memory a chunk of the prompt takes, so many rows times blocks, and at least so
-# many rows: those of 8192 tokens up to 64k tokens, and fewer above.
-SCORES_AT_ONCE, FEWEST_ROWS = 2**17, 16
+# many rows: those of 8192 tokens up to 512k tokens, where a layer with 32 heads takes 128 MiB for scores and as much for lists; fewer above.
+SCORES_AT_ONCE, FEWEST_ROWS = 2**20, 16
 
 
 class PromptAttention(NamedTuple):
