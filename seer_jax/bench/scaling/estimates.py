@@ -38,18 +38,18 @@ class Hardware:
     sparse_layer: float
 
 
-# The first five and the last two as docs/performance.md has them. NVLink: 900 GB/s, 450 each way; network: 400 Gb/s; of both collectives reach
-# about three quarters.
+# The first five and the last two as docs/performance.md has them. Link and latency: what sums of large and of small arrays reached between two
+# devices (of NVLink's 450 GB/s each way). Network: 400 Gb/s, of which collectives reach about three quarters.
 H200 = Hardware(
     linear_flop=620e12,
     dense_flop=575e12,
     sparse_flop=500e12,
     distil_flop=520e12,
     memory=4.18e12,
-    link=0.75 * 450e9,
+    link=210e9,
     network=0.75 * 50e9,
     host=8,
-    latency=12e-6,
+    latency=20e-6,
     layer=25e-6,
     sparse_layer=55e-6,
 )

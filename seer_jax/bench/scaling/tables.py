@@ -36,6 +36,21 @@ MEASURED: tuple[tuple[str, Callable[..., Estimate], int, int, float, float, floa
     ("distillation of both gates, 64k", distil, 1, 65536, 1.0, 3.736, 18.6),
     ("distillation of both gates, 128k", distil, 1, 131072, 1.0, 11.773, 22.1),
 )
+# The same on two H200 (`seer-jax bench scaling`): what, shape, mesh, rows, tokens, density, seconds on one (None: not measured) and on two, GiB.
+MEASURED_ON_TWO: tuple[
+    tuple[str, Callable[..., Estimate], ModelShape, MeshSize, int, int, float, float | None, float, float], ...
+] = (
+    ("prefill of 32k, dense", prefill, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 1, 32768, 1.0, 1.217, 0.6910, 10.4),
+    ("prefill of 32k, 10.7%", prefill, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 1, 32768, 0.107, 0.7968, 0.4726, 10.6),
+    ("prefill of 128k, dense", prefill, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 1, 131072, 1.0, 11.23, 5.939, 18.6),
+    ("prefill of 128k, 10.2%", prefill, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 1, 131072, 0.102, 3.853, 2.253, 19.3),
+    ("new tokens of 8 x 32k, dense", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 8, 32768, 1.0, 0.01225, 0.00793, 23.5),
+    ("new tokens of 8 x 32k, 10%", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 8, 32768, 0.1, 0.00630, 0.00526, 23.7),
+    ("new tokens of 4 x 128k, dense", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 4, 131072, 1.0, 0.01996, 0.01195, 39.5),
+    ("new tokens of 4 x 128k, 10%", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 4, 131072, 0.1, 0.00741, 0.00691, 39.8),
+    ("distillation of both gates, 2 x 64k", distil, ModelShape.LLAMA_3_1_8B, MeshSize(data=2), 2, 65536, 1.0, 7.610, 3.800, 18.8),
+    ("32B: distillation of both gates, 2 x 32k", distil, ModelShape.QWEN3_32B, MeshSize(fsdp=2), 2, 32768, 1.0, None, 5.724, 37.2),
+)  # fmt: skip
 PREFILL_MESHES = MeshSize(tensor=2), MeshSize(tensor=8), MeshSize(data=8, tensor=8)
 DECODE_MESHES = MeshSize(tensor=8), MeshSize(data=8, tensor=8)
 TRAIN_MESHES = (
@@ -54,6 +69,10 @@ def tables() -> dict[str, str]:
     return {
         "measured": _table(
             ("one H200, 8B", "formula", "measured", "off", "GiB by formula", "planned"), measured_rows()
+        ),
+        "measured on two": _table(
+            ("two H200, 8B", "mesh", "one", "two", "times faster", "formula", "off", "GiB by formula", "planned"),
+            rows_of_two(),
         ),
         "prefill": _table(
             ("prompts", "devices", "dense s", "10% s", "of it exchange", "10%, all hidden", "GiB each"), prefill_rows()
@@ -84,8 +103,24 @@ def measured_rows() -> Iterator[Sequence[str]]:
     for name, estimate, batch, length, density, seconds, gib in MEASURED:
         settings = () if estimate is distil else (density,)
         made = estimate(MODELS[ModelShape.LLAMA_3_1_8B], MeshSize(), batch, length, *settings)
-        off = f"{round(made.seconds / seconds - 1, 2) + 0.0:+.0%}"
-        yield name, _time(made.seconds), _time(seconds), off, f"{made.total_bytes / GIB:.1f}", f"{gib:.1f}"
+        yield (
+            name,
+            _time(made.seconds),
+            _time(seconds),
+            _off(made, seconds),
+            f"{made.total_bytes / GIB:.1f}",
+            f"{gib:.1f}",
+        )
+
+
+def rows_of_two() -> Iterator[Sequence[str]]:
+    """One device beside two, and the formula beside these."""
+    for name, estimate, shape, mesh, rows, length, density, one, two, gib in MEASURED_ON_TWO:
+        settings = () if estimate is distil else (density,)
+        made = estimate(MODELS[shape], mesh, rows, length, *settings)
+        alone, faster = ("-", "-") if one is None else (_time(one), f"{one / two:.2f}")
+        formula = _time(made.seconds), _off(made, two), f"{made.total_bytes / GIB:.1f}"
+        yield name, f"`{mesh}`", alone, _time(two), faster, *formula, f"{gib:.1f}"
 
 
 def prefill_rows() -> Iterator[Sequence[str]]:
@@ -141,6 +176,10 @@ def context_rows() -> Iterator[Sequence[str]]:
         small = sums_bytes(model, PARTS, 1), combined_bytes(model, PARTS, length)
         new = (f"{size / 1e3:.0f} kB" for size in small)
         yield name, f"{sums / 1e9:.2f} GB", f"{ring / 1e9:.2f} GB", seconds, *new
+
+
+def _off(made: Estimate, seconds: float) -> str:
+    return f"{round(made.seconds / seconds - 1, 2) + 0.0:+.0%}"
 
 
 def _time(seconds: float) -> str:
