@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Int32
 
 BLOCK_SIZES = (16, 32, 64, 128)
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -13,17 +14,37 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 def check_block_size(where: str, block_size: int) -> None:
     """Raises ValueError unless `block_size` is one of the supported sizes."""
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"{where}: block_size must be one of {BLOCK_SIZES} tokens; got {block_size!r}.")
+    check_size(where, block_size, BLOCK_SIZES)
+
+
+def check_size(where: str, block_size: Any, sizes: tuple[int, ...]) -> None:
+    """Raises ValueError unless `block_size` is one of `sizes`; 64.0 and True, which equal one, are none."""
+    if not is_whole(block_size) or block_size not in sizes:
+        raise ValueError(f"{where}: block_size must be one of {sizes} tokens; got {block_size!r}.")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer of Python or NumPy; True and 2.0 are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_count(where: str, name: str, value: Any) -> None:
+    """Raises ValueError unless a value is an integer of at least 1."""
+    if not is_whole(value) or value < 1:
+        raise ValueError(f"{where}: {name} must be an integer of at least 1; got {value!r}.")
 
 
 def check_arrays(where: str, **arrays: Any) -> None:
     """Raises ValueError unless each of these arguments is an array; None, one that is left out, is none of them."""
     for name, array in arrays.items():
-        if array is not None and not all(hasattr(array, attribute) for attribute in ("ndim", "shape", "dtype")):
-            raise ValueError(
-                f"{where}: {name} must be an array; got {type(array).__name__}. Convert it with jnp.asarray."
-            )
+        if array is not None:
+            check_array(where, name, array)
+
+
+def check_array(where: str, name: str, array: Any) -> None:
+    """Raises ValueError unless `array` is one."""
+    if not all(hasattr(array, attribute) for attribute in ("ndim", "shape", "dtype")):
+        raise ValueError(f"{where}: {name} must be an array; got {type(array).__name__}. Convert it with jnp.asarray.")
 
 
 def check_lists(where: str, blocks: Any) -> None:
@@ -42,10 +63,17 @@ def check_shape(where: str, name: str, array: Any, expected: str, shape: tuple[i
 
 def check_integers(where: str, name: str, array: Any, expected: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless `array` holds integers and has that shape."""
-    check_arrays(where, **{name: array})
+    check_array(where, name, array)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{where}: {name} must hold integers; got {array.dtype}.")
     check_shape(where, name, array, expected, shape)
+
+
+def integer_scalar(where: str, name: str, value: Any) -> tuple[Int32[Array, ""], int | None]:
+    """One integer as an array, and its value, which inside JAX's transformations is not known: None. Raises ValueError if it is none."""
+    value = jnp.asarray(value) if isinstance(value, int | float) else value
+    check_integers(where, name, value, "[]", ())
+    return jnp.asarray(value, jnp.int32), None if isinstance(value, Tracer) else int(value)
 
 
 def check_range(where: str, name: str, array: Any, most: int, what: str) -> None:

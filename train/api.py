@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,12 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
             raise ValueError(
                 f"The settings of a gate must be those of its initial gate, {location}: {', '.join(rules)}; got {', '.join(got)}. Set them "
                 f"so, or leave out all settings of the {kind} gate."
+            )
+        if (target := finetuning.distilled_target(location)) not in (None, config.target):
+            warnings.warn(
+                f"The gate in {location} was distilled on the target {target}; this run trains it on {config.target}. To go on with {target}, "
+                f"set target (--target) to {target}.",
+                stacklevel=2,
             )
         model.attach(gate)
 

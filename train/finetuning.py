@@ -136,9 +136,14 @@ def _attach_gate(config: FinetuneConfig, model: Transformer) -> TargetStatistic 
     # What it was calibrated for is past; this is what the model learns under.
     gate.recommended = TopK(config.density)
     model.attach(gate if model.layout is None else model.layout.placed(gate))
-    distilled = read_config(place).get(TRAINING_KEY)
-    named = distilled.get("target") if isinstance(distilled, dict) else None
-    return config.target or (TargetStatistic(named) if named in list(TargetStatistic) else None)
+    return config.target or distilled_target(place)
+
+
+def distilled_target(folder: Path) -> TargetStatistic | None:
+    """What a gate was distilled on; None where its `config.json` does not say."""
+    training = read_config(folder).get(TRAINING_KEY)
+    named = training.get("target") if isinstance(training, dict) else None
+    return TargetStatistic(named) if named in list(TargetStatistic) else None
 
 
 def folders(config: FinetuneConfig) -> tuple[Path, ...]:

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.backends import Implementation, Operation
@@ -11,6 +13,8 @@ from pallas_kernels.checks import (
     check_attention_inputs,
     check_block_size,
     check_integers,
+    check_range,
+    integer_scalar,
     resolve_scale,
 )
 
@@ -89,7 +93,8 @@ def attention_with_block_scores(
       training of all weights takes its output from another pass.
 
     Raises:
-      ValueError: shapes or dtypes that do not match, or an unknown statistic or implementation.
+      ValueError: shapes or dtypes that do not match, an unknown statistic or implementation, or, where their values are known,
+        offset, lengths or segments that are none.
       NotImplementedError: the named implementation cannot do this, or a gradient is taken.
 
     Source: the ground truth of self-distillation in SeerAttention, arXiv 2410.13276, and SeerAttention-R, arXiv 2506.08889.
@@ -118,9 +123,11 @@ def attention_with_block_scores(
     if segment_ids is None:
         lengths = jnp.full((batch,), num_keys) if lengths is None else lengths
         check_integers(name, "lengths", lengths, "[B]", (batch,))
+        check_range(name, "lengths", lengths, num_keys, "the keys of a sequence")
         segment_ids = jnp.arange(num_keys)[None] < lengths[:, None]
     else:
         check_integers(name, "segment_ids", segment_ids, "[B, S]", (batch, num_keys))
+        _check_starts(name, segment_ids, block_size)
     output = _run(
         implementation,
         *_without_gradient((q, k, v)),
@@ -142,14 +149,25 @@ def _check_offset(name: str, offset: int | Array, num_queries: int, num_keys: in
         raise ValueError(
             f"{name}: S must be at least T, since every query is one of the keys; got T={num_queries} and S={num_keys}."
         )
-    if isinstance(offset, int):
-        if not 0 <= offset <= last or offset % block_size:
-            raise ValueError(
-                f"{name}: query_offset must be a multiple of block_size={block_size} from 0 to S - T = {last}; got {offset}."
-            )
-        return jnp.asarray(offset, jnp.int32)
-    check_integers(name, "query_offset", offset, "[]", ())
-    return offset.astype(jnp.int32)
+    array, known = integer_scalar(name, "query_offset", offset)
+    if known is not None and (not 0 <= known <= last or known % block_size):
+        raise ValueError(
+            f"{name}: query_offset must be a multiple of block_size={block_size} from 0 to S - T = {last}; got {known}."
+        )
+    return array
+
+
+def _check_starts(name: str, segment_ids: Array, block_size: int) -> None:
+    """Raises ValueError where ids are known and a sequence begins within a block, which the scores would give to the one before it."""
+    if isinstance(segment_ids, Tracer):
+        return
+    ids = np.asarray(segment_ids)
+    rows, places = np.nonzero((ids[:, 1:] != ids[:, :-1]) & (ids[:, 1:] != 0))
+    if (wrong := np.flatnonzero((places + 1) % block_size)).size:
+        raise ValueError(
+            f"{name}: sequences of segment_ids must start at multiples of block_size={block_size}; got one that starts at "
+            f"{places[wrong[0]] + 1} in row {rows[wrong[0]]}. Pad the sequence before it by id 0."
+        )
 
 
 @jax.custom_jvp

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from pallas_kernels.backends import Implementation, Operation
-from pallas_kernels.checks import BLOCK_SIZES, check_arrays
+from pallas_kernels.checks import BLOCK_SIZES, check_arrays, check_size
 
 KINDS = ("max", "min", "avg")
 SIZES = (1, 2, 4, 8, *BLOCK_SIZES)  # smaller ones for gates with several vectors per block
@@ -46,11 +46,10 @@ def pool_blocks(
     [[0.0, 1.0, 15.0, 16.0], [32.0, 33.0, 35.0, 36.0]]
     """
     name = "pool_blocks"
-    if block_size not in SIZES:
-        raise ValueError(f"{name}: block_size must be one of {SIZES} tokens; got {block_size!r}.")
+    check_size(name, block_size, SIZES)
     check_arrays(name, x=x, valid=valid)
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise ValueError(f"{name}: kinds must be some of {KINDS}; got {kinds}.")
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"{name}: kinds must be a tuple of some of {KINDS}; got {kinds!r}.")
     if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name}: x must be floats [B, T, heads, D], no axis empty; got {x.dtype} {x.shape}.")
     shapes = (x.shape[:2], (1, x.shape[1]))

@@ -1,10 +1,9 @@
 """`score_blocks`: scores of key blocks for queries, before softmax."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
-from pallas_kernels.checks import check_arrays, check_integers, resolve_scale
+from pallas_kernels.checks import check_arrays, integer_scalar, resolve_scale
 
 _run = Operation("score_blocks", "pallas_kernels.gate_scores", gradients="score_blocks_gradients")
 
@@ -61,11 +60,9 @@ def score_blocks(
         )
     if 0 in queries.shape or 0 in keys.shape:
         raise ValueError(f"{name}: no axis may be empty; got {queries.shape} and {keys.shape}.")
-    if isinstance(row_offset, int):
-        if row_offset < 0:
-            raise ValueError(f"{name}: row_offset must be at least 0; got {row_offset}.")
-        row_offset = jnp.asarray(row_offset, jnp.int32)
-    check_integers(name, "row_offset", row_offset, "[]", ())
+    row_offset, known = integer_scalar(name, "row_offset", row_offset)
+    if known is not None and known < 0:
+        raise ValueError(f"{name}: row_offset must be at least 0; got {known}.")
     if implementation is None and queries.shape[1] * keys.shape[1] < MIN_KERNEL_SCORES:
         implementation = "xla"
     scale = resolve_scale(name, scale, queries.shape[3])

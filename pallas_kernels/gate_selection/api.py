@@ -1,14 +1,26 @@
 """`select_blocks`: lists of key blocks from gate logits."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.backends import Implementation, Operation
 from pallas_kernels.blocks import BlockIndices
-from pallas_kernels.checks import check_arrays, check_block_size
+from pallas_kernels.checks import check_arrays, check_block_size, check_count
 
 _run = Operation("select_blocks", "pallas_kernels.gate_selection")
+
+# What a value of each rule must do, in words and for arrays. Comparisons are written so that NaN does not.
+_DOMAINS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "threshold": ("lie from 0 to 1, as softmax does", lambda x: (x >= 0) & (x <= 1)),
+    "mass": ("be above 0 and at most 1", lambda x: (x > 0) & (x <= 1)),
+    "top_k": ("be at least 1 block", lambda x: x >= 1),
+    "max_blocks": ("be at least 1 block", lambda x: x >= 1),
+}
 
 
 def select_blocks(
@@ -58,7 +70,8 @@ def select_blocks(
 
     Raises:
       ValueError: several rules, a rule out of its domain, shapes or dtypes that do not match, or a row that selects more than
-        `width` blocks. The last is not checked under `jax.jit`, where such a row loses its highest blocks.
+        `width` blocks. Under `jax.jit` values of arrays are not known: they are not checked, nor is `width`, and a row that selects
+        more loses its highest blocks.
       NotImplementedError: the named implementation cannot do this.
 
     Source: threshold and top-k of SeerAttention, arXiv 2410.13276; token budget of SeerAttention-R, arXiv 2506.08889; cumulative
@@ -75,19 +88,16 @@ def select_blocks(
     check_arrays(name, logits=logits, keep=keep, visible=visible)
     if logits.dtype != jnp.float32 or logits.ndim < 2:
         raise ValueError(f"{name}: logits must be a float32 array [..., R, Sb]; got {logits.dtype} {logits.shape}.")
+    if 0 in logits.shape:
+        raise ValueError(f"{name}: no axis may be empty; got {logits.shape}.")
     rules = {"threshold": threshold, "mass": mass, "top_k": top_k, "max_blocks": max_blocks}
     given = {rule: value for rule, value in rules.items() if value is not None}
     if len(given) > 1:
         raise ValueError(
             f"{name}: at most one of threshold, mass, top_k and max_blocks may be given; got {' and '.join(given)}."
         )
-    for rule, value in (("top_k", top_k), ("max_blocks", max_blocks), ("width", width)):
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{name}: {rule} must be at least 1 block; got {value}.")
-    if isinstance(threshold, int | float) and not 0 <= threshold <= 1:
-        raise ValueError(f"{name}: threshold must lie from 0 to 1, as softmax does; got {threshold}.")
-    if isinstance(mass, int | float) and not 0 < mass <= 1:
-        raise ValueError(f"{name}: mass must be above 0 and at most 1; got {mass}.")
+    if width is not None:
+        check_count(name, "width", width)
     rules = {rule: _rule_value(name, rule, value, logits.shape) for rule, value in rules.items()}
     if keep is not None:
         if keep.dtype != jnp.bool_:
@@ -100,7 +110,7 @@ def select_blocks(
         _check_broadcast(name, "visible", "[..., R, 1]", visible.shape, (*logits.shape[:-1], 1))
         visible = jnp.broadcast_to(visible.astype(jnp.int32), (*logits.shape[:-1], 1))
     if width is None:
-        bound = max_blocks if keep is not None else max_blocks if top_k is None else top_k
+        bound = rules["max_blocks" if keep is not None or top_k is None else "top_k"]
         width = min(bound, logits.shape[-1]) if isinstance(bound, int) else logits.shape[-1]
     logits = jax.lax.stop_gradient(logits)
     return _run(implementation, logits, block_size=block_size, **rules, keep=keep, visible=visible, width=width)
@@ -108,12 +118,19 @@ def select_blocks(
 
 def _rule_value(name: str, rule: str, value: float | Array | None, shape: tuple[int, ...]) -> int | Array | None:
     """The value of a rule: an int for an int number of blocks, otherwise an array [..., R, 1]."""
+    if value is None:
+        return None
     counted = rule in ("top_k", "max_blocks")
-    if value is None or (counted and isinstance(value, int)):
-        return value
+    known = None if isinstance(value, Tracer) else np.asarray(value)
+    dtype = jnp.asarray(value).dtype if known is None else known.dtype
+    if not jnp.issubdtype(dtype, jnp.integer if counted else jnp.number):
+        raise ValueError(f"{name}: {rule} must hold {'integers' if counted else 'numbers'}; got {dtype}.")
+    must, holds = _DOMAINS[rule]
+    if known is not None and (wrong := known[~holds(known)]).size:
+        raise ValueError(f"{name}: {rule} must {must}; got {wrong.flat[0]}.")
+    if counted and isinstance(value, int | np.integer):
+        return int(value)
     array = jax.lax.stop_gradient(jnp.asarray(value))
-    if counted and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name}: {rule} must hold integers; got {array.dtype}.")
     _check_broadcast(name, rule, "[..., R, 1]", array.shape, (*shape[:-1], 1))
     return jnp.broadcast_to(array.astype(jnp.int32 if counted else jnp.float32), (*shape[:-1], 1))
 

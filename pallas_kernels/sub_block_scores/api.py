@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.backends import Implementation, Operation
-from pallas_kernels.checks import check_arrays, check_integers, resolve_scale
+from pallas_kernels.checks import check_array, check_arrays, check_count, check_integers, integer_scalar, resolve_scale
 
 _run = Operation("score_sub_blocks", "pallas_kernels.sub_block_scores", gradients="score_sub_blocks_gradients")
 
@@ -79,12 +79,11 @@ def score_sub_blocks(
     name = "score_sub_blocks"
     _check_vectors(name, queries, keys, any_rows=first_row is not None)
     tokens = queries.shape[1]
-    check_arrays(name, seen=seen)
+    check_array(name, "seen", seen)
     batch = queries.shape[0] if seen.ndim != 3 or seen.shape[0] != 1 else 1
     check_integers(name, "seen", seen, "[B or 1, Tu, 2]", (batch, tokens, 2))
-    for setting, value in (("queries_per_row", queries_per_row), ("keys_per_block", keys_per_block)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {setting} must be an integer of at least 1; got {value!r}.")
+    check_count(name, "queries_per_row", queries_per_row)
+    check_count(name, "keys_per_block", keys_per_block)
     for setting, value, choices in (("join", join, JOINS), ("heads", heads, HEADS)):
         if value not in choices:
             raise ValueError(f"{name}: {setting} must be one of {choices}; got {value!r}.")
@@ -95,8 +94,8 @@ def score_sub_blocks(
         queries,
         keys,
         seen=seen.astype(jnp.int32),
-        queries_per_row=queries_per_row,
-        keys_per_block=keys_per_block,
+        queries_per_row=int(queries_per_row),
+        keys_per_block=int(keys_per_block),
         join=join,
         heads=heads,
         scale=resolve_scale(name, scale, queries.shape[3]),
@@ -106,14 +105,12 @@ def score_sub_blocks(
 
 def _checked_row(name: str, row: int | Array | None, last: int) -> Int32[Array, ""] | None:
     """The first row as an array. Raises ValueError if it is known and invalid."""
-    if isinstance(row, int):
-        if not 0 <= row <= last:
-            raise ValueError(f"{name}: first_row must lie from 0 to P - B = {last}; got {row}.")
-        return jnp.asarray(row, jnp.int32)
     if row is None:
         return None
-    check_integers(name, "first_row", row, "[]", ())
-    return row.astype(jnp.int32)
+    array, known = integer_scalar(name, "first_row", row)
+    if known is not None and not 0 <= known <= last:
+        raise ValueError(f"{name}: first_row must lie from 0 to P - B = {last}; got {known}.")
+    return array
 
 
 def _check_vectors(name: str, queries: Any, keys: Any, *, any_rows: bool) -> None:

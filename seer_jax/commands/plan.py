@@ -90,7 +90,10 @@ class PlanConfig(HubOptions, AdapterOptions):
         if self.mesh is not None:
             mesh_sizes(self.mesh)
         if self.model in SHAPES and self.gates:
-            raise ValueError(f"gates must be left out where the model is a shape, which has some; got {self.gates[0]}.")
+            raise ValueError(
+                f"gates must be left out where the model is a shape, which has some; got {self.gates[0]} for {self.model}. Name the base "
+                "model that they are for: model=..."
+            )
         if self.model in SHAPES and self.adapter is not None:
             raise ValueError(f"adapter must be left out where the model is a shape; got {self.adapter}.")
         if self.finetune is not None:

@@ -41,10 +41,11 @@ class HeadJoin(enum.StrEnum):
     MAX = "max"
 
 
-def _check_pooling(side: str, kinds: tuple[Pool, ...]) -> None:
+def _check_pooling(config: Any, side: str) -> None:
+    name, kinds = f"{type(config).__name__}.{side}_pooling", getattr(config, f"{side}_pooling")
     if not kinds or list(kinds) != [p for p in Pool if p in kinds]:
         raise ValueError(
-            f"{side} pooling must be a non-empty subset of (max, min, avg), each once and in that order; got {kinds}."
+            f"{name} must be some of max, min, avg, each once and in that order; got {', '.join(kinds) or 'none'}."
         )
 
 
@@ -77,8 +78,8 @@ class PrefillGateConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _check_gate_sizes(self)
-        _check_pooling("Query", self.q_pooling)
-        _check_pooling("Key", self.k_pooling)
+        _check_pooling(self, "q")
+        _check_pooling(self, "k")
         _check_pool_size(self, "q")
         _check_pool_size(self, "k")
         _check_join(self)
@@ -149,7 +150,7 @@ class DecodeGateConfig:
         if self.use_qk_norm is not self.has_head_queries:  # as by default
             object.__setattr__(self, "use_qk_norm", None)
         _check_gate_sizes(self)
-        _check_pooling("Key", self.k_pooling)
+        _check_pooling(self, "k")
         _check_pool_size(self, "k")
         _check_join(self)
         if self.heads is not HeadJoin.MEAN and not self.has_head_queries:

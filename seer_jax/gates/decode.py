@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import pool_blocks, score_blocks, score_sub_blocks
+from pallas_kernels.checks import check_array
+from seer_jax.gates.checks import check_made_of, check_vectors
 from seer_jax.gates.configs import DecodeGateConfig, Pool, QueryReduction
 from seer_jax.gates.projections import initial_projection, project, project_few
 from seer_jax.gates.recommendation import Recommending
@@ -36,6 +38,7 @@ class DecodeGate(Recommending, nnx.Module):
     phase = "decode"
 
     def __init__(self, config: DecodeGateConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        check_made_of(DecodeGate, DecodeGateConfig, config, model, rngs)
         self.config, self.model = config, model
         layers, kv_heads, group = model.num_layers, model.num_kv_heads, model.group_size
         dim, gate_dim = model.head_dim, config.gate_dim
@@ -67,6 +70,7 @@ class DecodeGate(Recommending, nnx.Module):
 
     def queries(self, q: Float[Array, "B T H D"], positions: Int[Array, "#B T"]) -> Float32[Array, "B T heads C"]:
         """The gate's queries, one per token and key/value head, with HEADS per token and query head; q before RoPE."""
+        check_vectors("q", q, self.model.num_heads, self.model.head_dim, positions, self.linear_k.shape)
         if self.config.has_head_queries:
             assert self.linear_q is not None
             weight = self.linear_q[...]
@@ -93,6 +97,7 @@ class DecodeGate(Recommending, nnx.Module):
           positions: of the tokens; a key is rotated at the first token of its pool.
           valid: tokens that count, see `pool_blocks`.
         """
+        check_vectors("k", k, self.model.num_kv_heads, self.model.head_dim, positions, self.linear_k.shape)
         size = self.config.key_pool
         pooled = pool_blocks(k, self.config.k_pooling, block_size=size, valid=valid)
         return self.compress(pooled, positions[:, ::size])
@@ -120,6 +125,7 @@ class DecodeGate(Recommending, nnx.Module):
           first_row: where the B rows of keys begin among P; None: keys has B rows.
         """
         config = self.config
+        check_array("gate", "completed", completed)
         if config.finer_than_release():
             blocks = jnp.stack(jnp.broadcast_arrays(jnp.asarray(first, completed.dtype), completed), axis=-1)
             return score_sub_blocks(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import pool_blocks, score_blocks, score_sub_blocks
 from pallas_kernels.precision import precise_einsum
+from seer_jax.gates.checks import check_made_of, check_vectors
 from seer_jax.gates.configs import PrefillGateConfig
 from seer_jax.gates.projections import initial_projection, project
 from seer_jax.gates.recommendation import Recommending
@@ -40,6 +41,7 @@ class PrefillGate(Recommending, nnx.Module):
     phase = "prefill"
 
     def __init__(self, config: PrefillGateConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        check_made_of(PrefillGate, PrefillGateConfig, config, model, rngs)
         self.config, self.model = config, model
         one, dim, gate_dim = config.one_linear(model.head_dim), model.head_dim, config.gate_dim
         layers, heads, kv_heads = model.num_layers, model.num_heads, model.num_kv_heads
@@ -68,6 +70,7 @@ class PrefillGate(Recommending, nnx.Module):
           positions: of the tokens.
           valid: tokens that count, see `pool_blocks`.
         """
+        check_vectors("q", q, self.model.num_heads, self.model.head_dim, positions, self.linear_k.shape)
         size = self.config.query_pool
         pooled = pool_blocks(q, self.config.q_pooling, block_size=size, valid=valid)
         if self.linear_q is not None:
@@ -78,6 +81,7 @@ class PrefillGate(Recommending, nnx.Module):
         self, k: Float[Array, "B S K D"], positions: Int[Array, "#B S"], valid: Bool[Array, "#B S"] | None = None
     ) -> Float32[Array, "B Sw heads C"]:
         """Compressed keys, one per pool of s_k tokens and key head (`num_key_heads`); arguments as in `queries`."""
+        check_vectors("k", k, self.model.num_kv_heads, self.model.head_dim, positions, self.linear_k.shape)
         size = self.config.key_pool
         pooled = pool_blocks(k, self.config.k_pooling, block_size=size, valid=valid)
         first_positions = positions[:, ::size]

@@ -41,6 +41,11 @@ class LayerSlice:
     stacked: Array
     index: Int[Array, ""]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the layer's part."""
+        return self.stacked.shape[1:]
+
     def __getitem__(self, key: Any) -> Array:
         """The layer's part as an array of its own."""
         return self.stacked[self.index][key]

@@ -58,8 +58,11 @@ def test_mosaic_gpu_leaves_the_rest_to_xla(shape: tuple[int, ...], size: int, me
     ("changes", "message"),
     [
         ({"block_size": 12}, r"pool_blocks: block_size must be one of .* tokens; got 12"),
-        ({"kinds": ()}, r"kinds must be some of \('max', 'min', 'avg'\); got \(\)"),
-        ({"kinds": ("avg", "sum")}, r"kinds must be some of .*; got \('avg', 'sum'\)"),
+        ({"block_size": 8.0}, r"pool_blocks: block_size must be one of .* tokens; got 8.0"),
+        ({"block_size": True}, r"pool_blocks: block_size must be one of .* tokens; got True"),
+        ({"kinds": ()}, r"kinds must be a tuple of some of \('max', 'min', 'avg'\); got \(\)"),
+        ({"kinds": "avg"}, r"kinds must be a tuple of some of \('max', 'min', 'avg'\); got 'avg'"),
+        ({"kinds": ("avg", "sum")}, r"kinds must be .* some of .*; got \('avg', 'sum'\)"),
         ({"x": jnp.ones((2, 64, 8))}, r"x must be floats \[B, T, heads, D\], no axis empty; got float32 \(2, 64, 8\)"),
         ({"x": jnp.ones((1, 64, 0, 8))}, r"no axis empty; got float32 \(1, 64, 0, 8\)"),
         ({"x": jnp.ones((1, 64, 2, 8), int)}, r"x must be floats .*; got int32"),

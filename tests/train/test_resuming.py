@@ -238,6 +238,11 @@ def test_training_starts_from_given_gates(undisturbed):
     config = dataclasses.replace(RUN, optimizer=slow, initial_gates=(str(folder / "decode_gate"),))
     result = distill(config, model=make_model(), dataset=make_rows(), progress=ignore)
     np.testing.assert_allclose(keys_of(result.model.decode_gate), keys_of(first.model.decode_gate), atol=1e-4)
+    with pytest.warns(
+        UserWarning, match=r"distilled on the target max; this run trains it on mass\. To go on with max, set"
+    ):
+        other = dataclasses.replace(config, target=TargetStatistic.MASS, steps=3)
+        distill(other, model=make_model(), dataset=make_rows(), progress=ignore)
 
 
 WRONG_STARTS = [

@@ -25,6 +25,7 @@ from seer_jax.gates.prefill import PrefillGate
 from seer_jax.gates.projections import initial_projection, project
 from seer_jax.models.cache import Cache
 from seer_jax.models.config import ModelConfig, RopeConfig, RopeKind
+from seer_jax.models.layers import layer_view
 from seer_jax.models.rope import apply_rope
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
@@ -344,8 +345,8 @@ def test_training_starts_at_random_where_no_channels_turn_alike():
     [
         (lambda: PrefillGateConfig(block_size=48), "block_size must be one of 16, 32, 64, 128 tokens; got 48"),
         (lambda: DecodeGateConfig(gate_dim=7), "gate_dim must be even and positive, .*; got 7"),
-        (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling .*; got \(\)"),
-        (lambda: DecodeGateConfig(k_pooling=(Pool.AVG, Pool.MAX)), r"Key pooling .*in that order; got"),
+        (lambda: PrefillGateConfig(q_pooling=()), r"q_pooling must be some of max, min, avg, .*; got none"),
+        (lambda: DecodeGateConfig(k_pooling=(Pool.AVG, Pool.MAX)), r"k_pooling .*in that order; got avg, max"),
         (lambda: DecodeGateConfig(start_layer=-1), "at least 0; got -1"),
         (lambda: make_gate(DecodeGateConfig(start_layer=2), MODEL, rngs=nnx.Rngs(0)), "below 2; got 2"),
         (
@@ -354,8 +355,74 @@ def test_training_starts_at_random_where_no_channels_turn_alike():
             ),
             "gate_dim must be the model's head dim, 8; got 12. Set DecodeGateConfig.gate_dim=8, or",
         ),
+        (
+            lambda: make_gate("fine", MODEL, rngs=nnx.Rngs(0)),  # pyright: ignore[reportArgumentType]
+            "must be a PrefillGateConfig or a DecodeGateConfig; got 'fine'",
+        ),
+        (
+            lambda: PrefillGate(DecodeGateConfig(), MODEL, rngs=nnx.Rngs(0)),  # pyright: ignore[reportArgumentType]
+            "config of a PrefillGate must be a PrefillGateConfig; got DecodeGateConfig",
+        ),
+        (
+            lambda: DecodeGate(DecodeGateConfig(), nnx.Module(), rngs=nnx.Rngs(0)),  # pyright: ignore[reportArgumentType]
+            "model of a DecodeGate must be a ModelConfig; got Module. Pass `model.config`, or let",
+        ),
+        (
+            lambda: make_gate(DecodeGateConfig(), MODEL, rngs=0),  # pyright: ignore[reportArgumentType]
+            "rngs of a DecodeGate must be nnx.Rngs; got int",
+        ),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_wrong_gate_is_refused(config: Any, message: str):
     with pytest.raises(ValueError, match=message):
         config()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "config", [PrefillGateConfig(block_size=BLOCK, q_pool_size=4), DecodeGateConfig(block_size=BLOCK)]
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda q, k, at: (q[:, :, :1], k[:, :, :1], at),
+            r"must be floats \[B, T, {heads}, 8\], .*; got float32 \(2, 70, 1, 8\)",
+        ),
+        (lambda q, k, at: (q[..., :4], k[..., :4], at), r"\[B, T, {heads}, 8\], .*; got float32 \(2, 70, {heads}, 4\)"),
+        (lambda q, k, at: (q[0], k[0], at), r"must be floats .*; got float32 \(70, {heads}, 8\)"),
+        (lambda q, k, at: (q.astype(int), k.astype(int), at), r"must be floats .*; got int"),
+        (
+            lambda q, k, at: (q, k, at[0]),
+            r"positions must be integers, one of \(\(2, 70\), \(1, 70\)\); got int\d\d \(70,\)",
+        ),
+        (lambda q, k, at: (q, k, at[:, :50]), r"positions must be integers, .*; got int\d\d \(2, 50\)"),
+        (lambda q, k, at: (q, k, at * 0.5), r"positions must be integers, .*; got float"),
+        (lambda q, k, at: (q, k, None), r"positions must be an array; got NoneType"),
+    ],
+)
+def test_a_gate_is_not_called_with_what_is_not_the_model_s(config: GateConfig, change: Any, message: str):
+    gate = one_layer(config)
+    q, k, positions = change(jnp.ones((B, T, HEADS, DIM)), jnp.ones((B, T, KV_HEADS, DIM)), jnp.asarray(POSITIONS))
+    with pytest.raises(ValueError, match=message.format(heads=HEADS)):
+        gate.queries(q, positions)
+    with pytest.raises(ValueError, match=message.format(heads=KV_HEADS)):
+        gate.keys(k, positions)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "config", [PrefillGateConfig(block_size=BLOCK, gate_dim=DIM), DecodeGateConfig(block_size=BLOCK)]
+)
+def test_a_gate_is_called_layer_by_layer(config: GateConfig):
+    gate = make_gate(config, MODEL, rngs=nnx.Rngs(0))
+    q, k, positions = jnp.ones((B, T, HEADS, DIM)), jnp.ones((B, T, KV_HEADS, DIM)), jnp.asarray(POSITIONS)
+    for call, x in ((gate.queries, q), (gate.keys, k)):
+        with pytest.raises(
+            ValueError,
+            match=r"weights must be those of one layer; got those of all 2\. Take seer_jax\.models\.layers\.layer_view",
+        ):
+            call(x, positions)
+    first = layer_view(gate, jnp.asarray(0))
+    assert first.queries(q, positions).shape[0] == first.keys(k, positions).shape[0] == B

@@ -330,14 +330,14 @@ REFUSED_GATES = {
     "odd block size": (lambda: DecodeGateConfig(block_size=48), "block_size must be one of .* got 48"),
     "gate dim": (lambda: PrefillGateConfig(gate_dim=0), "gate_dim must be even and positive, .* got 0"),
     "odd gate dim": (lambda: DecodeGateConfig(gate_dim=65), "gate_dim must be even and positive, .* got 65"),
-    "no query pool": (lambda: PrefillGateConfig(q_pooling=()), r"Query pooling must be a non-empty subset .* got \(\)"),
+    "no query pool": (lambda: PrefillGateConfig(q_pooling=()), r"GateConfig.q_pooling must be some of .* got none"),
     "order": (
         lambda: PrefillGateConfig(k_pooling=(Pool.AVG, Pool.MAX)),
-        "Key pooling must be a .* and in that order; got",
+        "GateConfig.k_pooling must be .* and in that order; got avg, max",
     ),
     "twice": (
         lambda: DecodeGateConfig(k_pooling=(Pool.MAX, Pool.MAX)),
-        "Key pooling must be a non-empty subset .* each once",
+        "GateConfig.k_pooling must be some of .* each once",
     ),
     "start layer": (
         lambda: DecodeGateConfig(start_layer=-1),

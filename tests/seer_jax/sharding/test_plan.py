@@ -102,7 +102,7 @@ def test_a_step_of_fine_tuning_is_compiled(capsys: pytest.CaptureFixture[str]):
         ("--finetune full --prefill topk:0.1:oracle", 2, "that trains along; got topk:0.1:oracle. Write topk:0.1"),
         ("--finetune full --model tiny-lm --prefill topk:0.5", 1, "the model has none. Add --gates ..."),
         ("--adapter x", 2, "--adapter must be left out where the model is a shape; got x"),
-        ("--gates tiny-lm", 2, "--gates must be left out where the model is a shape"),
+        ("--gates tiny-lm", 2, "got tiny-lm for llama-3.1-8b. Name the base model that they are for: --model ..."),
         ("--length 131072", 1, "must fit the model's context of 131072 tokens; got 131072 + 256"),
         ("--model tiny-lm --prefill threshold:0.1 --length 64", 1, "no prefill gate"),
     ],
