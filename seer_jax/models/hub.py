@@ -21,7 +21,7 @@ NAMED = {module.NAME: module for module in (tiny_lm, smollm2)}
 # Names that stand for gates: the model that they are of, and where they are in the folder of its gates. Besides its own gates a model has
 # those of the release's kinds.
 GATES = {
-    "tiny-lm": (tiny_lm, "release"),
+    "tiny-lm": (tiny_lm, "fine"),
     "tiny-lm-release": (tiny_lm, "release"),
     "smollm2": (smollm2, "fine"),
     "smollm2-release": (smollm2, "release"),
