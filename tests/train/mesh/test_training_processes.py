@@ -150,7 +150,7 @@ def both(*words: str) -> list[tuple[int, str, str]]:
 @pytest.mark.slow
 @pytest.mark.cpu
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("compile_quickly", "compilation_cache")
+@pytest.mark.usefixtures("compile_quickly")
 def test_two_processes_stop_are_killed_and_go_on_as_one(undisturbed: tuple[Path, Any], tmp_path: Path):
     """One gets SIGTERM, then, over another mesh, one is killed; a single process finishes the run."""
     folder, steps = tmp_path / "run", RUN.steps
@@ -168,7 +168,7 @@ def test_two_processes_stop_are_killed_and_go_on_as_one(undisturbed: tuple[Path,
 
 @pytest.mark.slow
 @pytest.mark.cpu
-@pytest.mark.usefixtures("compile_quickly", "compilation_cache")
+@pytest.mark.usefixtures("compile_quickly")
 def test_each_process_reads_its_rows(undisturbed: tuple[Path, Any], tmp_path: Path):
     """Two of the four rows of a batch; the steps are those of one process that reads all."""
     (code, rows, said), (_, others, _) = run_two(tmp_path / "run", "data=2,tensor=2", RUN.steps)
