@@ -246,6 +246,7 @@ def test_the_loop_ends_with_its_last_row(monkeypatch: pytest.MonkeyPatch):
     assert int(states[1].step) == generated.lengths.max() < NEW
 
 
+@pytest.mark.slow
 def test_one_new_token_needs_no_step():
     generated = run(**SPARSE, max_new_tokens=1)
     assert generated.rows() == [row[:1] for row in run(**SPARSE).rows()]
@@ -292,6 +293,7 @@ def test_both_gates_together_serve_a_row_as_if_it_were_alone():
     np.testing.assert_allclose(alone.decode_kept_steps[..., 0], together.decode_kept_steps[..., 3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_random_blocks_of_a_row_do_not_depend_on_its_neighbours():
     _, lengths = prompts()
     shorter = np.minimum(lengths, [9, 9, 9, 41])
