@@ -30,16 +30,12 @@ ALWAYS = {
 }
 
 
-# And of XLA's own implementations these run with the slow tests: they have no rules of their own for what transforms a program.
-LATER = {"TestXla": ("test_maps", "test_runs_under_shard_map", "test_scans_over", "test_tokens_mapped")}
-
-
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves slow tests out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the others slow, and these."""
+    """Marks the others slow."""
     for item in items:
-        suite = getattr(getattr(item, "cls", None), "__name__", "")
-        if not item.name.startswith(ALWAYS.get(suite, "")) or item.name.startswith(LATER.get(suite, ())):
+        always = ALWAYS.get(getattr(getattr(item, "cls", None), "__name__", ""))
+        if always and not item.name.startswith(always):
             item.add_marker(pytest.mark.slow)
 
 
