@@ -21,6 +21,12 @@ os.environ["SEER_JAX_COMPILATION_CACHE"] = "off"
 # No test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Two thirds of the tests' time is compiling. The workers, the processes that tests start, and later runs share what is compiled;
+# `make clean` removes it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -34,11 +40,6 @@ from tests.packaging.checkout import PACKAGES, RECIPE, ROOT
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not the first device, so that code which takes the first one, whatever its arguments say, meets arrays of another.
 jax.config.update("jax_default_device", jax.devices()[-1])
-
-# Two thirds of the tests' time is compiling. The workers, and later runs, share what is compiled; `make clean` removes it.
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Shapes and types of the public signatures are checked at every call, in tests alone.
 if importlib.util.find_spec("beartype"):

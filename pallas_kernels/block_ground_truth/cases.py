@@ -141,7 +141,7 @@ TINY = (
 HALF = (
     Case("half-block-scores", Heads(2, 1, 64), 330),
     Case("half-token-scores", Heads(4, 2, 128), 200, block_scores=False, token_scores=True),
-    Case("half-ragged", Heads(2, 1, 64), 320, batch=3, token_scores=True, lengths=(320, 65, 0), dtype="float16"),
+    Case("half-ragged", Heads(2, 1, 64), 130, batch=3, token_scores=True, lengths=(130, 65, 0), dtype="float16"),
     Case("half-packed", Heads(2, 1, 64), 500, token_scores=True, segments=(100, 64, 17, 200)),
     Case("half-blocks-of-128", Heads(2, 1, 64), 500, block_size=128, token_scores=True, segments=(200, 150)),
     Case("half-block-scores-by-mass", Heads(2, 1, 128), 330, statistic="mass", dtype="float16"),

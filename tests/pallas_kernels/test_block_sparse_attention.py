@@ -63,8 +63,16 @@ def test_mosaic_gpu_lowers_for_cuda(case: Case):
     assert_lowers_for_cuda(block_sparse_attention, case, density=case.density, return_lse=True)
 
 
-@pytest.mark.parametrize("settings", [{}, {"density": 1.0}, {"lists": 1}, {"block_size": 128}], ids=str)
-@pytest.mark.parametrize("cached", [False, True], ids=["padded", "cached"])
+KERNELS: list[dict[str, Any]] = [{}, {"density": 1.0}, {"lists": 1}, {"block_size": 128}]
+# In every run each kernel once, by turns with a cache and without.
+IN_TURNS = [
+    pytest.param(settings, cached, marks=() if cached == number % 2 else pytest.mark.slow)
+    for number, settings in enumerate(KERNELS)
+    for cached in (False, True)
+]
+
+
+@pytest.mark.parametrize(("settings", "cached"), IN_TURNS, ids=str)
 def test_each_kernel_lowers_for_cuda_with_padding(settings: dict[str, Any], cached: bool):
     case = Case("padded", Heads(2, 1, 64), 520, batch=2, lengths=(520, 301), **settings)
     rows = {"cache_rows": jnp.asarray([1, 0])} if cached else {}

@@ -1,9 +1,12 @@
-"""Tests of this folder hold float32 base models to float32 bounds. Runs of tests share compiled programs."""
+"""Tests of this folder hold float32 base models to float32 bounds. Most runs here are of the same program."""
 
-import jax
+import dataclasses
+import shutil
+from pathlib import Path
+
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from seer_jax.train import TrainResult
 from tests.train.runs import run_to
 
 
@@ -13,31 +16,17 @@ def products(exact_products: None) -> None:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """The folder of compiled programs."""
-    return tmp_path_factory.mktemp("compiled")
+def runs() -> list[tuple[Path, TrainResult]]:
+    """The one run of `undisturbed`, once it was made."""
+    return []
 
 
 @pytest.fixture(scope="module")
-def compilation_cache(compiled):
-    """Most runs here are of the same program, which takes seconds to compile; processes of the tests share it too."""
-    settings = {
-        "jax_compilation_cache_dir": str(compiled),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, compile_quickly, compilation_cache):
-    """(folder, result) of the run that others are compared with."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, run_to(folder)
+def undisturbed(tmp_path_factory, runs, compile_quickly):
+    """(folder, result) of the run that others are compared with: a copy for each module, whose tests may change it."""
+    if not runs:
+        folder = tmp_path_factory.mktemp("first")
+        runs.append((folder, run_to(folder)))
+    (first, result), folder = runs[0], tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(first, folder)
+    return folder, dataclasses.replace(result, gates=tuple(folder / gate.name for gate in result.gates))

@@ -29,7 +29,7 @@ from seer_jax.train.optimizer import make_schedule
 from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
 from tests.train.tiny import DECODE, make_model, make_rows
 
-pytestmark = pytest.mark.usefixtures("compile_quickly", "compilation_cache")
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def other_runs():

@@ -36,7 +36,7 @@ from tests.train.tiny import DECODE, LENGTH, PREFILL, distill_config, finetune_c
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("compile_quickly", "compilation_cache")
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 FINER = {
@@ -120,7 +120,8 @@ def kill_when(condition, folder: Path) -> bool:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.train.runs", folder],
         cwd=ROOT,
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # four programs, each run for a moment
+        # Four programs, each run for a moment.
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"},
         stderr=log,
         stdout=log,
     )

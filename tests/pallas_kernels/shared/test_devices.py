@@ -126,7 +126,7 @@ TRANSFORMS: dict[str, Callable] = {
 }
 
 
-SELECTED = [pytest.param(x, marks=pytest.mark.slow if x in ("scan", "checkpoint") else ()) for x in TRANSFORMS]
+SELECTED = [pytest.param(x, marks=pytest.mark.slow if x in ("vmap", "scan", "checkpoint") else ()) for x in TRANSFORMS]
 
 
 @pytest.mark.cpu

@@ -320,7 +320,10 @@ class Definition(IgnoresPadding):
 class Conformance(Definition):
     """Properties that backends have beyond those of the definition: every dtype, gradients, and transformations."""
 
-    @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+    # The others are compared with NumPy in every run.
+    @pytest.mark.parametrize(
+        "case", slow_but(TINY, "one-list", "no-groups", "bf16", "bf16-ragged"), ids=lambda case: case.name
+    )
     def test_errs_no_more_than_plain_attention(self, case: Case):
         arguments = case.arguments(KEY)
         compare_with_plain_attention(arguments, lambda: self.run(**arguments))
@@ -344,7 +347,9 @@ class Conformance(Definition):
                 assert_within_rounding(x[i], single)
                 assert_within_rounding(y[i], single)
 
-    @pytest.mark.parametrize("case", [named("ragged"), named("group-lists")], ids=lambda case: case.name)
+    @pytest.mark.parametrize(
+        "case", slow_but([named("ragged"), named("group-lists")], "ragged"), ids=lambda case: case.name
+    )
     def test_gradients_of_output_and_lse(self, case: Case):
         arguments = case.arguments(KEY)
         weights, lse_weights = np.asarray(arguments["q"]), np.asarray(arguments["q"]).sum(-1)

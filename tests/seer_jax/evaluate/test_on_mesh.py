@@ -68,14 +68,16 @@ OPERATIONS: dict[str, Callable[[Transformer], Any]] = {
 }
 
 
-DECODING = [name for name, kind in SCORERS.items() if "decode" in kind.phases()]
+DECODING = [
+    name for name, kind in SCORERS.items() if "decode" in kind.phases() and name != "gate"
+]  # whose are "windows"
 OPERATIONS |= {
     f"windows, {name}": functools.partial(lambda name, model: score_windows(model, ROWS, parse_policy(f"topk:0.4:{name}")), name)
     for name in DECODING
 }  # fmt: skip
 FAST = {("prompts", "data=2,tensor=2")}
 # On every mesh; the others on one each, in turn.
-EVERYWHERE = ("prompts", "decoded")
+EVERYWHERE = ("prompts",)
 CASES = [
     (name, text)
     for i, name in enumerate(OPERATIONS)

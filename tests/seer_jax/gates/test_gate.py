@@ -112,10 +112,13 @@ FINER_PREFILL = [
     dataclasses.replace(DEFAULT, q_pool_size=2, k_pool_size=1, force_double=True, **AVG),
     dataclasses.replace(DEFAULT, block_size=32, q_pool_size=8, k_pool_size=16),
 ]
-QUERIES = [dataclasses.replace(DEFAULT, q_pooling=q, **form) for q in POOLINGS for form in FORMS]
-KEYS = [dataclasses.replace(DEFAULT, k_pooling=k, **form) for k in POOLINGS for form in FORMS]
+# Each pooling in the first form and in one of the others, which take turns.
+QUERIES = [
+    dataclasses.replace(DEFAULT, q_pooling=q, **FORMS[n]) for i, q in enumerate(POOLINGS) for n in (0, 1 + i % 2)
+]
+KEYS = [dataclasses.replace(DEFAULT, k_pooling=k, **FORMS[n]) for i, k in enumerate(POOLINGS) for n in (0, 2 - i % 2)]
 PREFILL = list(dict.fromkeys([*FINER_PREFILL, *QUERIES, *KEYS]))
-COARSE = KEYS[-3:]
+COARSE = [dataclasses.replace(DEFAULT, k_pooling=POOLINGS[-1], **form) for form in FORMS]
 
 
 def of_two_kinds(config: PrefillGateConfig) -> bool:

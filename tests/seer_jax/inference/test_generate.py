@@ -97,7 +97,8 @@ def test_layers_and_steps_are_told_apart():
     """The kept share of each layer is that of the mask given for it, at the steps of each row alone."""
     masks = np.zeros((2, len(LENGTHS), 2, 4), bool)
     masks[0, ..., :1] = masks[1, ..., :2] = True
-    generated = run(decode=Given(jnp.asarray(masks), block_size=16))
+    everything = np.ones((2, len(LENGTHS), 1, 3, 3), bool)  # given too, as in another test, whose program this is
+    generated = run(prefill=Given(jnp.asarray(everything), 16), decode=Given(jnp.asarray(masks), block_size=16))
     for row, n in enumerate(LENGTHS):
         visible = np.arange(n, n + NEW - 1) // 16 + 1
         kept = np.stack([1 / visible, np.minimum(visible, 2) / visible], 1)
@@ -182,15 +183,14 @@ def test_a_stream_gives_the_tokens_of_generate(chunk: int):
 
 def test_the_value_of_a_finished_stream_is_what_generate_returns():
     tokens, lengths = prompts()
-    drawn: dict[str, Any] = dict(SPARSE, sampling=SAMPLE, key=jax.random.key(3))  # programs of the test above
-    pieces = stream(llama(), tokens, lengths, max_new_tokens=NEW, eos=NEVER, chunk=7, **drawn)
+    pieces = stream(llama(), tokens, lengths, max_new_tokens=NEW, eos=NEVER, chunk=7, **SPARSE)
     while True:
         try:
             next(pieces)
         except StopIteration as stop:
             result = stop.value
             break
-    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(run(**drawn)), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(run(**SPARSE)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -246,6 +246,7 @@ def test_the_loop_ends_with_its_last_row(monkeypatch: pytest.MonkeyPatch):
     assert int(states[1].step) == generated.lengths.max() < NEW
 
 
+@pytest.mark.slow
 def test_one_new_token_needs_no_step():
     generated = run(**SPARSE, max_new_tokens=1)
     assert generated.rows() == [row[:1] for row in run(**SPARSE).rows()]
@@ -292,6 +293,7 @@ def test_both_gates_together_serve_a_row_as_if_it_were_alone():
     np.testing.assert_allclose(alone.decode_kept_steps[..., 0], together.decode_kept_steps[..., 3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_random_blocks_of_a_row_do_not_depend_on_its_neighbours():
     _, lengths = prompts()
     shorter = np.minimum(lengths, [9, 9, 9, 41])
@@ -340,7 +342,7 @@ def test_only_shapes_and_static_fields_compile_anew(monkeypatch: pytest.MonkeyPa
 def test_masks_are_those_of_the_prompts_whatever_programs_are_made_for():
     """With blocks of 16, a prompt of 41 tokens has 3; its program has room for 4, and its cache for 8."""
     prefill, decode = np.ones((2, len(LENGTHS), 1, 3, 3), bool), np.ones((2, len(LENGTHS), 2, 4), bool)
-    result = run(prefill=Given(prefill, 16), decode=Given(decode, 16), eos=())
+    result = run(prefill=Given(jnp.asarray(prefill), 16), decode=Given(jnp.asarray(decode), 16), eos=())
     assert result.rows() == run(eos=()).rows()
     np.testing.assert_array_equal(result.prefill_kept, 1)
     np.testing.assert_array_equal(result.decode_kept_steps, 1)

@@ -27,7 +27,7 @@ from seer_jax.selection.context import Context, DecodeContext, PrefillContext
 from seer_jax.selection.policies import Dense, Given, Policy
 from seer_jax.selection.rules import CumulativeMass, RankingPolicy, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import Oracle, Random, SinkWindow
-from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
+from tests.seer_jax.conftest import LLAMA, QWEN2, QWEN3, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -121,6 +121,9 @@ def test_kept_share_falls_and_output_changes(policy: Policy):
     assert relative(hidden, dense) > 1e-4
 
 
+@pytest.mark.parametrize(
+    "model", [QWEN2, pytest.param(QWEN3, marks=pytest.mark.slow)], ids=lambda c: c.family, indirect=True
+)
 def test_given_masks_equal_masked_dense_attention(model: Transformer):
     """Each layer's output with random block masks equals softmax attention under the same mask, token by token."""
     tokens, _ = batch()

@@ -15,6 +15,8 @@ from pallas_kernels import devices
 from seer_jax.models import dense_attention as module
 from seer_jax.models.dense_attention import dense_attention
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MARK = 1000.0  # which the stand-in for cuDNN adds, so that programs tell what runs
 
 

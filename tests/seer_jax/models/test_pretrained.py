@@ -18,6 +18,8 @@ from seer_jax.sharding import make_mesh, place
 from seer_jax.train.data.tokens import ModelTokenizer
 from tests.seer_jax.conftest import LLAMA, QWEN3, tiny_model
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TINY_LM = tiny_lm.path()
 
 

@@ -88,8 +88,10 @@ def llama_70b() -> Transformer:
 SPARSE_70B: dict[str, Any] = dict(prefill=TopK(0.1), decode=TokenBudget(4096))
 
 
-@pytest.mark.parametrize(("new", "policies"), [(2, {}), pytest.param(1024, SPARSE_70B, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("mesh", "cache"), [("tensor=8", 5.0), ("fsdp=8", 40.0)])
+@pytest.mark.parametrize(
+    ("mesh", "cache", "new", "policies"),
+    [("tensor=8", 5.0, 2, {}), pytest.param("fsdp=8", 40.0, 1024, SPARSE_70B, marks=pytest.mark.slow)],
+)
 def test_a_model_of_70b_is_planned_for_eight_devices(mesh: str, cache: float, new: int, policies: dict[str, Any]):
     """141 GB of weights over 8 devices, and the keys and values of 128k tokens, as everyone's arithmetic has them; scratch holds a layer's
     activations, and with fsdp its weights."""

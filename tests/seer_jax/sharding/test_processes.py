@@ -17,7 +17,7 @@ from seer_jax.evaluate import score_windows
 from tests.packaging.checkout import ROOT
 from tests.seer_jax.conftest import tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.cpu]
+pytestmark = [pytest.mark.slow, pytest.mark.cpu, pytest.mark.usefixtures("compile_quickly")]
 SCRIPT = Path(__file__).with_name("one_of_two.py")
 
 
@@ -38,7 +38,8 @@ def run_two(mesh: str, folder: Path) -> list[dict]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = "--xla_force_host_platform_device_count=2"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | settings | {"PYTHONPATH": str(ROOT)}
     commands = ([sys.executable, str(SCRIPT), str(i), str(port), mesh, str(folder)] for i in range(2))
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -108,9 +108,7 @@ def test_both_gates_learn_the_target_that_the_settings_name(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kinds", "sizes"), [(("decode",), (10,)), pytest.param(("prefill", "decode"), (2, 10, 24), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kinds", "sizes"), [(("decode",), (10,)), (("prefill", "decode"), (2, 24))])
 def test_chunks_of_queries_have_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch, kinds: tuple, sizes: tuple):
     """Two rows of 24 blocks, of which recall takes every third token: chunks of 1, 5 (the last one reaches back) and 12."""
     length = 24 * BLOCK

@@ -24,7 +24,7 @@ from seer_jax.train.finetuning import prepare, write
 from tests.train.runs import ignore, lines, raising
 from tests.train.tiny import CONFIG, DECODE, LENGTH, finetune_config, make_model, make_rows
 
-pytestmark = pytest.mark.usefixtures("compile_quickly", "compilation_cache")
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 SMALL = dataclasses.replace(CONFIG, max_position_embeddings=LENGTH // 2)
 # Learning rates at which a dozen steps show.
@@ -55,7 +55,6 @@ def finetuned(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     compile_quickly: None,
-    compilation_cache: None,
 ) -> tuple[str, Path, TrainResult]:
     """(kind, folder, result) of a run beyond the context of its model, by YaRN."""
     folder = tmp_path_factory.mktemp("finetuned")

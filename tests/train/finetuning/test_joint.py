@@ -33,7 +33,7 @@ from tests.seer_jax.sharding.spread import unordered
 from tests.train.runs import ignore, lines
 from tests.train.tiny import BLOCK, DECODE, LENGTH, PREFILL, distill_config, finetune_config, make_model, make_rows
 
-pytestmark = pytest.mark.usefixtures("compile_quickly", "compilation_cache")
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 RUN = finetune_config(
     steps=8, density=0.4, lora=LoraConfig(4, 8.0), optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2)

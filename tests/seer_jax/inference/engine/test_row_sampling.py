@@ -9,6 +9,8 @@ from seer_jax import Greedy, Sample
 from seer_jax.inference.engine.row_sampling import RowSampling
 from seer_jax.inference.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 METHODS: tuple[Sampling, ...] = (
     Greedy(),
     Sample(0.9),
