@@ -13,9 +13,9 @@ from seer_jax.sharding import make_mesh, place
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
 MESHES = ["data=2,tensor=2", "fsdp=4", "tensor=4"]
-# Each axis by itself, for machines with two GPUs.
+# Each axis by itself, on machines with two GPUs; on CPUs meshes of four are enough.
 OF_TWO = [
-    pytest.param(f"{axis}=2", marks=(pytest.mark.mesh(2), pytest.mark.slow)) for axis in ("data", "fsdp", "tensor")
+    pytest.param(f"{axis}=2", marks=(pytest.mark.mesh(2), pytest.mark.gpu)) for axis in ("data", "fsdp", "tensor")
 ]
 BIASED = dataclasses.replace(LLAMA, qkv_bias=True, o_bias=True, mlp_bias=True)
 BATCH, WIDTH = 4, 112

@@ -59,7 +59,7 @@ CASES = [
         )
     ),
     *(
-        pytest.param(*case, marks=(pytest.mark.mesh(2), pytest.mark.slow))
+        pytest.param(*case, marks=(pytest.mark.mesh(2), pytest.mark.gpu))
         for case in (("decode", "data=2"), ("finer", "tensor=2"), ("all weights", "fsdp=2"))
     ),
 ]
@@ -200,7 +200,7 @@ def state_on(text: str | None) -> RunState:
     [
         *TOPOLOGIES[:2],
         pytest.param(*TOPOLOGIES[2], marks=pytest.mark.slow),
-        pytest.param("fsdp=2", None, marks=(pytest.mark.mesh(2), pytest.mark.slow)),
+        pytest.param("fsdp=2", None, marks=(pytest.mark.mesh(2), pytest.mark.gpu)),
     ],
 )
 def test_checkpoints_are_restored_on_another_mesh(before: str | None, after: str | None, tmp_path: Path):
@@ -227,7 +227,7 @@ def test_checkpoints_are_restored_on_another_mesh(before: str | None, after: str
     [
         (distill_config(steps=8), *TOPOLOGIES[0]),
         (finetune_config(steps=8), *TOPOLOGIES[1]),
-        pytest.param(finetune_config(steps=8), "fsdp=2", None, marks=pytest.mark.mesh(2)),
+        pytest.param(finetune_config(steps=8), "fsdp=2", None, marks=(pytest.mark.mesh(2), pytest.mark.gpu)),
     ],
     ids=["distill", "finetune", "finetune, of two devices"],
 )
