@@ -91,6 +91,28 @@ def test_prefill(two_milliseconds: Timed, tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.slow
 @shapes_stand_for_arrays
+def test_a_model_reads_prompts_in_chunks_and_dense_attention_is_left_out(two_milliseconds: Timed, tmp_path: Path):
+    words = [
+        "bench",
+        "prefill",
+        "--shape",
+        "tiny",
+        "--lengths",
+        "256",
+        "--only",
+        "model",
+        "--chunk",
+        "128",
+        "--no-dense",
+    ]
+    assert main([*words, "--output", str(tmp_path / "bench.json")]) == 0
+    (line,) = json.loads((tmp_path / "bench.json").read_text())["measurements"]
+    assert line["case"] == "256, 0.1, chunks of 128" and line["settings"]["chunk"] == 128
+    assert line["failure"] is None and line["results"]["milliseconds"] == 2 and line["results"]["speedup"] is None
+
+
+@pytest.mark.slow
+@shapes_stand_for_arrays
 def test_skipping_is_measured_beside_none(two_milliseconds: Timed):
     settings: dict[str, Any] = dict(densities=(1.0,), only=("attention",), skip_thresholds=(1e-2,), peak=2.0)
     whole, skips = aligned_cases(PrefillBench(ModelShape.TINY, (450,), **settings))[2:4]
@@ -557,6 +579,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]):
             2,
             "only must name model where a --chunk is given",
         ),
+        (["bench", "prefill", "--only", "cases", "--no-dense"], 2, "only must name model where --dense is off"),
         (["bench", "ground-truth", "--chunk", "100"], 2, "a multiple of the 64 tokens"),
         (["bench", "ground-truth", "--wanted"], 2, "wanted must name some of blocks, tokens, both, neither; got none"),
         (["bench", "ground-truth", "--statistics"], 2, "statistics must name some of max, mass; got none"),
