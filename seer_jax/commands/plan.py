@@ -10,8 +10,8 @@ from seer_jax.bench.models import abstract_model
 from seer_jax.bench.scaling.estimates import MeshSize, decode, prefill
 from seer_jax.checks import check_at_least
 from seer_jax.commands import ExitCode
-from seer_jax.commands.arguments import AdapterOptions, HubOptions, parse
-from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.commands.arguments import AdapterOptions, HubOptions, model_of, parse
+from seer_jax.gates.kinds import GateKind, gates_of_kind
 from seer_jax.inference.generate import plan_memory
 from seer_jax.inference.memory import GIB, MemoryPlan
 from seer_jax.inference.request import Request
@@ -28,7 +28,7 @@ SHAPES = tuple(shape.value for shape in ModelShape if shape is not ModelShape.TI
 DESCRIPTION = f"""Says what memory and time a generation would take on one device, or on each device of a mesh that need not be there. Weights are
 not read; what one device computes is compiled for the device that is here.
 
-The model is a name or folder as in every command, or a shape: {", ".join(SHAPES)} (with untrained gates).
+The model is a name or folder as in every command, or a shape: {", ".join(SHAPES)} (with untrained gates of a kind).
 
   seer-jax plan --model llama-3.1-70b --mesh tensor=8 --length 128000
   seer-jax plan --model tiny-lm --gates tiny-lm --length 4096 --batch 8
@@ -51,8 +51,10 @@ class PlanConfig(HubOptions, AdapterOptions):
     """Says what memory and time a generation would take.
 
     Attributes:
-      model: folder, GGUF file or hub id of the base model, tiny-lm, smollm2, or a shape such as llama-3.1-70b.
+      model: folder, GGUF file or hub id of the base model, tiny-lm, smollm2, or a shape such as llama-3.1-70b. None: the base model that the
+        gates or the adapter name, otherwise llama-3.1-8b.
       gates: folders, hub ids or names (such as smollm2) of one prefill gate, one decode gate, or both; shapes have both.
+      kind: of the gates of a shape: those of the release with 128 channels, or fine ones (see seer-jax demo) with 64.
       mesh: devices along the axes data, fsdp and tensor, such as tensor=8 or data=2,tensor=4; None: one device.
       length: tokens of each prompt.
       batch: prompts.
@@ -68,8 +70,9 @@ class PlanConfig(HubOptions, AdapterOptions):
         tokens, above that 8192 at a time where the policy for prompts allows it.
     """
 
-    model: str = ModelShape.LLAMA_3_1_8B.value
+    model: str | None = None
     gates: tuple[str, ...] = ()
+    kind: GateKind = GateKind.RELEASE
     mesh: str | None = None
     length: int = 65536
     batch: int = 1
@@ -92,10 +95,12 @@ class PlanConfig(HubOptions, AdapterOptions):
         if self.model in SHAPES and self.gates:
             raise ValueError(
                 f"gates must be left out where the model is a shape, which has some; got {self.gates[0]} for {self.model}. Name the base "
-                "model that they are for: model=..."
+                "model that they are for, or none."
             )
         if self.model in SHAPES and self.adapter is not None:
             raise ValueError(f"adapter must be left out where the model is a shape; got {self.adapter}.")
+        if self.shape is None and self.kind is not PlanConfig.kind:
+            raise ValueError(f"kind must be left out where the model is no shape; got {self.kind}. Name gates instead.")
         if self.finetune is not None:
             self._check_finetuning()
 
@@ -123,6 +128,13 @@ class PlanConfig(HubOptions, AdapterOptions):
             )
 
     @property
+    def shape(self) -> ModelShape | None:
+        """Of the model, where it is nothing but one."""
+        if self.model is None:
+            return None if self.gates or self.adapter is not None else ModelShape.LLAMA_3_1_8B
+        return ModelShape(self.model) if self.model in SHAPES else None
+
+    @property
     def size(self) -> MeshSize:
         """Devices along the axes of the mesh."""
         return MeshSize() if self.mesh is None else MeshSize(**mesh_sizes(self.mesh))
@@ -141,11 +153,13 @@ def run(words: list[str]) -> int:
 
 def load_shapes(config: PlanConfig) -> Transformer:
     """The model, of shapes."""
-    if config.model in SHAPES:
-        gates = PrefillGateConfig(), DecodeGateConfig()
-        return abstract_model(MODELS[ModelShape(config.model)], *gates, dtype=config.dtype)
+    if config.shape is not None:
+        channels = 128 if config.kind is GateKind.RELEASE else 64
+        gates = gates_of_kind(config.kind, block_size=64, gate_dim=channels)
+        return abstract_model(MODELS[config.shape], gates.prefill, gates.decode, dtype=config.dtype)
+    name = model_of(config.model, config.gates, config.hub, config.adapter)
     settings: dict[str, Any] = {"adapter": config.adapter, **config.hub}
-    return from_pretrained(config.model, config.gates, dtype=config.dtype, abstract=True, **settings)
+    return from_pretrained(name, config.gates, dtype=config.dtype, abstract=True, **settings)
 
 
 def plan_of(config: PlanConfig, model: Transformer) -> MemoryPlan:

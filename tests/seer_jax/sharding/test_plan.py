@@ -43,6 +43,21 @@ def test_a_model_is_compiled_for_its_part(capsys: pytest.CaptureFixture[str]):
     assert "The policy for prefill is counted as dense there: what it keeps depends on the text." in text
 
 
+def test_gates_name_their_model(capsys: pytest.CaptureFixture[str]):
+    words = "--gates tiny-lm --length 64 --max-new-tokens 1 --no-compiled"
+    assert run(words, capsys) == run(f"--model tiny-lm {words}", capsys)
+
+
+def test_finer_gates_of_a_shape_keep_more_keys(capsys: pytest.CaptureFixture[str]):
+    """While decoding: eight keys of 64 channels per block in place of one of 128."""
+    sizes = []
+    for kind in ("release", "fine"):
+        text = run(f"--kind {kind} --length 65280 --decode topk:0.1 --no-compiled", capsys)
+        (line,) = (line for line in text.splitlines() if "keys of gates" in line)
+        sizes.append(float(line.split()[-2]))
+    assert sizes[1] == pytest.approx(4 * sizes[0], abs=3e-3)
+
+
 GIB_8B = 8_030_261_248 * 2 / 2**30  # bfloat16
 GATE_8B = 32 * 32 * 3 * 128 * 128 / 2**30  # layers, heads, 3 pools D, C
 ADAPTER_8B = 32 * 16 * (4096 * 9 + 1024 * 2 + 14336 * 3) / 2**30
@@ -101,8 +116,14 @@ def test_a_step_of_fine_tuning_is_compiled(capsys: pytest.CaptureFixture[str]):
         ("--finetune full --prefill mass:0.9", 2, "--prefill must be topk:DENSITY with --finetune, ranked"),
         ("--finetune full --prefill topk:0.1:oracle", 2, "that trains along; got topk:0.1:oracle. Write topk:0.1"),
         ("--finetune full --model tiny-lm --prefill topk:0.5", 1, "the model has none. Add --gates ..."),
-        ("--adapter x", 2, "--adapter must be left out where the model is a shape; got x"),
-        ("--gates tiny-lm", 2, "got tiny-lm for llama-3.1-8b. Name the base model that they are for: --model ..."),
+        ("--model llama-3.1-8b --adapter x", 2, "--adapter must be left out where the model is a shape; got x"),
+        (
+            "--model llama-3.1-8b --gates tiny-lm",
+            2,
+            "got tiny-lm for llama-3.1-8b. Name the base model that they are for, or none.",
+        ),
+        ("--model tiny-lm --kind fine", 2, "--kind must be left out where the model is no shape; got fine. Name gates"),
+        ("--gates tiny-lm --kind fine", 2, "--kind must be left out where the model is no shape"),
         ("--length 131072", 1, "must fit the model's context of 131072 tokens; got 131072 + 256"),
         ("--model tiny-lm --prefill threshold:0.1 --length 64", 1, "no prefill gate"),
     ],
