@@ -17,7 +17,7 @@ def check_block_size(where: str, block_size: int) -> None:
     check_size(where, block_size, BLOCK_SIZES)
 
 
-def check_size(where: str, block_size: Any, sizes: tuple[int, ...]) -> None:
+def check_size(where: str, block_size: Any, sizes: tuple[Any, ...]) -> None:
     """Raises ValueError unless `block_size` is one of `sizes`; 64.0 and True, which equal one, are none."""
     if not is_whole(block_size) or block_size not in sizes:
         raise ValueError(f"{where}: block_size must be one of {sizes} tokens; got {block_size!r}.")
