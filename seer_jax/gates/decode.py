@@ -68,9 +68,18 @@ class DecodeGate(Recommending, nnx.Module):
     def num_lists(self) -> int:
         return self.model.num_kv_heads
 
+    def _query_heads(self, shape: tuple[int, ...]) -> int:
+        """Query heads that queries of a shape must have: the model's, or where devices of a mesh share a key/value head all of its group."""
+        kv_heads, reduction = self.model.num_kv_heads, self.config.query_reduction
+        if reduction in (QueryReduction.PROJ, QueryReduction.HEADS):
+            assert self.linear_q is not None
+            return kv_heads * self.linear_q.shape[-3]
+        return shape[2] if kv_heads == 1 and len(shape) == 4 else self.model.num_heads
+
     def queries(self, q: Float[Array, "B T H D"], positions: Int[Array, "#B T"]) -> Float32[Array, "B T heads C"]:
         """The gate's queries, one per token and key/value head, with HEADS per token and query head; q before RoPE."""
-        check_vectors("q", q, self.model.num_heads, self.model.head_dim, positions, self.linear_k.shape)
+        check_array("gate", "q", q)
+        check_vectors("q", q, self._query_heads(q.shape), self.model.head_dim, positions, self.linear_k.shape)
         if self.config.has_head_queries:
             assert self.linear_q is not None
             weight = self.linear_q[...]
