@@ -40,7 +40,7 @@ class Table:
     columns: tuple[Column, ...]
 
 
-MILLISECONDS = Column("ms", "milliseconds", ".4g", "milliseconds of one call, median of 5 runs")
+MILLISECONDS = Column("ms", "milliseconds", ".4g", "milliseconds of one call, median of 5 runs, 3 above a second")
 DENSITY = Column("kept", "density", ".1%", "share of the causal map's blocks that are kept, measured")
 LISTED = Column("kept", "density", ".1%", "share of a sequence's blocks that are listed, measured")
 ERRORS = (

@@ -26,6 +26,9 @@ def write_mix(text: Text, pages: Iterable[str], folder: Path, *, characters: int
       folder: of the file.
       characters: of the text, at least, as far as there are pages.
       seed: of the order of source files, and of pass keys and their places.
+
+    Raises:
+      ValueError: the interpreter has no source code to mix in.
     """
     path = folder / f"{text}-{characters}-{seed}.jsonl"
     if not path.exists():
@@ -47,7 +50,11 @@ def _up_to(documents: Iterable[str], characters: int) -> Iterator[str]:
 
 def _with_code(pages: Iterable[str], rng: np.random.Generator) -> Iterator[str]:
     """Pages with source files of the standard library between them, as long as there are any."""
-    files = source_files(Path(sysconfig.get_path("stdlib")))
+    files = source_files(library := Path(sysconfig.get_path("stdlib")))
+    if not files:
+        raise ValueError(
+            f"The standard library in {library} must have its source code, to train on code; got none. Use an interpreter that has it, or leave out with-code."
+        )
     order = iter(rng.permutation(len(files)).tolist())
     for number, page in enumerate(pages, start=1):
         yield page
