@@ -177,7 +177,7 @@ def save_gates(
       training: how far the gate is trained, JSON, for readers of the folder; it becomes `seer_jax_training` in `config.json`.
       calibration: how the policy was found, likewise; it becomes `seer_jax_calibration`.
       copies: files to copy into the folder in the same step, such as the base model's; a `config.json` among them is left out.
-      force: the gate replaces one whose weights are in the other format.
+      force: the gate replaces one of the other kind, or one whose weights are in the other format.
 
     Returns:
       The weight file.
@@ -185,7 +185,8 @@ def save_gates(
     Raises:
       ValueError: an argument is of another kind, hf_config describes another model, the policy ranks by a scorer that is not registered,
         or the format is .pth and the release has no such gate.
-      FileExistsError: the folder has weights in the other format, which would then belong to another gate, and force is False.
+      FileExistsError: the folder has a gate of the other kind, or weights in the other format, which would then belong to another gate, and
+        force is False.
       OSError: a file can't be written, such as on a full disk.
     """
     if not isinstance(gate, PrefillGate | DecodeGate):
@@ -204,6 +205,11 @@ def save_gates(
     if (folder / other.file_name).exists() and not force:
         raise FileExistsError(
             f"A folder must hold one gate; {folder} already has {other.file_name}. Choose another folder, or replace it with force=True."
+        )
+    if not force and (there := _kind_in(folder)) not in (None, type(gate)):
+        raise FileExistsError(
+            f"A folder must hold one gate; {folder} has a {there.__name__}, which a {type(gate).__name__} would replace. Choose another folder, or "
+            "replace it with force=True."
         )
     hf = dict(config_to_hf(gate.model) if hf_config is None else hf_config)
     _check_same_model(str(folder), hf, config_from_hf(hf), gate.model)
@@ -313,6 +319,17 @@ def abstract_gate(config: GateConfig, model: ModelConfig) -> PrefillGate | Decod
 def _weight_file(folder: Path) -> Path:
     paths = [folder / format.file_name for format in (GateFormat.SAFETENSORS, GateFormat.TORCH)]
     return next((path for path in paths if path.is_file()), paths[0])
+
+
+def _kind_in(folder: Path) -> type[PrefillGate | DecodeGate] | None:
+    """Of the gate that a folder holds; None where there is none, or a damaged one."""
+    if not _weight_file(folder).is_file():
+        return None
+    try:
+        config = gate_config_from_hf(read_config(folder))
+    except (ValueError, OSError):
+        return None
+    return PrefillGate if isinstance(config, PrefillGateConfig) else DecodeGate
 
 
 def _check_same_model(place: str, hf: Mapping[str, Any], found: ModelConfig, expected: ModelConfig) -> None:

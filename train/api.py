@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from seer_jax.models.hub import read_config, resolve, resolve_gates
 from seer_jax.sharding import make_mesh, place
 from seer_jax.sharding.processes import ending_together, first_alone, is_first
 from seer_jax.train import finetuning
-from seer_jax.train.config import DistillConfig, FinetuneConfig, TrainConfig, absolute, to_dict
+from seer_jax.train.config import DistillConfig, FinetuneConfig, TargetStatistic, TrainConfig, absolute, to_dict
 from seer_jax.train.data.batches import hold_out, load_dataset
 from seer_jax.train.data.packing import PackedDataset
 from seer_jax.train.data.sources import check_sources
@@ -82,7 +81,7 @@ def distill(
         if config.output is not None:
             hf_config = finetuning.describe(model.config, _config_json(config, given))
         _check_context(config, model)
-        gates = _attach_gates(config, model)
+        config, gates = _attach_gates(config, model)
         settings = {"model": to_dict(model.config), "gates": [to_dict(gate) for gate in gates]}
         session.accept(config=config.defining(), **settings)
         _check_no_others(session, () if config.output is None else _gate_folders(config), "gates")
@@ -260,11 +259,11 @@ def _start(config: TrainConfig, model: Transformer | None, mesh: Mesh | None, se
     return from_pretrained(config.model, adapter=adapter, dtype=config.dtype, mesh=mesh)
 
 
-def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]:
-    """Gives the model the gates that it lacks; returns the configurations of those that train."""
+def _attach_gates(config: DistillConfig, model: Transformer) -> tuple[DistillConfig, list[GateConfig]]:
+    """Gives the model the gates that it lacks; returns the settings with their target, and the configurations of the gates that train."""
     rngs = nnx.Rngs(config.seed)
     names = config.kind.attributes
-    _load_initial_gates(config, model, names)
+    target = _load_initial_gates(config, model, names)
     for name in names:
         if getattr(model, name) is None:
             model.add_gate(getattr(config, name.removesuffix("_gate")), rngs=rngs)
@@ -277,11 +276,12 @@ def _attach_gates(config: DistillConfig, model: Transformer) -> list[GateConfig]
             "The gates must have one block size, and it must divide sequence_length; "
             f"got block sizes {sizes} and sequence_length={config.sequence_length}."
         )
-    return gates
+    return dataclasses.replace(config, target=target), gates
 
 
-def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequence[str]) -> None:
-    """Gives the model the gates that training starts from."""
+def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequence[str]) -> TargetStatistic:
+    """Gives the model the gates that training starts from; returns the target, of the settings or else of those gates."""
+    targets: dict[TargetStatistic, Path] = {}
     for location in resolve_gates(config.initial_gates, GATE_PATTERNS):
         gate = load_gates(location, model.config)
         name = "prefill_gate" if isinstance(gate.config, PrefillGateConfig) else "decode_gate"
@@ -304,13 +304,16 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
                 f"The settings of a gate must be those of its initial gate, {location}: {', '.join(rules)}; got {', '.join(got)}. Set them "
                 f"so, or leave out all settings of the {kind} gate."
             )
-        if (target := finetuning.distilled_target(location)) not in (None, config.target):
-            warnings.warn(
-                f"The gate in {location} was distilled on the target {target}; this run trains it on {config.target}. To go on with {target}, "
-                f"set target (--target) to {target}.",
-                stacklevel=2,
-            )
+        if (target := finetuning.distilled_target(location)) is not None:
+            targets[target] = location
         model.attach(gate)
+    if config.target is None and len(targets) > 1:
+        listed = " and ".join(f"{target} ({location})" for target, location in targets.items())
+        raise ValueError(
+            f"Gates that are trained further together must have one target; got {listed}. Choose one (target, --target), or train one gate "
+            "after the other (kind)."
+        )
+    return config.target or next(iter(targets), TargetStatistic.MAX)
 
 
 def _check_context(config: TrainConfig, model: Transformer) -> None:

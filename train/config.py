@@ -162,7 +162,10 @@ class TrainConfig:
     def defining(self) -> dict[str, Any]:
         """The settings that determine the results of a run: runs that agree in them make the same steps."""
         free = ("output", "mesh", "checkpoint_interval", "keep_checkpoints", "log_interval", "tensorboard")
-        return {name: value for name, value in to_dict(self).items() if name not in free}
+        values = {name: value for name, value in to_dict(self).items() if name not in free}
+        if values.get("target", TargetStatistic.MAX) is None:  # not named, by runs before there was a choice too
+            values["target"] = TargetStatistic.MAX.value
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +175,8 @@ class DistillConfig(TrainConfig):
     Attributes:
       kind: which gates: prefill, decode or both, which come from the same pass.
       target: what the gates learn to predict of each block: its largest attention weight (max, the authors' target), or its attention
-        mass (mass): the sum of its weights, of the query that has most (prefill), or the mean over the heads of a group (decode).
+        mass (mass): the sum of its weights, of the query that has most (prefill), or the mean over the heads of a group (decode). None:
+        what the initial gates were distilled on; max where there are none, or they don't say.
       adapter: folder or hub id of a LoRA adapter that the model computes with, in PEFT's layout, or the output folder of a run that trained
         one; None: none.
       initial_gates: folders, hub ids or names (such as smollm2) of gates to train further; a gate that is not among them starts at random.
@@ -187,7 +191,7 @@ class DistillConfig(TrainConfig):
     """
 
     kind: TrainedGates = TrainedGates.PREFILL
-    target: TargetStatistic = TargetStatistic.MAX
+    target: TargetStatistic | None = None
     adapter: str | None = None
     initial_gates: tuple[str, ...] = ()
     prefill: PrefillGateConfig = dataclasses.field(default_factory=PrefillGateConfig)

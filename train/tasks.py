@@ -15,7 +15,7 @@ from seer_jax.models.dense_attention import dense_attention
 from seer_jax.models.layers import BaseParam, LoraParam
 from seer_jax.models.rope import rotate
 from seer_jax.sharding.shard import Shard
-from seer_jax.train.config import DistillConfig
+from seer_jax.train.config import DistillConfig, TargetStatistic
 from seer_jax.train.data.batches import Batch
 from seer_jax.train.distillation import RowWeights, distillation_pass
 from seer_jax.train.loss import decode_rows, lm_loss, lm_targets, prefill_rows, row_weights
@@ -66,7 +66,7 @@ class Distillation:
             model,
             batch,
             weights,
-            statistic=self.config.target.value,
+            statistic=(self.config.target or TargetStatistic.MAX).value,
             decode_stride=self.config.decode_stride,
             recall_density=self.config.recall_density,
         )

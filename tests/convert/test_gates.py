@@ -155,7 +155,7 @@ def test_gates_that_the_release_lacks_come_back_from_safetensors_alone(name: str
     recommend(tmp_path / "a", tmp_path / "b", TopK(0.5))
     assert load_gates(tmp_path / "b").config == config
     # A gate of the release under the same folder has no trace of it.
-    save_gates(make_gate(CONFIGS[0]), tmp_path / "a", base_model="x", hf_config=keys)
+    save_gates(make_gate(CONFIGS[0]), tmp_path / "a", base_model="x", hf_config=keys, force=True)
     assert load_gates(tmp_path / "a").config == CONFIGS[0]
     with pytest.raises(
         ValueError, match=rf"attn_gate_weights\.pth, must .* has: {message}.*\. Save it with format=saf"
@@ -205,15 +205,23 @@ def test_keys_of_the_other_kind_of_gate_do_not_stay(tmp_path: Path):
     assert recommended_policy(tmp_path / "b") is None
 
 
-def test_a_folder_is_written_over_but_not_in_another_format(tmp_path: Path):
-    save_gates(make_gate(DECODE_CONFIGS[0]), tmp_path, base_model="x")
-    second = make_gate(PREFILL_CONFIGS[0], seed=1)
-    save_gates(second, tmp_path, base_model="x")
-    assert_same(load_gates(tmp_path), second)
+def test_a_folder_is_written_over_but_not_by_another_kind_or_in_another_format(tmp_path: Path):
+    first, second, other = (
+        make_gate(DECODE_CONFIGS[0]),
+        make_gate(DECODE_CONFIGS[0], seed=1),
+        make_gate(PREFILL_CONFIGS[0]),
+    )
+    for gate in (first, second):
+        save_gates(gate, tmp_path, base_model="x")
+    with pytest.raises(FileExistsError, match=r"has a DecodeGate, which a PrefillGate would replace\. Choose another"):
+        save_gates(other, tmp_path, base_model="x")
     with pytest.raises(
         FileExistsError, match=r"must hold one gate; .* already has attn_gate_weights\.safetensors\. Choose another"
     ):
         save_gates(second, tmp_path, base_model="x", format=GateFormat.TORCH)
+    assert_same(load_gates(tmp_path), second)
+    save_gates(other, tmp_path, base_model="x", force=True)
+    assert_same(load_gates(tmp_path), other)
 
 
 def test_safetensors_are_read_where_both_formats_are(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Runs that go on: from damaged checkpoints, with more or fewer steps, from given gates; and folders that are refused."""
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -17,17 +18,19 @@ import jax
 import numpy as np
 import pytest
 
-from seer_jax.convert import load_gates
+from seer_jax.convert import load_gates, save_gates
 from seer_jax.folder_lock import locked
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.inference.memory import DeviceMemory
+from seer_jax.models.hub import read_config
 from seer_jax.train import DistillConfig, FinetuneConfig, distill
+from seer_jax.train.api import _attach_gates
 from seer_jax.train.config import TargetStatistic, TrainConfig, renewed
 from seer_jax.train.data.batches import DataConfig
 from seer_jax.train.loop.resuming import check_resumed
 from seer_jax.train.optimizer import make_schedule
 from tests.train.runs import RUN, contents, ignore, keys_of, lines, raising, run_to
-from tests.train.tiny import DECODE, make_model, make_rows
+from tests.train.tiny import DECODE, PREFILL, make_model, make_rows
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -232,17 +235,47 @@ def test_a_gate_of_the_model_is_trained_further(undisturbed):
     np.testing.assert_array_equal(keys_of(first.model.decode_gate), before)
 
 
-def test_training_starts_from_given_gates(undisturbed):
-    folder, first = undisturbed
+def test_training_starts_from_given_gates_and_keeps_their_target(undisturbed, tmp_path):
+    _, first = undisturbed
+    start, output = tmp_path / "start", tmp_path / "run"
+    save_gates(first.model.decode_gate, start, base_model="some/base", training={"target": "mass"})
     slow = dataclasses.replace(RUN.optimizer, learning_rate=1e-6)
-    config = dataclasses.replace(RUN, optimizer=slow, initial_gates=(str(folder / "decode_gate"),))
+    config = dataclasses.replace(RUN, optimizer=slow, initial_gates=(str(start),), output=str(output))
     result = distill(config, model=make_model(), dataset=make_rows(), progress=ignore)
     np.testing.assert_allclose(keys_of(result.model.decode_gate), keys_of(first.model.decode_gate), atol=1e-4)
-    with pytest.warns(
-        UserWarning, match=r"distilled on the target max; this run trains it on mass\. To go on with max, set"
-    ):
-        other = dataclasses.replace(config, target=TargetStatistic.MASS, steps=3)
-        distill(other, model=make_model(), dataset=make_rows(), progress=ignore)
+    assert read_config(output / "decode_gate")["seer_jax_training"]["target"] == "mass"
+
+
+@pytest.mark.parametrize(
+    ("asked", "distilled", "trained"),
+    [
+        (None, ("mass", "mass"), "mass"),
+        (None, ("mass", None), "mass"),
+        (None, (None, None), "max"),
+        ("max", ("mass", "max"), "max"),
+        (
+            None,
+            ("mass", "max"),
+            r"must have one target; got \w+ \(.*\) and \w+ \(.*\)\. Choose one \(target, --target\)",
+        ),
+    ],
+)
+def test_the_target_of_given_gates_is_kept_unless_another_is_named(tmp_path, asked, distilled, trained):
+    gates = make_model(gates=(PREFILL, DECODE))
+    for gate, target in zip((gates.prefill_gate, gates.decode_gate), distilled, strict=True):
+        assert gate is not None
+        training = None if target is None else {"target": target}
+        save_gates(gate, tmp_path / type(gate).__name__, base_model="some/base", training=training)
+    config = dataclasses.replace(
+        RUN,
+        kind=TrainedGates.BOTH,
+        target=asked and TargetStatistic(asked),
+        initial_gates=tuple(map(str, tmp_path.iterdir())),
+    )
+    refused = trained not in list(TargetStatistic)
+    with pytest.raises(ValueError, match=trained) if refused else contextlib.nullcontext():
+        settled, _ = _attach_gates(config, make_model())
+        assert settled.target == trained
 
 
 WRONG_STARTS = [
