@@ -13,7 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from seer_jax.convert import load_adapter, load_gates, save_gates
+from seer_jax.convert.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from seer_jax.convert.adapters import resolve_adapter
+from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
+from seer_jax.folders import fingerprint
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
 from seer_jax.lora import adapted, lora_config
 from seer_jax.models.config import RopeKind
@@ -83,7 +87,7 @@ def distill(
         _check_context(config, model)
         config, gates = _attach_gates(config, model)
         settings = {"model": to_dict(model.config), "gates": [to_dict(gate) for gate in gates]}
-        session.accept(config=config.defining(), **settings)
+        session.accept(config=config.defining(), frozen=_fingerprints(config, given), **settings)
         _check_no_others(session, () if config.output is None else _gate_folders(config), "gates")
         rows, held_out = _load_dataset(config, model, dataset, gates[0].block_size, session)
         task, trained, frozen = Distillation.start(model, config)
@@ -96,6 +100,16 @@ def distill(
 def _config_json(config: TrainConfig, given: Transformer | None) -> Mapping[str, Any]:
     """The `config.json` of the named base model; of a given model there is none."""
     return {} if given is not None else read_config(resolve(config.model, ("config.json",)))
+
+
+def _fingerprints(config: TrainConfig, given: Transformer | None) -> dict[str, str]:
+    """Of the files whose weights a run reads and does not train, by what they are: a run that goes on must find them as they were."""
+    found = {}
+    if given is None:
+        found["base model"] = fingerprint(resolve(config.model, BASE_PATTERNS), ("model*.safetensors",))
+    if isinstance(config, DistillConfig) and config.adapter is not None:
+        found["adapter"] = fingerprint(resolve_adapter(config.adapter), (ADAPTER_WEIGHTS,))
+    return found
 
 
 def _gate_folders(config: DistillConfig) -> tuple[Path, ...]:
@@ -172,7 +186,8 @@ def finetune(
         _check_context(config, model)
         adapter, gate = lora_config(model), model.prefill_gate if config.initial_gates else None
         settings = {"adapter": adapter and to_dict(adapter), "gate": None if gate is None else to_dict(gate.config)}
-        session.accept(config=config.defining(), model=to_dict(model.config), weights=settings)
+        frozen = _fingerprints(config, given) if adapted(model) else {}
+        session.accept(config=config.defining(), model=to_dict(model.config), weights=settings, frozen=frozen)
         _check_no_others(session, finetuning.folders(config), "model")
         _check_no_others(session, finetuning.gate_folders(config), "gates")
         hf = None if config.output is None else finetuning.describe(model.config, _config_json(config, given))

@@ -16,12 +16,11 @@ from seer_jax.evaluate.levels import JOIN
 from seer_jax.evaluate.score import ESTIMATORS, Score, dense_of, score_from_json, score_to_json
 from seer_jax.evaluate.statistics.blocks_needed import all_blocks_needed
 from seer_jax.evaluate.table import legend
-from seer_jax.folders import files_of
+from seer_jax.folders import fingerprint
 from seer_jax.outputs import write_json
 from seer_jax.selection.scorers import SCORERS
 
 PACKAGES = ("seer-jax", "jax", "jaxlib", "jax-cuda13-plugin")
-ENDS = 2**20  # bytes at the start and the end of a file that its fingerprint is made of
 IDENTITY = "identity"
 EXTENDING = (
     "policies",
@@ -157,26 +156,15 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def describe_folder(name: str, folder: Path, patterns: Sequence[str]) -> dict[str, Any]:
-    """Name, revision on the hub if it has one, and fingerprint of a model or gate.
-
-    The fingerprint is the SHA-256 of the files' names, sizes, first and last MiB: it takes no time for large models, and weights
-    that were trained further differ in it.
+    """Name, revision on the hub if it has one, and `fingerprint` of a model or gate.
 
     Args:
       name: as the user gave it.
       folder: that it stands for, or its GGUF file.
       patterns: of the files that count.
     """
-    digest = hashlib.sha256()
-    for path in files_of(folder, patterns):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(ENDS))
-            file.seek(max(0, size - ENDS))
-            digest.update(file.read(ENDS))
     revision = folder.name if folder.parent.name == "snapshots" else None  # the layout of the hub's cache
-    return {"name": name, "revision": revision, "fingerprint": digest.hexdigest()}
+    return {"name": name, "revision": revision, "fingerprint": fingerprint(folder, patterns)}
 
 
 def _now() -> str:

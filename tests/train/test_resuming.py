@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from seer_jax.convert import load_gates, save_gates
+from seer_jax.convert import load_gates, save_base, save_gates
 from seer_jax.folder_lock import locked
 from seer_jax.gates.configs import TrainedGates
 from seer_jax.inference.memory import DeviceMemory
@@ -112,6 +112,22 @@ def test_settings_of_earlier_versions_go_on(undisturbed):
         ValueError, match=r"^`target`: this run was started with 'max'; got 'mass'\. Restore target=max"
     ):
         check_resumed({"config": by_mass}, theirs, step=1, folder=folder)
+
+
+def test_weights_that_do_not_train_must_stay_as_they_were(tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    save_base(make_model(), base)
+    config = dataclasses.replace(RUN, model=str(base), output=str(run), steps=3)
+    distill(config, dataset=make_rows(), progress=ignore)
+    before = contents(run)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        ValueError,
+        match=r"^weights that do not train: base model was '\w+' when this run was started; got '\w+'\. Restore",
+    ):
+        distill(config, dataset=make_rows(), progress=ignore)
+    assert contents(run) == before
 
 
 @pytest.fixture

@@ -4,7 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_WHAT = {"data": "training data", "model": "base model", "weights": "initial weights"}
+_WHAT = {
+    "data": "training data",
+    "model": "base model",
+    "weights": "initial weights",
+    "frozen": "weights that do not train",
+}
 
 
 def check_resumed(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, step: int, folder: Path) -> str | None:
