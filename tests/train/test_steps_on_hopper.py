@@ -54,7 +54,12 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+QUICK = ("both gates", "all weights and gate", "adapter, from dense attention")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
+)
 def test_a_step_is_lowered(name: str):
     start, fewest = TASKS[name]
     task, trained, frozen = start(make_model(gates=GATES, dtype=jnp.bfloat16, model=MODEL))
