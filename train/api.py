@@ -57,7 +57,7 @@ def distill(
     Args:
       config: the run.
       model: the base model; None: it is read from `config.model`. It is not changed. A gate that it carries is trained further, a
-        missing one is made by `config`.
+        missing one is made by `config`. Such a gate does not say what it was distilled on: name `config.target` where that is not max.
       dataset: rows of tokens, or an array Int [N, T] of them; None: read as `config.data` says.
       progress: called after each step; None: a bar or plain lines are shown.
 
