@@ -23,8 +23,8 @@ from seer_jax.settings import parse_setting
 PREFIX = "seerattn_"  # of the release's keys
 GATE_KEY = "seer_jax_gate"  # our own, for gates that the release's keys cannot express
 POLICY_KEY = "seer_jax_policy"  # our own, for policies that the release's keys cannot express
-TRAINING_KEY = "seer_jax_training"  # how far a gate is trained, and on which target; loading ignores it
-CALIBRATION_KEY = "seer_jax_calibration"  # how the recommended policy was found; likewise
+TRAINING_KEY = "seer_jax_training"  # how far a gate is trained, and on which target
+CALIBRATION_KEY = "seer_jax_calibration"  # how the recommended policy was found; loading ignores it
 _POOLS = "(max)?(min)?(avg)?"
 _PREFILL_KEY = "seerattn_gate_type"
 _DECODE_KEYS = ("seerattn_k_seq_pooling_type", "seerattn_q_head_pooling_type")
@@ -155,6 +155,13 @@ def without_gate_keys(hf: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json` without the keys of a gate, its policy, its calibration and its training."""
     own = GATE_KEY, POLICY_KEY, TRAINING_KEY, CALIBRATION_KEY
     return {k: value for k, value in hf.items() if not k.startswith(PREFIX) and k not in own}
+
+
+def target_from_hf(hf: Mapping[str, Any]) -> str | None:
+    """The target that a gate was distilled on, "max" or "mass"; None where its `config.json` does not say."""
+    training = hf.get(TRAINING_KEY)
+    target = training.get("target") if isinstance(training, dict) else None
+    return target if target in ("max", "mass") else None
 
 
 def policy_from_hf(hf: Mapping[str, Any]) -> Policy | None:

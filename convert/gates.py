@@ -27,6 +27,7 @@ from seer_jax.convert.gate_config import (
     gate_settings,
     policy_from_hf,
     policy_to_hf,
+    target_from_hf,
     without_gate_keys,
 )
 from seer_jax.convert.rules import DECODE_GATE_RULES, PREFILL_GATE_RULES, Rule
@@ -74,7 +75,8 @@ def load_gates(
     sharding: Sharding | None = None,
     **hub: Unpack[HubSettings],
 ) -> PrefillGate | DecodeGate:
-    """A gate from a folder or hub id, in float32, with the policy that it recommends (`gate.recommended`).
+    """A gate from a folder or hub id, in float32, with the policy that it recommends (`gate.recommended`) and the target that it was
+    distilled on (`gate.distilled_on`).
 
     Args:
       location: a folder, or a hub id such as "SeerAttention/SeerAttention-Llama-3.1-8B-AttnGates". Where both formats are there,
@@ -118,6 +120,8 @@ def described_gate(
         _check_same_model(place, hf, found, model_config)
     gate = abstract_gate(gate_config_from_hf(hf), found if model_config is None else model_config)
     gate.recommended = policy_from_hf(hf)
+    if (target := target_from_hf(hf)) is not None:
+        gate.distilled_on = target
     return gate
 
 
@@ -174,7 +178,8 @@ def save_gates(
       format: `.pth` (which the release reads) or safetensors.
       policy: recommended with the gate; None: `gate.recommended`.
       dtype: of the file, float32 (exact) or bfloat16 (rounded, half the size).
-      training: how far the gate is trained, JSON, for readers of the folder; it becomes `seer_jax_training` in `config.json`.
+      training: how far the gate is trained, JSON, for readers of the folder; it becomes `seer_jax_training` in `config.json`. None: what
+        the gate was distilled on, where it says so.
       calibration: how the policy was found, likewise; it becomes `seer_jax_calibration`.
       copies: files to copy into the folder in the same step, such as the base model's; a `config.json` among them is left out.
       force: the gate replaces one of the other kind, or one whose weights are in the other format.
@@ -217,6 +222,8 @@ def save_gates(
     policy = gate.recommended if policy is None else policy
     if policy is not None:
         hf |= policy_to_hf(policy, gate.config)
+    if training is None and gate.distilled_on is not None:
+        training = {"target": gate.distilled_on}
     hf |= {
         key: dict(told) for key, told in ((TRAINING_KEY, training), (CALIBRATION_KEY, calibration)) if told is not None
     }

@@ -19,6 +19,8 @@ from seer_jax.convert.base import BASE_PATTERNS
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.folders import fingerprint
 from seer_jax.gates.configs import GateConfig, PrefillGateConfig
+from seer_jax.gates.decode import DecodeGate
+from seer_jax.gates.prefill import PrefillGate
 from seer_jax.lora import adapted, lora_config
 from seer_jax.models.config import RopeKind
 from seer_jax.models.decoder import Transformer, check_model
@@ -57,7 +59,7 @@ def distill(
     Args:
       config: the run.
       model: the base model; None: it is read from `config.model`. It is not changed. A gate that it carries is trained further, a
-        missing one is made by `config`. Such a gate does not say what it was distilled on: name `config.target` where that is not max.
+        missing one is made by `config`.
       dataset: rows of tokens, or an array Int [N, T] of them; None: read as `config.data` says.
       progress: called after each step; None: a bar or plain lines are shown.
 
@@ -278,10 +280,12 @@ def _attach_gates(config: DistillConfig, model: Transformer) -> tuple[DistillCon
     """Gives the model the gates that it lacks; returns the settings with their target, and the configurations of the gates that train."""
     rngs = nnx.Rngs(config.seed)
     names = config.kind.attributes
-    target = _load_initial_gates(config, model, names)
+    _load_initial_gates(config, model, names)
+    target = _target(config, [gate for name in names if (gate := getattr(model, name)) is not None])
     for name in names:
         if getattr(model, name) is None:
             model.add_gate(getattr(config, name.removesuffix("_gate")), rngs=rngs)
+        getattr(model, name).distilled_on = target.value
         if model.layout is not None:
             model.attach(model.layout.placed(getattr(model, name)))
     gates = [getattr(model, name).config for name in names]
@@ -294,9 +298,22 @@ def _attach_gates(config: DistillConfig, model: Transformer) -> tuple[DistillCon
     return dataclasses.replace(config, target=target), gates
 
 
-def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequence[str]) -> TargetStatistic:
-    """Gives the model the gates that training starts from; returns the target, of the settings or else of those gates."""
-    targets: dict[TargetStatistic, Path] = {}
+def _target(config: DistillConfig, gates: Sequence[PrefillGate | DecodeGate]) -> TargetStatistic:
+    """What gates learn: what the settings say, otherwise what those that are trained further were distilled on."""
+    if config.target is not None:
+        return config.target
+    known = {gate.distilled_on: gate.phase for gate in gates if gate.distilled_on is not None}
+    if len(known) > 1:
+        listed = " and ".join(f"{target} ({phase} gate)" for target, phase in known.items())
+        raise ValueError(
+            f"Gates that are trained further together must have one target; got {listed}. Choose one (target, --target), or train one gate "
+            "after the other (kind)."
+        )
+    return TargetStatistic(next(iter(known), TargetStatistic.MAX))
+
+
+def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequence[str]) -> None:
+    """Gives the model the gates that training starts from."""
     for location in resolve_gates(config.initial_gates, GATE_PATTERNS):
         gate = load_gates(location, model.config)
         name = "prefill_gate" if isinstance(gate.config, PrefillGateConfig) else "decode_gate"
@@ -319,16 +336,7 @@ def _load_initial_gates(config: DistillConfig, model: Transformer, names: Sequen
                 f"The settings of a gate must be those of its initial gate, {location}: {', '.join(rules)}; got {', '.join(got)}. Set them "
                 f"so, or leave out all settings of the {kind} gate."
             )
-        if (target := finetuning.distilled_target(location)) is not None:
-            targets[target] = location
         model.attach(gate)
-    if config.target is None and len(targets) > 1:
-        listed = " and ".join(f"{target} ({location})" for target, location in targets.items())
-        raise ValueError(
-            f"Gates that are trained further together must have one target; got {listed}. Choose one (target, --target), or train one gate "
-            "after the other (kind)."
-        )
-    return config.target or next(iter(targets), TargetStatistic.MAX)
 
 
 def _check_context(config: TrainConfig, model: Transformer) -> None:

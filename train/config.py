@@ -176,7 +176,7 @@ class DistillConfig(TrainConfig):
       kind: which gates: prefill, decode or both, which come from the same pass.
       target: what the gates learn to predict of each block: its largest attention weight (max, the authors' target), or its attention
         mass (mass): the sum of its weights, of the query that has most (prefill), or the mean over the heads of a group (decode). None:
-        what the initial gates were distilled on; max where there are none, or they don't say.
+        what the gates that are trained further were distilled on; max where there are none, or it is not known.
       adapter: folder or hub id of a LoRA adapter that the model computes with, in PEFT's layout, or the output folder of a run that trained
         one; None: none.
       initial_gates: folders, hub ids or names (such as smollm2) of gates to train further; a gate that is not among them starts at random.

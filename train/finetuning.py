@@ -9,7 +9,6 @@ from flax import nnx
 
 from seer_jax.convert import load_adapter, load_gates, save_adapter, save_base, save_gates
 from seer_jax.convert.base import tokenizer_folder
-from seer_jax.convert.gate_config import TRAINING_KEY
 from seer_jax.convert.gates import GATE_PATTERNS
 from seer_jax.folders import ADAPTER_FOLDER, MODEL_FOLDER
 from seer_jax.gates.prefill import PrefillGate
@@ -17,7 +16,7 @@ from seer_jax.lora import LoraConfig, adapted, add_lora, lora_config
 from seer_jax.models.config import ModelConfig
 from seer_jax.models.decoder import Transformer
 from seer_jax.models.families import config_from_hf, config_to_hf
-from seer_jax.models.hub import read_config, resolve_gates
+from seer_jax.models.hub import resolve_gates
 from seer_jax.models.pretrained import from_pretrained
 from seer_jax.models.rope import same_rope
 from seer_jax.selection.rules import TopK
@@ -116,34 +115,30 @@ def _typed(value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _attach_gate(config: FinetuneConfig, model: Transformer) -> TargetStatistic | None:
-    """Gives the model the gate that is trained along; returns its target, None where neither settings nor gate say it."""
+def _attach_gate(config: FinetuneConfig, model: Transformer) -> TargetStatistic:
+    """Gives the model the gate that is trained along; returns its target."""
     found = {place: load_gates(place, model.config) for place in resolve_gates(config.initial_gates, GATE_PATTERNS)}
     gates = {place: gate for place, gate in found.items() if isinstance(gate, PrefillGate)}
     if len(gates) != 1:
         got = f"the prefill gates {' and '.join(map(str, gates))}" if gates else "a decode gate"
         remedy = "Name one of them" if gates else "Distil one first: seer-jax train"
         raise ValueError(f"initial_gates of fine-tuning must hold one prefill gate; got {got}. {remedy}.")
-    ((place, gate),) = gates.items()
+    (gate,) = gates.values()
     length, block = config.sequence_length, gate.config.block_size
     if length % block or length < 2 * block:  # of one block there is nothing to choose
         raise ValueError(
             f"sequence_length must be a multiple of the gate's block size {block} and at least two blocks; got {length}. Set "
             f"sequence_length={max(2, length // block) * block}, for example."
         )
+    before = gate.distilled_on
     if config.from_scratch:
         gate = PrefillGate(gate.config, model.config, rngs=nnx.Rngs(config.seed))
     # What it was calibrated for is past; this is what the model learns under.
     gate.recommended = TopK(config.density)
+    target = TargetStatistic(config.target or before or TargetStatistic.MAX)
+    gate.distilled_on = target.value
     model.attach(gate if model.layout is None else model.layout.placed(gate))
-    return config.target or distilled_target(place)
-
-
-def distilled_target(folder: Path) -> TargetStatistic | None:
-    """What a gate was distilled on; None where its `config.json` does not say."""
-    training = read_config(folder).get(TRAINING_KEY)
-    named = training.get("target") if isinstance(training, dict) else None
-    return TargetStatistic(named) if named in list(TargetStatistic) else None
+    return target
 
 
 def folders(config: FinetuneConfig) -> tuple[Path, ...]:

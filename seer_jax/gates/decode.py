@@ -33,6 +33,7 @@ class DecodeGate(Recommending, nnx.Module):
       linear_k: `[L, K, |Pk| D, C]`.
       q_norm, k_norm: `[L, C]` or None.
       recommended: the policy to use the gate with, or None.
+      distilled_on: the target that it was distilled on, "max" or "mass", or None.
     """
 
     phase = "decode"

@@ -36,6 +36,7 @@ class PrefillGate(Recommending, nnx.Module):
       linear_q: `[L, H, |Pq| D, C]`, or None in the one-linear form.
       linear_k: `[L, K, |Pk| D, C]`, in the one-linear form `[L, H, |Pk| D, C]`.
       recommended: the policy to use the gate with, or None.
+      distilled_on: the target that it was distilled on, "max" or "mass", or None.
     """
 
     phase = "prefill"

@@ -1,4 +1,4 @@
-"""The policy that a gate is best used with."""
+"""What a gate tells of itself beside its weights: the policy that it is best used with, and what it was distilled on."""
 
 import json
 from typing import ClassVar
@@ -10,12 +10,16 @@ from seer_jax.selection.policies import Policy, check_policy
 
 
 class Recommending(LayerGate):
-    """Base of the gates: gives them the attribute `recommended`.
+    """Base of the gates: gives them the attributes `recommended` and `distilled_on`.
 
-    It is kept as text: a module's static parts must be comparable, and thresholds per layer and head are arrays.
+    The policy is kept as text: a module's static parts must be comparable, and thresholds per layer and head are arrays.
+
+    Attributes:
+      distilled_on: what the gate learned to predict of each block, "max" or "mass" (`TargetStatistic`); None: it is not known.
     """
 
     _recommended: str | None = None
+    distilled_on: str | None = None
     model: ModelConfig
     phase: ClassVar[str]  # "prefill" or "decode"
 

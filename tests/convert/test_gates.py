@@ -224,6 +224,15 @@ def test_a_folder_is_written_over_but_not_by_another_kind_or_in_another_format(t
     assert_same(load_gates(tmp_path), other)
 
 
+def test_a_gate_keeps_what_it_was_distilled_on(tmp_path: Path):
+    gate = make_gate(DECODE_CONFIGS[0])
+    save_gates(gate, tmp_path / "a", base_model="x", training={"step": 3, "target": "mass"})
+    back = load_gates(tmp_path / "a")
+    assert gate.distilled_on is None and back.distilled_on == "mass" == nnx.clone(back).distilled_on
+    save_gates(back, tmp_path / "b", base_model="x")
+    assert load_gates(tmp_path / "b").distilled_on == "mass"
+
+
 def test_safetensors_are_read_where_both_formats_are(tmp_path: Path):
     gate = make_gate(PREFILL_CONFIGS[0])
     save_gates(gate, tmp_path, base_model="x")

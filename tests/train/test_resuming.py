@@ -272,7 +272,7 @@ def test_training_starts_from_given_gates_and_keeps_their_target(undisturbed, tm
         (
             None,
             ("mass", "max"),
-            r"must have one target; got \w+ \(.*\) and \w+ \(.*\)\. Choose one \(target, --target\)",
+            r"must have one target; got \w+ \(\w+ gate\) and \w+ \(\w+ gate\)\. Choose one \(target, --target\)",
         ),
     ],
 )
@@ -290,8 +290,9 @@ def test_the_target_of_given_gates_is_kept_unless_another_is_named(tmp_path, ask
     )
     refused = trained not in list(TargetStatistic)
     with pytest.raises(ValueError, match=trained) if refused else contextlib.nullcontext():
-        settled, _ = _attach_gates(config, make_model())
-        assert settled.target == trained
+        settled, _ = _attach_gates(config, model := make_model())
+        of_gates = {gate.distilled_on for gate in (model.prefill_gate, model.decode_gate) if gate is not None}
+        assert {settled.target} == of_gates == {trained}
 
 
 WRONG_STARTS = [

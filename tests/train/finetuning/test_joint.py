@@ -253,6 +253,7 @@ def test_a_gate_keeps_the_target_that_it_was_distilled_on(
     save_gates(model.prefill_gate, tmp_path, base_model="some/base", training=training)
     config = prepare(dataclasses.replace(RUN, initial_gates=(str(tmp_path),), target=asked), model := make_model())
     assert config.target == trained == JointTraining.of(config, model)[0].statistic
+    assert model.prefill_gate is not None and model.prefill_gate.distilled_on == trained
 
 
 def test_text_is_not_packed_for_nothing(tmp_path: Path):
