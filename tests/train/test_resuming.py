@@ -295,6 +295,14 @@ def test_the_target_of_given_gates_is_kept_unless_another_is_named(tmp_path, ask
         assert {settled.target} == of_gates == {trained}
 
 
+def test_gates_of_a_given_model_keep_their_target():
+    model = make_model(gates=(DECODE,))
+    assert model.decode_gate is not None
+    model.decode_gate.distilled_on = "mass"
+    settled, _ = _attach_gates(RUN, model)
+    assert settled.target == TargetStatistic.MASS
+
+
 WRONG_STARTS = [
     (
         {"kind": TrainedGates.PREFILL},
