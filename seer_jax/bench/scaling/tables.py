@@ -48,6 +48,8 @@ MEASURED_ON_TWO: tuple[
     ("new tokens of 8 x 32k, 10%", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 8, 32768, 0.1, 0.00630, 0.00526, 23.7),
     ("new tokens of 4 x 128k, dense", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 4, 131072, 1.0, 0.01996, 0.01195, 39.5),
     ("new tokens of 4 x 128k, 10%", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 4, 131072, 0.1, 0.00741, 0.00691, 39.8),
+    ("new tokens of 8 x 128k, dense", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 8, 131072, 1.0, None, 0.02004, 71.5),
+    ("new tokens of 8 x 128k, 10%", decode, ModelShape.LLAMA_3_1_8B, MeshSize(tensor=2), 8, 131072, 0.1, None, 0.00688, 72.1),
     ("distillation of both gates, 2 x 64k", distil, ModelShape.LLAMA_3_1_8B, MeshSize(data=2), 2, 65536, 1.0, 7.610, 3.800, 18.8),
     ("32B: distillation of both gates, 2 x 32k", distil, ModelShape.QWEN3_32B, MeshSize(fsdp=2), 2, 32768, 1.0, None, 5.724, 37.2),
 )  # fmt: skip

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import precision
 from seer_jax.convert import load_gates
 from seer_jax.gates.configs import QueryReduction, TrainedGates
 from seer_jax.lora import LoraConfig, add_lora
@@ -40,6 +43,15 @@ from tests.train.tiny import (
 )
 
 pytestmark = [pytest.mark.mesh, pytest.mark.usefixtures("compile_quickly")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_gradients() -> Iterator[None]:
+    """A GPU takes gradients of gates in TF32 where it holds TENSOR_CORE_ROWS vectors: one device may, where each of two does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "TENSOR_CORE_ROWS", sys.maxsize)
+        yield
+
 
 FINER = (
     dataclasses.replace(PREFILL, q_pool_size=4, k_pool_size=8, force_double=True),
