@@ -13,13 +13,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 comma := ,
 ENVIRONMENT := .venv/.installed$(if $(EXTRA),-$(subst $(comma),-,$(EXTRA)))
 
-.PHONY: help demo test test-slow test-kernels test-gpu check format lock clean environment browser
+.PHONY: help demo test test-slow test-mesh test-kernels test-gpu check format lock clean environment browser
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo        make the environment and run the main job on the bundled model"
 	@echo "make test        make the environment and run the tests (9 to 13 minutes on 2 cores)"
-	@echo "make test-slow   run the longer tests of all but the kernels (25 minutes on 2 cores)"
+	@echo "make test-slow   run the longer tests of all but meshes and kernels (19 minutes on 2 cores)"
+	@echo "make test-mesh   run the longer tests of several devices (8 minutes on 2 cores)"
 	@echo "make test-kernels run every test of the kernels (10 minutes on 2 cores)"
 	@echo "make test-gpu    run all tests on an NVIDIA GPU"
 	@echo "make browser     install Chromium for the tests of pages where there is none (apt-get, as root)"
@@ -37,7 +38,10 @@ test: $(ENVIRONMENT)
 	$(PYTEST) -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(ENVIRONMENT)
-	$(PYTEST) -n 2 --dist worksteal -m slow --ignore=tests/pallas_kernels $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal -m "slow and not mesh" --ignore=tests/pallas_kernels $(ARGS)
+
+test-mesh: $(ENVIRONMENT)
+	$(PYTEST) -n 2 --dist worksteal -m "slow and mesh" $(ARGS)
 
 # At last the suites that XLA's own backends inherit, compiled as users' programs are: before, most optimizations are left out.
 test-kernels: $(ENVIRONMENT)

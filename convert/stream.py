@@ -1,8 +1,8 @@
 """Checkpoint tensors into the parameters of a module, a few rows at a time.
 
-Each parameter is one array on its device from the start; pieces of at most `CHUNK_BYTES` are read, checked and written into it in
-place. The host holds at most two pieces, however large the model is, a sharded parameter is never whole in one place, and each process
-reads the rows that its devices hold, once.
+A parameter of at most `CHUNK_BYTES` is put on its device as it is. A larger one is an array there from the start; pieces of at most so
+many bytes are read, checked and written into it in place. The host holds at most two pieces, however large the model is, a sharded
+parameter is never whole in one place, and each process reads the rows that its devices hold, once.
 """
 
 import functools
@@ -121,16 +121,20 @@ def _listed(names: Sequence[str]) -> str:
 def _fill(
     spec: jax.ShapeDtypeStruct, keys: Sequence[str], source: TensorSource, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """One parameter, from one tensor, or from one for each index along its leading axes.
-
-    All devices of this process are written to at once, in places of their own that are alike, so that one program serves them all.
-    """
+    """One parameter, from one tensor, or from one for each index along its leading axes."""
     info = source.tensors[keys[0]]
     stacked = len(spec.shape) - len(info.shape)
     names = np.array(keys, dtype=object).reshape(spec.shape[:stacked])
     parts = _parts(spec, sharding)
     size = [p.stop - p.start for p in parts[0]]
     devices = [] if sharding is None else list(sharding.addressable_devices_indices_map(spec.shape))
+    if math.prod(size) * spec.dtype.itemsize * len(set(parts)) <= CHUNK_BYTES:
+        arrays = _gathered(spec, source, names, parts)
+        if sharding is None:
+            return jnp.array(arrays[0])
+        placed = [jax.device_put(array, device) for array, device in zip(arrays, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(spec.shape, sharding, placed)
+    # All devices of this process are written to at once, in places of their own that are alike, so that one program serves them all.
     local = Mesh(np.array(devices), (_DEVICES,)) if devices else None
     by_device = None if local is None else NamedSharding(local, PartitionSpec(_DEVICES))
     buffer = jnp.zeros([size[0] * len(parts), *size[1:]], spec.dtype, device=by_device)
@@ -142,15 +146,35 @@ def _fill(
             place = np.array((*indices, start, *[0] * (len(info.shape) - 1)), np.int32)
             buffer, finite = _write(buffer, rows, place, local)
             if not np.asarray(finite).all():  # also waits for the copy, so that pieces don't accumulate on the host
-                broken = read[int(np.argmin(finite))][0]
-                raise ValueError(
-                    f"{source.place}: weights must be finite in {spec.dtype}; {broken!r} holds NaN or infinity. The checkpoint is "
-                    "damaged, or its values do not fit this dtype."
-                )
+                raise _not_finite(source, read[int(np.argmin(finite))][0], spec)
     if sharding is None:
         return buffer
     held = {shard.device: shard.data for shard in buffer.addressable_shards}
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, [held[device] for device in devices])
+
+
+def _gathered(
+    spec: jax.ShapeDtypeStruct, source: TensorSource, names: np.ndarray, parts: Sequence["_Part"]
+) -> list[np.ndarray]:
+    """What each device holds, on the host; one array for those that hold the same."""
+    distinct = list(dict.fromkeys(parts))
+    size = [p.stop - p.start for p in parts[0]]
+    arrays = {part: np.empty(size, spec.dtype) for part in distinct}
+    for indices in np.ndindex(*size[: names.ndim]):
+        read = _read(source, names, distinct, indices, slice(0, size[names.ndim]))
+        for array, (name, piece) in zip(arrays.values(), read, strict=True):
+            with np.errstate(over="ignore"):
+                array[indices] = piece
+            if not np.isfinite(array[indices]).all():
+                raise _not_finite(source, name, spec)
+    return [arrays[part] for part in parts]
+
+
+def _not_finite(source: TensorSource, name: str, spec: jax.ShapeDtypeStruct) -> ValueError:
+    return ValueError(
+        f"{source.place}: weights must be finite in {spec.dtype}; {name!r} holds NaN or infinity. The checkpoint is "
+        "damaged, or its values do not fit this dtype."
+    )
 
 
 _Part = tuple[slice, ...]  # of a parameter, with start and stop along each axis

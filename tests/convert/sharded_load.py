@@ -1,4 +1,5 @@
-"""Run as a program on several devices: loads a folder sharded and whole, and prints whether both are the same, as JSON."""
+"""Run as a program on several devices: loads a folder sharded, at once and in pieces, and whole, and prints whether all are the same, as
+JSON."""
 
 import json
 import sys
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from seer_jax.convert import load_base
+from seer_jax.convert import load_base, stream
 from seer_jax.convert.formats.sources import SafetensorsSource
 
 
@@ -34,15 +35,21 @@ def main(folder: str) -> None:
         return read(self, name, start, stop)
 
     SafetensorsSource.read = noted
-    sharded = load_base(folder, dtype=jnp.float32, sharding=sharding)
-    pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(sharded), strict=True)
+    same, rows_of_one_layer = [], []
+    for chunk in (stream.CHUNK_BYTES, 500):
+        stream.CHUNK_BYTES = chunk
+        sharded = load_base(folder, dtype=jnp.float32, sharding=sharding)
+        pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(sharded), strict=True)
+        same.append(all((np.asarray(a) == np.asarray(b)).all() and a.dtype == b.dtype for a, b in pairs))
+        rows_of_one_layer.append(sum(rows))
+        rows.clear()
     print(
         json.dumps(
             {
                 "devices": len(jax.devices()),
-                "same": all((np.asarray(a) == np.asarray(b)).all() and a.dtype == b.dtype for a, b in pairs),
+                "same": same,
                 "shard": list(sharded.layers.self_attn.q_proj.weight.addressable_shards[0].data.shape),
-                "rows_of_one_layer": sum(rows),
+                "rows_of_one_layer": rows_of_one_layer,
             }
         )
     )
