@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from pallas_kernels.cases import LLAMA_3_1_8B, QWEN2_5_7B
+from pallas_kernels.cases import LLAMA_3_1_8B, QWEN2_5_7B, random_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Case:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _arrays(self, key: PRNGKeyArray) -> dict[str, Any]:
-        x = jax.random.normal(key, (self.batch, self.num_tokens, self.heads, self.dim), self.dtype)
+        x = random_arrays(key, self.dtype, x=(self.batch, self.num_tokens, self.heads, self.dim))["x"]
         if self.lengths is None:
             return {"x": x, "valid": None}
         return {"x": x, "valid": jnp.arange(self.num_tokens)[None] < jnp.asarray(self.lengths)[:, None]}

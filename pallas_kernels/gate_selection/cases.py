@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from pallas_kernels.cases import random_arrays
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -39,7 +41,7 @@ class Case:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _arrays(self, key: PRNGKeyArray) -> dict[str, Any]:
-        logits = 3 * jax.random.normal(key, self.shape)
+        logits = 3 * random_arrays(key, "float32", logits=self.shape)["logits"]
         if self.distinct is not None:
             logits = jnp.clip(jnp.round(logits), 0, self.distinct - 1)
         block = jax.lax.broadcasted_iota(jnp.int32, self.shape, len(self.shape) - 1)

@@ -1,15 +1,19 @@
 """Linear maps of pooled vectors that both gates make, and where their training starts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.precision import precise_einsum
+from seer_jax.draws import standard_normal
 from seer_jax.gates.configs import Pool
 
 FEW_VECTORS = 16  # above this number, a sum of products would read the weights too often
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "kinds", "head_dim"))
 def initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Pool, ...], head_dim: int) -> jax.Array:
     """Starts a projection `[..., P, C]` as the identity on the average pool where the shapes allow it.
 
@@ -18,7 +22,7 @@ def initial_projection(key: jax.Array, shape: tuple[int, ...], kinds: tuple[Pool
     C/D-th of the gate's) by the same angles: these pairs are kept as they are. Otherwise random matrices that preserve lengths on average.
     """
     rows, dim = shape[-2:]
-    noise = jax.random.normal(key, shape, jnp.float32)
+    noise = standard_normal(key, shape)
     if (dim % head_dim and head_dim % dim) or Pool.AVG not in kinds:
         return noise * rows**-0.5
     start = kinds.index(Pool.AVG) * head_dim

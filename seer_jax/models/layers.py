@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import stacked_linear
+from seer_jax.draws import standard_normal
 from seer_jax.models.config import ModelConfig
 
 TOKENS_AT_ONCE = 8192  # fill the matrix units of a large GPU; more only take memory
@@ -86,7 +87,7 @@ class Linear(nnx.Module):
     lora: Lora | None = None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        init = jax.random.normal(rngs.params(), (out_features, in_features), jnp.float32) * in_features**-0.5
+        init = standard_normal(rngs.params(), (out_features, in_features)) * in_features**-0.5
         self.weight = BaseParam(init.astype(dtype))
         self.bias = BaseParam(jnp.zeros(out_features, dtype)) if bias else None
 

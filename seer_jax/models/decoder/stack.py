@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from seer_jax.draws import standard_normal
 from seer_jax.gates.decode import DecodeGate
 from seer_jax.gates.prefill import PrefillGate
 from seer_jax.models.cache import Cache
@@ -104,7 +105,7 @@ class LayerStack(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.config = config
-        table = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32) * 0.02
+        table = standard_normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02
         self.embed_tokens = BaseParam(table.astype(dtype))
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -114,7 +115,7 @@ class LayerStack(nnx.Module):
 
         self.layers = stacked(rngs)
         self.norm = BaseParam(jnp.ones(config.hidden_size, dtype))
-        head = jax.random.normal(rngs.params(), table.shape, jnp.float32) * 0.02
+        head = standard_normal(rngs.params(), table.shape) * 0.02
         self.lm_head = None if config.tie_word_embeddings else BaseParam(head.astype(dtype))
         self.prefill_gate: PrefillGate | None = nnx.data(None)
         self.decode_gate: DecodeGate | None = nnx.data(None)
