@@ -27,6 +27,7 @@ SHOWN = 8
 _DEVICES = "devices"
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+_Part = tuple[slice, ...]  # of a parameter, with start and stop along each axis
 
 
 def load_parameters[M: nnx.Module](
@@ -154,7 +155,7 @@ def _fill(
 
 
 def _gathered(
-    spec: jax.ShapeDtypeStruct, source: TensorSource, names: np.ndarray, parts: Sequence["_Part"]
+    spec: jax.ShapeDtypeStruct, source: TensorSource, names: np.ndarray, parts: Sequence[_Part]
 ) -> list[np.ndarray]:
     """What each device holds, on the host; one array for those that hold the same."""
     distinct = list(dict.fromkeys(parts))
@@ -175,9 +176,6 @@ def _not_finite(source: TensorSource, name: str, spec: jax.ShapeDtypeStruct) -> 
         f"{source.place}: weights must be finite in {spec.dtype}; {name!r} holds NaN or infinity. The checkpoint is "
         "damaged, or its values do not fit this dtype."
     )
-
-
-_Part = tuple[slice, ...]  # of a parameter, with start and stop along each axis
 
 
 def _parts(spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> list[_Part]:
