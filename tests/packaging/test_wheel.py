@@ -75,6 +75,7 @@ def files(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_all_data(wheel: Path):
     suffixes = {name: "/__init__.py" if path.name == "__init__.py" else ".py" for name, path in modules().items()}
     expected = {name.replace(".", "/") + suffix for name, suffix in suffixes.items()}
@@ -96,6 +97,7 @@ def test_every_package_has_an_init():
     assert not [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file()]
 
 
+@pytest.mark.slow
 def test_tiny_lm_is_whole_and_small(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {i.filename: i.file_size for i in archive.infolist() if i.filename.startswith("seer_jax/tiny_lm/")}
@@ -105,6 +107,7 @@ def test_tiny_lm_is_whole_and_small(wheel: Path):
     assert all(size <= 2 * MIB for size in gates.values())
 
 
+@pytest.mark.slow
 def test_gates_of_smollm2_are_small(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {i.filename: i.file_size for i in archive.infolist() if i.filename.startswith("seer_jax/smollm2/")}
@@ -112,10 +115,12 @@ def test_gates_of_smollm2_are_small(wheel: Path):
     assert all(size <= 8 * MIB for size in sizes.values())
 
 
+@pytest.mark.slow
 def test_command_runs_outside_the_checkout(environment: Path, elsewhere: Path):
     assert "demo" in run(environment / "bin/seer-jax", "--help", cwd=elsewhere)
 
 
+@pytest.mark.slow
 def test_every_module_imports_outside_the_checkout(environment: Path, elsewhere: Path):
     code = f"""
 import importlib, importlib.resources, sys, train, convert
