@@ -132,9 +132,9 @@ def _fill(
     if math.prod(size) * spec.dtype.itemsize * len(set(parts)) <= CHUNK_BYTES:
         arrays = _gathered(spec, source, names, parts)
         if sharding is None:
-            return jnp.array(arrays[0])
+            return jax.block_until_ready(jnp.array(arrays[0]))  # so that parameters don't accumulate on the host
         placed = [jax.device_put(array, device) for array, device in zip(arrays, devices, strict=True)]
-        return jax.make_array_from_single_device_arrays(spec.shape, sharding, placed)
+        return jax.make_array_from_single_device_arrays(spec.shape, sharding, jax.block_until_ready(placed))
     # All devices of this process are written to at once, in places of their own that are alike, so that one program serves them all.
     local = Mesh(np.array(devices), (_DEVICES,)) if devices else None
     by_device = None if local is None else NamedSharding(local, PartitionSpec(_DEVICES))

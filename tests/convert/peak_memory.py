@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from seer_jax import Transformer, from_pretrained
+from seer_jax.convert import stream
 from seer_jax.sharding import make_mesh
 
 
@@ -27,7 +28,12 @@ def main(warm_up: str, folder: str, dtype: str, mesh: str = "tensor=1", number: 
     def load(folder: str) -> Transformer:
         return from_pretrained(folder, dtype=jnp.dtype(dtype), mesh=make_mesh(mesh))
 
+    at_once, stream.CHUNK_BYTES = (
+        stream.CHUNK_BYTES,
+        4096,
+    )  # so that the small model is written in pieces as the large one is
     load(warm_up)  # imports, compiler and thread pools
+    stream.CHUNK_BYTES = at_once
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
     before = status("VmRSS")
