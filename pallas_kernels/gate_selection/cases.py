@@ -57,7 +57,10 @@ REAL = (
     *(Case(f"llama-3.1-8b-{n}k-mass", (1, 32, n * 16, n * 16), mass=0.9) for n in (8, 32, 128)),
     *(Case(f"llama-3.1-8b-{n}k-top-k", (1, 32, n * 16, n * 16), top_k=n) for n in (8, 32, 128)),
     Case("qwen2.5-7b-100000-top-k", (1, 28, 1563, 1563), top_k=80),
-    *(Case(f"qwen3-4b-b{batch}-{n}k-budget", (batch, 8, n * 16), max_blocks=n) for batch, n in ((1, 32), (8, 128))),
+    *(
+        Case(f"qwen3-4b-b{batch}-{n}k-budget", (batch, 8, n * 16), max_blocks=n)
+        for batch, n in ((1, 32), (8, 128), (1, 320))
+    ),
 )
 
 TINY = (

@@ -95,6 +95,13 @@ def test_quarters_lower_for_cuda(monkeypatch: pytest.MonkeyPatch):
         assert "mosaic_gpu" in jax.jit(program).trace(logits).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.usefixtures("quartered")
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_quarters_lower_for_cuda_by_every_rule(case: Case):
+    """Prefill rows see a part of the blocks, decode rows all."""
+    assert_lowers_for_cuda(select_blocks, case)
+
+
 @pytest.mark.slow
 def test_rows_of_a_million_tokens_lower_for_cuda():
     assert_lowers_for_cuda(select_blocks, Case("1m-threshold", (1, 2, 8, 16384), threshold=5e-4))

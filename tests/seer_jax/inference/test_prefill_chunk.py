@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.devices import assume_hopper
 from seer_jax import Generated, Transformer, generate, plan_memory, stream
-from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig
+from seer_jax.gates.configs import DecodeGateConfig, PrefillGateConfig, QueryReduction
 from seer_jax.inference.request import Request
 from seer_jax.selection.policies import Dense, Given, Policy
-from seer_jax.selection.rules import Threshold, TokenBudget, TopK
+from seer_jax.selection.rules import CumulativeMass, Threshold, TokenBudget, TopK
 from seer_jax.selection.scorers import SCORERS
 from tests.seer_jax.conftest import LLAMA, tiny_model
 
@@ -156,13 +157,16 @@ LONG = dataclasses.replace(
 
 
 @functools.cache
-def long_model() -> Transformer:
+def long_model(dtype: str = "float32", *, finer: bool = False) -> Transformer:
     """Of shapes."""
+    prefill, decode = PrefillGateConfig(64, 64), DecodeGateConfig(64, 64)
+    if finer:
+        prefill = dataclasses.replace(prefill, q_pool_size=16, k_pool_size=8)
+        decode = dataclasses.replace(decode, query_reduction=QueryReduction.HEADS, k_pool_size=8)
 
     def build() -> Transformer:
-        model = Transformer(LONG, dtype=jnp.float32, rngs=nnx.Rngs(0))
-        model.add_gate(PrefillGateConfig(64, 64), rngs=nnx.Rngs(1))
-        return model.add_gate(DecodeGateConfig(64, 64), rngs=nnx.Rngs(2))
+        model = Transformer(LONG, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        return model.add_gate(prefill, rngs=nnx.Rngs(1)).add_gate(decode, rngs=nnx.Rngs(2))
 
     return nnx.eval_shape(build)
 
@@ -185,3 +189,26 @@ def test_memory_does_not_grow_with_the_prompt(policy: Policy):
     whole = plan_memory(long_model(), 1, 131072, cache_capacity=131072, compiled=False, **sizes)
     keys = 4 * 131072 // 64 * 8 * 64 * 4  # of the prefill gate: L Sw H C in float32
     assert long.gate_cache - whole.gate_cache == keys * policy.needs_gate
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("finer", [False, True], ids=["release", "finer"])
+def test_programs_of_long_prompts_are_lowered_for_hopper(finer: bool):
+    """More tokens than a warp of the kernel of lists holds blocks of: they are chosen among 5120."""
+    capacity, chunk = 40 * 8192, 8192
+    policies = (CumulativeMass(0.9), CumulativeMass(0.9)) if finer else (TopK(0.1), TokenBudget(2048))
+
+    def program(model: Transformer, tokens: jax.Array) -> jax.Array:
+        prefill, decode = model.prefill_gate, model.decode_gate
+        assert prefill is not None and decode is not None
+        cache = model.empty_cache(1, capacity, decode.config, prefill.config)
+        logits, cache, _ = model.prefill(tokens, None, cache, sparsity=policies[0], chunk=chunk)
+        return model.decode(logits.argmax(axis=-1), cache, sparsity=policies[1])[0]
+
+    with assume_hopper():
+        traced = jax.jit(program).trace(
+            long_model("bfloat16", finer=finer), jnp.zeros((1, capacity - chunk), jnp.int32)
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") >= 5  # lists and attention of both phases, and scores of the first
