@@ -65,6 +65,14 @@ class TestMosaicGpuQuartersInterpreted(suite.Conformance):
     implementation = "mosaic_gpu"
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("quartered")
+class TestMosaicGpuQuarters(suite.Conformance):
+    """As it runs on GPUs, code in MLIR included."""
+
+    implementation = "mosaic_gpu"
+
+
 def quartered_call(monkeypatch: pytest.MonkeyPatch, columns: int) -> tuple[dict[str, Any], np.ndarray]:
     """Rows with ties over all quarters, of a length of their own, with kept blocks that exceed a cap in one of them; and their logits."""
     monkeypatch.setattr(mosaic_gpu, "WARP_KEY_BLOCKS", 0)
@@ -85,6 +93,7 @@ def test_quarters_of_a_row_choose_together(monkeypatch: pytest.MonkeyPatch):
     assert_same_lists(got, truth)
 
 
+@pytest.mark.slow
 def test_quarters_lower_for_cuda(monkeypatch: pytest.MonkeyPatch):
     arguments, logits = quartered_call(monkeypatch, 302)
 

@@ -54,7 +54,7 @@ TASKS = {
 }
 
 
-QUICK = ("both gates", "all weights and gate")
+QUICK = ("all weights and gate",)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_a_stream_gives_the_tokens_of_generate(chunk: int):
     assert all(len(row) <= chunk for piece in pieces[1:] for row in piece)
 
 
+@pytest.mark.slow
 def test_the_value_of_a_finished_stream_is_what_generate_returns():
     tokens, lengths = prompts()
     pieces = stream(llama(), tokens, lengths, max_new_tokens=NEW, eos=NEVER, chunk=7, **SPARSE)
@@ -265,6 +266,7 @@ def test_eos_tokens_and_context_are_the_models_own_unless_given():
     assert run(model, beyond_context=True).rows() == free
 
 
+@pytest.mark.slow
 def test_a_rows_tokens_depend_on_its_own_prompt_and_key():
     tokens, lengths = prompts()
     keys = row_keys(jax.random.key(5), len(LENGTHS))

@@ -265,16 +265,11 @@ def recorded[R](run: Callable[[Policy], R], policy: Policy, shape: tuple[int, ..
     return result, np.stack([np.broadcast_to(mask, shape) for mask in recording.masks])
 
 
+@pytest.mark.slow
 @pytest.mark.cpu  # the masks come by a callback, which needs a CPU device
 @pytest.mark.parametrize(
     ("policy", "dense_layers"),
-    [
-        (TopK(0.4), 1),
-        *(
-            pytest.param(*c, marks=pytest.mark.slow)
-            for c in ((TokenBudget(32), 2), (CumulativeMass(0.5, dense_last_rows=0), 3))
-        ),
-    ],
+    [(TopK(0.4), 1), (TokenBudget(32), 2), (CumulativeMass(0.5, dense_last_rows=0), 3)],
     ids=str,
 )
 def test_dense_first_layers_of_a_prompt_are_masks_that_are_full(policy: RankingPolicy, dense_layers: int):

@@ -157,7 +157,8 @@ def test_memory_for_decode_gates_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPa
     assert scratch[0] > 2 * targets and scratch[1] < targets
 
 
-@pytest.mark.parametrize("kinds", [("prefill",), pytest.param(("prefill", "decode"), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [("prefill",), ("prefill", "decode")], ids=str)
 def test_block_rows_in_chunks_are_all_rows(kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     """With several sequences and padding, chunks that overlap, and recall of rows that chunks do not begin with."""
     tokens = make_rows(2)
