@@ -18,8 +18,8 @@ ENVIRONMENT := .venv/.installed$(if $(EXTRA),-$(subst $(comma),-,$(EXTRA)))
 
 help:
 	@echo "make demo        make the environment and run the main job on the bundled model"
-	@echo "make test        make the environment and run the tests (9 to 11 minutes on 2 cores)"
-	@echo "make test-slow   run the longer tests of all but meshes and kernels (21 minutes on 2 cores)"
+	@echo "make test        make the environment and run the tests (9 to 10 minutes on 2 cores)"
+	@echo "make test-slow   run the longer tests of all but meshes and kernels (18 to 21 minutes on 2 cores)"
 	@echo "make test-mesh   run the longer tests of several devices (6 minutes on 2 cores)"
 	@echo "make test-kernels run every test of the kernels (10 minutes on 2 cores)"
 	@echo "make test-gpu    run all tests on an NVIDIA GPU"
