@@ -47,7 +47,7 @@ class TestMosaicGpuInterpreted(suite.Conformance):
 
 
 @pytest.fixture(scope="class")
-def quartered(request: pytest.FixtureRequest) -> Iterator[None]:
+def quartered() -> Iterator[None]:
     """All rows are quartered, as if a warp's registers held none."""
     with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()  # of programs whose rows are not
@@ -105,10 +105,12 @@ def test_quarters_lower_for_cuda(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("quartered")
-@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-def test_quarters_lower_for_cuda_by_every_rule(case: Case):
+class TestQuartersLowerForCuda:
     """Prefill rows see a part of the blocks, decode rows all."""
-    assert_lowers_for_cuda(select_blocks, case)
+
+    @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+    def test_by_every_rule(self, case: Case):
+        assert_lowers_for_cuda(select_blocks, case)
 
 
 @pytest.mark.slow
